@@ -1,0 +1,52 @@
+# Two commands matter: `make demo` and `make test`. Each sets up its own environment in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where pip looks for torch first; empty: its default index. README.md says when to set it.
+TORCH_INDEX ?=
+JOBS ?= auto
+DEMO_OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test lint format rivals bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/gossamer run experiments/quickstart/config.yaml --out $(DEMO_OUT)
+	$(BIN)/gossamer plot $(DEMO_OUT) --spec experiments/quickstart/plot.yaml -o $(DEMO_OUT)/convergence.png
+
+test: $(VENV)/.installed lint
+	$(BIN)/pytest -n $(JOBS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The rival frameworks need an environment of their own: they cap versions that gossamer does not.
+rivals: .venv-rivals/.installed
+
+bench: $(VENV)/.installed rivals
+	$(BIN)/python benchmarks/federated_round.py
+	$(BIN)/python benchmarks/many_small_clients.py
+	$(BIN)/python benchmarks/submodel.py
+	$(BIN)/python benchmarks/registered_clients.py
+	$(BIN)/python benchmarks/kill_and_resume.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+.venv-rivals/.installed: benchmarks/rivals.txt
+	$(PYTHON) -m venv .venv-rivals
+	.venv-rivals/bin/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt torch
+	.venv-rivals/bin/pip install --quiet -r benchmarks/rivals.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-rivals build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,26 @@
+"""gossamer: decentralized and federated training of one model over many machines that do not share their data.
+
+Public names are loaded when they are first used, so that ``import gossamer`` costs little more than torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gossamer import aggregate, submodel
+    from gossamer.experiment import Run, resume, run
+
+__version__ = "0.1.0"
+__all__ = ["Run", "__version__", "aggregate", "resume", "run", "submodel"]
+
+_HOMES = {"run": "gossamer.experiment", "resume": "gossamer.experiment", "Run": "gossamer.experiment"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in ("aggregate", "submodel"):
+        return importlib.import_module(f"gossamer.{name}")
+    raise AttributeError(f"module 'gossamer' has no attribute {name!r}")

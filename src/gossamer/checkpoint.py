@@ -1,0 +1,293 @@
+"""Atomic commits of a run's state.
+
+A commit is a directory of three files, written aside, forced onto the disk and then renamed:
+
+    %08d/                   the round, as a decimal number
+        arrays.safetensors  every array
+        progress.json       everything else that a resume needs
+        manifest.json       written last: format, round, SHA-256 and size of each file, lengths of the logs
+
+So a directory with that name is a whole commit, and anything else is a leftover. A round that is committed again (it
+was redone because its first commit was damaged) goes to ``%08d.1``, ``%08d.2``, ..., and then the earlier one goes.
+
+What holds: the file system renames atomically and keeps what it has fsynced. There is one writer at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gossamer.errors import CheckpointError, ConfigError, storage_errors
+
+FORMAT = 1
+ARRAYS = "arrays.safetensors"
+PROGRESS = "progress.json"
+MANIFEST = "manifest.json"
+
+_COMMIT_NAME = re.compile(r"(\d{8,})(?:\.(\d+))?")
+_LEFTOVERS = (".writing-*", ".deleting-*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One verified commit.
+
+    Attributes:
+        round: the round after which it was made.
+        arrays: tensors by name, on the CPU, each starting on a 64-byte boundary.
+        progress: the JSON object that was committed with them.
+        log_offsets: length of each log at the commit, in bytes.
+        path: its directory.
+        damaged: one message for each newer commit that had to be passed over.
+    """
+
+    round: int
+    arrays: dict[str, torch.Tensor]
+    progress: dict[str, Any]
+    log_offsets: dict[str, int]
+    path: Path
+    damaged: list[str] = field(default_factory=list)
+
+
+class Checkpoints:
+    """The commits of one run, of which the newest `keep` stay."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        """Open `directory`, made if need be, and remove what a killed writer left half done there.
+
+        Since it removes leftovers, only the process that owns the run may open it.
+
+        Raises:
+            ConfigError: `keep` is below 2, so that a damaged commit would have no predecessor.
+            StorageError: the disk refuses.
+        """
+        if keep < 2:
+            raise ConfigError(
+                f"cannot keep {keep} checkpoints: keep at least 2, so that a damaged one has a predecessor"
+            )
+        self.directory = Path(directory)
+        self.keep = keep
+        self._damaged: set[Path] = set()
+        with storage_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _sync(self.directory.parent)
+            for pattern in _LEFTOVERS:
+                for leftover in self.directory.glob(pattern):
+                    shutil.rmtree(leftover)
+
+    def commit(
+        self,
+        round: int,
+        arrays: Mapping[str, torch.Tensor],
+        progress: Mapping[str, Any],
+        log_offsets: Mapping[str, int],
+        on_phase: Callable[[str], None] | None = None,
+    ) -> Path:
+        """Make the state after `round` durable, then delete all commits but the newest `keep`.
+
+        Afterwards this is the newest commit: later rounds, left by a continuation that was given up, are deleted too.
+
+        Args:
+            round: the round, >= 0.
+            arrays: tensors of any shape and dtype that safetensors knows; they are not changed.
+            progress: JSON values; integer keys come back as text.
+            log_offsets: length of each log in bytes, already forced onto the disk.
+            on_phase: called with "arrays", "progress", "manifest", "renamed" and "pruned" as each is done.
+
+        Returns:
+            The directory of the commit.
+
+        Raises:
+            CheckpointError: `progress` cannot be expressed in JSON.
+            ValueError: `round` is negative.
+            StorageError: the disk refuses; what was half written is removed and earlier commits are as they were.
+        """
+        if round < 0:
+            raise ValueError(f"cannot commit round {round}: rounds count from 0")
+        done = on_phase or _ignore
+        aside = self.directory / f".writing-{round}"
+        try:
+            with storage_errors(aside):
+                shutil.rmtree(aside, ignore_errors=True)
+                self._write(aside, round, arrays, progress, log_offsets, done)
+                target = self._free_name(round)
+                os.rename(aside, target)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        with storage_errors(target):
+            _sync(self.directory)
+            done("renamed")
+            self._prune(round)
+            done("pruned")
+        return target
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest commit that is whole, or None if there never was one.
+
+        Raises:
+            CheckpointError: there are commits, but every one is damaged.
+        """
+        damaged = []
+        for _, _, path in self._commits():
+            try:
+                found = _read(path)
+            except CheckpointError as error:
+                self._damaged.add(path)
+                damaged.append(f"checkpoint {str(path)!r} is damaged: {error}")
+            else:
+                return replace(found, damaged=damaged)
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint in {str(self.directory)!r} can be used ({'; '.join(damaged)}): restore one from a copy,"
+                " or start the run anew"
+            )
+        return None
+
+    def _write(
+        self,
+        aside: Path,
+        round: int,
+        arrays: Mapping[str, torch.Tensor],
+        progress: Mapping[str, Any],
+        log_offsets: Mapping[str, int],
+        done: Callable[[str], None],
+    ) -> None:
+        aside.mkdir()
+        _save_arrays(aside / ARRAYS, arrays)
+        done("arrays")
+        try:
+            text = json.dumps(dict(progress), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the progress of round {round} is no JSON ({error}): keep to finite plain values"
+            ) from error
+        _write_text(aside / PROGRESS, text)
+        done("progress")
+        manifest = {
+            "format": FORMAT,
+            "round": round,
+            "files": {name: _describe(aside / name) for name in (ARRAYS, PROGRESS)},
+            "log_offsets": dict(log_offsets),
+        }
+        _write_text(aside / MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2))
+        _sync(aside)
+        done("manifest")
+
+    def _commits(self) -> list[tuple[int, int, Path]]:
+        """List (round, attempt, path) of every commit, the newest first."""
+        found = []
+        for path in self.directory.iterdir():
+            match = _COMMIT_NAME.fullmatch(path.name)
+            if match:
+                found.append((int(match[1]), int(match[2] or 0), path))
+        return sorted(found, reverse=True)
+
+    def _free_name(self, round: int) -> Path:
+        attempts = [attempt for existing, attempt, _ in self._commits() if existing == round]
+        return self.directory / (f"{round:08d}.{max(attempts) + 1}" if attempts else f"{round:08d}")
+
+    def _prune(self, round: int) -> None:
+        kept_rounds: set[int] = set()
+        for existing, _, path in self._commits():
+            superseded = existing > round or existing in kept_rounds or path in self._damaged
+            if superseded or len(kept_rounds) == self.keep:
+                # Renamed first: a deletion cut short must not leave half a commit under a commit's name.
+                doomed = path.with_name(f".deleting-{path.name}")
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+            else:
+                kept_rounds.add(existing)
+
+
+def _read(path: Path) -> Checkpoint:
+    """Verify the commit at `path` and load it.
+
+    Raises:
+        CheckpointError: something is missing, altered or of another format; the message is the bare reason.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        expected = manifest.pop("sha256")
+        if expected != _digest(manifest):
+            raise CheckpointError(f"{MANIFEST} was altered")
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"its format is {manifest['format']!r} and this version reads {FORMAT}")
+        for name, description in manifest["files"].items():
+            found = _describe(path / name)
+            if found != description:
+                raise CheckpointError(
+                    f"{name} was altered ({found['bytes']} bytes with SHA-256 {found['sha256'][:12]}, committed were"
+                    f" {description['bytes']} bytes with {description['sha256'][:12]})"
+                )
+        # Cloned because torch's own allocations are aligned; operands that are not could change a resumed run's bits.
+        arrays = {name: tensor.clone() for name, tensor in load_file(path / ARRAYS).items()}
+        progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{Path(error.filename or path).name} cannot be read ({error.strerror or error})"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{MANIFEST} or what it lists is malformed ({error})") from error
+    return Checkpoint(manifest["round"], arrays, progress, manifest["log_offsets"], path)
+
+
+def _save_arrays(path: Path, arrays: Mapping[str, torch.Tensor]) -> None:
+    packed: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, array in arrays.items():
+        tensor = array.detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory, as views of one flat row may.
+        packed[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    try:
+        save_file(packed, path)
+    except SafetensorError as error:
+        # It reports a full disk as its own kind of error, with the number inside the text.
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
+    _sync(path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Force a file's content or a directory's entries onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _ignore(phase: str) -> None:
+    pass

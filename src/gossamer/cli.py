@@ -1,0 +1,135 @@
+"""The command line: ``gossamer run | resume | plot | doctor``.
+
+Results go to standard output, everything else to standard error; progress is drawn on a terminal only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from gossamer.errors import GossamerError
+
+if TYPE_CHECKING:
+    from gossamer.experiment import Hooks, Run
+    from gossamer.progress import ProgressDisplay
+
+
+class Commands(TyperGroup):
+    """The commands; an error that gossamer raises on purpose is one line, and decides the exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except GossamerError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train one model over many machines that do not share their data.",
+)
+
+Directories = Annotated[list[Path], typer.Argument(metavar="DIR", help="Run directories, or directories of runs.")]
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The experiment, as YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Entries to replace, such as train.lr=0.1.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where to train; short for engine.name=NAME.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory; else runs/<name>-<time>.")] = None,
+) -> None:
+    """Run an experiment; the last line of the output is its directory."""
+    from gossamer import experiment
+
+    changes = [*(overrides or ()), *([f"engine.name={engine}"] if engine is not None else ())]
+    _follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: _num_runs(file, changes))
+
+
+@app.command()
+def resume(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run or an experiment that was stopped.")],
+) -> None:
+    """Continue a run from its last commit, or all unfinished runs of an experiment."""
+    from gossamer import experiment
+
+    whole = directory / experiment.EXPERIMENT
+    _follow(lambda hooks: experiment.resume(directory, hooks), lambda: _num_runs(whole) if whole.exists() else 1)
+
+
+@app.command()
+def plot(
+    directories: Directories,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Image to write: .png, .svg or .pdf.")],
+    x: Annotated[
+        str | None, typer.Option("--x", metavar="AXIS", help="round (the default), seconds, simulated, bytes or flops.")
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Key of the records, such as accuracy_by_capacity.0.25; else accuracy."),
+    ] = None,
+    spec: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Panels as YAML, instead of --x and --metric.")
+    ] = None,
+) -> None:
+    """Draw convergence curves from logs; the last line of the output is the image's path."""
+    from gossamer import plots
+
+    typer.echo(plots.plot(directories, x, metric, output, spec))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Say what is installed, what this machine offers, and what should be changed."""
+    from gossamer.doctor import examine, render
+
+    typer.echo(render(examine(), as_json))
+
+
+def _follow(start: Callable[[Hooks], Run], count_runs: Callable[[], int]) -> None:
+    """Start or resume runs with progress on a terminal, and print where they lie."""
+    from gossamer.experiment import Hooks
+
+    display: AbstractContextManager[ProgressDisplay | None] = nullcontext()
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        from gossamer.progress import ProgressDisplay
+
+        display = ProgressDisplay(count_runs(), Console(stderr=True))
+    with display as shown:
+        finished = start(Hooks() if shown is None else Hooks(observer=shown.observer))
+    typer.echo(finished.directory)
+
+
+def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
+    from gossamer import config
+
+    return len(config.expand(config.load(file, overrides or ())))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="gossamer")
+
+
+if __name__ == "__main__":
+    main()

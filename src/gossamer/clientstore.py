@@ -1,0 +1,382 @@
+"""Private state of clients, resting on disk within a stated bound.
+
+A row is float32 of one width per namespace and belongs to one client. Rows are appended to
+``<directory>/<namespace>.<generation>.rows``, raw and little-endian, and never changed in place: a commit stays
+readable while later rounds write. Where each live row lies and its CRC-32 are kept in memory, 24 bytes for each client
+that ever stored a row, and `index` hands them to the commit. Reading takes single rows off the disk, never the file.
+
+When dead rows outnumber the live at a commit, the live ones are copied to a new generation. The old generation goes
+away once none of the last `keep` commits refers to it, so that each of those can be resumed from.
+
+The order of a commit, with the same `keep` on both sides:
+
+    index = store.index()                                  # compacts and fsyncs first
+    checkpoints.commit(round, arrays | index, ...)
+    store.release()                                        # now old generations may go
+
+Disk bound. With live = clients that hold a row in the namespace, row_bytes = 4 * width, and written = rows put since
+the oldest commit that is kept (since the start, if fewer than `keep` exist), a namespace never takes more than
+
+    row_bytes * (2 * (keep + 1) * live + written)          at any instant, compaction included
+    row_bytes * (2 * keep * live + written)                after each `release`
+
+because a generation holds at most 2 * live rows at a commit, what was put after that counts in `written`, and there
+are at most `keep` committed generations, one that a failed commit left and one being written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gossamer.errors import CheckpointError, ConfigError, storage_errors
+
+_PREFIX = "clientstore"
+_FLOAT = np.dtype("<f4")
+_NAMESPACE = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass
+class _Table:
+    """One namespace: its current file, and where in it each client's row lies.
+
+    Attributes:
+        num_rows: rows in the current generation's file, the dead ones included.
+        clients: i64[m], ascending; slots: i64[m], position in the file; checksums: i64[m], CRC-32 of the row's bytes.
+        committed: generations of the last `keep` commits, the newest last.
+        issued: the generation that `index` handed out since then, to a commit that may or may not have come about.
+    """
+
+    width: int
+    generation: int = 0
+    num_rows: int = 0
+    descriptor: int | None = None
+    clients: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    slots: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    checksums: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    committed: list[int] = field(default_factory=list)
+    issued: int | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        return _FLOAT.itemsize * self.width
+
+    def find(self, clients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the position of each client in the index, or where it would go, and whether it is there."""
+        positions = np.searchsorted(self.clients, clients)
+        present = np.zeros(len(clients), bool)
+        inside = positions < len(self.clients)
+        present[inside] = self.clients[positions[inside]] == clients[inside]
+        return positions, present
+
+    def point(self, clients: NDArray[np.int64], slots: NDArray[np.int64], checksums: NDArray[np.int64]) -> None:
+        """Let `clients` (distinct) be found at `slots` from now on."""
+        order = np.argsort(clients)
+        clients, slots, checksums = clients[order], slots[order], checksums[order]
+        positions, present = self.find(clients)
+        self.slots[positions[present]] = slots[present]
+        self.checksums[positions[present]] = checksums[present]
+        gaps = positions[~present]
+        self.clients = np.insert(self.clients, gaps, clients[~present])
+        self.slots = np.insert(self.slots, gaps, slots[~present])
+        self.checksums = np.insert(self.checksums, gaps, checksums[~present])
+
+
+class ClientStore:
+    """Rows by (client, namespace) in `directory`; one writer at a time."""
+
+    def __init__(self, directory: Path, keep: int = 2) -> None:
+        """Open `directory`, made if need be; if it holds rows already, call `restore` before `put`.
+
+        Args:
+            keep: the number of commits that must stay readable, as given to `Checkpoints`.
+
+        Raises:
+            ConfigError: `keep` is below 2.
+            StorageError: the disk refuses.
+        """
+        if keep < 2:
+            raise ConfigError(f"cannot keep {keep} commits of client state: keep at least 2, as many as checkpoints")
+        self.directory = Path(directory)
+        self.keep = keep
+        self._tables: dict[str, _Table] = {}
+        with storage_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def declare(self, namespace: str, width: int) -> None:
+        """Say how many floats a row of `namespace` has; saying it again is harmless.
+
+        Raises:
+            ConfigError: the name or the width cannot be used, or the namespace has another width.
+        """
+        if not _NAMESPACE.fullmatch(namespace):
+            raise ConfigError(f"{namespace!r} cannot name client state: use letters, digits, '-' and '_'")
+        if width < 1:
+            raise ConfigError(f"client state {namespace!r} has width {width}: give it at least 1")
+        table = self._tables.setdefault(namespace, _Table(width))
+        if table.width != width:
+            raise ConfigError(
+                f"client state {namespace!r} has width {table.width}, not {width}: keep the run's model, or start anew"
+            )
+
+    def get(self, namespace: str, clients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read rows from the disk.
+
+        Args:
+            clients: i64[s]; repeats and strangers are fine.
+
+        Returns:
+            (rows f32[s, width], zero where the client has none; present bool[s]).
+
+        Raises:
+            CheckpointError: a row cannot be read, or is not what was put.
+        """
+        table = self._tables[namespace]
+        names = clients.numpy()
+        positions, present = table.find(names)
+        rows = torch.zeros(len(names), table.width)
+        view = rows.numpy()
+        for i in np.flatnonzero(present):
+            content = self._read_row(namespace, table, int(table.slots[positions[i]]))
+            if zlib.crc32(content) != table.checksums[positions[i]]:
+                raise CheckpointError(
+                    f"the row of client {names[i]} in {str(self._path(namespace, table.generation))!r} is damaged (its"
+                    " CRC-32 differs): resume from an earlier checkpoint, or start the run anew"
+                )
+            view[i] = np.frombuffer(content, _FLOAT)
+        return rows, torch.from_numpy(present)
+
+    def put(self, namespace: str, clients: torch.Tensor, rows: torch.Tensor) -> None:
+        """Append the rows of distinct clients; `get` finds these from now on, a commit made before its own.
+
+        Args:
+            clients: i64[s], >= 0.
+            rows: f32[s, width].
+
+        Raises:
+            ValueError: shape or dtype is wrong, or a client is negative or named twice.
+            CheckpointError: the directory holds rows of an earlier run that was not restored.
+            StorageError: the disk refuses; the store is as it was.
+        """
+        table = self._tables[namespace]
+        names = clients.numpy()
+        if names.dtype != np.int64 or (names < 0).any() or len(np.unique(names)) != len(names):
+            raise ValueError(f"clients must be distinct int64 numbers >= 0, not {clients!r}")
+        if rows.dtype != torch.float32 or rows.shape != (len(names), table.width):
+            raise ValueError(
+                f"rows of {namespace!r} must be float32 {(len(names), table.width)}, not {rows.dtype}"
+                f" {tuple(rows.shape)}"
+            )
+        if not len(names):
+            return
+        content = np.ascontiguousarray(rows.detach().cpu().numpy(), _FLOAT)
+        checksums = np.array([zlib.crc32(row.data) for row in content], np.int64)
+        descriptor = self._open(namespace, table)
+        with storage_errors(self._path(namespace, table.generation)):
+            _write_at(descriptor, content.data.cast("B"), table.num_rows * table.row_bytes)
+        table.point(names, table.num_rows + np.arange(len(names)), checksums)
+        table.num_rows += len(names)
+
+    def sync(self) -> None:
+        """Copy the live rows to a new generation where the dead outnumber them, then force all files onto the disk.
+
+        Raises:
+            CheckpointError: a live row cannot be read.
+            StorageError: the disk refuses; the store is as it was.
+        """
+        for namespace, table in self._tables.items():
+            if table.num_rows > 2 * len(table.clients):
+                self._compact(namespace, table)
+            if table.descriptor is not None:
+                with storage_errors(self._path(namespace, table.generation)):
+                    os.fsync(table.descriptor)
+        with storage_errors(self.directory):
+            _sync_directory(self.directory)
+
+    def index(self) -> dict[str, torch.Tensor]:
+        """Call `sync`, and return what a commit must save for `restore` to find the present rows.
+
+        Returns:
+            int64 arrays named ``clientstore/<namespace>/<part>``, 24 bytes a client that holds a row.
+
+        Raises:
+            CheckpointError, StorageError: as `sync`.
+        """
+        self.sync()
+        arrays: dict[str, torch.Tensor] = {}
+        for namespace, table in self._tables.items():
+            table.issued = table.generation
+            parts = {
+                "clients": table.clients,
+                "slots": table.slots,
+                "checksums": table.checksums,
+                "file": np.array([table.width, table.generation, table.num_rows], np.int64),
+                "committed": np.array([*table.committed, table.issued][-self.keep :], np.int64),
+            }
+            arrays |= {f"{_PREFIX}/{namespace}/{part}": torch.from_numpy(array.copy()) for part, array in parts.items()}
+        return arrays
+
+    def release(self) -> None:
+        """Say that the commit with the last `index` is durable; files that no kept commit needs are deleted.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        for namespace, table in self._tables.items():
+            if table.issued is not None:
+                table.committed = [*table.committed, table.issued][-self.keep :]
+                table.issued = None
+            self._delete_unneeded(namespace, table)
+
+    def restore(self, index: Mapping[str, torch.Tensor]) -> None:
+        """Go back to a commit: its rows are found again, and everything newer is deleted.
+
+        Args:
+            index: what `index` returned then, other arrays may stand beside it; an empty one forgets all rows.
+
+        Raises:
+            CheckpointError: the index is malformed, or a file is missing or shorter than at the commit (nothing is
+                deleted then).
+            ConfigError: a namespace was declared with another width.
+            StorageError: the disk refuses.
+        """
+        restored = _parse_index(index)
+        for namespace, table in restored.items():
+            if namespace in self._tables:
+                self.declare(namespace, table.width)
+            path, needed = self._path(namespace, table.generation), table.num_rows * table.row_bytes
+            size = path.stat().st_size if path.exists() else 0
+            if size < needed:
+                raise CheckpointError(
+                    f"{str(path)!r} holds {size} bytes but the checkpoint needs {needed}: resume from an earlier"
+                    " checkpoint, or start the run anew"
+                )
+        self.close()
+        self._tables = {name: _Table(table.width) for name, table in self._tables.items()} | restored
+        for path in self.directory.glob("*.rows"):
+            with storage_errors(path):
+                if path.name.split(".")[0] not in restored:
+                    path.unlink()
+        for namespace, table in restored.items():
+            self._delete_unneeded(namespace, table)
+            path = self._path(namespace, table.generation)
+            with storage_errors(path):
+                if path.exists():
+                    table.descriptor = os.open(path, os.O_RDWR)
+                    os.ftruncate(table.descriptor, table.num_rows * table.row_bytes)
+
+    def close(self) -> None:
+        """Close the files; a later `put` or `get` needs `restore` first."""
+        for table in self._tables.values():
+            if table.descriptor is not None:
+                os.close(table.descriptor)
+                table.descriptor = None
+
+    def _path(self, namespace: str, generation: int) -> Path:
+        return self.directory / f"{namespace}.{generation}.rows"
+
+    def _open(self, namespace: str, table: _Table) -> int:
+        if table.descriptor is None:
+            path = self._path(namespace, table.generation)
+            with storage_errors(path):
+                try:
+                    table.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                except FileExistsError as error:
+                    raise CheckpointError(
+                        f"{str(path)!r} holds rows of an earlier run: restore its index, or an empty one to forget them"
+                    ) from error
+        return table.descriptor
+
+    def _read_row(self, namespace: str, table: _Table, slot: int) -> bytes:
+        path = str(self._path(namespace, table.generation))
+        if table.descriptor is None:
+            raise CheckpointError(f"{path!r} is closed: restore the store before reading from it")
+        try:
+            content = os.pread(table.descriptor, table.row_bytes, slot * table.row_bytes)
+        except OSError as error:
+            raise CheckpointError(f"cannot read row {slot} of {path!r} ({error.strerror}): check the disk") from error
+        if len(content) != table.row_bytes:
+            raise CheckpointError(f"{path!r} ends before its row {slot}: resume from an earlier checkpoint")
+        return content
+
+    def _delete_unneeded(self, namespace: str, table: _Table) -> None:
+        needed = {table.generation, table.issued, *table.committed}
+        for path in self.directory.glob(f"{namespace}.*.rows"):
+            if int(path.name.split(".")[1]) not in needed:
+                with storage_errors(path):
+                    path.unlink()
+
+    def _compact(self, namespace: str, table: _Table) -> None:
+        """Copy the live rows, in the order of the file, to the next generation; their checksums stay as they are."""
+        order = np.argsort(table.slots)
+        fresh = _Table(table.width, table.generation + 1)
+        target = self._path(namespace, fresh.generation)
+        descriptor = self._open(namespace, fresh)
+        try:
+            for position, slot in enumerate(table.slots[order].tolist()):
+                content = self._read_row(namespace, table, slot)
+                with storage_errors(target):
+                    _write_at(descriptor, memoryview(content), position * table.row_bytes)
+        except BaseException:
+            os.close(descriptor)
+            target.unlink(missing_ok=True)
+            raise
+        if table.descriptor is not None:
+            os.close(table.descriptor)
+        table.generation, table.num_rows, table.descriptor = fresh.generation, len(order), descriptor
+        table.slots[order] = np.arange(len(order))
+        self._delete_unneeded(namespace, table)
+
+
+def _parse_index(index: Mapping[str, torch.Tensor]) -> dict[str, _Table]:
+    found: dict[str, dict[str, NDArray[np.int64]]] = {}
+    for name, array in index.items():
+        prefix, _, rest = name.partition("/")
+        if prefix == _PREFIX:
+            namespace, _, part = rest.partition("/")
+            found.setdefault(namespace, {})[part] = array.numpy().copy()
+    tables = {}
+    for namespace, parts in found.items():
+        try:
+            width, generation, num_rows = parts["file"].tolist()
+            tables[namespace] = _Table(
+                width,
+                generation,
+                num_rows,
+                clients=parts["clients"],
+                slots=parts["slots"],
+                checksums=parts["checksums"],
+                committed=parts["committed"].tolist(),
+            )
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"the index of client state {namespace!r} is malformed ({error}): resume from an earlier checkpoint"
+            ) from error
+    return tables
+
+
+def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
+    """Write all of `content`; if the disk refuses, cut the file back to `offset`."""
+    done = 0
+    try:
+        while done < len(content):
+            done += os.pwrite(descriptor, content[done:], offset + done)
+    except OSError:
+        os.ftruncate(descriptor, offset)
+        raise
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

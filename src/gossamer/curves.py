@@ -1,0 +1,221 @@
+"""Curves from run directories: which runs belong together, and mean and extent of a metric over their seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer.errors import ConfigError
+from gossamer.runlog import CONFIG, ENVIRONMENT, METRICS, read_config, read_metrics
+
+Numbers = NDArray[np.float64]
+
+EXPERIMENT = "experiment.yaml"
+MAX_DEPTH = 3
+NUM_GRID_POINTS = 200
+RUN_SPECIFIC = ("seed", "engine", "checkpoint", "log")  # what may differ between the seeds of one method
+
+
+@dataclass(frozen=True)
+class XAxis:
+    """What may stand on the x axis: the records' keys that are added up, its label, and its units, largest first."""
+
+    keys: tuple[str, ...]
+    label: str
+    units: tuple[tuple[float, str], ...] = ()
+
+
+_SECONDS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
+_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+_FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
+X_AXES = {
+    "round": XAxis(("round",), "Round"),
+    "seconds": XAxis(("wall_seconds",), "Wall-clock time", _SECONDS),
+    "simulated": XAxis(("simulated_seconds",), "Simulated time", _SECONDS),
+    "bytes": XAxis(("total_bytes_up", "total_bytes_down"), "Communication, up and down", _BYTES),
+    "flops": XAxis(("total_client_flops",), "Client computation", _FLOPS),
+}
+
+
+@dataclass(frozen=True)
+class SingleRun:
+    """A run directory's logs.
+
+    Attributes:
+        directory: where they lie.
+        source: the experiment that the run belongs to, or else the directory that was asked for.
+        config: the resolved configuration.
+        records: one flat ``{dotted name: number}`` a round; what is no finite number is left out.
+    """
+
+    directory: Path
+    source: Path
+    config: dict[str, Any]
+    records: list[dict[str, float]]
+
+    @property
+    def name(self) -> str:
+        """Name of the method, or of the configuration."""
+        return str(self.config.get("name", self.directory.name))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The runs of one method that differ in their seeds."""
+
+    label: str
+    runs: list[SingleRun]
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is drawn of a curve.
+
+    Attributes:
+        x, mean, low, high: float64 [points]; low and high are the lowest and the highest seed.
+        num_seeds: seeds that count.
+        is_cut: whether a seed has logged more than what all seeds have in common.
+    """
+
+    x: Numbers
+    mean: Numbers
+    low: Numbers
+    high: Numbers
+    num_seeds: int
+    is_cut: bool
+
+
+def find_runs(directories: Sequence[str | Path]) -> list[SingleRun]:
+    """Read the single runs in or below `directories` (at most three levels down), each once, in order.
+
+    Raises:
+        ConfigError: a directory does not exist or holds no run, or no run has logged a round.
+        DataError: a log is malformed.
+    """
+    runs: dict[Path, SingleRun] = {}
+    for given in map(Path, directories):
+        if not given.is_dir():
+            raise ConfigError(f"no directory {str(given)!r}: name one that 'gossamer run' made")
+        try:
+            found = {path.resolve(): path for path in sorted(_run_directories(given, MAX_DEPTH), key=_started)}
+            runs |= {real: _read_run(path, given) for real, path in found.items() if real not in runs}
+        except OSError as error:
+            raise ConfigError(f"cannot read {error.filename!r} ({error.strerror}): check its permissions") from error
+        if not found:
+            raise ConfigError(
+                f"no run in or below {str(given)!r} (no directory with {CONFIG} and {METRICS}):"
+                " name one that 'gossamer run' made"
+            )
+    logged = [run for run in runs.values() if run.records]
+    if not logged:
+        raise ConfigError(
+            f"no round is logged yet in {', '.join(map(str, directories))}: let the run finish a round first"
+        )
+    return logged
+
+
+def _run_directories(directory: Path, depth: int) -> Iterator[Path]:
+    if (directory / CONFIG).is_file() and (directory / METRICS).is_file():
+        yield directory
+    elif depth > 0:
+        for child in sorted(directory.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                yield from _run_directories(child, depth - 1)
+
+
+def _started(directory: Path) -> str:
+    """Return when a run was started, so that methods keep the order in which they stand in their experiment."""
+    try:
+        return str(json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))["started"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+
+
+def _read_run(directory: Path, given: Path) -> SingleRun:
+    records = [dict(_numbers(record, "")) for record in read_metrics(directory)]
+    return SingleRun(directory, (_experiment(directory) or given).resolve(), read_config(directory), records)
+
+
+def _experiment(directory: Path) -> Path | None:
+    """Return the experiment that a run directory ``experiment[/method][/seed]`` belongs to."""
+    parents = directory.resolve().parents[:2]
+    return next((parent for parent in parents if (parent / EXPERIMENT).is_file()), None)
+
+
+def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield f"{prefix}{key}", float(value)
+
+
+def group(runs: Sequence[SingleRun]) -> list[Curve]:
+    """Group runs into curves: those of one experiment and one name.
+
+    Runs that were started one by one form a curve where they lie below one of the directories asked for, have equal
+    configurations but for their seeds, and have distinct seeds; else each is a curve. Where two curves have one name,
+    their directories tell them apart.
+    """
+    by_method: dict[tuple[Path, str], list[SingleRun]] = {}
+    for run in runs:
+        by_method.setdefault((run.source, run.name), []).append(run)
+    groups: list[list[SingleRun]] = []
+    for together in by_method.values():
+        groups += [together] if _differ_in_seed_only(together) else [[replace(r, source=r.directory)] for r in together]
+    names = [together[0].name for together in groups]
+    places = [together[0].source for together in groups]
+    labels = [
+        name if names.count(name) == 1 else f"{name} ({place.name})" for name, place in zip(names, places, strict=True)
+    ]
+    if len(set(labels)) < len(labels):
+        labels = [f"{name} ({place})" for name, place in zip(names, places, strict=True)]
+    return [Curve(label, together) for label, together in zip(labels, groups, strict=True)]
+
+
+def _differ_in_seed_only(runs: Sequence[SingleRun]) -> bool:
+    if _experiment(runs[0].directory) is not None:
+        return True
+    settings = [{key: value for key, value in run.config.items() if key not in RUN_SPECIFIC} for run in runs]
+    seeds = [run.config.get("seed") for run in runs]
+    return len(set(seeds)) == len(seeds) and all(setting == settings[0] for setting in settings)
+
+
+def summarize(runs: Sequence[SingleRun], metric: str, x: str) -> Line | None:
+    """Return mean and extent of `metric` over the seeds of a curve, or None where no run has both `metric` and `x`.
+
+    Against rounds, those that every seed has logged count. Against anything else the seeds have different x values:
+    each is interpolated linearly on one grid over the stretch that all of them cover.
+    """
+    keys = X_AXES[x].keys
+    points = []
+    for run in runs:
+        usable = [record for record in run.records if metric in record and all(key in record for key in keys)]
+        if usable:
+            at = np.array([sum(record[key] for key in keys) for record in usable])
+            points.append((at, np.array([record[metric] for record in usable])))
+    if not points:
+        return None
+    grid = _common_grid([at for at, _ in points], x)
+    if not len(grid):
+        return None
+    values = np.stack([np.interp(grid, at, value) for at, value in points])
+    is_cut = any(at[-1] > grid[-1] for at, _ in points) and x == "round"
+    return Line(grid, values.mean(axis=0), values.min(axis=0), values.max(axis=0), len(points), is_cut)
+
+
+def _common_grid(positions: Sequence[Numbers], x: str) -> Numbers:
+    """Return the x values, ascending, at which seeds with data at `positions` are compared."""
+    if len(positions) == 1:
+        return positions[0]
+    if x == "round":
+        return np.array(sorted(set.intersection(*(set(at.tolist()) for at in positions))))
+    first, last = max(at[0] for at in positions), min(at[-1] for at in positions)
+    return np.linspace(first, last, NUM_GRID_POINTS) if first < last else np.array([(first + last) / 2])

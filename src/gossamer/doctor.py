@@ -1,0 +1,305 @@
+"""What is installed here, what the machine offers, and what should be changed before a long run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from gossamer import registry
+
+REQUIRED = (
+    *("gossamer", "torch", "numpy", "scipy", "networkx", "ray", "grpcio", "protobuf", "pydantic", "PyYAML", "typer"),
+    *("rich", "matplotlib", "safetensors", "scikit-learn", "datasets", "flwr-datasets"),
+)
+OPTIONAL = ("tensorboard", "mlflow", "wandb", "perfetto", "opentelemetry-sdk", "transformers")
+OLDEST_TORCH = (2, 10)
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+LOW_DISK_BYTES = 2e9
+LOW_MEMORY_BYTES = 1e9
+LOW_SHARED_BYTES = 1e9
+CGROUP = Path("/sys/fs/cgroup")
+MEMORY_FACTS = Path("/proc/meminfo")
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something that should be changed, and how."""
+
+    problem: str
+    remedy: str
+
+
+@dataclass
+class Examination:
+    """What was found.
+
+    Attributes:
+        versions: of each package; None where it is not installed.
+        machine: processors, memory, disks; bytes as numbers.
+        torch: threads and accelerators, or why torch cannot be imported.
+        data: folders of data and caches.
+        warnings: what should be changed.
+    """
+
+    versions: dict[str, str | None] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    torch: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    warnings: list[Advice] = field(default_factory=list)
+
+
+def examine() -> Examination:
+    """Look at this interpreter and this machine; nothing is changed."""
+    found = Examination(_versions(), _machine(), _torch(), _data())
+    found.warnings += [
+        *_version_warnings(found.versions),
+        *_torch_warnings(found),
+        *_machine_warnings(found.machine),
+        *_data_warnings(found.data),
+    ]
+    return found
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in (*REQUIRED, *OPTIONAL):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    total, available = _memory()
+    return {
+        "platform": platform.platform(),
+        "num_cores": os.cpu_count(),
+        "num_usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "container_cores": _container_cores(),
+        "memory_bytes": total,
+        "available_memory_bytes": available,
+        "shared_memory_free_bytes": _free(SHARED_MEMORY),
+        "fork": "fork" in multiprocessing.get_all_start_methods(),
+        "disk_free_bytes": _free(Path.cwd()),
+        "thread_variables": {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
+    }
+
+
+def _memory() -> tuple[int | None, int | None]:
+    """Return the machine's memory and what of it is available, in bytes, within the container's limit."""
+    try:
+        lines = (line.split() for line in MEMORY_FACTS.read_text().splitlines())
+        facts = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
+        total, available = facts["MemTotal"], facts["MemAvailable"]
+    except (OSError, ValueError, LookupError):
+        return None, None
+    limit = _number(CGROUP / "memory.max") or _number(CGROUP / "memory" / "memory.limit_in_bytes")
+    return (total, available) if limit is None else (int(min(total, limit)), int(min(available, limit)))
+
+
+def _container_cores() -> float | None:
+    """Return how many cores' worth of time the container may use, or None where it has no limit."""
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        pass
+    quota_us, period_us = _number(CGROUP / "cpu" / "cpu.cfs_quota_us"), _number(CGROUP / "cpu" / "cpu.cfs_period_us")
+    return quota_us / period_us if quota_us and period_us and quota_us > 0 else None
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _free(path: Path) -> int | None:
+    """Return the free bytes of the disk that holds `path`, or would."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
+
+
+def _torch() -> dict[str, Any]:
+    try:
+        import torch
+
+        cuda = torch.cuda.is_available()
+        return {
+            "num_threads": torch.get_num_threads(),
+            "cuda": cuda,
+            "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+            if cuda
+            else [],
+        }
+    except Exception as error:  # a broken installation fails in any way, and is what a doctor is asked about
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def _data() -> dict[str, Any]:
+    given = os.environ.get("GOSSAMER_DATA")
+    root = Path(given) if given else None
+    folder = os.environ.get("GOSSAMER_CACHE")
+    cache = Path(folder) if folder else Path.home() / ".cache" / "gossamer"
+    complete, incomplete, others = _folders(root)
+    return {
+        "gossamer_data": given,
+        "exists": root is not None and root.is_dir(),
+        "datasets": complete,
+        "incomplete_datasets": incomplete,
+        "other_folders": others,
+        "cache": str(cache),
+        "cache_writable": _writable(cache),
+        "cache_free_bytes": _free(cache),
+    }
+
+
+def _folders(root: Path | None) -> tuple[list[str], list[str], list[str]]:
+    """Return the data sets in `root` that are whole, those that lack a split, and the other folders."""
+    complete: list[str] = []
+    incomplete: list[str] = []
+    others: list[str] = []
+    try:
+        folders = sorted(child for child in root.iterdir() if child.is_dir()) if root is not None else []
+    except OSError:
+        folders = []
+    for folder in folders:
+        if folder.name not in registry.BUILTIN["dataset"]:
+            others.append(folder.name)
+        elif all((folder / f"{split}.parquet").is_file() for split in ("train", "test")):
+            complete.append(folder.name)
+        else:
+            incomplete.append(folder.name)
+    return complete, incomplete, others
+
+
+def _writable(folder: Path) -> bool:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _version_warnings(versions: dict[str, str | None]) -> Iterator[Advice]:
+    missing = [package for package in REQUIRED if versions[package] is None and package != "gossamer"]
+    if missing:
+        yield Advice(f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    if versions["gossamer"] is None:
+        yield Advice(
+            "gossamer itself is not installed, only importable", "pip install it, so that runs record its version"
+        )
+    torch = versions["torch"]
+    if torch is not None and tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        yield Advice(f"torch {torch} is older than {oldest}", f"pip install 'torch>={oldest}'")
+
+
+def _torch_warnings(found: Examination) -> Iterator[Advice]:
+    torch, usable = found.torch, found.machine["num_usable_cores"] or 1
+    if "error" in torch:
+        yield Advice(
+            f"torch cannot be imported ({torch['error']})", "install torch again: pip install --force-reinstall torch"
+        )
+    elif torch["num_threads"] > usable:
+        yield Advice(
+            f"torch uses {torch['num_threads']} threads on {usable} usable cores",
+            f"set OMP_NUM_THREADS={usable}, or unset it",
+        )
+    for name, value in found.machine["thread_variables"].items():
+        yield Advice(
+            f"{name}={value} is set, but every worker computes with one thread",
+            f"unset {name}; choose engine.workers instead",
+        )
+
+
+def _machine_warnings(machine: dict[str, Any]) -> Iterator[Advice]:
+    quota, usable = machine["container_cores"], machine["num_usable_cores"] or 1
+    if quota is not None and quota < usable:
+        workers = max(1, int(quota))
+        yield Advice(f"the container may use {quota:g} of {usable} cores", f"set engine.workers={workers}")
+    if not machine["fork"]:
+        yield Advice("this system cannot fork, so there are no worker processes", "set engine.workers=0, or use Linux")
+    yield from _low(machine["available_memory_bytes"], LOW_MEMORY_BYTES, "memory is available", "end other programs")
+    yield from _low(
+        machine["shared_memory_free_bytes"],
+        LOW_SHARED_BYTES,
+        f"is free in {SHARED_MEMORY}, where Ray keeps its objects",
+        "give the container more: docker run --shm-size=4g",
+    )
+    yield from _low(machine["disk_free_bytes"], LOW_DISK_BYTES, "is free on this disk", "free some, or give --out DIR")
+
+
+def _data_warnings(data: dict[str, Any]) -> Iterator[Advice]:
+    if data["gossamer_data"] and not data["exists"]:
+        yield Advice(f"GOSSAMER_DATA = {data['gossamer_data']!r} is no folder", "correct it, or unset it")
+    for name in data["incomplete_datasets"]:
+        yield Advice(
+            f"data set {name!r} in GOSSAMER_DATA lacks train.parquet or test.parquet", "add it, or remove the folder"
+        )
+    if not data["cache_writable"]:
+        yield Advice(f"the cache {data['cache']!r} cannot be written", "set GOSSAMER_CACHE to a folder of yours")
+    elif data["cache_free_bytes"] is not None:
+        remedy = "free some, or set GOSSAMER_CACHE to another disk"
+        yield from _low(data["cache_free_bytes"], LOW_DISK_BYTES, f"is free for the cache {data['cache']!r}", remedy)
+
+
+def _low(num_bytes: int | None, least: float, what: str, remedy: str) -> Iterator[Advice]:
+    if num_bytes is not None and num_bytes < least:
+        yield Advice(f"only {num_bytes / 1e9:.1f} GB {what}", remedy)
+
+
+def render(found: Examination, as_json: bool) -> str:
+    """Return what was found as a table and its warnings, or as one JSON object."""
+    if as_json:
+        return json.dumps(asdict(found), indent=2)
+    rows = list(_rows(found))
+    width = max(len(name) for name, _ in rows)
+    warnings = [f"warning: {advice.problem}: {advice.remedy}" for advice in found.warnings]
+    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", *(warnings or ["nothing to change"])])
+
+
+def _rows(found: Examination) -> Iterator[tuple[str, str]]:
+    for package, number in found.versions.items():
+        yield package, number or "not installed" + (" (optional)" if package in OPTIONAL else "")
+    machine, data = found.machine, found.data
+    quota = machine["container_cores"]
+    limit = f", {quota:g} by the container's limit" if quota is not None else ""
+    yield "cores", f"{machine['num_usable_cores']} usable of {machine['num_cores']}{limit}"
+    yield (
+        "memory",
+        f"{_gigabytes(machine['available_memory_bytes'])} available of {_gigabytes(machine['memory_bytes'])}",
+    )
+    yield "shared memory", f"{_gigabytes(machine['shared_memory_free_bytes'])} free in {SHARED_MEMORY}"
+    yield "disk", f"{_gigabytes(machine['disk_free_bytes'])} free in the current directory"
+    yield "fork", "available" if machine["fork"] else "not available"
+    yield "CUDA", _accelerator(found.torch)
+    yield "GOSSAMER_DATA", data["gossamer_data"] or "not set: what is not embedded is fetched from the Hugging Face hub"
+    if data["exists"]:
+        yield "data sets", ", ".join(data["datasets"]) or "none"
+        yield "other folders", ", ".join(data["other_folders"]) or "none"
+    yield "cache", f"{data['cache']} ({_gigabytes(data['cache_free_bytes'])} free)"
+
+
+def _accelerator(torch: dict[str, Any]) -> str:
+    if "error" in torch:
+        return "unknown: torch cannot be imported"
+    present = ", ".join(torch["devices"]) if torch["cuda"] else "not available"
+    return f"{present}; the local engine trains on the CPU"
+
+
+def _gigabytes(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else f"{num_bytes / 1e9:.1f} GB"

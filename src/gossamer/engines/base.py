@@ -1,0 +1,92 @@
+"""What an engine is, and the options that every engine shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.options import Options
+from gossamer.records import BlockResult, RoundPlan
+from gossamer.submodel import Cutter
+from gossamer.workloads.base import Sums, Workload
+
+
+class VariantMode(Options):
+    """How participants of one capacity are trained. Resolved once, because each field changes bits.
+
+    Attributes:
+        stacked: all rows of a block in one batched computation (vmap), instead of one after another.
+        channels_last: images in channels-last order.
+        padding: short batches are padded and masked (stacked only).
+    """
+
+    stacked: bool = False
+    channels_last: bool = False
+    padding: bool = False
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Local training, as far as an engine must know it.
+
+    Attributes:
+        batch_size: samples a step.
+        clip_norm: largest Euclidean norm of a step's gradient, or None.
+    """
+
+    batch_size: int
+    clip_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What trains a block, on any engine: the same on every worker.
+
+    Attributes:
+        capacities: the capacity of each variant, ascending.
+        modes: how each variant is trained.
+        scaler: whether a sub-model's activations are multiplied by 1 / capacity while training.
+        count_labels: whether label rows are averaged over the clients that own the label only.
+    """
+
+    workload: Workload
+    algorithm: Algorithm
+    cutter: Cutter
+    train: TrainOptions
+    seed: int
+    capacities: tuple[float, ...]
+    modes: tuple[VariantMode, ...]
+    scaler: bool
+    count_labels: bool
+
+
+class Engine(Protocol):
+    """Carries out the two verbs of a phase where the state lives."""
+
+    def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
+        """Train the plan's participants; yields blocks as they come in, in any order."""
+        ...
+
+    def exchange(self, plan: RoundPlan) -> None:
+        """Combine what `train` returned, update the state and keep the survivors' private state."""
+        ...
+
+    def evaluate(self, capacity: float, round: int) -> Sums:
+        """Evaluate the model (or its sub-model of `capacity` at `round`) on the test data."""
+        ...
+
+    def read(self) -> Arrays:
+        """Return copies of the state arrays."""
+        ...
+
+    def write(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the state arrays."""
+        ...
+
+    def close(self) -> None:
+        """Stop workers and free memory."""
+        ...

@@ -1,0 +1,295 @@
+"""The engine of one machine: state in shared memory, blocks trained here or by forked workers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gossamer.aggregate import Part, TreeSum, combine
+from gossamer.algorithms.base import Arrays
+from gossamer.clientstore import ClientStore
+from gossamer.engines.base import Task
+from gossamer.engines.local.memory import keep_freed_memory, shared_zeros
+from gossamer.engines.local.pool import WorkerPool
+from gossamer.engines.local.training import Job
+from gossamer.engines.local.worker import Message, Worker
+from gossamer.records import Block, BlockResult, RoundPlan
+from gossamer.threads import one_thread
+from gossamer.workloads.base import Sums, add_sums
+
+STACKED_BLOCK_FLOATS = 1 << 20  # weights of one stacked block: a few MB, to stay in cache
+MAX_BLOCK_ROWS = 64
+SPARE_SLOTS = 16
+
+
+class LocalEngine:
+    """Trains a federation on this machine."""
+
+    def __init__(
+        self,
+        task: Task,
+        state: Mapping[str, Tensor],
+        store: ClientStore | None = None,
+        *,
+        workers: int,
+        block_size: int | None = None,
+    ) -> None:
+        """Place `state` (arrays [1, d]) in shared memory and start the workers.
+
+        Args:
+            task: what trains a block.
+            store: where private client state rests; needed if the algorithm keeps some.
+            workers: processes; 0 trains in this process. Changes no bits.
+            block_size: participants a block (a power of two), or None for a size that suits. Changes no bits.
+        """
+        keep_freed_memory()
+        self._task, self._store, self._block_size = task, store, block_size
+        self._workers = workers if sys.platform == "linux" else 0
+        self.stop_requested: Callable[[], bool] = lambda: False
+        self._state: Arrays = {}
+        for name, value in state.items():
+            self._state[name] = shared_zeros(value.numel()).view(value.shape).copy_(value)
+        self._rows = self._max_block_rows()
+        self._slots = self._make_slots() if self._workers else torch.zeros(0, 0)
+        self._local = Worker(task, self._state, self._slots)
+        self._pool: WorkerPool | None = None
+        if self._workers:
+            self._pool = WorkerPool(self._workers, lambda: Worker(task, self._state, self._slots).handle)
+        self._results: list[tuple[Block, list[bool], list[float]]] = []
+        self._trees: dict[tuple[int, str], TreeSum] = {}
+        self._sums: dict[tuple[int, str], Tensor] = {}
+        self._window_rows: dict[tuple[int, int, str], Tensor] = {}
+        self._private: dict[tuple[int, int], dict[str, Tensor]] = {}
+
+    # ---- the two verbs
+
+    def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
+        """Train the plan's participants; sums are kept for `exchange`. Payloads of the results are valid until then."""
+        self._results, self._sums, self._window_rows, self._private = [], {}, {}, {}
+        trees = self._trees = dict[tuple[int, str], TreeSum]()
+        blocks = [block for variant in range(len(plan.capacities)) for block in self._blocks_of(plan, variant)]
+        counts = np.bincount([block.variant for block in blocks], minlength=len(plan.capacities))
+        for block in blocks:
+            for name in self._task.algorithm.uplink:
+                trees.setdefault((block.variant, name), TreeSum(int(counts[block.variant])))
+        for result in self._train_blocks(plan, blocks):
+            block = result.block
+            self._results.append((block, result.finite, result.loss))
+            for name, value in result.payload.items():
+                if not self._task.cutter.shares(plan.capacities[block.variant]):
+                    assert value is not None
+                    self._window_rows[block.variant, block.number, name] = value.clone()
+                    continue
+                trees[block.variant, name].add(block.number, value)
+            if result.private:
+                self._private[block.variant, block.number] = {n: v.clone() for n, v in result.private.items()}
+            yield result
+        for key, tree in trees.items():
+            if tree.total is not None:
+                self._sums[key] = tree.total
+
+    def exchange(self, plan: RoundPlan) -> None:
+        """Combine, update the state in place and keep the survivors' private state."""
+        kept = self.survivors(plan)
+        parts = [part for variant in range(len(plan.capacities)) for part in self._parts(plan, variant, kept)]
+        if parts:
+            inbox = combine(self._task.cutter.layout, self._task.algorithm.uplink, parts)
+            views = {name: value[None] if value is not None else None for name, value in inbox.items()}
+            updated = self._task.algorithm.update(self._state, views, self._task.workload.num_clients)
+            self.write(updated)
+        if self._store is not None:
+            for block, finite, _ in self._results:
+                survivors = np.array(finite)
+                clients = plan.client[block.rows][survivors]
+                for name, rows in self._private.get((block.variant, block.number), {}).items():
+                    if len(clients):
+                        self._store.put(name, torch.from_numpy(clients), rows[torch.from_numpy(survivors)])
+
+    def survivors(self, plan: RoundPlan) -> NDArray[np.bool_]:
+        """Return bool [p]: whose update is in the sums."""
+        kept = np.zeros(len(plan.client), dtype=bool)
+        for block, finite, _ in self._results:
+            kept[block.rows] = finite
+        return kept
+
+    # ---- evaluation and state
+
+    def evaluate(self, capacity: float, round: int) -> Sums:
+        """Evaluate the model, or its sub-model of `capacity` at `round`, over all chunks of the test data."""
+        workload, where = self._task.workload, {"capacity": capacity, "round": round}
+        collected = self._map_chunks({"kind": "statistics"} | where, workload.num_statistics_chunks)
+        statistics = add_sums(collected)
+        listed = {name: value.tolist() for name, value in statistics.items()}
+        return add_sums(
+            self._map_chunks({"kind": "evaluate", "statistics": listed} | where, workload.num_evaluation_chunks)
+        )
+
+    def read(self) -> Arrays:
+        """Return copies of the state arrays [1, d]."""
+        return {name: value.clone() for name, value in self._state.items()}
+
+    def write(self, state: Mapping[str, Tensor]) -> None:
+        """Replace state arrays; those that are already in place cost nothing."""
+        for name, value in state.items():
+            if value is not self._state[name]:
+                self._state[name].copy_(value)
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    # ---- inside
+
+    def _blocks_of(self, plan: RoundPlan, variant: int) -> Iterator[Block]:
+        rows = plan.variant_rows(variant)
+        size = self._block_rows(variant, rows.stop - rows.start)
+        return (block for block in plan.blocks(size) if block.variant == variant)
+
+    def _block_rows(self, variant: int, num_rows: int) -> int:
+        """Return how many participants make a block: a power of two."""
+        if self._block_size is not None:
+            return self._block_size
+        share = math.ceil(num_rows / max(1, self._workers))
+        if not self._task.modes[variant].stacked:
+            share = max(1, share // 4)  # several blocks a worker, to even out the load
+            return min(1 << (share.bit_length() - 1), 8)
+        fitting = max(2, STACKED_BLOCK_FLOATS // self._task.cutter.sub_layout(self._task.capacities[variant]).d)
+        return min(1 << (fitting.bit_length() - 1), 1 << max(1, (share - 1).bit_length()), MAX_BLOCK_ROWS)
+
+    def _max_block_rows(self) -> int:
+        return self._block_size or MAX_BLOCK_ROWS
+
+    def _make_slots(self) -> Tensor:
+        """Reserve the workers' slots; pages that are never written take no memory."""
+        task, per_row = self._task, 2 * len(self._task.algorithm.client_arrays)
+        shared = all(task.cutter.shares(capacity) for capacity in task.capacities)
+        num_arrays = len(task.algorithm.uplink) * (1 if shared else self._rows) + per_row * self._rows
+        num_slots = 2 * self._workers + SPARE_SLOTS
+        return shared_zeros(num_slots * num_arrays * task.cutter.layout.d).view(num_slots, -1)
+
+    def _client_state(self, clients: NDArray[np.int64], d_sub: int) -> Arrays:
+        """Return the private rows [s, d] of clients, those of newcomers as the algorithm starts them."""
+        names = self._task.algorithm.client_arrays
+        if not names:
+            return {}
+        assert self._store is not None
+        fresh = self._task.algorithm.init_client(torch.zeros(len(clients), d_sub))
+        rows = {}
+        for name in names:
+            stored, present = self._store.get(name, torch.from_numpy(clients))
+            rows[name] = torch.where(present[:, None], stored, fresh[name])
+        return rows
+
+    def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
+        jobs = (self._job(plan, block) for block in blocks)
+        if self._pool is None:
+            for job in jobs:
+                if self.stop_requested():
+                    return
+                with one_thread():
+                    d_sub = self._task.cutter.sub_layout(job.capacity).d
+                    result = self._local.train(job, self._client_state(job.client, d_sub))
+                yield result
+            return
+        free, used = list(range(len(self._slots))), list[int]()
+        by_address = {(block.variant, block.number): block for block in blocks}
+        for reply in self._pool.map((self._message(job, self._slot(free, used)) for job in jobs), self.stop_requested):
+            block, slot = by_address[reply["variant"], reply["index"]], self._slots[reply["slot"]]
+            found: dict[str, dict[str, Tensor]] = {"payload": {}, "private": {}}
+            for key, (start, shape) in reply["written"].items():
+                group, name = key.split(".", 1)
+                found[group][name] = slot[start : start + math.prod(shape)].view(shape)
+            payload = {name: found["payload"].get(name) for name in self._task.algorithm.uplink}
+            used.append(reply["slot"])
+            yield BlockResult(block, payload, reply["loss"], reply["finite"], found["private"])
+
+    def _slot(self, free: list[int], used: list[int]) -> int:
+        """Return a free slot; if there is none, move partial sums out of the slots that came back."""
+        if not free:
+            for number in used:
+                for tree in self._trees.values():
+                    tree.move_out(self._slots[number])
+            free.extend(used)
+            used.clear()
+        return free.pop()
+
+    def _job(self, plan: RoundPlan, block: Block) -> Job:
+        rows = block.rows
+        return Job(
+            plan.round,
+            plan.phase,
+            block,
+            plan.capacities[block.variant],
+            plan.client[rows],
+            plan.weight[rows],
+            plan.steps[rows],
+            plan.lr,
+        )
+
+    def _message(self, job: Job, number: int) -> Message:
+        """Write a job's client state into slot `number` and describe the job."""
+        d_sub = self._task.cutter.sub_layout(job.capacity).d
+        taken = 0
+        for rows in self._client_state(job.client, d_sub).values():
+            self._slots[number][taken : taken + rows.numel()].copy_(rows.view(-1))
+            taken += rows.numel()
+        return {
+            "kind": "train",
+            "round": job.round,
+            "phase": job.phase,
+            "variant": job.block.variant,
+            "index": job.block.number,
+            "capacity": job.capacity,
+            "client": job.client.tolist(),
+            "weight": job.weight.tolist(),
+            "steps": job.steps.tolist(),
+            "lr": job.lr,
+            "slot": number,
+        }
+
+    def _parts(self, plan: RoundPlan, variant: int, kept: NDArray[np.bool_]) -> Iterator[Part]:
+        """Yield what the survivors of one variant sent, with their weights."""
+        rows, capacity = plan.variant_rows(variant), plan.capacities[variant]
+        survivors = np.flatnonzero(kept[rows]) + rows.start
+        if not len(survivors):
+            return
+        labels = None
+        if self._task.count_labels:
+            labels = self._task.workload.client_labels(plan.client[survivors]).numpy() * plan.weight[survivors, None]
+        if self._task.cutter.shares(capacity):
+            sums = {name: self._sums[variant, name] for name in self._task.algorithm.uplink}
+            label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).float()
+            cut = self._task.cutter.cut(capacity, plan.round, 0)
+            yield Part(cut, sums, math.fsum(plan.weight[survivors]), label_weights)
+            return
+        row_of = {
+            int(row): (block.number, i)
+            for block, _, _ in self._results
+            if block.variant == variant
+            for i, row in enumerate(range(block.rows.start, block.rows.stop))
+        }
+        for number, row in enumerate(survivors.tolist()):
+            index, i = row_of[row]
+            sums = {name: self._window_rows[variant, index, name][i] for name in self._task.algorithm.uplink}
+            label_weights = None if labels is None else torch.from_numpy(labels[number]).float()
+            cut = self._task.cutter.cut(capacity, plan.round, int(plan.client[row]))
+            yield Part(cut, sums, float(plan.weight[row]), label_weights)
+
+    def _map_chunks(self, message: Message, num_chunks: int) -> list[Sums]:
+        """Handle one message per chunk, and return the sums in the order of the chunks."""
+        jobs: Iterable[Message] = ({**message, "chunk": chunk} for chunk in range(num_chunks))
+        if self._pool is None:
+            with one_thread():
+                replies = [self._local.handle(job) for job in jobs]
+        else:
+            replies = list(self._pool.map(jobs, lambda: False))
+        replies.sort(key=lambda reply: int(reply["chunk"]))
+        return [{name: np.array(v, dtype=np.float64) for name, v in reply["sums"].items()} for reply in replies]

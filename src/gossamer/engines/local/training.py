@@ -1,0 +1,302 @@
+"""Local training of one block of participants: one after another, or stacked."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gossamer import rng
+from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
+from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.engines.base import Task
+from gossamer.records import Block, BlockResult
+from gossamer.workloads.base import Batch
+
+FETCH_BYTES = 64 << 20  # samples that are assembled in one go
+
+Rows = Tensor | list[Tensor]  # [s, d], or s tensors [1, d]
+
+
+class Job(NamedTuple):
+    """One block of a plan, as plain numbers."""
+
+    round: int
+    phase: int
+    block: Block
+    capacity: float
+    client: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    steps: NDArray[np.int32]
+    lr: float
+
+
+class Trainer:
+    """Trains blocks against resident state arrays [1, d]; keeps warm workspaces between calls."""
+
+    def __init__(self, task: Task, state: Mapping[str, Tensor]) -> None:
+        self.task, self._state = task, state
+        self._received_at: tuple[int, int, float] | None = None
+        self._received: Arrays = {}
+
+    def train(self, job: Job, client_state: Arrays) -> BlockResult:
+        """Train one block.
+
+        Args:
+            job: the block.
+            client_state: ``{name: [s, d]}`` rows of the algorithm's client arrays.
+        """
+        task = self.task
+        shared = task.cutter.shares(job.capacity)
+        received = [self._receive(job, int(client), shared) for client in job.client]
+        positions = local_positions(task, job)
+        train = self._train_stacked if task.modes[job.block.variant].stacked else self._train_singly
+        payload, private, losses = train(job, received, positions, client_state)
+        finite = finite_rows(payload)
+        summed = {name: self._weighted(job, name, rows, finite, shared) for name, rows in payload.items()}
+        kept = {name: rows if isinstance(rows, Tensor) else torch.cat(rows) for name, rows in private.items()}
+        return BlockResult(job.block, summed, losses, finite, kept)
+
+    def _weighted(self, job: Job, name: str, rows: Rows, finite: list[bool], shared: bool) -> Tensor | None:
+        """Weight the rows of one payload and, where they share a window, add them up."""
+        task, layout = self.task, self.task.cutter.sub_layout(job.capacity)
+        if task.algorithm.uplink[name] == "mean":
+            weights = torch.from_numpy(job.weight).float()
+            labels = task.workload.client_labels(job.client) * weights[:, None] if task.count_labels else None
+            for part, chunk in chunks(rows):
+                scale_rows_(layout, chunk, weights[part], None if labels is None else labels[part])
+        if not shared:
+            return rows if isinstance(rows, Tensor) else torch.cat(rows)
+        if isinstance(rows, Tensor) and all(finite):
+            return tree_sum_rows(rows)
+        present = [row for _, chunk in chunks(rows) for row in chunk]
+        return tree_sum([row if ok else None for row, ok in zip(present, finite, strict=True)])
+
+    def _receive(self, job: Job, client: int, shared: bool) -> Arrays:
+        """Return the downlink arrays [1, d_sub], cut to the client's window; a shared cut is made once a round."""
+        names, address = self.task.algorithm.downlink or (), (job.round, job.phase, job.capacity)
+        if shared and self._received_at == address:
+            return self._received
+        cut = self.task.cutter.cut(job.capacity, job.round, client)
+        if cut.is_full:
+            return {name: self._state[name] for name in names}
+        received = {name: cut.read(self._state[name][0], torch.zeros(cut.sub.d))[None] for name in names}
+        if shared:
+            self._received_at, self._received = address, received
+        return received
+
+    def _train_singly(
+        self, job: Job, received: list[Arrays], positions: NDArray[np.int64], client_state: Arrays
+    ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
+        algorithm, layout = self.task.algorithm, self.task.cutter.sub_layout(job.capacity)
+        payload: dict[str, list[Tensor]] = defaultdict(list)
+        private: dict[str, list[Tensor]] = defaultdict(list)
+        losses = []
+        for i in range(len(job.client)):
+            mine = {name: rows[i : i + 1] for name, rows in client_state.items()}
+            carry = algorithm.begin(received[i], mine)
+            views = {name: layout.views(value[0]) for name, value in carry.items()}
+            leaves = {name: view.detach().requires_grad_() for name, view in views["x"].items()}
+            loss, num_steps = torch.zeros(()), int(job.steps[i])
+            for batch in self._batches(job, slice(i, i + 1), positions):
+                one = {key: value[0] if isinstance(value, Tensor) else value for key, value in batch.items()}
+                value = self.task.workload.loss(leaves, one)
+                self._apply_step(views, leaves, value, job.lr)
+                loss += value.detach()
+            ended = algorithm.end(received[i], mine, carry, num_steps, job.lr)
+            for lists, arrays in zip((payload, private), ended, strict=True):
+                for name, row in arrays.items():
+                    lists[name].append(row)
+            losses.append(float(loss) / num_steps)
+        return dict(payload), dict(private), losses
+
+    def _apply_step(
+        self, views: dict[str, dict[str, Tensor]], leaves: dict[str, Tensor], loss: Tensor, lr: float
+    ) -> None:
+        """Differentiate one client's loss and take one step, parameter by parameter."""
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        if self.task.train.clip_norm is not None:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
+            torch._foreach_mul_(list(grads), (self.task.train.clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0))
+        with torch.no_grad():
+            for name, grad in zip(leaves, grads, strict=True):
+                step_in_place(self.task.algorithm, {key: view[name] for key, view in views.items()}, grad, lr)
+
+    def _train_stacked(
+        self, job: Job, received: list[Arrays], positions: NDArray[np.int64], client_state: Arrays
+    ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
+        algorithm, layout, s = self.task.algorithm, self.task.cutter.sub_layout(job.capacity), len(job.client)
+        if s == 1:  # a ghost: kernels of one row may round differently from those of two
+            job = job._replace(client=job.client.repeat(2), weight=job.weight.repeat(2), steps=job.steps.repeat(2))
+            received, positions = received * 2, positions.repeat(2, axis=0)
+            client_state = {name: rows.repeat(2, 1) for name, rows in client_state.items()}
+        rows = {name: stack_rows([one[name] for one in received]) for name in received[0]}
+        carry = algorithm.begin(rows, client_state)
+        views = {name: layout.views(value) for name, value in carry.items()}
+        loss = torch.zeros(len(job.client))
+        scale = 1.0 / job.capacity if self.task.scaler else 1.0
+        losses_of = torch.vmap(lambda params, batch: self.task.workload.loss(params, batch | {"scale": scale}))
+        for step, batch in enumerate(self._batches(job, slice(0, len(job.client)), positions)):
+            batch.pop("scale")
+            active = int(np.count_nonzero(job.steps > step))
+            computed = slice(0, max(active, 2))
+            leaves = {name: view[computed].detach().requires_grad_() for name, view in views["x"].items()}
+            values = losses_of(leaves, {key: value[computed] for key, value in batch.items()})
+            grads = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+            if self.task.train.clip_norm is not None:
+                grads = clip_rows(grads, self.task.train.clip_norm)
+            with torch.no_grad():
+                for name, grad in zip(leaves, grads, strict=True):
+                    now = {key: view[name][:active] for key, view in views.items()}
+                    step_in_place(algorithm, now, grad[:active], job.lr)
+            loss[:active] += values.detach()[:active]
+        payload, private = self._end_rows(rows, client_state, carry, job)
+        mean_loss = loss / torch.from_numpy(job.steps.astype(np.float32))
+        own = slice(0, s)
+        return (
+            {name: value[own] for name, value in payload.items()},
+            {name: value[own] for name, value in private.items()},
+            mean_loss[own].tolist(),
+        )
+
+    def _end_rows(self, rows: Arrays, client_state: Arrays, carry: Arrays, job: Job) -> tuple[Arrays, Arrays]:
+        """Call `end` once for every run of clients with equal step counts."""
+        pieces = []
+        for low, high in equal_runs(job.steps):
+            part = slice(low, high)
+            pieces.append(
+                self.task.algorithm.end(
+                    {name: value[part] for name, value in rows.items()},
+                    {name: value[part] for name, value in client_state.items()},
+                    {name: value[part] for name, value in carry.items()},
+                    int(job.steps[low]),
+                    job.lr,
+                )
+            )
+        if len(pieces) == 1:
+            return pieces[0]
+        payload = {name: torch.cat([piece[0][name] for piece in pieces]) for name in pieces[0][0]}
+        return payload, {name: torch.cat([piece[1][name] for piece in pieces]) for name in pieces[0][1]}
+
+    def _batches(self, job: Job, rows: slice, positions: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
+        """Yield one merged batch per local step for the clients in `rows`; samples are fetched many steps at a time."""
+        size, clients = self.task.train.batch_size, job.client[rows]
+        num_steps = int(job.steps[rows].max())
+        fetch_steps = max(1, FETCH_BYTES // (len(clients) * size * self._sample_bytes))
+        for first in range(0, num_steps, fetch_steps):
+            last = min(first + fetch_steps, num_steps)
+            wanted = positions[rows, first * size : last * size]
+            batch = self.task.workload.batch(clients, wanted, round=job.round)
+            for step in range(last - first):
+                yield self._one_step(job, batch, wanted, slice(step * size, (step + 1) * size))
+
+    def _one_step(self, job: Job, batch: Batch, wanted: NDArray[np.int64], part: slice) -> dict[str, Any]:
+        """Cut one step out of fetched samples and merge it with the clients' constants."""
+        mode = self.task.modes[job.block.variant]
+        if not mode.padding:  # the last batch of an epoch may be short; every row is equally short
+            part = slice(part.start, part.start + int((wanted[0, part] >= 0).sum()))
+        merged: dict[str, Any] = {
+            key: as_format(value[:, part], mode.channels_last)
+            for key, value in batch.samples.items()
+            if mode.padding or key != "mask"
+        }
+        return merged | batch.client | {"scale": 1.0 / job.capacity if self.task.scaler else 1.0}
+
+    @cached_property
+    def _sample_bytes(self) -> int:
+        zero = np.zeros(1, dtype=np.int64)
+        return sum(value.nbytes for value in self.task.workload.batch(zero, zero[None]).samples.values())
+
+
+def local_positions(task: Task, job: Job) -> NDArray[np.int64]:
+    """Shuffle every client's samples, once an epoch, into its local batches.
+
+    Returns:
+        int64 [s, max(steps) * batch size] of positions in the client's own data; -1 is padding.
+    """
+    size = task.train.batch_size
+    num_samples = task.workload.num_samples[job.client]
+    most = int(job.steps.max())
+    per_epoch = -(-num_samples // size)  # batches
+    positions = np.full((len(job.client), most * size), -1, dtype=np.int64)
+    filled = np.zeros(len(job.client), dtype=np.int64)
+    epoch = 0
+    while (filled < job.steps).any():
+        rows = np.flatnonzero(filled < job.steps)
+        order = rng.permutations(
+            task.seed, "shuffle", job.round, job.phase, job.client[rows], num_samples[rows], extra=epoch
+        )
+        for row, shuffled in zip(rows, order, strict=True):
+            start = filled[row] * size
+            room = min(num_samples[row], positions.shape[1] - start)
+            positions[row, start : start + room] = shuffled[:room]
+        filled += per_epoch
+        epoch += 1
+    return positions
+
+
+def step_in_place(algorithm: Algorithm, carry: Arrays, grad: Tensor, lr: float) -> None:
+    """Take one step on views; what the algorithm returns as new tensors is copied back."""
+    for name, value in algorithm.step(dict(carry), grad, lr).items():
+        if value is not carry[name]:
+            carry[name].copy_(value)
+
+
+def clip_rows(grads: tuple[Tensor, ...], clip_norm: float) -> tuple[Tensor, ...]:
+    """Clip each client's gradient, spread over tensors [s, ...], to a Euclidean norm of at most `clip_norm`."""
+    squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0)
+    factor = (clip_norm / squares.sqrt().clamp(min=1e-12)).clamp(max=1.0)
+    return tuple(grad * factor.view(-1, *(1,) * (grad.dim() - 1)) for grad in grads)
+
+
+def equal_runs(steps: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """Return the ``[low, high)`` runs of equal values."""
+    edges = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
+    return list(itertools.pairwise(edges))
+
+
+def chunks(rows: Rows) -> list[tuple[slice, Tensor]]:
+    """Return the tensors [k, d] that `rows` consists of, each with its place."""
+    if isinstance(rows, Tensor):
+        return [(slice(0, len(rows)), rows)]
+    return [(slice(i, i + 1), row) for i, row in enumerate(rows)]
+
+
+def finite_rows(payload: dict[str, Rows]) -> list[bool]:
+    """Say for each participant whether all of its payload is finite; NaN survives a minimum and a maximum."""
+    verdicts = []
+    for rows in payload.values():
+        extremes = [torch.stack(torch.aminmax(chunk, dim=1)) for _, chunk in chunks(rows)]
+        verdicts.append(torch.isfinite(torch.cat(extremes, dim=1)).all(0))
+    verdict: list[bool] = torch.stack(verdicts).all(0).tolist()
+    return verdict
+
+
+def stack_rows(rows: list[Tensor]) -> Tensor:
+    """Return rows [1, d] as [s, d], without a copy where they are one and the same."""
+    if all(row is rows[0] for row in rows):
+        return rows[0].expand(len(rows), -1)
+    return torch.cat(rows)
+
+
+def as_format(images: Tensor, channels_last: bool) -> Tensor:
+    """Return image samples [s, b, channels, height, width] in channels-last order; other tensors as they are.
+
+    With one channel the memory is the same in both orders, and only the strides tell convolutions which one is meant.
+    """
+    if not channels_last or images.dim() != 5:
+        return images
+    s, b, c, h, w = images.shape
+    flat = images.reshape(s * b, c, h, w)
+    if c == 1:
+        flat = flat.as_strided(flat.shape, (h * w, 1, w, 1))
+    else:
+        flat = flat.contiguous(memory_format=torch.channels_last)
+    return flat.view(s, b, c, h, w)

@@ -1,0 +1,98 @@
+"""What a worker does with a job: read it from shared memory, train or evaluate, write the result back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gossamer.algorithms.base import Arrays
+from gossamer.engines.base import Task
+from gossamer.engines.local.training import Job, Trainer
+from gossamer.records import Block, BlockResult
+from gossamer.workloads.base import Sums
+
+Message = dict[str, Any]
+
+
+class Worker:
+    """Handles messages; lives in a worker process, or in the driver's where there are none.
+
+    A slot is a stretch of shared memory: first the client state that a job reads, then what the job writes.
+    """
+
+    def __init__(self, task: Task, state: Mapping[str, Tensor], slots: Tensor) -> None:
+        self._task, self._state, self._slots = task, state, slots
+        self._trainer = Trainer(task, state)
+        self._statistics: tuple[tuple[float, int], dict[str, Tensor]] | None = None
+
+    def handle(self, message: Message) -> Message:
+        """Do one job and return its reply, both plain JSON values."""
+        if message["kind"] == "train":
+            return self._train(message)
+        if message["kind"] == "statistics":
+            sums = self.statistics(message["capacity"], message["round"], message["chunk"])
+            return {"chunk": message["chunk"], "sums": {name: value.tolist() for name, value in sums.items()}}
+        statistics = {name: torch.tensor(value, dtype=torch.float64) for name, value in message["statistics"].items()}
+        found = self.evaluate(message["capacity"], message["round"], statistics, message["chunk"])
+        return {"chunk": message["chunk"], "sums": {name: value.tolist() for name, value in found.items()}}
+
+    def train(self, job: Job, client_state: Arrays) -> BlockResult:
+        """Train one block in this process."""
+        return self._trainer.train(job, client_state)
+
+    def statistics(self, capacity: float, round: int, chunk: int) -> dict[str, Tensor]:
+        """Return the BatchNorm sums of one chunk of training data."""
+        with torch.no_grad():
+            return self._task.workload.statistics(self._params(capacity, round), chunk)
+
+    def evaluate(self, capacity: float, round: int, statistics: Mapping[str, Tensor], chunk: int) -> Sums:
+        """Return the metric sums of one chunk of test data."""
+        with torch.no_grad():
+            return self._task.workload.evaluate(self._params(capacity, round), statistics, chunk)
+
+    def _params(self, capacity: float, round: int) -> dict[str, Tensor]:
+        cut = self._task.cutter.cut(capacity, round, 0)
+        if cut.is_full:
+            return cut.full.views(self._state["x"][0])
+        return cut.sub.views(cut.read(self._state["x"][0], torch.zeros(cut.sub.d)))
+
+    def _train(self, message: Message) -> Message:
+        job = Job(
+            message["round"],
+            message["phase"],
+            Block(message["variant"], message["index"], slice(0, len(message["client"]))),
+            message["capacity"],
+            np.array(message["client"], dtype=np.int64),
+            np.array(message["weight"], dtype=np.float64),
+            np.array(message["steps"], dtype=np.int32),
+            message["lr"],
+        )
+        slot, num_rows = self._slots[message["slot"]], len(job.client)
+        d_sub = self._task.cutter.sub_layout(job.capacity).d
+        taken = 0
+        client_state = {}
+        for name in self._task.algorithm.client_arrays:
+            client_state[name] = slot[taken : taken + num_rows * d_sub].view(num_rows, d_sub).clone()
+            taken += num_rows * d_sub
+        result = self._trainer.train(job, client_state)
+        written: dict[str, Any] = {}
+        taken = 0
+        for group, arrays in (("payload", result.payload), ("private", result.private)):
+            for name, value in arrays.items():
+                if value is None:
+                    continue
+                slot[taken : taken + value.numel()].view(value.shape).copy_(value)
+                written[f"{group}.{name}"] = [taken, list(value.shape)]
+                taken += value.numel()
+        return {
+            "variant": message["variant"],
+            "index": message["index"],
+            "slot": message["slot"],
+            "loss": result.loss,
+            "finite": result.finite,
+            "written": written,
+        }

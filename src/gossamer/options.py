@@ -1,0 +1,56 @@
+"""Frozen, strict option models, and their errors as one clear sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gossamer.errors import ConfigError, nearest
+
+
+class Options(BaseModel):
+    """Base of every configuration section: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def parse_options(model: type[AnyOptions], data: Any, where: str) -> AnyOptions:
+    """Validate `data` as `model`; `where` is the dotted path of the section, named in errors.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a missing or a wrong value; one sentence.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where or 'the configuration'} must be a mapping of keys to values, not {data!r}")
+    try:
+        return model.model_validate(dict(data))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, model, where)) from None
+
+
+def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    location = [str(part) for part in first["loc"]]
+    path = ".".join([where, *location] if where else location)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, location[:-1])
+        return f"unknown key {path!r}{nearest(location[-1], known)} (known here: {', '.join(sorted(known))})"
+    if first["type"] == "missing":
+        return f"missing key {path!r}: add it"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{path or 'the configuration'} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    """Names of the fields of the section at `location` below `model`."""
+    current: Any = model
+    for part in location:
+        field = getattr(current, "model_fields", {}).get(part)
+        annotations = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        current = next((a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)), None)
+    return list(getattr(current, "model_fields", {}))

@@ -1,0 +1,298 @@
+"""Convergence curves drawn from logs alone: mean over the seeds, band from the lowest to the highest seed."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml  # type: ignore[import-untyped]
+from pydantic import Field, model_validator
+
+from gossamer.curves import X_AXES, Curve, Line, XAxis, find_runs, group, summarize
+from gossamer.errors import ConfigError, nearest, storage_errors
+from gossamer.options import Options, parse_options
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Lines = Sequence[Sequence[Line | None]]
+"""Of each panel, the line of each curve; None where the curve has nothing to show there."""
+
+FORMATS = ("png", "svg", "pdf")
+
+PANEL_INCHES = (4.2, 3.1)
+LEGEND_INCHES = 0.2  # height that each row of the legend adds
+NOTE_CHARACTERS = 19  # of the notes below the panels, in one inch
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
+LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1, 1, 1, 1, 1)))
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.labelsize": 10,
+    "axes.titlesize": 10,
+    "legend.fontsize": 9,
+    "legend.title_fontsize": 11,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": "0.88",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.solid_capstyle": "round",
+    "pdf.fonttype": 42,  # journals refuse type 3 fonts
+    "svg.hashsalt": "gossamer",  # equal logs give equal files
+}
+
+
+METRIC_LABELS = {"accuracy": "Test accuracy", "loss": "Test loss", "train_loss": "Training loss", "lr": "Learning rate"}
+
+
+class PanelOptions(Options):
+    """One panel of a figure.
+
+    Attributes:
+        metric: key of the records, dotted where nested; None: accuracy if it is logged, else train_loss.
+        x: what stands on the x axis.
+        title: text above the panel.
+        y_min, y_max: ends of the y axis; None: those of the data.
+    """
+
+    metric: str | None = None
+    x: Literal["round", "seconds", "simulated", "bytes", "flops"] = "round"
+    title: str | None = None
+    y_min: float | None = None
+    y_max: float | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PanelOptions:
+        if self.y_min is not None and self.y_max is not None and self.y_min >= self.y_max:
+            raise ValueError(f"y_min {self.y_min} is not below y_max {self.y_max}: swap or correct them")
+        return self
+
+
+class FigureOptions(Options):
+    """A figure: panels side by side.
+
+    Attributes:
+        panels: from left to right.
+        title: text above all panels.
+        size: width and height of the whole figure in inches; None: what the panels need.
+    """
+
+    panels: list[PanelOptions] = Field(min_length=1)
+    title: str | None = None
+    size: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _large_enough(self) -> FigureOptions:
+        if self.size is not None and not 1 <= min(self.size) <= max(self.size) <= 100:
+            raise ValueError(f"size {self.size} must be a width and a height between 1 and 100 inches")
+        return self
+
+
+def plot(
+    directories: Sequence[str | Path],
+    x: str | None,
+    metric: str | None,
+    output: str | Path,
+    spec: str | Path | None = None,
+) -> Path:
+    """Draw the runs below `directories` into a file, and return its path.
+
+    Args:
+        x: round (the default), seconds, simulated, bytes or flops.
+        metric: key of the records, dotted where nested; None: accuracy if it is logged, else train_loss.
+        output: a path that ends in .png, .svg or .pdf; its folder is made if need be.
+        spec: a YAML file of `FigureOptions`, instead of `x` and `metric`.
+
+    Raises:
+        ConfigError: no run or no round is found, an option or a metric is unknown.
+        StorageError: the file cannot be written.
+    """
+    import matplotlib
+
+    output = Path(output)
+    suffix = output.suffix.removeprefix(".").lower()
+    if suffix not in FORMATS:
+        raise ConfigError(f"cannot tell the format of {str(output)!r}: let its name end in .png, .svg or .pdf")
+    options = _options(x, metric, spec)
+    curves = group(find_runs(directories))
+    with matplotlib.rc_context(STYLE):
+        buffer = io.BytesIO()
+        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
+        draw(curves, options).savefig(buffer, format=suffix, dpi=200, metadata=undated)
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_bytes(buffer.getvalue())
+    return output
+
+
+def _options(x: str | None, metric: str | None, spec: str | Path | None) -> FigureOptions:
+    if spec is None:
+        panel = parse_options(PanelOptions, {"metric": metric} | ({} if x is None else {"x": x}), "")
+        return FigureOptions(panels=[panel])
+    if x is not None or metric is not None:
+        raise ConfigError(f"{str(spec)!r} names the axes of its panels: give either a spec, or x and metric")
+    try:
+        data = yaml.safe_load(Path(spec).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the plot's spec {str(spec)!r} ({error}): give the path of a YAML file"
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{str(spec)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    try:
+        return parse_options(FigureOptions, data, "")
+    except ConfigError as error:
+        raise ConfigError(f"{spec}: {error}") from None
+
+
+def draw(curves: Sequence[Curve], options: FigureOptions) -> Figure:
+    """Draw `curves` into every panel, with one legend above all of them.
+
+    Raises:
+        ConfigError: no run has logged a panel's metric, or what its x axis needs.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    num_panels = len(options.panels)
+    size = options.size or (PANEL_INCHES[0] * num_panels, PANEL_INCHES[1])
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, num_panels, squeeze=False)[0]
+    metrics = [panel.metric if panel.metric is not None else _default_metric(curves) for panel in options.panels]
+    drawn = [[summarize(curve.runs, m, p.x) for curve in curves] for m, p in zip(metrics, options.panels, strict=True)]
+    labels = _labels(curves, drawn)
+    for ax, panel, metric, lines in zip(axes, options.panels, metrics, drawn, strict=True):
+        if not any(lines):
+            raise _nothing_to_draw(curves, metric, panel.x)
+        _draw_panel(ax, panel, metric, dict(zip(labels, lines, strict=True)))
+    notes = _notes(curves, options, metrics, drawn)
+    if notes:
+        figure.supxlabel(textwrap.fill("; ".join(notes), int(size[0] * NOTE_CHARACTERS)), fontsize=7, color="0.35")
+    num_rows = _add_legend(figure, axes, options.title)
+    if options.size is None:
+        figure.set_size_inches(size[0], size[1] + LEGEND_INCHES * num_rows)
+    return figure
+
+
+def _labels(curves: Sequence[Curve], drawn: Lines) -> list[str]:
+    """Name each curve for the legend, with its number of seeds where that is not the same for all."""
+    seeds = [max(line.num_seeds for line in lines if line) if any(lines) else 0 for lines in zip(*drawn, strict=True)]
+    if len(set(seeds)) == 1:
+        return [curve.label for curve in curves]
+    plural = ["seed" if count == 1 else "seeds" for count in seeds]
+    return [f"{c.label} ({count} {word})" for c, count, word in zip(curves, seeds, plural, strict=True)]
+
+
+def _draw_panel(ax: Axes, panel: PanelOptions, metric: str, lines: Mapping[str, Line | None]) -> None:
+    factor, unit = _unit(X_AXES[panel.x], max(float(line.x[-1]) for line in lines.values() if line))
+    for index, (label, line) in enumerate(lines.items()):
+        if line is None:
+            continue
+        colour, style = COLOURS[index % len(COLOURS)], LINE_STYLES[index % len(LINE_STYLES)]
+        marker = "o" if len(line.x) == 1 else None
+        ax.plot(line.x / factor, line.mean, color=colour, linestyle=style, marker=marker, label=label)
+        if line.num_seeds > 1:
+            ax.fill_between(line.x / factor, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+    ax.set(xlabel=X_AXES[panel.x].label + unit, title=panel.title or "")
+    _format_axes(ax, metric, panel)
+
+
+def _notes(curves: Sequence[Curve], options: FigureOptions, metrics: Sequence[str], drawn: Lines) -> list[str]:
+    """Return what the reader must be told about the figure."""
+    notes = []
+    present = [line for lines in drawn for line in lines if line]
+    counts = {line.num_seeds for line in present}
+    if counts != {1}:
+        number = f"{counts.pop()} seeds" if len(counts) == 1 else "the seeds"
+        notes.append(f"lines: mean over {number}, bands: lowest to highest seed")
+        by_round = [panel.x == "round" for panel in options.panels]
+        if not all(by_round):
+            where = "except against rounds, " if any(by_round) else ""
+            notes.append(f"{where}seeds are interpolated linearly on a common grid")
+    if any(line.is_cut for line in present):
+        notes.append("a curve ends where its shortest seed ends")
+    for metric, lines in zip(metrics, drawn, strict=True):
+        missing = [curve.label for curve, line in zip(curves, lines, strict=True) if not line]
+        notes += [f"without {metric}: {', '.join(missing)}"] if missing else []
+    return notes
+
+
+def _default_metric(curves: Sequence[Curve]) -> str:
+    return "accuracy" if "accuracy" in _logged(curves) else "train_loss"
+
+
+def _logged(curves: Sequence[Curve]) -> set[str]:
+    return {key for curve in curves for run in curve.runs for record in run.records for key in record}
+
+
+def _nothing_to_draw(curves: Sequence[Curve], metric: str, x: str) -> ConfigError:
+    known = _logged(curves)
+    missing = [key for key in X_AXES[x].keys if key not in known]
+    if metric in known and missing:
+        return ConfigError(
+            f"x = {x!r} needs {missing[0]!r}, which no record has: choose another of {', '.join(X_AXES)}"
+        )
+    if metric in known:
+        return ConfigError(f"no round of every seed has both {metric!r} and x = {x!r}: choose another x")
+    return ConfigError(
+        f"no record has a number {metric!r}{nearest(metric, known)} (there are: {', '.join(sorted(known))})"
+    )
+
+
+def _unit(axis: XAxis, largest: float) -> tuple[float, str]:
+    """Return the factor and the label's addition of the largest unit that the data reach."""
+    if not axis.units:
+        return 1.0, ""
+    factor, name = next((unit for unit in axis.units if largest >= unit[0]), axis.units[-1])
+    return factor, f" ({name})"
+
+
+def _format_axes(ax: Axes, metric: str, panel: PanelOptions) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+    label = METRIC_LABELS.get(metric, metric.replace("_by_capacity.", " at capacity ").replace("_", " "))
+    label = label[0].upper() + label[1:]
+    lowest, highest = ax.dataLim.y0, ax.dataLim.y1
+    if "accuracy" in metric and lowest >= 0 and highest <= 1:
+        ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, symbol=""))
+        label += " (%)"
+    elif "bytes" in metric or "flops" in metric:
+        ax.yaxis.set_major_formatter(EngFormatter(unit="B" if "bytes" in metric else "FLOP"))
+    ax.set_ylabel(label)
+    ax.set_ylim(panel.y_min, panel.y_max)
+    ax.grid(True)
+    ax.margins(x=0.02)
+    if panel.x == "round":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _add_legend(figure: Figure, axes: Iterable[Axes], title: str | None) -> int:
+    """Put one legend for all panels above them in as few rows as fit; return their number, the title's included."""
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    for num_columns in range(len(handles), 0, -1):
+        legend = figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside upper center",
+            ncols=num_columns,
+            frameon=False,
+            handlelength=2.6,
+            title=title,  # a title of the figure would lie under the legend
+        )
+        if num_columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    return -(-len(handles) // num_columns) + (title is not None)

@@ -1,0 +1,1 @@
+"""What a round costs: floating-point operations, bytes, simulated seconds."""

@@ -1,0 +1,97 @@
+"""The records that pass between the loop and an engine: the plan of a phase, and what a block returns."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Block(NamedTuple):
+    """Participants of one variant that are trained and summed together.
+
+    Attributes:
+        variant: which capacity.
+        number: number of the block among those of its variant.
+        rows: slice of the plan's rows.
+    """
+
+    variant: int
+    number: int
+    rows: slice
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """Who trains what in one phase of one round; rows are sorted by variant, most steps first, then client.
+
+    Attributes:
+        round, phase: address of the phase.
+        client: int64 [p], participants.
+        site: int64 [p], row of the resident state that each participant starts from (0 for a server).
+        weight: float64 [p], aggregation weights.
+        steps: int32 [p], local steps.
+        variant: int16 [p], index into `capacities`.
+        base: int64 [p], model version that each starts from; equal to `round` unless asynchronous.
+        capacities: the capacity of each variant, ascending.
+        lr: local learning rate.
+        dropped: int64 [q], clients that were chosen but do not take part.
+    """
+
+    round: int
+    phase: int
+    client: NDArray[np.int64]
+    site: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    steps: NDArray[np.int32]
+    variant: NDArray[np.int16]
+    base: NDArray[np.int64]
+    capacities: tuple[float, ...]
+    lr: float
+    dropped: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def digest(self) -> str:
+        """Return a SHA-256 over every field, to compare plans between processes."""
+        digest = hashlib.sha256()
+        for item in fields(self):
+            value = getattr(self, item.name)
+            digest.update(item.name.encode())
+            digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+        return digest.hexdigest()
+
+    def variant_rows(self, variant: int) -> slice:
+        """Return the rows of one variant; they are contiguous."""
+        low, high = np.searchsorted(self.variant, [variant, variant + 1])
+        return slice(int(low), int(high))
+
+    def blocks(self, size: int) -> Iterator[Block]:
+        """Cut every variant's rows into aligned blocks of `size`, a power of two, so that tree sums keep their bits."""
+        for variant in range(len(self.capacities)):
+            rows = self.variant_rows(variant)
+            for index, low in enumerate(range(rows.start, rows.stop, size)):
+                yield Block(variant, index, slice(low, min(low + size, rows.stop)))
+
+
+@dataclass
+class BlockResult:
+    """What one block of s participants returns.
+
+    Attributes:
+        block: which block.
+        payload: ``{name: tensor}``: the block's weighted tree sum [d_sub], None if every row was dropped; where every
+            participant has a window of its own, the weighted rows [s, d_sub] instead.
+        loss: mean training loss of each row, length s.
+        finite: whether each row's update was finite, length s; the others are not in the sum.
+        private: ``{name: rows [s, d]}``, new client state of algorithms that keep some.
+    """
+
+    block: Block
+    payload: dict[str, Tensor | None]
+    loss: list[float]
+    finite: list[bool]
+    private: dict[str, Tensor] = field(default_factory=dict)

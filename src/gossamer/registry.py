@@ -1,0 +1,90 @@
+"""The only plug-in look-up: a short name, ``module:attribute``, or an entry point.
+
+Short names of what ships here stand in `BUILTIN`; a package of your own adds names under the entry-point group
+``gossamer.<kind>`` or is named in full as ``my_package.my_module:MyThing``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from gossamer.errors import RegistryError, nearest
+
+BUILTIN: dict[str, dict[str, str]] = {
+    "algorithm": {
+        "fedavg": "gossamer.algorithms.federated:FedAvg",
+        "fedrolex": "gossamer.algorithms.federated:FedRolex",
+        "heterofl": "gossamer.algorithms.federated:HeteroFL",
+        "federated-dropout": "gossamer.algorithms.federated:FederatedDropout",
+        "all-smallest": "gossamer.algorithms.federated:AllSmallest",
+        "all-largest": "gossamer.algorithms.federated:AllLargest",
+    },
+    "strategy": {
+        "rolling": "gossamer.submodel.windows:rolling",
+        "static": "gossamer.submodel.windows:static",
+        "random": "gossamer.submodel.windows:random",
+    },
+    "engine": {"local": "gossamer.engines.local:LocalEngine"},
+    "workload": {"image-classification": "gossamer.workloads.images:ImageClassification"},
+    "dataset": {
+        "digits": "gossamer.workloads.datasets:digits",
+        "mnist": "gossamer.workloads.datasets:mnist",
+        "fashion-mnist": "gossamer.workloads.datasets:fashion_mnist",
+        "cifar10": "gossamer.workloads.datasets:cifar10",
+        "cifar100": "gossamer.workloads.datasets:cifar100",
+        "synthetic": "gossamer.workloads.datasets:synthetic",
+    },
+    "model": {
+        "softmax": "gossamer.workloads.models:Softmax",
+        "mlp": "gossamer.workloads.models:MLP",
+        "cnn": "gossamer.workloads.models:CNN",
+        "preact-resnet18": "gossamer.workloads.resnet:PreActResNet18",
+    },
+    "partition": {
+        "iid": "gossamer.workloads.partitions:iid",
+        "dirichlet": "gossamer.workloads.partitions:dirichlet",
+        "n-classes": "gossamer.workloads.partitions:n_classes",
+        "shards": "gossamer.workloads.partitions:shards",
+        "natural-id": "gossamer.workloads.partitions:natural_id",
+    },
+    "sampler": {"uniform": "gossamer.planning:uniform"},
+}
+
+
+def names(kind: str) -> list[str]:
+    """List the short names known for `kind`, entry points included."""
+    return sorted({*BUILTIN.get(kind, {}), *(point.name for point in entry_points(group=f"gossamer.{kind}"))})
+
+
+def resolve(kind: str, name: str) -> Any:
+    """Find the object that `name` stands for.
+
+    Args:
+        kind: a key of `BUILTIN`, such as ``"algorithm"``.
+        name: a short name, an entry point's name, or ``module:attribute``.
+
+    Raises:
+        RegistryError: the name is unknown, or its module or attribute cannot be imported.
+    """
+    target = BUILTIN.get(kind, {}).get(name)
+    if target is None and ":" in name:
+        target = name
+    if target is None:
+        for point in entry_points(group=f"gossamer.{kind}"):
+            if point.name == name:
+                target = point.value
+    if target is None:
+        known = names(kind)
+        raise RegistryError(
+            f"unknown {kind} {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give 'module:attribute')"
+        )
+    module_name, _, attribute = target.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise RegistryError(f"cannot load {kind} {name!r} from {target!r}: {error}") from error
+    return found

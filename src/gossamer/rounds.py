@@ -1,0 +1,212 @@
+"""The loop. Data flows one way through a round: plan, train, exchange, update, evaluate, log, commit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from gossamer.checkpoint import Checkpoint, Checkpoints
+from gossamer.clientstore import ClientStore
+from gossamer.engines.base import Engine
+from gossamer.errors import Interrupted, QuorumError
+from gossamer.planning import Planner
+from gossamer.profiling.costs import Costs
+from gossamer.records import RoundPlan
+from gossamer.runlog import RunLog
+from gossamer.spans import Spans
+from gossamer.workloads.base import Workload
+
+Record = dict[str, Any]
+
+
+class Observer(Protocol):
+    """Watches a run, for example to draw a progress bar."""
+
+    def on_block(self, round: int, done: int, total: int) -> None:
+        """`done` of `total` participants of a round are trained."""
+        ...
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        """A round was logged."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """What the loop itself is told.
+
+    Attributes:
+        num_rounds: rounds to run in all.
+        quorum: least share of a round's participants whose updates must be usable.
+        evaluate_every: rounds between evaluations; the last round is always evaluated.
+        evaluate_capacities: sub-model sizes to evaluate besides the whole model.
+        commit_every_seconds: least time between commits; 0 commits after every round.
+    """
+
+    num_rounds: int
+    quorum: float
+    evaluate_every: int
+    evaluate_capacities: tuple[float, ...]
+    commit_every_seconds: float
+
+
+@dataclass
+class Progress:
+    """What the loop carries from round to round beside the engine's state; goes into every commit."""
+
+    round: int = 0
+    wall_seconds: float = 0.0
+    simulated_seconds: float = 0.0
+    total_bytes_up: int = 0
+    total_bytes_down: int = 0
+    total_client_flops: float = 0.0
+
+
+@dataclass
+class Loop:
+    """One run: its parts, and `run`."""
+
+    engine: Engine
+    workload: Workload
+    planner: Planner
+    costs: Costs
+    log: RunLog
+    checkpoints: Checkpoints
+    store: ClientStore | None
+    options: LoopOptions
+    observer: Observer | None = None
+    stop_requested: Callable[[], bool] = lambda: False
+    spans: Spans = field(default_factory=Spans)
+    progress: Progress = field(default_factory=Progress)
+    committed_round: int = -1
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a commit: state, private rows, counters and logs."""
+        arrays = dict(checkpoint.arrays)
+        self.engine.write({name.removeprefix("state."): v for name, v in arrays.items() if name.startswith("state.")})
+        if self.store is not None:
+            self.store.restore({n.removeprefix("store."): v for n, v in arrays.items() if n.startswith("store.")})
+        self.progress = Progress(**checkpoint.progress)
+        self.log.truncate(checkpoint.log_offsets)
+        self.committed_round = checkpoint.round
+
+    def run(self) -> None:
+        """Run all rounds that are left.
+
+        Raises:
+            QuorumError: too few usable updates; the state before that round is committed.
+            Interrupted: `stop_requested` turned true; the last whole round is committed.
+        """
+        if self.progress.round == 0:
+            self._commit()
+        committed_at = time.monotonic()
+        while self.progress.round < self.options.num_rounds:
+            try:
+                self._round()
+            except (Interrupted, QuorumError):
+                self._commit()
+                raise
+            if time.monotonic() - committed_at >= self.options.commit_every_seconds:
+                self._commit()
+                committed_at = time.monotonic()
+        self._commit()
+
+    def _round(self) -> None:
+        began = time.perf_counter()
+        plan = self.planner.plan(self.progress.round)
+        losses = self._train(plan)
+        with self.spans.span("exchange"):
+            self.engine.exchange(plan)
+        number = self.progress.round + 1
+        metrics: Record = {}
+        if number % self.options.evaluate_every == 0 or number == self.options.num_rounds:
+            with self.spans.span("evaluate"):
+                metrics = self._evaluate(plan.round)
+        self._advance(plan, time.perf_counter() - began)
+        record = self._record(plan, losses, time.perf_counter() - began) | metrics
+        self.log.log_metrics(record)
+        if self.observer is not None:
+            self.observer.on_round(record)
+
+    def _train(self, plan: RoundPlan) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Train; return the participants' losses, NaN where the update was dropped."""
+        losses = np.full(len(plan.client), np.nan)
+        done = 0
+        with self.spans.span("train"):
+            for result in self.engine.train(plan):
+                losses[result.block.rows] = np.where(result.finite, result.loss, np.nan)
+                for client, finite in zip(plan.client[result.block.rows], result.finite, strict=True):
+                    if not finite:
+                        self.log.log_event(
+                            "update-dropped", round=plan.round + 1, client=int(client), reason="not finite"
+                        )
+                done += len(result.finite)
+                if self.observer is not None:
+                    self.observer.on_block(plan.round, done, len(plan.client))
+        if done < len(plan.client) or self.stop_requested():
+            raise Interrupted(f"stopped after round {self.progress.round} of {self.options.num_rounds}")
+        usable, needed = int(np.isfinite(losses).sum()), math.ceil(self.options.quorum * len(plan.client))
+        if usable < max(1, needed):
+            raise QuorumError(
+                f"round {plan.round + 1}: only {usable} of {len(plan.client)} updates are usable and clients.quorum"
+                f" asks for {max(1, needed)}: lower train.lr or set train.clip_norm, or lower clients.quorum;"
+                f" round {self.progress.round} is committed"
+            )
+        return losses
+
+    def _evaluate(self, round: int) -> Record:
+        metrics: Record = dict(self.workload.metrics(self.engine.evaluate(1.0, round)))
+        if self.options.evaluate_capacities:
+            by_capacity = {
+                capacity: self.workload.metrics(self.engine.evaluate(capacity, round))
+                for capacity in self.options.evaluate_capacities
+            }
+            for name in ("accuracy", "loss"):
+                metrics[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
+        return metrics
+
+    def _advance(self, plan: RoundPlan, seconds: float) -> None:
+        costs = self.costs.of_round(plan, self.planner.samples_trained(plan))
+        progress = self.progress
+        progress.round += 1
+        progress.wall_seconds += seconds
+        progress.simulated_seconds += costs.simulated_seconds
+        progress.total_bytes_up += costs.bytes_up
+        progress.total_bytes_down += costs.bytes_down
+        progress.total_client_flops += costs.client_flops
+
+    def _record(self, plan: RoundPlan, losses: np.ndarray[Any, np.dtype[np.float64]], seconds: float) -> Record:
+        progress = self.progress
+        return {
+            "round": progress.round,
+            "wall_seconds": progress.wall_seconds,
+            "round_seconds": seconds,
+            "phase_seconds": self.spans.take(),
+            "simulated_seconds": progress.simulated_seconds,
+            "total_bytes_up": progress.total_bytes_up,
+            "total_bytes_down": progress.total_bytes_down,
+            "total_client_flops": progress.total_client_flops,
+            "num_participants": len(plan.client),
+            "num_survivors": int(np.isfinite(losses).sum()),
+            "lr": plan.lr,
+            "train_loss": float(np.nanmean(losses)),
+        }
+
+    def _commit(self) -> None:
+        if self.committed_round == self.progress.round:
+            return
+        with self.spans.span("commit"):
+            arrays: dict[str, torch.Tensor] = {f"state.{name}": value for name, value in self.engine.read().items()}
+            if self.store is not None:
+                arrays |= {f"store.{name}": value for name, value in self.store.index().items()}
+            self.log.sync()
+            self.checkpoints.commit(self.progress.round, arrays, vars(self.progress), self.log.offsets())
+            if self.store is not None:
+                self.store.release()
+        self.committed_round = self.progress.round

@@ -1,0 +1,376 @@
+"""The run directory: the resolved configuration, the environment and two append-only logs.
+
+    config.yaml        the resolved configuration; a directory that holds it is a run directory
+    environment.json   interpreter, machine, versions and time of start
+    metrics.jsonl      one JSON object a round
+    events.jsonl       drops, retries, warnings: one JSON object each
+    trace/  checkpoints/  plots/
+
+A log line is one `os.write` to a descriptor in append mode and nothing is buffered here: whatever kills the process,
+at most the last line of a log is torn. Readers ignore a torn last line; opening the run for writing cuts it off.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import yaml  # type: ignore[import-untyped]
+
+from gossamer.errors import CheckpointError, ConfigError, DataError, storage_errors
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
+LOGS = (METRICS, EVENTS)
+FOLDERS = ("trace", "checkpoints", "plots")
+
+
+class Sink(Protocol):
+    """A tracker that receives every metrics record after it was logged."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take one round's record, as it stands in metrics.jsonl."""
+
+    def close(self) -> None:
+        """Flush and let go of the tracker."""
+
+
+class RunLog:
+    """Writes one run directory; use `create` or `open`, one writer at a time.
+
+    A sink that raises is dropped and named in events.jsonl: a tracker that is down must not end a run.
+    """
+
+    def __init__(self, directory: Path, sinks: Sequence[Sink] = ()) -> None:
+        """Open the logs of `directory`, which `create` or `open` has prepared.
+
+        Raises:
+            StorageError: a log cannot be opened for writing.
+        """
+        self.directory = directory
+        self._sinks = list(sinks)
+        self._descriptors: dict[str, int] = {}
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        for name in LOGS:
+            with storage_errors(directory / name):
+                self._descriptors[name] = os.open(directory / name, flags, 0o666)
+        with storage_errors(directory):
+            _sync_directory(directory)
+
+    @classmethod
+    def create(
+        cls,
+        directory: Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any] | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> Self:
+        """Start a run in `directory`, which is made if need be.
+
+        Args:
+            config: the resolved configuration, of plain YAML values; its key order is kept.
+            environment: further facts for environment.json, next to those of `describe_environment`.
+            sinks: trackers that receive each metrics record too.
+
+        Raises:
+            ConfigError: the directory already holds a run, or `config` holds something that YAML cannot express.
+            StorageError: the disk refuses a write.
+        """
+        directory = Path(directory)
+        if any((directory / name).exists() and (directory / name).stat().st_size for name in (CONFIG, *LOGS)):
+            raise ConfigError(f"{str(directory)!r} already holds a run: resume it, or choose another --out")
+        try:
+            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"the configuration cannot be written as YAML ({reason}): use plain values only"
+            ) from error
+        with storage_errors(directory):
+            for folder in FOLDERS:
+                (directory / folder).mkdir(parents=True, exist_ok=True)
+        facts = describe_environment() | dict(environment or {})
+        _write_atomically(directory / ENVIRONMENT, json.dumps(_plain(facts), indent=2, allow_nan=False) + "\n")
+        _write_atomically(directory / CONFIG, text)
+        return cls(directory, sinks)
+
+    @classmethod
+    def open(cls, directory: Path, sinks: Sequence[Sink] = ()) -> Self:
+        """Continue the run in `directory`; torn last lines of its logs are cut off.
+
+        Raises:
+            ConfigError: `directory` is no run directory.
+            StorageError: the disk refuses a write.
+        """
+        directory = _require_run(directory)
+        repair(directory)
+        return cls(directory, sinks)
+
+    def log_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append one round's metrics; non-finite numbers become null, arrays and tensors become lists.
+
+        Raises:
+            StorageError: the disk refuses the line; the log is left as it was.
+        """
+        plain = _plain(record)
+        self._append(METRICS, plain)
+        self._tell_sinks(lambda sink: sink.log(plain))
+
+    def log_event(self, kind: str, **fields: Any) -> None:
+        """Append one event: its kind, the time (ISO 8601, UTC) and `fields`.
+
+        Raises:
+            StorageError: the disk refuses the line; the log is left as it was.
+        """
+        self._append(EVENTS, _plain({"kind": kind, "time": _now(), **fields}))
+
+    def sync(self) -> None:
+        """Force both logs onto the disk.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        for name, descriptor in self._descriptors.items():
+            with storage_errors(self.directory / name):
+                os.fsync(descriptor)
+
+    def offsets(self) -> dict[str, int]:
+        """Return the length of each log in bytes; call `sync` first if a commit is to rely on them."""
+        return {name: os.fstat(descriptor).st_size for name, descriptor in self._descriptors.items()}
+
+    def truncate(self, offsets: Mapping[str, int]) -> None:
+        """Cut both logs back to what they held at a commit, and force that onto the disk.
+
+        Args:
+            offsets: what `offsets` returned at that commit, in bytes.
+
+        Raises:
+            CheckpointError: a log is shorter than its offset, or has none; nothing is cut then.
+            StorageError: the disk refuses.
+        """
+        sizes = self.offsets()
+        for name in LOGS:
+            path = str(self.directory / name)
+            if name not in offsets:
+                raise CheckpointError(f"the commit records no offset for {path!r}: resume from another commit")
+            if sizes[name] < offsets[name]:
+                raise CheckpointError(
+                    f"{path!r} holds {sizes[name]} bytes but the commit was made at {offsets[name]}: the log was cut or"
+                    " replaced, so restore it from a copy or start the run anew"
+                )
+        for name, descriptor in self._descriptors.items():
+            with storage_errors(self.directory / name):
+                os.ftruncate(descriptor, offsets[name])
+                os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Close the logs and the sinks; a second call does nothing."""
+        self._tell_sinks(lambda sink: sink.close())
+        self._sinks.clear()
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _tell_sinks(self, tell: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                tell(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                self.log_event("sink-dropped", sink=type(sink).__name__, error=f"{type(error).__name__}: {error}")
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        line = (json.dumps(record, allow_nan=False) + "\n").encode()
+        descriptor = self._descriptors[name]
+        with storage_errors(self.directory / name):
+            length_before = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) != len(line):
+                # A regular file takes less than it is given only when there is no room for the rest.
+                os.ftruncate(descriptor, length_before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def new_directory(root: Path, name: str) -> Path:
+    """Make and return a fresh directory ``root/name-YYYYmmdd-HHMMSS[-k]`` (local time).
+
+    Two processes that ask at the same moment get different ones.
+
+    Raises:
+        ConfigError: `name` is empty or holds a path separator.
+        StorageError: the directory cannot be made.
+    """
+    if not name or os.sep in name:
+        raise ConfigError(f"{name!r} cannot name a run directory: use a name without {os.sep!r}")
+    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    root = Path(root)
+    with storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        for attempt in count():
+            directory = root / (f"{stem}-{attempt}" if attempt else stem)
+            try:
+                directory.mkdir()
+            except FileExistsError:
+                continue
+            return directory
+    raise AssertionError("unreachable")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return the facts about interpreter, machine and installed versions that a run records."""
+    packages = ("gossamer", "torch", "numpy")
+    return {
+        "started": _now(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "versions": {package: _version(package) for package in packages},
+    }
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the resolved configuration of the run in `directory`.
+
+    Raises:
+        ConfigError: `directory` is no run directory, or its config.yaml is no mapping in valid YAML.
+    """
+    path = _require_run(directory) / CONFIG
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is no valid YAML ({' '.join(str(error).split())}): restore it") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{str(path)!r} holds {config!r}, not a mapping: restore it")
+    return config
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl, one a round, without a torn last line.
+
+    Raises:
+        ConfigError: `directory` is no run directory.
+        DataError: a line before the last is malformed.
+    """
+    return _read(_require_run(directory) / METRICS)
+
+
+def read_events(directory: Path) -> list[dict[str, Any]]:
+    """Return the records of events.jsonl without a torn last line.
+
+    Raises:
+        ConfigError: `directory` is no run directory.
+        DataError: a line before the last is malformed.
+    """
+    return _read(_require_run(directory) / EVENTS)
+
+
+def repair(directory: Path) -> None:
+    """Cut a torn last line off each log of the run in `directory`; whole logs are left alone.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    for path in (directory / name for name in LOGS):
+        if not path.exists():
+            continue
+        with storage_errors(path):
+            content = path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            start = content.rfind(b"\n", 0, max(end - 1, 0)) + 1
+            if end == len(content) and _parse(content[start:]) is None:
+                end = start
+            if end < len(content):
+                os.truncate(path, end)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    *lines, torn = path.read_bytes().split(
+        b"\n"
+    )  # what follows the last newline is torn, even where it happens to parse
+    records = [_parse(line) for line in lines]
+    if not torn and records and records[-1] is None:
+        records.pop()
+    for number, record in enumerate(records, start=1):
+        if record is None:
+            raise DataError(f"line {number} of {str(path)!r} is no JSON object: restore the file, or delete the line")
+    return [record for record in records if record is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    """Reduce `value` to what JSON can express."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _require_run(directory: Path) -> Path:
+    directory = Path(directory)
+    if not (directory / CONFIG).is_file():
+        raise ConfigError(
+            f"{str(directory)!r} is no run directory (it holds no {CONFIG}): name one that 'gossamer run' made"
+        )
+    return directory
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.writing")
+    with storage_errors(path):
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""Sinks that pass a run's metrics on to a tracker: TensorBoard, MLflow, Weights & Biases.
+
+Each is a thin adapter that imports its tracker when it is built. The trackers come with the extra ``tracking`` and are
+not run in this environment's tests, which put fake modules in their place: what is tested is what we hand to them.
+By hand they were tried with tensorboard 2.21.0, mlflow-skinny 3.17.2 (files) and wandb 0.31.0 (offline), no server.
+
+Every finite number of a record becomes a scalar; nested objects are named ``outer/inner``, and lists, text and null are
+left out. The step is the record's ``round``. After a resume the rounds since the last commit are sent a second time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gossamer.errors import ConfigError
+
+
+class TensorBoardSink:
+    """Writes TensorBoard event files."""
+
+    def __init__(self, directory: Path) -> None:
+        """Write to `directory`.
+
+        Raises:
+            ConfigError: tensorboard is not installed.
+        """
+        self._writer = _tracker("torch.utils.tensorboard", "tensorboard").SummaryWriter(log_dir=str(directory))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write each scalar of `record` at its round."""
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, int(record["round"]))
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class MLflowSink:
+    """Logs to an MLflow tracking server or folder as one MLflow run."""
+
+    def __init__(self, experiment: str, run_name: str, tracking_uri: str | None = None) -> None:
+        """Start an MLflow run; without `tracking_uri`, where MLFLOW_TRACKING_URI or MLflow's default says.
+
+        Raises:
+            ConfigError: mlflow is not installed.
+        """
+        self._mlflow = _tracker("mlflow", "mlflow")
+        if tracking_uri is not None:
+            self._mlflow.set_tracking_uri(tracking_uri)
+        self._mlflow.set_experiment(experiment)
+        self._mlflow.start_run(run_name=run_name)
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Log the scalars of `record` at its round."""
+        self._mlflow.log_metrics(scalars(record), step=int(record["round"]))
+
+    def close(self) -> None:
+        """End the MLflow run."""
+        self._mlflow.end_run()
+
+
+class WandbSink:
+    """Logs to Weights & Biases as one run."""
+
+    def __init__(self, project: str, run_name: str, directory: Path | None = None) -> None:
+        """Start a W&B run whose local files go to `directory`.
+
+        Raises:
+            ConfigError: wandb is not installed.
+        """
+        wandb = _tracker("wandb", "wandb")
+        self._run = wandb.init(project=project, name=run_name, dir=None if directory is None else str(directory))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Log the scalars of `record` at its round; W&B ignores a round below one that it has seen."""
+        self._run.log(scalars(record), step=int(record["round"]))
+
+    def close(self) -> None:
+        """Finish the W&B run."""
+        self._run.finish()
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers of `record` by name, nested ones as ``outer/inner``, without ``round``."""
+    return {name: value for name, value in _walk(record, "") if name != "round"}
+
+
+def _walk(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _walk(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield f"{prefix}{key}", float(value)
+
+
+def _tracker(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"the tracker {package!r} cannot be imported ({error}): pip install 'gossamer[tracking]', or leave it out"
+        ) from error

@@ -1,0 +1,169 @@
+"""How a model lies in one flat row: names, shapes, the axes that tie dimensions together, and views.
+
+Every parameter starts on a 64-byte boundary, so kernels see operands aligned the same way in every row;
+the few floats between parameters are always zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import ConfigError
+from gossamer.submodel.windows import Window, window_length
+
+ALIGNMENT = 16  # floats: 64 bytes
+LABEL_AXIS = "label"
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a parameter: `outer` x the axis's width x `inner`, in this order of nesting.
+
+    A plain channel dimension has outer = inner = 1. A flattened [channel, 7, 7] input has inner = 49. The fused
+    query-key-value projection of an attention layer has outer = 3. `axis` None marks a dimension that is never cut;
+    the axis named ``"label"`` is never cut either, but its entries belong to labels (see `aggregate.selective_mean`).
+    """
+
+    axis: str | None
+    outer: int = 1
+    inner: int = 1
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether a capacity below 1 shortens this dimension."""
+        return self.axis is not None and self.axis != LABEL_AXIS
+
+
+AxisSpec = str | Dim | None
+Axes = Mapping[str, tuple[AxisSpec, ...]]
+
+
+def as_dim(spec: AxisSpec) -> Dim:
+    """Read an axis given by its bare name (or None) as a `Dim`."""
+    return spec if isinstance(spec, Dim) else Dim(spec)
+
+
+def axis_widths(shapes: Mapping[str, tuple[int, ...]], axes: Axes) -> dict[str, int]:
+    """Find the width of every named axis and check that all dimensions that name it agree.
+
+    Raises:
+        ConfigError: an axis has two widths, a parameter has no axes, or their number differs from its dimensions.
+    """
+    widths: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name not in axes:
+            raise ConfigError(f"parameter {name!r} has no axes: give one axis name, Dim or None per dimension {shape}")
+        if len(axes[name]) != len(shape):
+            raise ConfigError(
+                f"parameter {name!r} has shape {shape} but {len(axes[name])} axes: give one per dimension"
+            )
+        for size, spec in zip(shape, axes[name], strict=True):
+            dim = as_dim(spec)
+            if dim.axis is None:
+                continue
+            width, rest = divmod(size, dim.outer * dim.inner)
+            if rest or widths.setdefault(dim.axis, width) != width:
+                raise ConfigError(
+                    f"axis {dim.axis!r} of parameter {name!r} has size {size}, which does not fit outer {dim.outer},"
+                    f" inner {dim.inner} and the width {widths.get(dim.axis, width)} it has elsewhere"
+                )
+    return widths
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and axes of a model's parameters, in the order in which they lie in a flat row.
+
+    Attributes:
+        names: parameter names.
+        shapes: their shapes.
+        axes: per parameter one `Dim` per dimension.
+        d: length of a flat row in floats, padding included.
+        num_parameters: number of parameters, padding left out.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    axes: tuple[tuple[Dim, ...], ...]
+    offsets: tuple[int, ...] = field(init=False)
+    d: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        offsets, end = [], 0
+        for shape in self.shapes:
+            offsets.append(end)
+            end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+        object.__setattr__(self, "offsets", tuple(offsets))
+        object.__setattr__(self, "d", end)
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], axes: Axes) -> Layout:
+        """Build a layout from ``{name: shape}`` and ``{name: (axis, ...)}``.
+
+        Raises:
+            ConfigError: shapes and axes do not fit each other.
+        """
+        axis_widths(shapes, axes)
+        return cls(
+            tuple(shapes),
+            tuple(tuple(int(size) for size in shape) for shape in shapes.values()),
+            tuple(tuple(as_dim(spec) for spec in axes[name]) for name in shapes),
+        )
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Number of parameters, without padding."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Width of every named axis."""
+        return axis_widths(
+            dict(zip(self.names, self.shapes, strict=True)), dict(zip(self.names, self.axes, strict=True))
+        )
+
+    @cached_property
+    def cut_axes(self) -> tuple[str, ...]:
+        """The axes that a capacity below 1 shortens, in order of first appearance."""
+        seen = {dim.axis: None for dims in self.axes for dim in dims if dim.cuttable}
+        return tuple(axis for axis in seen if axis is not None)
+
+    def views(self, x: Tensor) -> dict[str, Tensor]:
+        """Return ``{name: view}`` of float32 `x` [..., d]; each view has shape [..., *shape] and shares memory."""
+        lead = x.shape[:-1]
+        return {
+            name: x[..., offset : offset + math.prod(shape)].view(*lead, *shape)
+            for name, shape, offset in zip(self.names, self.shapes, self.offsets, strict=True)
+        }
+
+    def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
+        """Copy ``{name: tensor}`` into a new flat float32 row [d]; padding is zero."""
+        row = torch.zeros(self.d)
+        for name, view in self.views(row).items():
+            view.copy_(params[name])
+        return row
+
+    def cut(self, capacity: float) -> Layout:
+        """Return the layout of a sub-model: every cuttable axis has ``max(1, floor(capacity * width))`` channels."""
+        lengths = {axis: window_length(self.widths[axis], capacity) for axis in self.cut_axes}
+        return self._with_lengths(lengths)
+
+    def windowed(self, windows: Mapping[str, Window]) -> Layout:
+        """Return the layout of the sub-model that `windows` (one per cuttable axis) select."""
+        return self._with_lengths({axis: len(windows[axis]) for axis in self.cut_axes})
+
+    def _with_lengths(self, lengths: Mapping[str, int]) -> Layout:
+        shapes = tuple(
+            tuple(
+                dim.outer * lengths[dim.axis] * dim.inner if dim.axis is not None and dim.cuttable else size
+                for dim, size in zip(dims, shape, strict=True)
+            )
+            for dims, shape in zip(self.axes, self.shapes, strict=True)
+        )
+        return Layout(self.names, shapes, self.axes)

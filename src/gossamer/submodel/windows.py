@@ -1,0 +1,151 @@
+"""Which channels of an axis a participant trains: windows as ascending segments.
+
+A window keeps its channels in ascending order, so that a full window is the identity and a rolled one is at most two
+slices. Length: ``max(1, floor(capacity * width))`` (FedRolex, arXiv 2212.01548, section 3; the floor is never 0 here).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer import rng
+from gossamer.errors import ConfigError
+from gossamer.registry import resolve
+
+Segments = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some of an axis's `width` channels, as ascending, disjoint ``[start, stop)`` segments with gaps between."""
+
+    width: int
+    segments: Segments
+
+    def __len__(self) -> int:
+        return sum(stop - start for start, stop in self.segments)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every channel is in the window."""
+        return self.segments == ((0, self.width),)
+
+    @cached_property
+    def indices(self) -> NDArray[np.int64]:
+        """The channels in ascending order, int64 [L]."""
+        return np.concatenate([np.arange(start, stop, dtype=np.int64) for start, stop in self.segments])
+
+    @classmethod
+    def of_indices(cls, width: int, indices: Sequence[int] | NDArray[np.int64]) -> Window:
+        """Build a window from ascending, distinct channel numbers."""
+        channels = np.asarray(indices, dtype=np.int64)
+        breaks = np.flatnonzero(np.diff(channels) != 1) + 1
+        runs = np.split(channels, breaks)
+        return cls(width, tuple((int(run[0]), int(run[-1]) + 1) for run in runs))
+
+
+class Chooser(Protocol):
+    """Returns the window of `length` channels of an axis of `width` at one address."""
+
+    def __call__(
+        self, width: int, length: int, *, round: int, stride: int, seed: int, client: int, group: int | str
+    ) -> Window: ...
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to choose windows; `shared`: all clients of a round and capacity get the same one."""
+
+    choose: Chooser
+    shared: bool
+
+
+def check_capacity(capacity: float) -> float:
+    """Return `capacity` if it lies in (0, 1].
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if not (isinstance(capacity, int | float) and 0 < capacity <= 1):
+        raise ConfigError(
+            f"capacity {capacity!r} is outside (0, 1]: give the share of each width that the client can hold"
+        )
+    return float(capacity)
+
+
+def window_length(width: int, capacity: float) -> int:
+    """Return ``max(1, floor(capacity * width))``, safe against the rounding of products such as 0.7 * 10.
+
+    Raises:
+        ConfigError: the capacity is outside (0, 1].
+    """
+    return max(1, math.floor(check_capacity(capacity) * width + 1e-9))
+
+
+def _rolling(width: int, length: int, *, round: int, stride: int, seed: int, client: int, group: int | str) -> Window:
+    """FedRolex, Eq. 3: channels ``(round * stride + t) mod width``, 0 <= t < length, the same for all clients.
+
+    ``stride=-1`` gives the backward window of the paper's public code.
+    """
+    if length == width:
+        return Window(width, ((0, width),))
+    start = (round * stride) % width
+    stop = start + length
+    if stop <= width:
+        return Window(width, ((start, stop),))
+    return Window(width, ((0, stop - width), (start, width)))
+
+
+def _static(width: int, length: int, *, round: int, stride: int, seed: int, client: int, group: int | str) -> Window:
+    """HeteroFL: always the first `length` channels."""
+    return Window(width, ((0, length),))
+
+
+def _random(width: int, length: int, *, round: int, stride: int, seed: int, client: int, group: int | str) -> Window:
+    """Federated Dropout: a uniform subset, fresh for each width group, client and round."""
+    if length == width:
+        return Window(width, ((0, width),))
+    source = rng.generator(seed, "window", round, 0, client, rng.stable_hash(str(group)))
+    return Window.of_indices(width, np.sort(source.choice(width, size=length, replace=False)))
+
+
+rolling = Strategy(_rolling, shared=True)
+static = Strategy(_static, shared=True)
+random = Strategy(_random, shared=False)
+
+
+def window(
+    strategy: str,
+    width: int,
+    capacity: float,
+    round: int,
+    stride: int = 1,
+    seed: int = 0,
+    client: int = 0,
+    group: int | str = 0,
+) -> Window:
+    """Return the window that `strategy` gives a client on an axis.
+
+    Args:
+        strategy: ``"rolling"``, ``"static"``, ``"random"`` or a plug-in's name.
+        width: number of channels of the axis, >= 1.
+        capacity: share of the channels, in (0, 1].
+        round: round number, >= 0.
+        stride: channels by which a rolling window moves each round.
+        seed, client, group: address of the random draw; `group` names the width group (axis).
+
+    Raises:
+        ConfigError: capacity outside (0, 1], width below 1 or an unknown strategy.
+    """
+    if width < 1:
+        raise ConfigError(f"axis width {width!r} is below 1: an axis needs at least one channel")
+    length = window_length(width, capacity)
+    found: Strategy = resolve("strategy", strategy)
+    return found.choose(width, length, round=round, stride=stride, seed=seed, client=client, group=group)

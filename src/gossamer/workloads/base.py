@@ -1,0 +1,142 @@
+"""What a workload is: data of many clients, a model in a `Layout`, a loss and metrics.
+
+A workload of your own is any object with the attributes of `Workload`; name it in a configuration as
+``my_package.my_module:MyWorkload``. `tests/contract.py` in this repository checks one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gossamer.submodel.layout import Layout
+
+Params = Mapping[str, Tensor]
+Sums = dict[str, NDArray[np.float64]]
+
+
+class Batch(NamedTuple):
+    """Training data of a block of s clients, m samples each.
+
+    Attributes:
+        samples: per-sample tensors, each [s, m, ...]. Where a row is padded, key ``"mask"`` (float32 [s, m]) is 0.
+        client: constants of each client, each [s, ...], such as ``"labels"``: bool [s, num_labels], the classes it has.
+    """
+
+    samples: dict[str, Tensor]
+    client: dict[str, Tensor]
+
+
+class Workload(Protocol):
+    """Data, model, loss and metrics.
+
+    Attributes:
+        layout: how the model lies in a flat row.
+        num_clients: registered clients.
+        num_samples: int64 [num_clients], training samples of each client, all >= 1.
+        num_labels: entries of the ``"label"`` axis, 0 if there is none.
+        supports_padding: whether `loss` honours ``batch["mask"]``, which stacking clients of unequal batches needs
+            (False where a layer mixes samples, as BatchNorm does while training).
+        supports_stacking: whether `loss` works under `torch.vmap`.
+        has_images: whether samples are [*, channels, height, width] images, for which channels-last may pay.
+        statistics: names of model state that is set from data before evaluation (static BatchNorm); usually empty.
+        num_statistics_chunks: into how many fixed pieces the training data is divided for `statistics`; 0: none needed.
+        num_evaluation_chunks: into how many fixed pieces the test data is divided for `evaluate`.
+    """
+
+    layout: Layout
+    num_clients: int
+    num_samples: NDArray[np.int64]
+    num_labels: int
+    supports_padding: bool
+    supports_stacking: bool
+    has_images: bool
+    num_evaluation_chunks: int
+    num_statistics_chunks: int
+
+    def init(self, seed: int) -> Tensor:
+        """Return initial parameters as a flat float32 row [d]."""
+        ...
+
+    def client_labels(self, clients: NDArray[np.int64]) -> Tensor:
+        """Return bool [s, num_labels]: the labels that each client's training data holds."""
+        ...
+
+    def batch(self, clients: NDArray[np.int64], positions: NDArray[np.int64], round: int = 0) -> Batch:
+        """Assemble samples for a block of clients.
+
+        Args:
+            clients: int64 [s].
+            positions: int64 [s, m], sample numbers within each client's own data; -1 is padding.
+            round: address of random augmentation.
+        """
+        ...
+
+    def loss(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
+        """Return the mean training loss (scalar) of one client's batch.
+
+        Args:
+            params: ``{name: tensor}`` of the (sub-)model.
+            batch: per-sample tensors [b, ...] and client constants of a `Batch`, merged; plus ``"scale"`` (float): the
+                factor of a sub-model's hidden activations while training (1 / capacity; 1.0 is off).
+        """
+        ...
+
+    def statistics(self, params: Params, chunk: int) -> dict[str, Tensor]:
+        """Return additive float64 sums over a chunk of the training data for static BatchNorm; {} if none is needed."""
+        ...
+
+    def evaluate(self, params: Params, statistics: Mapping[str, Tensor], chunk: int) -> Sums:
+        """Return additive sums over chunk `chunk` of the test data; they are added up in order for `metrics`."""
+        ...
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Turn added-up sums into metrics such as ``{"accuracy": ..., "loss": ...}``."""
+        ...
+
+
+class Model(Protocol):
+    """A model as pure functions of its parameters, so that it can be trained stacked.
+
+    Attributes:
+        shapes: ``{parameter: shape}`` in the order in which they lie in a row.
+        axes: ``{parameter: (axis name | Dim | None, ...)}``.
+        norms: names of the BatchNorm layers; usually empty.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    axes: dict[str, tuple[Any, ...]]
+    norms: tuple[str, ...]
+
+    def init(self, source: np.random.Generator) -> dict[str, Tensor]: ...
+
+    def apply(
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        statistics: Mapping[str, Tensor] | None = None,
+        record: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Return logits [b, num_labels] of inputs x [b, channels, height, width].
+
+        Args:
+            scale: factor for hidden activations (the Scaler of HeteroFL), 1.0 when evaluating.
+            statistics: sums over training data by which BatchNorm normalises; None or empty: the moments of the batch.
+            record: receives such sums (float64, additive) of this batch for every BatchNorm layer.
+        """
+        ...
+
+
+def add_sums(parts: Sequence[Sums]) -> Sums:
+    """Add up the sums of chunks in their order."""
+    total: Sums = {}
+    for part in parts:
+        for key, value in part.items():
+            total[key] = total[key] + value if key in total else value
+    return total

@@ -1,0 +1,259 @@
+"""Image data sets as plain tensors: scikit-learn's digits, the usual benchmarks, and a synthetic one.
+
+A data set of your own is a function ``(options: Mapping) -> ImageData``, named as ``my_package.my_module:my_set``.
+Images stay as they are stored (uint8 where they are) and are normalised when a batch is assembled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gossamer import rng
+from gossamer.errors import DataError
+from gossamer.options import Options, parse_options
+from gossamer.workloads.datasets_hub import HubSource, load
+
+WHERE = "workload.dataset"
+PER_DIGIT_TEST = 36  # 10 x 36 = 360 test images, 1,437 for training
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Training and test images with their labels.
+
+    Attributes:
+        name: what the set is called in messages.
+        train_images, test_images: uint8 or float32 [N, channels, height, width]; N may differ, the rest may not.
+        train_labels, test_labels: int64 [N], in 0 .. num_labels - 1.
+        num_labels: number of classes.
+        mean, std: of each channel of the training images, in the units in which they are stored; computed if left out.
+        owner: int64 [N], who each training image belongs to by nature (a writer, a phone), or None.
+
+    Raises:
+        DataError: a shape, a type or a value does not fit the above.
+    """
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    num_labels: int
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    owner: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_split(self.name, "training", self.train_images, self.train_labels, self.num_labels)
+        _check_split(self.name, "test", self.test_images, self.test_labels, self.num_labels)
+        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+            raise DataError(
+                f"data set {self.name!r} has training images of shape {tuple(self.train_images.shape[1:])}"
+                f" but test images of shape {tuple(self.test_images.shape[1:])}: give both splits the same shape"
+            )
+        if self.owner is not None and (self.owner.dtype != torch.int64 or self.owner.shape != self.train_labels.shape):
+            raise DataError(
+                f"data set {self.name!r} has owners of type {self.owner.dtype} and shape {tuple(self.owner.shape)}:"
+                f" give one int64 for each of its {len(self.train_labels)} training images"
+            )
+        if not self.mean:
+            mean, std = channel_moments(self.train_images)
+            object.__setattr__(self, "mean", mean)
+            object.__setattr__(self, "std", std)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of one image: channels, height, width."""
+        channels, height, width = self.train_images.shape[1:]
+        return channels, height, width
+
+
+def _check_split(name: str, split: str, images: Tensor, labels: Tensor, num_labels: int) -> None:
+    """Check one split.
+
+    Raises:
+        DataError: it is empty or has a wrong type, shape, pixel or label.
+    """
+    where = f"the {split} split of data set {name!r}"
+    if images.dim() != 4 or images.dtype not in (torch.uint8, torch.float32):
+        raise DataError(
+            f"{where} has images of type {images.dtype} and shape {tuple(images.shape)}:"
+            " give uint8 or float32 [N, channels, height, width]"
+        )
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (len(images),) or len(images) == 0:
+        raise DataError(
+            f"{where} has {len(images)} images but labels of type {labels.dtype} and shape {tuple(labels.shape)}:"
+            " give one int64 label for each image, and at least one image"
+        )
+    wrong = labels[(labels < 0) | (labels >= num_labels)]
+    if len(wrong):
+        raise DataError(
+            f"{where} has the label {int(wrong[0])}, outside 0 .. {num_labels - 1}: correct it or num_labels"
+        )
+    if images.dtype == torch.float32 and not bool(torch.isfinite(images).all()):
+        raise DataError(f"{where} has a pixel that is not finite: remove or repair that image")
+
+
+def channel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel of uint8 or float32 images [N, C, H, W].
+
+    A channel of one value only gets the standard deviation 1, so that dividing by it is harmless.
+    """
+    means, stds = [], []
+    for channel in range(images.shape[1]):
+        pixels = images[:, channel].reshape(-1)
+        if images.dtype == torch.uint8:
+            weight = torch.bincount(pixels, minlength=256).to(torch.float64) / len(pixels)
+            level = torch.arange(256, dtype=torch.float64)
+            mean = (weight * level).sum()
+            variance = (weight * (level - mean) ** 2).sum()
+        else:
+            variance, mean = torch.var_mean(pixels.to(torch.float64), correction=0)
+        means.append(float(mean))
+        stds.append(float(variance.sqrt()) or 1.0)
+    return tuple(means), tuple(stds)
+
+
+class SubsetOptions(Options):
+    """Options of a data set that can be cut down for a small experiment.
+
+    Attributes:
+        limit: keep only this many training images, the first after a shuffle; None keeps all.
+        seed: of that shuffle.
+    """
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    seed: int = 0
+
+
+def _limited(data: ImageData, options: SubsetOptions) -> ImageData:
+    """Keep the first `options.limit` training images after a seeded shuffle.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    if options.limit is None:
+        return data
+    total = len(data.train_labels)
+    if options.limit > total:
+        raise DataError(
+            f"{WHERE}.limit = {options.limit} exceeds the {total} training images of {data.name!r}: lower it"
+        )
+    order = rng.generator(options.seed, "dataset-limit").permutation(total)[: options.limit]
+    kept = torch.from_numpy(order)
+    owner = None if data.owner is None else data.owner[kept]
+    images, labels = data.train_images[kept], data.train_labels[kept]
+    return replace(data, train_images=images, train_labels=labels, owner=owner, mean=(), std=())
+
+
+def digits(options: Mapping[str, Any]) -> ImageData:
+    """Scikit-learn's embedded handwritten digits: 1,797 images of 1 x 8 x 8, values 0 .. 16; needs no download.
+
+    The split is fixed: 36 images of each digit are for testing (360), the other 1,437 for training.
+    Source: Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998.
+
+    Args:
+        options: see `SubsetOptions`.
+
+    Raises:
+        ConfigError: an unknown or wrong option.
+        DataError: the limit exceeds the training images.
+    """
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped,unused-ignore]
+
+    chosen = parse_options(SubsetOptions, options, WHERE)
+    pixels, target = load_digits(return_X_y=True)
+    images = torch.from_numpy(pixels.astype(np.uint8).reshape(-1, 1, 8, 8))
+    labels = torch.from_numpy(target.astype(np.int64))
+    is_test = np.zeros(len(target), dtype=bool)
+    for digit in range(10):
+        members = np.flatnonzero(target == digit)
+        is_test[rng.generator(0, "digits-split", participant=digit).permutation(members)[:PER_DIGIT_TEST]] = True
+    test = torch.from_numpy(is_test)
+    return _limited(ImageData("digits", images[~test], labels[~test], images[test], labels[test], 10), chosen)
+
+
+def _hub(source: HubSource, options: Mapping[str, Any]) -> ImageData:
+    chosen = parse_options(SubsetOptions, options, WHERE)
+    train_images, train_labels, test_images, test_labels = map(torch.from_numpy, load(source))
+    data = ImageData(source.name, train_images, train_labels, test_images, test_labels, source.num_labels)
+    return _limited(data, chosen)
+
+
+def mnist(options: Mapping[str, Any]) -> ImageData:
+    """MNIST, 1 x 28 x 28, 10 digits (LeCun et al., 1998); see `datasets_hub.load` for where it comes from.
+
+    Args:
+        options: see `SubsetOptions`.
+
+    Raises:
+        ConfigError: an unknown or wrong option.
+        DataError: the data is missing or malformed.
+    """
+    return _hub(HubSource("mnist", "ylecun/mnist", "image", "label", "L", 10), options)
+
+
+def fashion_mnist(options: Mapping[str, Any]) -> ImageData:
+    """Fashion-MNIST, 1 x 28 x 28, 10 kinds of clothing (arXiv 1708.07747); else as `mnist`."""
+    return _hub(HubSource("fashion-mnist", "zalando-datasets/fashion_mnist", "image", "label", "L", 10), options)
+
+
+def cifar10(options: Mapping[str, Any]) -> ImageData:
+    """CIFAR-10, 3 x 32 x 32, 10 classes (Krizhevsky, 2009); else as `mnist`."""
+    return _hub(HubSource("cifar10", "uoft-cs/cifar10", "img", "label", "RGB", 10), options)
+
+
+def cifar100(options: Mapping[str, Any]) -> ImageData:
+    """CIFAR-100, 3 x 32 x 32, its 100 fine classes (Krizhevsky, 2009); else as `mnist`."""
+    return _hub(HubSource("cifar100", "uoft-cs/cifar100", "img", "fine_label", "RGB", 100), options)
+
+
+class SyntheticOptions(Options):
+    """Options of `synthetic`.
+
+    Attributes:
+        num_train, num_test: number of images.
+        shape: channels, height, width.
+        num_labels: number of classes; label i is given to every num_labels-th image.
+        noise: standard deviation of a pixel around its class's prototype, whose pixels have standard deviation 1.
+        seed: of prototypes and noise.
+    """
+
+    num_train: int = Field(1000, ge=1)
+    num_test: int = Field(200, ge=1)
+    shape: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (1, 8, 8)
+    num_labels: int = Field(10, ge=1)
+    noise: float = Field(1.0, ge=0)
+    seed: int = 0
+
+
+def synthetic(options: Mapping[str, Any]) -> ImageData:
+    """Gaussian images around one random prototype per class: learnable, and made in code.
+
+    Args:
+        options: see `SyntheticOptions`.
+
+    Raises:
+        ConfigError: an unknown or wrong option.
+    """
+    chosen = parse_options(SyntheticOptions, options, WHERE)
+    source = rng.generator(chosen.seed, "synthetic-prototypes")
+    prototypes = source.standard_normal((chosen.num_labels, *chosen.shape), np.float32)
+
+    def split(count: int, purpose: str) -> tuple[Tensor, Tensor]:
+        labels = np.arange(count, dtype=np.int64) % chosen.num_labels
+        images = rng.generator(chosen.seed, purpose).standard_normal((count, *chosen.shape), np.float32)
+        images *= np.float32(chosen.noise)
+        images += prototypes[labels]
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+    train_images, train_labels = split(chosen.num_train, "synthetic-train")
+    test_images, test_labels = split(chosen.num_test, "synthetic-test")
+    return ImageData("synthetic", train_images, train_labels, test_images, test_labels, chosen.num_labels)

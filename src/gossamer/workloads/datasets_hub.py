@@ -1,0 +1,265 @@
+"""Labelled images from parquet files or the Hugging Face hub, decoded once and cached as arrays.
+
+Decoding 60,000 PNG or JPEG images takes seconds, so the arrays are kept under ``$GOSSAMER_CACHE`` (default
+``~/.cache/gossamer``), one .npz a data set, written aside and renamed; a damaged one is built afresh.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gossamer import rng
+from gossamer.errors import DataError
+
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
+SPLITS = ("train", "test")
+ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
+FORMAT_VERSION = 1  # part of the cache's key: raise it when what is cached changes
+PROBE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where a labelled image set is found and how it is laid out.
+
+    Attributes:
+        name: folder under ``$GOSSAMER_DATA``, and the name in messages.
+        repository: its name on the Hugging Face hub.
+        image_column, label_column: names of the two columns.
+        mode: ``"L"`` (grey) or ``"RGB"``.
+        num_labels: number of classes.
+    """
+
+    name: str
+    repository: str
+    image_column: str
+    label_column: str
+    mode: str
+    num_labels: int
+
+    def files(self) -> dict[str, Path] | None:
+        """Return the parquet file of each split, or None where ``$GOSSAMER_DATA`` holds no folder of this name.
+
+        Raises:
+            DataError: the folder is there but a file is not.
+        """
+        root = os.environ.get("GOSSAMER_DATA")
+        if not root or not (Path(root) / self.name).is_dir():
+            return None
+        found = {split: Path(root) / self.name / f"{split}.parquet" for split in SPLITS}
+        for path in found.values():
+            if not path.is_file():
+                raise DataError(f"data file {str(path)!r} is missing: add it, or unset GOSSAMER_DATA to use the hub")
+        return found
+
+
+def load(source: HubSource) -> Arrays:
+    """Return the decoded data set, from the cache where it is there.
+
+    The files ``$GOSSAMER_DATA/<name>/{train,test}.parquet`` are preferred where that folder exists; without it the set
+    is fetched from the hub. The cache of files is renewed when their size or time changes; that of the hub when its
+    file is deleted.
+
+    Returns:
+        training images uint8 [N, C, H, W] and labels int64 [N], test images and labels.
+
+    Raises:
+        DataError: a file, a column or the network is missing, an image cannot be decoded, or a label is out of range.
+    """
+    files = source.files()
+    cache = _cache_path(source, files)
+    arrays = _read_cache(cache)
+    if arrays is None:
+        arrays = _decode_all(source, files)
+        _write_cache(cache, arrays)
+    return arrays
+
+
+def _cache_path(source: HubSource, files: dict[str, Path] | None) -> Path:
+    folder = os.environ.get("GOSSAMER_CACHE")
+    root = Path(folder) if folder else Path.home() / ".cache" / "gossamer"
+    stats = [path.stat() for path in files.values()] if files else []
+    origin = [str(files["train"].parent.resolve())] if files else [source.repository]
+    key = rng.stable_hash(FORMAT_VERSION, source, *origin, *((stat.st_size, stat.st_mtime_ns) for stat in stats))
+    return root / f"{source.name}-{key:016x}.npz"
+
+
+def _read_cache(path: Path) -> Arrays | None:
+    """Return the arrays of a cache file, or None where there is none or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            train_images, train_labels, test_images, test_labels = (stored[name] for name in ARRAY_NAMES)
+            return train_images, train_labels, test_images, test_labels
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        warnings.warn(f"the cache {str(path)!r} is damaged ({error}) and is built afresh", stacklevel=2)
+        return None
+
+
+def _write_cache(path: Path, arrays: Arrays) -> None:
+    """Write a cache file aside and rename it; a disk that refuses costs a warning only."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                np.savez(file, **dict(zip(ARRAY_NAMES, arrays, strict=True)))  # type: ignore[arg-type]
+            os.replace(aside, path)
+        except BaseException:
+            os.unlink(aside)
+            raise
+    except OSError as error:
+        warnings.warn(f"cannot cache decoded images ({error}): set GOSSAMER_CACHE to a writable folder", stacklevel=2)
+
+
+def _decode_all(source: HubSource, files: dict[str, Path] | None) -> Arrays:
+    places = {split: str(files[split]) if files else f"{source.repository} ({split})" for split in SPLITS}
+    with _opened(source, files) as splits:
+        train, test = (_decode(source, splits[split], places[split]) for split in SPLITS)
+    return *train, *test
+
+
+@contextmanager
+def _opened(source: HubSource, files: dict[str, Path] | None) -> Iterator[Any]:
+    """Yield ``{split: datasets.Dataset}``; the intermediate files of reading parquet are removed at the end.
+
+    Raises:
+        DataError: a file cannot be read, or the hub cannot be reached.
+    """
+    if files is None:
+        yield _from_hub(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="gossamer-") as scratch, _no_progress_bars():
+        opened = {}
+        for split, path in files.items():
+            try:
+                opened[split] = _library().Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True)
+            except Exception as error:  # the library raises many kinds for a broken file
+                raise DataError(
+                    f"cannot read {str(path)!r} as parquet ({_first_line(error)}): fetch the file again"
+                ) from error
+        yield opened
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    datasets = _library()
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _from_hub(source: HubSource) -> Any:
+    """Fetch a data set from the hub; not exercised by this repository's tests: needs the network.
+
+    The library would retry for half a minute where there is no network, so one short question is asked first. With
+    ``HF_HUB_OFFLINE=1`` nothing is asked, and the library's own cache must hold the set.
+
+    Raises:
+        DataError: the hub cannot be reached, or does not have the set.
+    """
+    import huggingface_hub
+
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            huggingface_hub.HfApi().dataset_info(source.repository, timeout=PROBE_SECONDS)
+        return _library().load_dataset(source.repository)
+    except Exception as error:  # the libraries raise many kinds for a broken network
+        raise DataError(
+            f"cannot fetch {source.repository!r} from the Hugging Face hub ({_first_line(error)}): allow network"
+            f" access, or put train.parquet and test.parquet into $GOSSAMER_DATA/{source.name}"
+        ) from error
+
+
+def _library() -> Any:
+    """Import the library `datasets`, which takes a second."""
+    import datasets  # type: ignore[import-untyped,unused-ignore]
+
+    return datasets
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _decode(source: HubSource, split: Any, place: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Decode one split into uint8 [N, C, H, W] and int64 [N].
+
+    Raises:
+        DataError: a column is missing, an image cannot be decoded or has another size, or a label is out of range.
+    """
+    for column in (source.image_column, source.label_column):
+        if column not in split.column_names:
+            raise DataError(
+                f"{place} has no column {column!r}, only {split.column_names}: rename its column or fetch it again"
+            )
+    if len(split) == 0:
+        raise DataError(f"{place} has no rows: fetch it again")
+    labels = _checked_labels(split.with_format("numpy")[source.label_column][:], source, place)
+    try:
+        encoded = split.cast_column(source.image_column, _library().Image(decode=False))
+    except Exception as error:
+        raise DataError(f"column {source.image_column!r} of {place} holds no images ({_first_line(error)})") from error
+    images: NDArray[np.uint8] | None = None
+    for row, cell in enumerate(encoded[source.image_column]):
+        pixels = _decode_image(cell, source, f"row {row} of column {source.image_column!r} of {place}")
+        if images is None:
+            images = np.empty((len(split), *pixels.shape), dtype=np.uint8)
+        if pixels.shape != images.shape[1:]:
+            raise DataError(
+                f"row {row} of {place} is {pixels.shape} but earlier images are {images.shape[1:]}: resize or drop it"
+            )
+        images[row] = pixels
+    assert images is not None
+    return images, labels
+
+
+def _checked_labels(values: Any, source: HubSource, place: str) -> NDArray[np.int64]:
+    labels = np.asarray(values)
+    if labels.dtype.kind not in "iu":
+        raise DataError(
+            f"column {source.label_column!r} of {place} holds {labels.dtype}, not integers: store labels as int64"
+        )
+    wrong = labels[(labels < 0) | (labels >= source.num_labels)]
+    if len(wrong):
+        raise DataError(
+            f"column {source.label_column!r} of {place} holds the label {wrong[0]}, outside"
+            f" 0 .. {source.num_labels - 1}: correct or drop that row"
+        )
+    return labels.astype(np.int64)
+
+
+def _decode_image(cell: Any, source: HubSource, place: str) -> NDArray[np.uint8]:
+    """Decode PNG, JPEG ... bytes into uint8 [C, H, W].
+
+    Raises:
+        DataError: they are missing or no image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(cell["bytes"])) as picture:
+            pixels = np.asarray(picture if picture.mode == source.mode else picture.convert(source.mode))
+    except Exception as error:  # PIL raises many kinds for broken bytes
+        raise DataError(
+            f"{place} is not an image ({_first_line(error)}): drop that row or fetch the file again"
+        ) from error
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

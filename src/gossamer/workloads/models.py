@@ -1,0 +1,223 @@
+"""Image classifiers as pure functions of named parameters: softmax regression, perceptron, McMahan's CNN.
+
+Every hidden width is an axis of its own, so a capacity below 1 cuts it; input channels and classes are never cut.
+`apply` reads all widths off the parameters, so it runs sub-models as they are, also under `torch.vmap`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from gossamer.errors import ConfigError
+from gossamer.options import Options, parse_options
+from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
+from gossamer.submodel.windows import window_length
+
+WHERE = "workload.model"
+Record = dict[str, Tensor]
+
+
+class ModelOptions(Options):
+    """Options of every model. Attributes: width: share of each hidden width that the full model has, in (0, 1]."""
+
+    width: float = Field(1.0, gt=0, le=1)
+
+
+def default_init(shapes: Mapping[str, tuple[int, ...]], source: np.random.Generator) -> dict[str, Tensor]:
+    """Draw parameters as PyTorch's Linear and Conv2d do by default: uniform in ±1/sqrt(fan in), weights and biases.
+
+    A one-dimensional ``*.weight`` belongs to a normalisation: it is set to 1 and its bias to 0.
+    """
+    params: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        weight_shape = shapes[name.rpartition(".")[0] + ".weight"]
+        if len(weight_shape) == 1:
+            params[name] = torch.full(shape, 1.0 if name.endswith(".weight") else 0.0)
+            continue
+        bound = 1 / math.sqrt(math.prod(weight_shape[1:]))
+        params[name] = torch.from_numpy(source.random(shape, dtype=np.float32)).mul_(2).sub_(1).mul_(bound)
+    return params
+
+
+def rescale(x: Tensor, scale: float | Tensor) -> Tensor:
+    """Multiply by `scale`: the Scaler of HeteroFL (arXiv 2010.01264); exactly 1.0 costs nothing."""
+    return x * scale if isinstance(scale, Tensor) or scale != 1.0 else x
+
+
+class ImageModel:
+    """Base of the models here: names, shapes and axes of the parameters, and their initial values.
+
+    Attributes:
+        Options: the options that the constructor takes as keywords.
+        norms: names of the BatchNorm layers; a model with any mixes samples while training.
+        shapes: ``{parameter: shape}`` in the order in which they lie in a row.
+        axes: ``{parameter: (axis name | Dim | None, ...)}``.
+    """
+
+    Options: ClassVar[type[ModelOptions]] = ModelOptions
+    norms: tuple[str, ...] = ()
+
+    def __init__(self, input_shape: tuple[int, int, int], num_labels: int, width: float = 1.0, **params: Any) -> None:
+        """Declare the parameters.
+
+        Args:
+            input_shape: channels, height, width of an image.
+            num_labels: number of classes.
+            width: share of each hidden width, in (0, 1]; a width K becomes ``max(1, floor(width * K))``.
+            params: further options of the model.
+
+        Raises:
+            ConfigError: an unknown or wrong option, or images too small for the model.
+        """
+        options = parse_options(self.Options, {"width": width, **params}, WHERE)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.axes: dict[str, tuple[AxisSpec, ...]] = {}
+        self.declare(options, input_shape, num_labels)
+
+    def declare(self, options: Any, input_shape: tuple[int, int, int], num_labels: int) -> None:
+        """Fill `shapes` and `axes` (and `norms`)."""
+        raise NotImplementedError
+
+    def add(self, layer: str, shape: tuple[int, ...], axes: tuple[AxisSpec, ...], bias: bool = True) -> None:
+        """Declare ``<layer>.weight`` and, if asked, ``<layer>.bias`` along its first dimension."""
+        self.shapes[f"{layer}.weight"], self.axes[f"{layer}.weight"] = shape, axes
+        if bias:
+            self.shapes[f"{layer}.bias"], self.axes[f"{layer}.bias"] = shape[:1], axes[:1]
+
+    def init(self, source: np.random.Generator) -> dict[str, Tensor]:
+        """Return initial parameters, see `default_init`."""
+        return default_init(self.shapes, source)
+
+    def apply(
+        self,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        statistics: Mapping[str, Tensor] | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """Return logits float32 [b, num_labels] of images float32 [b, channels, height, width].
+
+        Args:
+            params: parameters of the model or of a sub-model.
+            scale: factor for hidden activations before their non-linearity or normalisation.
+            statistics: sums as `record` holds them, by which BatchNorm normalises; None or empty: the batch's own.
+            record: receives of every BatchNorm layer's input, per channel, ``"<layer>.sum"`` and ``"<layer>.squares"``
+                (float64 [channels]) and ``"<layer>.count"`` (float64 []); they may be added up over batches.
+        """
+        raise NotImplementedError
+
+
+def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
+    return F.linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"])
+
+
+class Softmax(ImageModel):
+    """Multinomial logistic regression on the pixels; nothing in it can be cut."""
+
+    def declare(self, options: ModelOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
+        """Declare one linear layer."""
+        self.add("output", (num_labels, math.prod(input_shape)), (LABEL_AXIS, None))
+
+    def apply(
+        self,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        statistics: Mapping[str, Tensor] | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """Return logits, see `ImageModel.apply`."""
+        return _linear(params, "output", x.flatten(1))
+
+
+class MLPOptions(ModelOptions):
+    """Options of `MLP`. Attributes: hidden: widths of the hidden layers."""
+
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = (200, 200)
+
+
+class MLP(ImageModel):
+    """Perceptron with ReLU; two hidden layers of 200 on 28 x 28 are the "2NN" of McMahan et al. (arXiv 1602.05629)."""
+
+    Options = MLPOptions
+
+    def declare(self, options: MLPOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
+        """Declare the linear layers ``hidden0``, ``hidden1``, ... and ``output``."""
+        size, axis = math.prod(input_shape), None
+        self.hidden = tuple(f"hidden{i}" for i in range(len(options.hidden)))
+        for layer, width in zip(self.hidden, options.hidden, strict=True):
+            length = window_length(width, options.width)
+            self.add(layer, (length, size), (layer, axis))
+            size, axis = length, layer
+        self.add("output", (num_labels, size), (LABEL_AXIS, axis))
+
+    def apply(
+        self,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        statistics: Mapping[str, Tensor] | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """Return logits, see `ImageModel.apply`."""
+        x = x.flatten(1)
+        for layer in self.hidden:
+            x = rescale(_linear(params, layer, x), scale).relu_()
+        return _linear(params, "output", x)
+
+
+class CNN(ImageModel):
+    """Two 5 x 5 convolutions (32, 64), each pooled by 2, then 512 hidden units (McMahan et al., arXiv 1602.05629).
+
+    1,663,370 parameters on 1 x 28 x 28 with 10 classes.
+    """
+
+    def declare(self, options: ModelOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
+        """Declare ``conv0``, ``conv1``, ``hidden`` and ``output``.
+
+        Raises:
+            ConfigError: the image is smaller than 4 x 4, so that pooling twice leaves nothing.
+        """
+        channels, height, width = input_shape
+        pixels = (height // 4) * (width // 4)
+        if pixels == 0:
+            raise ConfigError(
+                f"model 'cnn' halves the image twice, but it has {height} x {width} pixels: use 4 x 4 or more"
+            )
+        first, second, hidden = (window_length(size, options.width) for size in (32, 64, 512))
+        self.add("conv0", (first, channels, 5, 5), ("conv0", None, None, None))
+        self.add("conv1", (second, first, 5, 5), ("conv1", "conv0", None, None))
+        self.add("hidden", (hidden, second * pixels), ("hidden", Dim("conv1", inner=pixels)))
+        self.add("output", (num_labels, hidden), (LABEL_AXIS, "hidden"))
+
+    def apply(
+        self,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        statistics: Mapping[str, Tensor] | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """Return logits, see `ImageModel.apply`.
+
+        Pooling comes before ReLU and scale: all three are monotone, so the order changes no bit, and it is a quarter of
+        the work.
+        """
+        for layer in ("conv0", "conv1"):
+            x = F.conv2d(x, params[f"{layer}.weight"], params[f"{layer}.bias"], padding=2)
+            x = rescale(F.max_pool2d(x, 2), scale).relu_()
+        x = rescale(_linear(params, "hidden", x.flatten(1)), scale).relu_()
+        return _linear(params, "output", x)

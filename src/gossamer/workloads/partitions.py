@@ -1,0 +1,325 @@
+"""How training samples are divided among clients.
+
+A partition of your own is a function ``(labels, num_clients, num_labels, seed, owner, **params) -> Partition``, named
+as ``my_package.my_module:my_partition``. Every partition here is a function of its arguments alone, uses every sample
+exactly once and leaves no client without one. Dirichlet, shards and natural ids are dealt by flwr-datasets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from gossamer import rng
+from gossamer.errors import DataError
+from gossamer.options import Options, parse_options
+
+WHERE = "partition"
+NUM_DRAWS = 10
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Which samples each client holds, in compressed rows.
+
+    Attributes:
+        indices: int64 [N], sample numbers; those of client i are ``indices[offsets[i]:offsets[i + 1]]``.
+        offsets: int64 [num_clients + 1], ascending from 0 to N.
+    """
+
+    indices: Ints
+    offsets: Ints
+
+    @classmethod
+    def of_clients(cls, client: Ints, num_clients: int) -> Partition:
+        """Build a partition from the client of every sample, int64 [N]; a client's samples are in ascending order."""
+        sizes = np.bincount(client, minlength=num_clients)
+        return cls(
+            np.argsort(client, kind="stable").astype(np.int64), np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        )
+
+    @classmethod
+    def of_lists(cls, lists: Sequence[Sequence[int]]) -> Partition:
+        """Build a partition from the sample numbers of each client."""
+        sizes = np.array([len(entry) for entry in lists], dtype=np.int64)
+        indices = np.concatenate([np.asarray(entry, dtype=np.int64) for entry in lists]) if len(lists) else sizes
+        return cls(indices, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+
+    @property
+    def num_samples(self) -> Ints:
+        """Samples of each client, int64 [num_clients]."""
+        return np.diff(self.offsets)
+
+    def of_client(self, client: int) -> Ints:
+        """Return the sample numbers of one client, int64 [num_samples[client]]."""
+        return self.indices[self.offsets[client] : self.offsets[client + 1]]
+
+    def checked(self, name: str, num_clients: int, total: int, min_samples: int = 1) -> Partition:
+        """Return this partition if it uses each of `total` samples once and gives all clients at least `min_samples`.
+
+        Raises:
+            DataError: it does not.
+        """
+        if len(self.offsets) != num_clients + 1:
+            raise DataError(
+                f"partition {name!r} made {len(self.offsets) - 1} clients instead of {num_clients}: correct it"
+            )
+        used = np.bincount(self.indices, minlength=total) if self.indices.min(initial=0) >= 0 else np.zeros(0)
+        wrong = np.flatnonzero(used != 1)
+        if len(used) != total or len(wrong) or self.offsets[0] != 0 or self.offsets[-1] != len(self.indices):
+            example = f"sample {wrong[0]} {int(used[wrong[0]])} times" if len(wrong) else "a sample that does not exist"
+            raise DataError(f"partition {name!r} uses {example}: every one of the {total} samples must be used once")
+        smallest = int(np.argmin(self.num_samples))
+        if self.num_samples[smallest] < min_samples:
+            raise DataError(
+                f"partition {name!r} gives client {smallest} {self.num_samples[smallest]} samples, fewer than"
+                f" {min_samples}: lower the number of clients or min_samples, or choose a less skewed partition"
+            )
+        return self
+
+
+class IidOptions(Options):
+    """Options of every partition. Attributes: min_samples: the fewest samples a client may hold."""
+
+    min_samples: int = Field(1, ge=1)
+
+
+class DirichletOptions(IidOptions):
+    """Options of `dirichlet`. Attributes: alpha: concentration; the smaller, the more the clients differ."""
+
+    alpha: float = Field(0.5, gt=0)
+
+
+class NClassesOptions(IidOptions):
+    """Options of `n_classes`. Attributes: n: number of distinct classes that every client holds."""
+
+    n: int = Field(2, ge=1)
+
+
+class ShardsOptions(IidOptions):
+    """Options of `shards`. Attributes: per_client: number of shards that every client gets."""
+
+    per_client: int = Field(2, ge=1)
+
+
+def _check_counts(num_clients: int, total: int, options: IidOptions) -> None:
+    """Refuse more clients than samples.
+
+    Raises:
+        DataError: the samples do not suffice.
+    """
+    if num_clients < 1 or num_clients * options.min_samples > total:
+        raise DataError(
+            f"{total} training samples cannot give {num_clients} clients {options.min_samples} or more each:"
+            " lower the number of clients or use more data"
+        )
+
+
+def iid(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any) -> Partition:
+    """Shuffle the samples and cut them into equal parts, the first ones larger by one where there is a remainder.
+
+    The parts are those of flwr-datasets' `IidPartitioner` over shuffled data, computed here because that one shuffles
+    nothing and makes one data set object a client, which takes minutes for 100,000 of them.
+
+    Raises:
+        ConfigError: an unknown or wrong parameter, see `IidOptions`.
+        DataError: fewer samples than clients.
+    """
+    options = parse_options(IidOptions, params, WHERE)
+    _check_counts(num_clients, len(labels), options)
+    order = rng.generator(seed, "partition-iid").permutation(len(labels)).astype(np.int64)
+    size, larger = divmod(len(labels), num_clients)
+    clients = np.arange(num_clients + 1, dtype=np.int64)
+    return Partition(order, clients * size + np.minimum(clients, larger)).checked("iid", num_clients, len(labels))
+
+
+def dirichlet(
+    labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any
+) -> Partition:
+    """Divide every class among the clients in proportions drawn from a symmetric Dirichlet distribution.
+
+    Source: Yurochkin et al., arXiv 1905.12022 (one draw a class over the clients, as most federated benchmarks do),
+    through flwr-datasets' `DirichletPartitioner`. Up to ten draws are tried until every client holds `min_samples`; the
+    library's own retries take time quadratic in the clients.
+
+    Raises:
+        ConfigError: an unknown or wrong parameter, see `DirichletOptions`.
+        DataError: no draw gives every client `min_samples`.
+    """
+    from flwr_datasets.partitioner import DirichletPartitioner  # type: ignore[import-untyped,unused-ignore]
+
+    options = parse_options(DirichletOptions, params, WHERE)
+    _check_counts(num_clients, len(labels), options)
+    for attempt in range(NUM_DRAWS):
+        draw = rng.stable_hash(seed, "partition-dirichlet", attempt)
+        partitioner = DirichletPartitioner(
+            num_clients, "label", options.alpha, min_partition_size=0, shuffle=False, seed=draw
+        )
+        partition = _dealt(partitioner, num_clients, label=labels)
+        if partition.num_samples.min() >= options.min_samples:
+            return partition.checked("dirichlet", num_clients, len(labels), options.min_samples)
+    raise DataError(
+        f"none of {NUM_DRAWS} Dirichlet draws with alpha = {options.alpha} gives each of {num_clients} clients"
+        f" {options.min_samples} of {len(labels)} samples: raise alpha, or lower the number of clients or min_samples"
+    )
+
+
+def shards(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any) -> Partition:
+    """Sort the samples by label, cut them into num_clients x per_client shards and deal the shards at random.
+
+    Source: McMahan et al., arXiv 1602.05629. flwr-datasets' `ShardPartitioner` deals the shards; they are cut here, to
+    sizes that differ by one at most, because that one leaves out the remainder of an uneven division.
+
+    Raises:
+        ConfigError: an unknown or wrong parameter, see `ShardsOptions`.
+        DataError: fewer samples than shards.
+    """
+    from flwr_datasets.partitioner import ShardPartitioner
+
+    options = parse_options(ShardsOptions, params, WHERE)
+    num_shards = num_clients * options.per_client
+    _check_counts(num_clients, len(labels), options)
+    if num_shards > len(labels):
+        raise DataError(
+            f"{len(labels)} training samples cannot be cut into {num_shards} shards ({num_clients} clients with"
+            f" {options.per_client} each): lower {WHERE}.per_client or the number of clients"
+        )
+    partitioner = ShardPartitioner(
+        num_clients,
+        "label",
+        num_shards_per_partition=options.per_client,
+        shard_size=1,
+        shuffle=False,
+        seed=rng.stable_hash(seed, "partition-shards"),
+    )
+    dealt = _dealt(partitioner, num_clients, label=np.arange(num_shards))
+    owner_of_shard = np.empty(num_shards, dtype=np.int64)
+    owner_of_shard[dealt.indices] = np.repeat(np.arange(num_clients), options.per_client)
+    client = np.empty(len(labels), dtype=np.int64)
+    cuts = np.arange(len(labels), dtype=np.int64) * num_shards // len(labels)
+    client[np.argsort(labels, kind="stable")] = owner_of_shard[cuts]
+    return Partition.of_clients(client, num_clients).checked("shards", num_clients, len(labels), options.min_samples)
+
+
+def natural_id(
+    labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any
+) -> Partition:
+    """Give every natural owner (writer, speaker, phone) a client of its own, in ascending order of their ids.
+
+    Raises:
+        ConfigError: an unknown or wrong parameter, see `IidOptions`.
+        DataError: the data set has no owners, or their number is not that of the clients.
+    """
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    options = parse_options(IidOptions, params, WHERE)
+    if owner is None:
+        raise DataError(
+            "the data set has no natural owners, so partition 'natural-id' cannot divide it: choose another partition"
+        )
+    num_owners = len(np.unique(owner))
+    if num_owners != num_clients:
+        raise DataError(
+            f"the data set has {num_owners} natural owners but {num_clients} clients: set the clients to {num_owners}"
+        )
+    partition = _dealt(NaturalIdPartitioner("owner"), num_clients, owner=owner)
+    return partition.checked("natural-id", num_clients, len(labels), options.min_samples)
+
+
+def _dealt(partitioner: Any, num_clients: int, **columns: Ints) -> Partition:
+    """Let a flwr-datasets partitioner deal rows that consist of `columns` alone, and read its assignment once.
+
+    The first partition that is loaded makes the whole assignment; loading all would build a data set object a client.
+    """
+    import datasets  # type: ignore[import-untyped,unused-ignore]
+
+    partitioner.dataset = datasets.Dataset.from_dict(columns)
+    with contextlib.redirect_stderr(io.StringIO()):  # one of them shows a progress bar
+        partitioner.load_partition(0)
+    lists: dict[int, Sequence[int]] = partitioner._partition_id_to_indices
+    return Partition.of_lists([lists[client] for client in range(num_clients)])
+
+
+def n_classes(
+    labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any
+) -> Partition:
+    """Give every client exactly n distinct classes; a class is divided evenly (to one sample) among its owners.
+
+    The number of owners of a class follows its size, so that clients end up about equally large. This is the split of
+    HeteroFL and FedRolex (arXiv 2010.01264, 2212.01548), whose code loses samples and classes; here none is lost.
+
+    Raises:
+        ConfigError: an unknown or wrong parameter, see `NClassesOptions`.
+        DataError: n exceeds the classes, some class would go unowned, or the classes have too few samples.
+    """
+    options = parse_options(NClassesOptions, params, WHERE)
+    _check_counts(num_clients, len(labels), options)
+    counts = np.bincount(labels, minlength=num_labels)
+    present = np.flatnonzero(counts)
+    source = rng.generator(seed, "partition-n-classes")
+    num_owners = _num_owners(counts[present], num_clients, options.n)
+    owned = _deal_classes(num_owners, num_clients, options.n, source)
+    client = np.empty(len(labels), dtype=np.int64)
+    sizes = np.zeros(num_clients, dtype=np.int64)
+    for column, label in enumerate(present):
+        owners = np.flatnonzero(owned[:, column])
+        share, remainder = divmod(int(counts[label]), len(owners))
+        shares = np.full(len(owners), share)
+        shares[np.argsort(sizes[owners], kind="stable")[:remainder]] += 1  # the smallest clients get one more
+        client[source.permutation(np.flatnonzero(labels == label))] = np.repeat(owners, shares)
+        sizes[owners] += shares
+    return Partition.of_clients(client, num_clients).checked("n-classes", num_clients, len(labels), options.min_samples)
+
+
+def _num_owners(counts: Ints, num_clients: int, n: int) -> Ints:
+    """Choose how many clients own each class, int64 [classes]: at least one, in proportion to the sizes (D'Hondt).
+
+    Raises:
+        DataError: there is no such choice.
+    """
+    slots = num_clients * n
+    most = np.minimum(counts, num_clients)
+    if n > len(counts) or slots < len(counts):
+        raise DataError(
+            f"{num_clients} clients with exactly {n} classes each cannot hold the {len(counts)} classes of the data:"
+            f" choose {WHERE}.n between {-(-len(counts) // num_clients)} and {len(counts)}"
+        )
+    if slots > most.sum():
+        raise DataError(
+            f"the classes have too few samples (the smallest {counts.min()}) to give {num_clients} clients {n} classes"
+            f" each: lower {WHERE}.n or the number of clients"
+        )
+    classes = np.repeat(np.arange(len(counts)), most - 1)
+    divisors = np.concatenate([np.arange(2, limit + 1) for limit in most])
+    ranking = np.argsort(-counts[classes] / divisors, kind="stable")
+    return 1 + np.bincount(classes[ranking[: slots - len(counts)]], minlength=len(counts))
+
+
+def _deal_classes(num_owners: Ints, num_clients: int, n: int, source: np.random.Generator) -> NDArray[np.bool_]:
+    """Choose n distinct classes for every client at random, so that class c gets exactly ``num_owners[c]`` clients.
+
+    Client after client draws classes in proportion to the owners that they still lack (Gumbel's trick), and must take
+    those that lack as many as there are clients left; as no class ever lacks more, the deal comes out even.
+
+    Returns:
+        bool [num_clients, classes].
+    """
+    owned = np.zeros((num_clients, len(num_owners)), dtype=np.bool_)
+    lacking = num_owners.copy()
+    noise = source.gumbel(size=owned.shape)
+    for client in range(num_clients):
+        with np.errstate(divide="ignore"):
+            keys = np.log(lacking) + noise[client]
+        keys[lacking == num_clients - client] = np.inf
+        chosen = np.argpartition(-keys, n - 1)[:n]
+        owned[client, chosen] = True
+        lacking[chosen] -= 1
+    return owned

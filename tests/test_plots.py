@@ -1,0 +1,405 @@
+"""Convergence curves: which runs form a curve, mean and extent over seeds, and what stands in a figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+
+from gossamer.curves import Curve, SingleRun, find_runs, group, summarize
+from gossamer.errors import ConfigError, DataError, StorageError
+from gossamer.plots import FigureOptions, PanelOptions, draw, plot
+
+
+def record(round: int, accuracy: float | None, **more: Any) -> dict[str, Any]:
+    return {
+        "round": round,
+        "wall_seconds": 2.0 * round,
+        "simulated_seconds": 3600.0 * round,
+        "total_bytes_up": 1_000_000 * round,
+        "total_bytes_down": 3_000_000 * round,
+        "total_client_flops": 5e12 * round,
+        "train_loss": 2.0 / round,
+        "accuracy": accuracy,
+        **more,
+    }
+
+
+def write_run(
+    directory: Path, records: Sequence[Mapping[str, Any]], name: str = "digits", seed: int = 0, **config: Any
+) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump({"name": name, "seed": seed, **config}))
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return directory
+
+
+def write_experiment(directory: Path, methods: Sequence[str], seeds: Sequence[int], num_rounds: int = 6) -> Path:
+    """Write methods x seeds whose curves differ, started in the order of `methods`."""
+    directory.mkdir(parents=True)
+    (directory / "experiment.yaml").write_text("rounds: 6\n")
+    for index, method in enumerate(methods):
+        for seed in seeds:
+            random = np.random.default_rng([index, seed])
+            records = [
+                record(n, float(random.uniform(0.1, 0.9)), wall_seconds=float(n * random.uniform(1, 2)))
+                for n in range(1, num_rounds + 1)
+            ]
+            run = write_run(directory / method / f"seed-{seed}", sorted(records, key=lambda r: r["round"]), method, seed)
+            (run / "environment.json").write_text(json.dumps({"started": f"2025-01-01T00:00:{index:02}"}))
+    return directory
+
+
+def curves_of(*directories: Path) -> list[Curve]:
+    return group(find_runs(directories))
+
+
+def figure_of(directory: Path, **panel: Any) -> Figure:
+    return draw(curves_of(directory), FigureOptions(panels=[PanelOptions(**panel)]))
+
+
+def labels(curves: Sequence[Curve]) -> list[str]:
+    return [curve.label for curve in curves]
+
+
+def band_limits(band: Any) -> dict[float, tuple[float, float]]:
+    """Return the lowest and highest vertex of a band at each x."""
+    assert isinstance(band, PolyCollection)
+    found: dict[float, list[float]] = {}
+    for x, y in np.asarray(band.get_paths()[0].vertices):
+        found.setdefault(float(x), []).append(float(y))
+    return {x: (min(ys), max(ys)) for x, ys in found.items()}
+
+
+class TestRunsFound:
+    def test_methods_and_seeds_become_curves_in_the_order_of_their_start(self, tmp_path: Path) -> None:
+        curves = curves_of(write_experiment(tmp_path / "exp", ["zeta", "alpha"], [0, 1, 2]))
+        assert labels(curves) == ["zeta", "alpha"]
+        assert [[run.config["seed"] for run in curve.runs] for curve in curves] == [[0, 1, 2], [0, 1, 2]]
+
+    def test_a_run_given_twice_counts_once(self, tmp_path: Path) -> None:
+        experiment = write_experiment(tmp_path / "exp", ["fedavg"], [0, 1])
+        runs = find_runs([experiment, experiment, experiment / "fedavg", experiment / "fedavg" / ".." / "fedavg" / "seed-1"])
+        assert [run.directory for run in runs] == [experiment / "fedavg" / "seed-0", experiment / "fedavg" / "seed-1"]
+
+    def test_seeds_given_one_by_one_are_still_one_curve(self, tmp_path: Path) -> None:
+        experiment = write_experiment(tmp_path / "exp", ["fedavg", "heterofl"], [0, 1])
+        curves = curves_of(*sorted(experiment.glob("*/seed-*")))
+        assert labels(curves) == ["fedavg", "heterofl"]
+        assert [len(curve.runs) for curve in curves] == [2, 2]
+
+    def test_one_name_in_two_directories_is_told_apart(self, tmp_path: Path) -> None:
+        one, two = (write_experiment(tmp_path / name, ["fedavg"], [0]) for name in ("one", "two"))
+        assert labels(curves_of(one, two)) == ["fedavg (one)", "fedavg (two)"]
+
+    def test_directories_of_one_name_are_told_apart_by_their_paths(self, tmp_path: Path) -> None:
+        one, two = (write_run(tmp_path / name / "run", [record(1, 0.5)]) for name in ("one", "two"))
+        assert labels(curves_of(one, two)) == [f"digits ({one})", f"digits ({two})"]
+
+    def test_runs_started_one_by_one_form_a_curve_if_only_their_seeds_differ(self, tmp_path: Path) -> None:
+        for seed in (0, 1):
+            write_run(tmp_path / f"run-{seed}", [record(1, 0.5)], seed=seed, lr=0.1, engine={"workers": seed})
+        assert [len(curve.runs) for curve in curves_of(tmp_path)] == [2]
+
+    @pytest.mark.parametrize("second", [{"seed": 1, "lr": 0.2}, {"seed": 0, "lr": 0.1}], ids=["other lr", "same seed"])
+    def test_different_or_repeated_runs_are_not_averaged(self, tmp_path: Path, second: dict[str, Any]) -> None:
+        write_run(tmp_path / "a", [record(1, 0.5)], seed=0, lr=0.1)
+        write_run(tmp_path / "b", [record(1, 0.7)], **second)
+        assert labels(curves_of(tmp_path)) == ["digits (a)", "digits (b)"]
+
+    def test_three_levels_down_and_no_further(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "1/2/3", [record(1, 0.5)], name="near")
+        write_run(tmp_path / "1/2/x/4", [record(1, 0.5)], name="far")
+        write_run(tmp_path / ".hidden", [record(1, 0.5)], name="hidden")
+        assert [run.name for run in find_runs([tmp_path])] == ["near"]
+
+    def test_a_study_without_logs_is_no_run(self, tmp_path: Path) -> None:
+        (tmp_path / "config.yaml").write_text("rounds: 3\n")
+        with pytest.raises(ConfigError, match="no run in or below"):
+            find_runs([tmp_path])
+
+    def test_missing_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="no directory '.*nothing'"):
+            find_runs([tmp_path / "nothing"])
+
+    def test_runs_without_rounds(self, tmp_path: Path) -> None:
+        empty = write_run(tmp_path / "empty", [])
+        with pytest.raises(ConfigError, match="no round is logged yet"):
+            find_runs([empty])
+        write_run(tmp_path / "full", [record(1, 0.5)])
+        assert [run.directory.name for run in find_runs([tmp_path])] == ["full"]
+
+    def test_malformed_log(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run", [record(1, 0.5)])
+        (run / "metrics.jsonl").write_text("no json\n" + json.dumps(record(2, 0.5)) + "\n")
+        with pytest.raises(DataError, match="line 1"):
+            find_runs([run])
+
+
+class TestSummary:
+    @staticmethod
+    def runs(*records: list[dict[str, float]]) -> list[SingleRun]:
+        return [SingleRun(Path("."), Path("."), {}, list(entries)) for entries in records]
+
+    def test_rounds_against_a_slow_computation(self, tmp_path: Path) -> None:
+        (curve,) = curves_of(write_experiment(tmp_path / "exp", ["fedavg"], [0, 1, 2]))
+        line = summarize(curve.runs, "accuracy", "round")
+        assert line is not None
+        assert line.x.tolist() == [1, 2, 3, 4, 5, 6]
+        for index, number in enumerate(line.x):
+            values = [r["accuracy"] for run in curve.runs for r in run.records if r["round"] == number]
+            assert len(values) == line.num_seeds == 3
+            assert line.mean[index] == pytest.approx(sum(values) / 3)
+            assert (line.low[index], line.high[index]) == (min(values), max(values))
+        assert not line.is_cut
+
+    def test_rounds_that_a_seed_lacks_are_left_out(self) -> None:
+        one = [{"round": float(n), "accuracy": 0.1 * n} for n in (2, 4, 6)]
+        two = [{"round": float(n), "accuracy": 0.2 * n} if n != 3 else {"round": 3.0} for n in (2, 3, 4)]
+        line = summarize(self.runs(one, two), "accuracy", "round")
+        assert line is not None
+        assert line.x.tolist() == [2, 4]
+        assert line.mean == pytest.approx([0.3, 0.6])
+        assert line.is_cut
+
+    def test_seeds_with_different_seconds_are_interpolated(self) -> None:
+        one = [{"wall_seconds": x, "loss": y} for x, y in [(1.0, 10.0), (3.0, 6.0), (9.0, 0.0)]]
+        two = [{"wall_seconds": x, "loss": y} for x, y in [(2.0, 8.0), (4.0, 7.0), (12.0, 3.0)]]
+        line = summarize(self.runs(one, two), "loss", "seconds")
+        assert line is not None
+        assert (line.x[0], line.x[-1]) == (2.0, 9.0)  # the stretch that both cover
+
+        def slowly(points: list[dict[str, float]], x: float) -> float:
+            for left, right in zip(points, points[1:], strict=False):
+                if left["wall_seconds"] <= x <= right["wall_seconds"]:
+                    share = (x - left["wall_seconds"]) / (right["wall_seconds"] - left["wall_seconds"])
+                    return left["loss"] + share * (right["loss"] - left["loss"])
+            raise AssertionError("outside")
+
+        for index in range(0, len(line.x), 17):
+            values = [slowly(one, line.x[index]), slowly(two, line.x[index])]
+            assert line.mean[index] == pytest.approx(np.mean(values))
+            assert (line.low[index], line.high[index]) == pytest.approx((min(values), max(values)))
+
+    def test_one_seed_keeps_its_own_points(self) -> None:
+        entries = [{"total_bytes_up": u, "total_bytes_down": d, "loss": 1.0} for u, d in [(1.0, 2.0), (5.0, 7.0)]]
+        line = summarize(self.runs(entries), "loss", "bytes")
+        assert line is not None
+        assert line.x.tolist() == [3.0, 12.0]
+
+    def test_a_single_round_a_seed_is_one_point(self) -> None:
+        line = summarize(
+            self.runs([{"wall_seconds": 1.0, "loss": 2.0}], [{"wall_seconds": 3.0, "loss": 4.0}]), "loss", "seconds"
+        )
+        assert line is not None
+        assert (line.x.tolist(), line.mean.tolist(), line.low.tolist()) == ([2.0], [3.0], [2.0])
+
+    def test_nothing_in_common_is_no_line(self) -> None:
+        one, two = [{"round": 1.0, "loss": 1.0}], [{"round": 2.0, "loss": 1.0}]
+        assert summarize(self.runs(one, two), "loss", "round") is None
+        assert summarize(self.runs(one, two), "accuracy", "round") is None
+
+
+class TestFigure:
+    def test_lines_bands_and_words(self, tmp_path: Path) -> None:
+        experiment = write_experiment(tmp_path / "exp", ["fedavg", "heterofl"], [0, 1, 2])
+        figure = figure_of(experiment)
+        (ax,) = figure.axes
+        assert [line.get_label() for line in ax.lines] == ["fedavg", "heterofl"]
+        assert len({line.get_color() for line in ax.lines}) == len({str(line.get_linestyle()) for line in ax.lines}) == 2
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fedavg", "heterofl"]
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("Round", "Test accuracy (%)")
+        assert figure.get_supxlabel() == "lines: mean over 3 seeds, bands: lowest to highest seed"
+        for curve, line, band in zip(curves_of(experiment), ax.lines, ax.collections, strict=True):
+            for number, (low, high) in band_limits(band).items():
+                values = [r["accuracy"] for run in curve.runs for r in run.records if r["round"] == number]
+                assert (low, high) == pytest.approx((min(values), max(values)))
+                assert np.asarray(line.get_ydata())[int(number) - 1] == pytest.approx(sum(values) / 3)
+
+    def test_one_seed_has_no_band_and_needs_no_note(self, tmp_path: Path) -> None:
+        figure = figure_of(write_experiment(tmp_path / "exp", ["fedavg"], [0]))
+        assert len(figure.axes[0].lines) == 1
+        assert len(figure.axes[0].collections) == 0
+        assert figure.get_supxlabel() == ""
+
+    def test_unequal_numbers_of_seeds_stand_in_the_legend(self, tmp_path: Path) -> None:
+        experiment = write_experiment(tmp_path / "exp", ["fedavg", "heterofl"], [0, 1])
+        (experiment / "heterofl" / "seed-1" / "metrics.jsonl").write_text("")
+        figure = figure_of(experiment)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fedavg (2 seeds)", "heterofl (1 seed)"]
+
+    @pytest.mark.parametrize(
+        ("x", "label", "last"),
+        [
+            ("seconds", "Wall-clock time (s)", 12.0),
+            ("simulated", "Simulated time (h)", 6.0),
+            ("bytes", "Communication, up and down (MB)", 24.0),
+            ("flops", "Client computation (TFLOP)", 30.0),
+        ],
+    )
+    def test_x_axes_and_their_units(self, tmp_path: Path, x: str, label: str, last: float) -> None:
+        run = write_run(tmp_path / "run", [record(n, 0.1 * n) for n in range(1, 7)])
+        (ax,) = figure_of(run, x=x).axes
+        assert ax.get_xlabel() == label
+        assert np.asarray(ax.lines[0].get_xdata())[-1] == pytest.approx(last)
+
+    def test_interpolation_and_cuts_are_stated(self, tmp_path: Path) -> None:
+        experiment = write_experiment(tmp_path / "exp", ["fedavg"], [0, 1])
+        assert "seeds are interpolated linearly on a common grid" in figure_of(experiment, x="seconds").get_supxlabel()
+        longer = write_experiment(tmp_path / "longer", ["fedavg"], [2], num_rounds=9) / "fedavg" / "seed-2"
+        longer.rename(experiment / "fedavg" / "seed-2")
+        assert "a curve ends where its shortest seed ends" in figure_of(experiment).get_supxlabel().replace("\n", " ")
+
+    def test_default_metric_is_accuracy_else_training_loss(self, tmp_path: Path) -> None:
+        entries = [{k: v for k, v in record(n, 0.5).items() if k != "accuracy"} for n in (1, 2)]
+        (ax,) = figure_of(write_run(tmp_path / "run", entries)).axes
+        assert ax.get_ylabel() == "Training loss"
+        assert np.asarray(ax.lines[0].get_ydata()).tolist() == [2.0, 1.0]
+
+    def test_nested_metric_with_a_dot_in_its_key(self, tmp_path: Path) -> None:
+        nested = [record(n, 0.5, accuracy_by_capacity={"0.25": 0.1 * n, "1": 0.9}) for n in (1, 2)]
+        (ax,) = figure_of(write_run(tmp_path / "run", nested), metric="accuracy_by_capacity.0.25").axes
+        assert np.asarray(ax.lines[0].get_ydata()) == pytest.approx([0.1, 0.2])
+        assert ax.get_ylabel() == "Accuracy at capacity 0.25 (%)"
+
+    def test_percent_only_for_shares(self, tmp_path: Path) -> None:
+        (ax,) = figure_of(write_run(tmp_path / "run", [record(n, 40.0 + n) for n in (1, 2)])).axes
+        assert ax.get_ylabel() == "Test accuracy"
+
+    def test_rounds_without_the_metric_are_skipped(self, tmp_path: Path) -> None:
+        entries = [record(1, None), record(2, 0.2), record(3, None), record(4, 0.4)]
+        (ax,) = figure_of(write_run(tmp_path / "run", entries)).axes
+        assert np.asarray(ax.lines[0].get_xdata()).tolist() == [2, 4]
+
+    def test_a_curve_without_the_metric_is_named(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "a", [record(1, 0.5, consensus=1.0)], name="peers")
+        write_run(tmp_path / "b", [record(1, 0.5)], name="fedavg")
+        figure = figure_of(tmp_path, metric="consensus")
+        assert [line.get_label() for line in figure.axes[0].lines] == ["peers"]
+        assert "without consensus: fedavg" in figure.get_supxlabel()
+
+    def test_unknown_metric_names_the_nearest(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run", [record(1, 0.5)])
+        with pytest.raises(ConfigError, match=r"no record has a number 'acuracy'; did you mean 'accuracy'\?.*train_loss"):
+            figure_of(run, metric="acuracy")
+
+    def test_logs_without_the_x_axis(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run", [{"round": 1, "accuracy": 0.5}])
+        with pytest.raises(ConfigError, match="x = 'flops' needs 'total_client_flops'"):
+            figure_of(run, x="flops")
+
+    @pytest.mark.parametrize("num_curves", [1, 3, 9])
+    @pytest.mark.parametrize("title", [None, "A title"])
+    def test_the_legend_covers_no_data_and_fits(self, tmp_path: Path, num_curves: int, title: str | None) -> None:
+        for index in range(num_curves):
+            write_run(tmp_path / f"{index}", [record(n, 0.1 * n) for n in (1, 2)], name=f"federated-dropout-{index}")
+        panels = [PanelOptions(title="left"), PanelOptions(x="bytes")]
+        figure = draw(curves_of(tmp_path), FigureOptions(panels=panels, title=title))
+        assert isinstance(figure.canvas, FigureCanvasAgg)
+        figure.canvas.draw()
+        legend = figure.legends[0].get_window_extent()
+        assert legend.x0 >= 0
+        assert legend.x1 <= figure.bbox.width
+        assert legend.y1 <= figure.bbox.height + 1
+        for ax in figure.axes:
+            extent = ax.get_tightbbox()
+            assert extent is not None
+            assert extent.y1 <= legend.y0 + 1
+            assert extent.height > 150  # and room is left for the data
+        assert figure.legends[0].get_title().get_text() == (title or "")
+
+
+class TestFile:
+    @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF"), ("PNG", b"\x89PNG")])
+    def test_formats_and_equal_bytes(self, tmp_path: Path, suffix: str, start: bytes) -> None:
+        experiment = write_experiment(tmp_path / "exp", ["fedavg", "heterofl"], [0, 1])
+        files = [plot([experiment], "bytes", None, tmp_path / "new" / f"{name}.{suffix}") for name in ("a", "b")]
+        first, second = (file.read_bytes() for file in files)
+        assert first.startswith(start)
+        assert first == second
+
+    @pytest.mark.parametrize("name", ["curve.jpeg", "curve"])
+    def test_unknown_format(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(ConfigError, match=r"cannot tell the format of .*\.png, \.svg or \.pdf"):
+            plot([tmp_path], None, None, tmp_path / name)
+
+    def test_path_that_cannot_be_written(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run", [record(1, 0.5)])
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StorageError, match="cannot write"):
+            plot([run], None, None, tmp_path / "file" / "curve.png")
+
+    def test_unknown_x(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run", [record(1, 0.5)])
+        with pytest.raises(ConfigError, match="x = 'second': input should be 'round', 'seconds'"):
+            plot([run], "second", None, tmp_path / "curve.png")
+
+    def test_neither_training_code_nor_global_plot_state_is_loaded(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run", [record(1, 0.5)])
+        program = (
+            "import sys, gossamer.plots; assert 'matplotlib' not in sys.modules;"
+            f"gossamer.plots.plot([{str(run)!r}], None, None, {str(tmp_path / 'a.png')!r});"
+            "print([m for m in ('torch', 'ray', 'gossamer.rounds', 'matplotlib.pyplot') if m in sys.modules])"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False)
+        assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+class TestSpec:
+    @staticmethod
+    def draw_spec(tmp_path: Path, spec: Any) -> Path:
+        run = write_run(tmp_path / "run", [record(n, 0.1 * n) for n in (1, 2)])
+        path = tmp_path / "plot.yaml"
+        path.write_text(spec if isinstance(spec, str) else yaml.safe_dump(spec))
+        return plot([run], None, None, tmp_path / "curve.png", path)
+
+    def test_panels_side_by_side(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run", [record(n, 0.1 * n) for n in (1, 2)])
+        options = FigureOptions(
+            panels=[PanelOptions(title="left", y_min=0, y_max=0.5), PanelOptions(metric="train_loss", x="bytes")], size=(7, 2)
+        )
+        figure = draw(curves_of(run), options)
+        left, right = figure.axes
+        assert (left.get_title(), right.get_title()) == ("left", "")
+        assert left.get_ylim() == (0, 0.5)
+        assert (right.get_xlabel(), right.get_ylabel()) == ("Communication, up and down (MB)", "Training loss")
+        assert figure.get_size_inches().tolist() == [7, 2]
+        assert len(figure.legends) == 1
+
+    def test_from_a_file(self, tmp_path: Path) -> None:
+        drawn = self.draw_spec(tmp_path, {"title": "t", "size": [2, 2], "panels": [{"metric": "train_loss", "x": "flops"}]})
+        width, height = np.frombuffer(drawn.read_bytes()[16:24], dtype=">u4")
+        assert (width, height) == (400, 400)
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            ({"panels": [{"metrc": "loss"}]}, r"plot\.yaml: unknown key 'panels\.0\.metrc'; did you mean 'metric'"),
+            ({"panels": []}, "panels = "),
+            ({}, "missing key 'panels'"),
+            ({"panels": [{"y_min": 1, "y_max": 0}]}, "y_min 1.0 is not below y_max 0.0"),
+            ({"panels": [{}], "size": [0.1, 3]}, "between 1 and 100 inches"),
+            ("- a list", "must be a mapping"),
+            ("{", "not valid YAML"),
+        ],
+    )
+    def test_wrong_specs(self, tmp_path: Path, spec: Any, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            self.draw_spec(tmp_path, spec)
+
+    def test_missing_file_and_contradiction(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="cannot read the plot's spec"):
+            plot([tmp_path], None, None, "a.png", tmp_path / "none.yaml")
+        with pytest.raises(ConfigError, match="either a spec, or x and metric"):
+            plot([tmp_path], "bytes", None, "a.png", tmp_path / "none.yaml")
