@@ -1,4 +1,4 @@
-"""Convergence curves: which runs form a curve, mean and extent over seeds, and what stands in a figure."""
+"""Figures: the lines, bands and words in them, the files they go to, and their specs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from gossamer.curves import Curve, SingleRun, find_runs, group, summarize
-from gossamer.errors import ConfigError, DataError, StorageError
+from gossamer.curves import Curve, find_runs, group
+from gossamer.errors import ConfigError, StorageError
 from gossamer.plots import FigureOptions, PanelOptions, draw, plot
 
 
@@ -36,17 +35,15 @@ def record(round: int, accuracy: float | None, **more: Any) -> dict[str, Any]:
     }
 
 
-def write_run(
-    directory: Path, records: Sequence[Mapping[str, Any]], name: str = "digits", seed: int = 0, **config: Any
-) -> Path:
+def write_run(directory: Path, records: Sequence[Mapping[str, Any]], name: str = "digits", seed: int = 0) -> Path:
     directory.mkdir(parents=True)
-    (directory / "config.yaml").write_text(yaml.safe_dump({"name": name, "seed": seed, **config}))
+    (directory / "config.yaml").write_text(yaml.safe_dump({"name": name, "seed": seed}))
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return directory
 
 
 def write_experiment(directory: Path, methods: Sequence[str], seeds: Sequence[int], num_rounds: int = 6) -> Path:
-    """Write methods x seeds whose curves differ, started in the order of `methods`."""
+    """Write methods x seeds whose curves differ."""
     directory.mkdir(parents=True)
     (directory / "experiment.yaml").write_text("rounds: 6\n")
     for index, method in enumerate(methods):
@@ -56,7 +53,9 @@ def write_experiment(directory: Path, methods: Sequence[str], seeds: Sequence[in
                 record(n, float(random.uniform(0.1, 0.9)), wall_seconds=float(n * random.uniform(1, 2)))
                 for n in range(1, num_rounds + 1)
             ]
-            run = write_run(directory / method / f"seed-{seed}", sorted(records, key=lambda r: r["round"]), method, seed)
+            run = write_run(
+                directory / method / f"seed-{seed}", sorted(records, key=lambda r: r["round"]), method, seed
+            )
             (run / "environment.json").write_text(json.dumps({"started": f"2025-01-01T00:00:{index:02}"}))
     return directory
 
@@ -69,8 +68,8 @@ def figure_of(directory: Path, **panel: Any) -> Figure:
     return draw(curves_of(directory), FigureOptions(panels=[PanelOptions(**panel)]))
 
 
-def labels(curves: Sequence[Curve]) -> list[str]:
-    return [curve.label for curve in curves]
+def note_of(figure: Figure) -> str:
+    return figure.get_supxlabel().replace("\n", " ")
 
 
 def band_limits(band: Any) -> dict[float, tuple[float, float]]:
@@ -82,145 +81,18 @@ def band_limits(band: Any) -> dict[float, tuple[float, float]]:
     return {x: (min(ys), max(ys)) for x, ys in found.items()}
 
 
-class TestRunsFound:
-    def test_methods_and_seeds_become_curves_in_the_order_of_their_start(self, tmp_path: Path) -> None:
-        curves = curves_of(write_experiment(tmp_path / "exp", ["zeta", "alpha"], [0, 1, 2]))
-        assert labels(curves) == ["zeta", "alpha"]
-        assert [[run.config["seed"] for run in curve.runs] for curve in curves] == [[0, 1, 2], [0, 1, 2]]
-
-    def test_a_run_given_twice_counts_once(self, tmp_path: Path) -> None:
-        experiment = write_experiment(tmp_path / "exp", ["fedavg"], [0, 1])
-        runs = find_runs([experiment, experiment, experiment / "fedavg", experiment / "fedavg" / ".." / "fedavg" / "seed-1"])
-        assert [run.directory for run in runs] == [experiment / "fedavg" / "seed-0", experiment / "fedavg" / "seed-1"]
-
-    def test_seeds_given_one_by_one_are_still_one_curve(self, tmp_path: Path) -> None:
-        experiment = write_experiment(tmp_path / "exp", ["fedavg", "heterofl"], [0, 1])
-        curves = curves_of(*sorted(experiment.glob("*/seed-*")))
-        assert labels(curves) == ["fedavg", "heterofl"]
-        assert [len(curve.runs) for curve in curves] == [2, 2]
-
-    def test_one_name_in_two_directories_is_told_apart(self, tmp_path: Path) -> None:
-        one, two = (write_experiment(tmp_path / name, ["fedavg"], [0]) for name in ("one", "two"))
-        assert labels(curves_of(one, two)) == ["fedavg (one)", "fedavg (two)"]
-
-    def test_directories_of_one_name_are_told_apart_by_their_paths(self, tmp_path: Path) -> None:
-        one, two = (write_run(tmp_path / name / "run", [record(1, 0.5)]) for name in ("one", "two"))
-        assert labels(curves_of(one, two)) == [f"digits ({one})", f"digits ({two})"]
-
-    def test_runs_started_one_by_one_form_a_curve_if_only_their_seeds_differ(self, tmp_path: Path) -> None:
-        for seed in (0, 1):
-            write_run(tmp_path / f"run-{seed}", [record(1, 0.5)], seed=seed, lr=0.1, engine={"workers": seed})
-        assert [len(curve.runs) for curve in curves_of(tmp_path)] == [2]
-
-    @pytest.mark.parametrize("second", [{"seed": 1, "lr": 0.2}, {"seed": 0, "lr": 0.1}], ids=["other lr", "same seed"])
-    def test_different_or_repeated_runs_are_not_averaged(self, tmp_path: Path, second: dict[str, Any]) -> None:
-        write_run(tmp_path / "a", [record(1, 0.5)], seed=0, lr=0.1)
-        write_run(tmp_path / "b", [record(1, 0.7)], **second)
-        assert labels(curves_of(tmp_path)) == ["digits (a)", "digits (b)"]
-
-    def test_three_levels_down_and_no_further(self, tmp_path: Path) -> None:
-        write_run(tmp_path / "1/2/3", [record(1, 0.5)], name="near")
-        write_run(tmp_path / "1/2/x/4", [record(1, 0.5)], name="far")
-        write_run(tmp_path / ".hidden", [record(1, 0.5)], name="hidden")
-        assert [run.name for run in find_runs([tmp_path])] == ["near"]
-
-    def test_a_study_without_logs_is_no_run(self, tmp_path: Path) -> None:
-        (tmp_path / "config.yaml").write_text("rounds: 3\n")
-        with pytest.raises(ConfigError, match="no run in or below"):
-            find_runs([tmp_path])
-
-    def test_missing_directory(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="no directory '.*nothing'"):
-            find_runs([tmp_path / "nothing"])
-
-    def test_runs_without_rounds(self, tmp_path: Path) -> None:
-        empty = write_run(tmp_path / "empty", [])
-        with pytest.raises(ConfigError, match="no round is logged yet"):
-            find_runs([empty])
-        write_run(tmp_path / "full", [record(1, 0.5)])
-        assert [run.directory.name for run in find_runs([tmp_path])] == ["full"]
-
-    def test_malformed_log(self, tmp_path: Path) -> None:
-        run = write_run(tmp_path / "run", [record(1, 0.5)])
-        (run / "metrics.jsonl").write_text("no json\n" + json.dumps(record(2, 0.5)) + "\n")
-        with pytest.raises(DataError, match="line 1"):
-            find_runs([run])
-
-
-class TestSummary:
-    @staticmethod
-    def runs(*records: list[dict[str, float]]) -> list[SingleRun]:
-        return [SingleRun(Path("."), Path("."), {}, list(entries)) for entries in records]
-
-    def test_rounds_against_a_slow_computation(self, tmp_path: Path) -> None:
-        (curve,) = curves_of(write_experiment(tmp_path / "exp", ["fedavg"], [0, 1, 2]))
-        line = summarize(curve.runs, "accuracy", "round")
-        assert line is not None
-        assert line.x.tolist() == [1, 2, 3, 4, 5, 6]
-        for index, number in enumerate(line.x):
-            values = [r["accuracy"] for run in curve.runs for r in run.records if r["round"] == number]
-            assert len(values) == line.num_seeds == 3
-            assert line.mean[index] == pytest.approx(sum(values) / 3)
-            assert (line.low[index], line.high[index]) == (min(values), max(values))
-        assert not line.is_cut
-
-    def test_rounds_that_a_seed_lacks_are_left_out(self) -> None:
-        one = [{"round": float(n), "accuracy": 0.1 * n} for n in (2, 4, 6)]
-        two = [{"round": float(n), "accuracy": 0.2 * n} if n != 3 else {"round": 3.0} for n in (2, 3, 4)]
-        line = summarize(self.runs(one, two), "accuracy", "round")
-        assert line is not None
-        assert line.x.tolist() == [2, 4]
-        assert line.mean == pytest.approx([0.3, 0.6])
-        assert line.is_cut
-
-    def test_seeds_with_different_seconds_are_interpolated(self) -> None:
-        one = [{"wall_seconds": x, "loss": y} for x, y in [(1.0, 10.0), (3.0, 6.0), (9.0, 0.0)]]
-        two = [{"wall_seconds": x, "loss": y} for x, y in [(2.0, 8.0), (4.0, 7.0), (12.0, 3.0)]]
-        line = summarize(self.runs(one, two), "loss", "seconds")
-        assert line is not None
-        assert (line.x[0], line.x[-1]) == (2.0, 9.0)  # the stretch that both cover
-
-        def slowly(points: list[dict[str, float]], x: float) -> float:
-            for left, right in zip(points, points[1:], strict=False):
-                if left["wall_seconds"] <= x <= right["wall_seconds"]:
-                    share = (x - left["wall_seconds"]) / (right["wall_seconds"] - left["wall_seconds"])
-                    return left["loss"] + share * (right["loss"] - left["loss"])
-            raise AssertionError("outside")
-
-        for index in range(0, len(line.x), 17):
-            values = [slowly(one, line.x[index]), slowly(two, line.x[index])]
-            assert line.mean[index] == pytest.approx(np.mean(values))
-            assert (line.low[index], line.high[index]) == pytest.approx((min(values), max(values)))
-
-    def test_one_seed_keeps_its_own_points(self) -> None:
-        entries = [{"total_bytes_up": u, "total_bytes_down": d, "loss": 1.0} for u, d in [(1.0, 2.0), (5.0, 7.0)]]
-        line = summarize(self.runs(entries), "loss", "bytes")
-        assert line is not None
-        assert line.x.tolist() == [3.0, 12.0]
-
-    def test_a_single_round_a_seed_is_one_point(self) -> None:
-        line = summarize(
-            self.runs([{"wall_seconds": 1.0, "loss": 2.0}], [{"wall_seconds": 3.0, "loss": 4.0}]), "loss", "seconds"
-        )
-        assert line is not None
-        assert (line.x.tolist(), line.mean.tolist(), line.low.tolist()) == ([2.0], [3.0], [2.0])
-
-    def test_nothing_in_common_is_no_line(self) -> None:
-        one, two = [{"round": 1.0, "loss": 1.0}], [{"round": 2.0, "loss": 1.0}]
-        assert summarize(self.runs(one, two), "loss", "round") is None
-        assert summarize(self.runs(one, two), "accuracy", "round") is None
-
-
 class TestFigure:
     def test_lines_bands_and_words(self, tmp_path: Path) -> None:
         experiment = write_experiment(tmp_path / "exp", ["fedavg", "heterofl"], [0, 1, 2])
         figure = figure_of(experiment)
         (ax,) = figure.axes
         assert [line.get_label() for line in ax.lines] == ["fedavg", "heterofl"]
-        assert len({line.get_color() for line in ax.lines}) == len({str(line.get_linestyle()) for line in ax.lines}) == 2
+        assert (
+            len({line.get_color() for line in ax.lines}) == len({str(line.get_linestyle()) for line in ax.lines}) == 2
+        )
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fedavg", "heterofl"]
         assert (ax.get_xlabel(), ax.get_ylabel()) == ("Round", "Test accuracy (%)")
-        assert figure.get_supxlabel() == "lines: mean over 3 seeds, bands: lowest to highest seed"
+        assert note_of(figure) == "lines: mean over 3 seeds, bands: lowest to highest seed"
         for curve, line, band in zip(curves_of(experiment), ax.lines, ax.collections, strict=True):
             for number, (low, high) in band_limits(band).items():
                 values = [r["accuracy"] for run in curve.runs for r in run.records if r["round"] == number]
@@ -231,7 +103,7 @@ class TestFigure:
         figure = figure_of(write_experiment(tmp_path / "exp", ["fedavg"], [0]))
         assert len(figure.axes[0].lines) == 1
         assert len(figure.axes[0].collections) == 0
-        assert figure.get_supxlabel() == ""
+        assert note_of(figure) == ""
 
     def test_unequal_numbers_of_seeds_stand_in_the_legend(self, tmp_path: Path) -> None:
         experiment = write_experiment(tmp_path / "exp", ["fedavg", "heterofl"], [0, 1])
@@ -254,12 +126,19 @@ class TestFigure:
         assert ax.get_xlabel() == label
         assert np.asarray(ax.lines[0].get_xdata())[-1] == pytest.approx(last)
 
+    def test_bands_are_scaled_like_their_lines(self, tmp_path: Path) -> None:
+        (ax,) = figure_of(write_experiment(tmp_path / "exp", ["fedavg"], [0, 1]), x="bytes").axes
+        assert sorted({min(band_limits(ax.collections[0])), max(band_limits(ax.collections[0]))}) == pytest.approx(
+            [4, 24]
+        )
+        assert np.asarray(ax.lines[0].get_xdata())[[0, -1]] == pytest.approx([4, 24])
+
     def test_interpolation_and_cuts_are_stated(self, tmp_path: Path) -> None:
         experiment = write_experiment(tmp_path / "exp", ["fedavg"], [0, 1])
-        assert "seeds are interpolated linearly on a common grid" in figure_of(experiment, x="seconds").get_supxlabel()
+        assert "seeds are interpolated linearly on a common grid" in note_of(figure_of(experiment, x="seconds"))
         longer = write_experiment(tmp_path / "longer", ["fedavg"], [2], num_rounds=9) / "fedavg" / "seed-2"
         longer.rename(experiment / "fedavg" / "seed-2")
-        assert "a curve ends where its shortest seed ends" in figure_of(experiment).get_supxlabel().replace("\n", " ")
+        assert "a curve ends where its shortest seed ends" in note_of(figure_of(experiment))
 
     def test_default_metric_is_accuracy_else_training_loss(self, tmp_path: Path) -> None:
         entries = [{k: v for k, v in record(n, 0.5).items() if k != "accuracy"} for n in (1, 2)]
@@ -287,11 +166,13 @@ class TestFigure:
         write_run(tmp_path / "b", [record(1, 0.5)], name="fedavg")
         figure = figure_of(tmp_path, metric="consensus")
         assert [line.get_label() for line in figure.axes[0].lines] == ["peers"]
-        assert "without consensus: fedavg" in figure.get_supxlabel()
+        assert "without consensus: fedavg" in note_of(figure)
 
     def test_unknown_metric_names_the_nearest(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [record(1, 0.5)])
-        with pytest.raises(ConfigError, match=r"no record has a number 'acuracy'; did you mean 'accuracy'\?.*train_loss"):
+        with pytest.raises(
+            ConfigError, match=r"no record has a number 'acuracy'; did you mean 'accuracy'\?.*train_loss"
+        ):
             figure_of(run, metric="acuracy")
 
     def test_logs_without_the_x_axis(self, tmp_path: Path) -> None:
@@ -306,8 +187,7 @@ class TestFigure:
             write_run(tmp_path / f"{index}", [record(n, 0.1 * n) for n in (1, 2)], name=f"federated-dropout-{index}")
         panels = [PanelOptions(title="left"), PanelOptions(x="bytes")]
         figure = draw(curves_of(tmp_path), FigureOptions(panels=panels, title=title))
-        assert isinstance(figure.canvas, FigureCanvasAgg)
-        figure.canvas.draw()
+        figure.draw_without_rendering()
         legend = figure.legends[0].get_window_extent()
         assert legend.x0 >= 0
         assert legend.x1 <= figure.bbox.width
@@ -321,7 +201,9 @@ class TestFigure:
 
 
 class TestFile:
-    @pytest.mark.parametrize(("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF"), ("PNG", b"\x89PNG")])
+    @pytest.mark.parametrize(
+        ("suffix", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF"), ("PNG", b"\x89PNG")]
+    )
     def test_formats_and_equal_bytes(self, tmp_path: Path, suffix: str, start: bytes) -> None:
         experiment = write_experiment(tmp_path / "exp", ["fedavg", "heterofl"], [0, 1])
         files = [plot([experiment], "bytes", None, tmp_path / "new" / f"{name}.{suffix}") for name in ("a", "b")]
@@ -352,7 +234,9 @@ class TestFile:
             f"gossamer.plots.plot([{str(run)!r}], None, None, {str(tmp_path / 'a.png')!r});"
             "print([m for m in ('torch', 'ray', 'gossamer.rounds', 'matplotlib.pyplot') if m in sys.modules])"
         )
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=False
+        )
         assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
@@ -367,7 +251,8 @@ class TestSpec:
     def test_panels_side_by_side(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [record(n, 0.1 * n) for n in (1, 2)])
         options = FigureOptions(
-            panels=[PanelOptions(title="left", y_min=0, y_max=0.5), PanelOptions(metric="train_loss", x="bytes")], size=(7, 2)
+            panels=[PanelOptions(title="left", y_min=0, y_max=0.5), PanelOptions(metric="train_loss", x="bytes")],
+            size=(7, 2),
         )
         figure = draw(curves_of(run), options)
         left, right = figure.axes
@@ -378,14 +263,16 @@ class TestSpec:
         assert len(figure.legends) == 1
 
     def test_from_a_file(self, tmp_path: Path) -> None:
-        drawn = self.draw_spec(tmp_path, {"title": "t", "size": [2, 2], "panels": [{"metric": "train_loss", "x": "flops"}]})
+        drawn = self.draw_spec(
+            tmp_path, {"title": "t", "size": [2, 2], "panels": [{"metric": "train_loss", "x": "flops"}]}
+        )
         width, height = np.frombuffer(drawn.read_bytes()[16:24], dtype=">u4")
         assert (width, height) == (400, 400)
 
     @pytest.mark.parametrize(
         ("spec", "message"),
         [
-            ({"panels": [{"metrc": "loss"}]}, r"plot\.yaml: unknown key 'panels\.0\.metrc'; did you mean 'metric'"),
+            ({"panels": [{"metrc": "loss"}]}, r"plot\.yaml: unknown key 'panels\.0\.metrc'"),
             ({"panels": []}, "panels = "),
             ({}, "missing key 'panels'"),
             ({"panels": [{"y_min": 1, "y_max": 0}]}, "y_min 1.0 is not below y_max 0.0"),

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.errors import ConfigError
-from gossamer.runlog import CONFIG, ENVIRONMENT, METRICS, read_config, read_metrics
+from gossamer.runlog import CONFIG, ENVIRONMENT, EXPERIMENT, METRICS, read_config, read_metrics
 
 Numbers = NDArray[np.float64]
 
-EXPERIMENT = "experiment.yaml"
 MAX_DEPTH = 3
 NUM_GRID_POINTS = 200
 RUN_SPECIFIC = ("seed", "engine", "checkpoint", "log")  # what may differ between the seeds of one method

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from pydantic import Field, model_validator
 
 from gossamer.curves import X_AXES, Curve, Line, XAxis, find_runs, group, summarize
@@ -187,7 +187,7 @@ def draw(curves: Sequence[Curve], options: FigureOptions) -> Figure:
 def _labels(curves: Sequence[Curve], drawn: Lines) -> list[str]:
     """Name each curve for the legend, with its number of seeds where that is not the same for all."""
     seeds = [max(line.num_seeds for line in lines if line) if any(lines) else 0 for lines in zip(*drawn, strict=True)]
-    if len(set(seeds)) == 1:
+    if len(set(seeds) - {0}) == 1:
         return [curve.label for curve in curves]
     plural = ["seed" if count == 1 else "seeds" for count in seeds]
     return [f"{c.label} ({count} {word})" for c, count, word in zip(curves, seeds, plural, strict=True)]

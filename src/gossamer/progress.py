@@ -39,7 +39,6 @@ class ProgressDisplay:
 
     def __enter__(self) -> Self:
         self._bars.start()
-        self._bars.refresh()
         return self
 
     def __exit__(

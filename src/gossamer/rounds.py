@@ -29,11 +29,11 @@ class Observer(Protocol):
     """Watches a run, for example to draw a progress bar."""
 
     def on_block(self, round: int, done: int, total: int) -> None:
-        """`done` of `total` participants of a round are trained."""
+        """`done` of `total` participants of a round (counted from 0) are trained."""
         ...
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        """A round was logged."""
+        """A round was logged; its ``"round"`` counts the rounds done."""
         ...
 
 
@@ -85,6 +85,7 @@ class Loop:
     spans: Spans = field(default_factory=Spans)
     progress: Progress = field(default_factory=Progress)
     committed_round: int = -1
+    _clock: float = 0.0
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a commit: state, private rows, counters and logs."""
@@ -103,6 +104,7 @@ class Loop:
             QuorumError: too few usable updates; the state before that round is committed.
             Interrupted: `stop_requested` turned true; the last whole round is committed.
         """
+        self._clock = time.perf_counter()
         if self.progress.round == 0:
             self._commit()
         committed_at = time.monotonic()
@@ -128,7 +130,7 @@ class Loop:
         if number % self.options.evaluate_every == 0 or number == self.options.num_rounds:
             with self.spans.span("evaluate"):
                 metrics = self._evaluate(plan.round)
-        self._advance(plan, time.perf_counter() - began)
+        self._advance(plan)
         record = self._record(plan, losses, time.perf_counter() - began) | metrics
         self.log.log_metrics(record)
         if self.observer is not None:
@@ -171,11 +173,13 @@ class Loop:
                 metrics[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
         return metrics
 
-    def _advance(self, plan: RoundPlan, seconds: float) -> None:
+    def _advance(self, plan: RoundPlan) -> None:
         costs = self.costs.of_round(plan, self.planner.samples_trained(plan))
         progress = self.progress
         progress.round += 1
-        progress.wall_seconds += seconds
+        now = time.perf_counter()
+        progress.wall_seconds += now - self._clock  # training, logging and commits, but no time between runs
+        self._clock = now
         progress.simulated_seconds += costs.simulated_seconds
         progress.total_bytes_up += costs.bytes_up
         progress.total_bytes_down += costs.bytes_down

@@ -25,11 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from gossamer.errors import CheckpointError, ConfigError, DataError, storage_errors
 
 CONFIG = "config.yaml"
+EXPERIMENT = "experiment.yaml"  # beside the directories of several runs: what they were expanded from
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -194,7 +195,7 @@ class RunLog:
         for sink in list(self._sinks):
             try:
                 tell(sink)
-            except Exception as error:
+            except Exception as error:  # a tracker may fail in any way; the run goes on without it
                 self._sinks.remove(sink)
                 self.log_event("sink-dropped", sink=type(sink).__name__, error=f"{type(error).__name__}: {error}")
 

@@ -166,7 +166,7 @@ def digits(options: Mapping[str, Any]) -> ImageData:
         ConfigError: an unknown or wrong option.
         DataError: the limit exceeds the training images.
     """
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped,unused-ignore]
+    from sklearn.datasets import load_digits
 
     chosen = parse_options(SubsetOptions, options, WHERE)
     pixels, target = load_digits(return_X_y=True)

@@ -103,7 +103,7 @@ def _read_cache(path: Path) -> Arrays | None:
         with np.load(path, allow_pickle=False) as stored:
             train_images, train_labels, test_images, test_labels = (stored[name] for name in ARRAY_NAMES)
             return train_images, train_labels, test_images, test_labels
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         warnings.warn(f"the cache {str(path)!r} is damaged ({error}) and is built afresh", stacklevel=2)
@@ -191,7 +191,7 @@ def _from_hub(source: HubSource) -> Any:
 
 def _library() -> Any:
     """Import the library `datasets`, which takes a second."""
-    import datasets  # type: ignore[import-untyped,unused-ignore]
+    import datasets
 
     return datasets
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,11 +73,22 @@ class Partition:
             raise DataError(
                 f"partition {name!r} made {len(self.offsets) - 1} clients instead of {num_clients}: correct it"
             )
-        used = np.bincount(self.indices, minlength=total) if self.indices.min(initial=0) >= 0 else np.zeros(0)
+        outside = self.indices[(self.indices < 0) | (self.indices >= total)]
+        if len(outside):
+            raise DataError(
+                f"partition {name!r} uses sample {outside[0]}, which is outside 0 .. {total - 1}: correct it"
+            )
+        used = np.bincount(self.indices, minlength=total)
         wrong = np.flatnonzero(used != 1)
-        if len(used) != total or len(wrong) or self.offsets[0] != 0 or self.offsets[-1] != len(self.indices):
-            example = f"sample {wrong[0]} {int(used[wrong[0]])} times" if len(wrong) else "a sample that does not exist"
-            raise DataError(f"partition {name!r} uses {example}: every one of the {total} samples must be used once")
+        if len(wrong):
+            raise DataError(
+                f"partition {name!r} uses sample {wrong[0]} {used[wrong[0]]} times: use each of {total} samples once"
+            )
+        if self.offsets[0] != 0 or self.offsets[-1] != total:
+            raise DataError(
+                f"partition {name!r} has offsets from {self.offsets[0]} to {self.offsets[-1]}:"
+                f" let them run from 0 to {total}"
+            )
         smallest = int(np.argmin(self.num_samples))
         if self.num_samples[smallest] < min_samples:
             raise DataError(
@@ -154,7 +166,7 @@ def dirichlet(
         ConfigError: an unknown or wrong parameter, see `DirichletOptions`.
         DataError: no draw gives every client `min_samples`.
     """
-    from flwr_datasets.partitioner import DirichletPartitioner  # type: ignore[import-untyped,unused-ignore]
+    from flwr_datasets.partitioner import DirichletPartitioner
 
     options = parse_options(DirichletOptions, params, WHERE)
     _check_counts(num_clients, len(labels), options)
@@ -239,10 +251,11 @@ def _dealt(partitioner: Any, num_clients: int, **columns: Ints) -> Partition:
 
     The first partition that is loaded makes the whole assignment; loading all would build a data set object a client.
     """
-    import datasets  # type: ignore[import-untyped,unused-ignore]
+    import datasets
 
     partitioner.dataset = datasets.Dataset.from_dict(columns)
-    with contextlib.redirect_stderr(io.StringIO()):  # one of them shows a progress bar
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():  # one shows a progress bar, one is dated
+        warnings.simplefilter("ignore", FutureWarning)
         partitioner.load_partition(0)
     lists: dict[int, Sequence[int]] = partitioner._partition_id_to_indices
     return Partition.of_lists([lists[client] for client in range(num_clients)])

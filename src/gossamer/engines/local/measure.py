@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,9 +15,11 @@ from gossamer.engines.local.training import Job, Trainer
 from gossamer.records import Block
 from gossamer.threads import one_thread
 
-NUM_STEPS = 2
-NUM_REPEATS = 3
-HOPELESS = 2.0
+MAX_STEPS = 5
+NUM_REPEATS = 4
+MAX_ROWS = 16
+STACKED_BLOCK_FLOATS = 1 << 20
+HOPELESS = 1.5
 
 
 def choose_modes(task: Task, state: Mapping[str, Tensor]) -> tuple[VariantMode, ...]:
@@ -43,24 +45,29 @@ def admissible(task: Task) -> list[VariantMode]:
 
 
 def _quickest(task: Task, state: Mapping[str, Tensor], variant: int) -> VariantMode:
+    """Time the modes in turn, several times over, so that a disturbance does not hit one of them alone."""
     modes = admissible(task)
     if len(modes) == 1:
         return modes[0]
-    best, best_seconds = modes[0], float("inf")
-    for mode in modes:
-        seconds = _seconds_per_client(task, state, variant, mode, give_up=HOPELESS * best_seconds)
-        if seconds < best_seconds:
-            best, best_seconds = mode, seconds
-    return best
+    trials = {mode: _trial(task, state, variant, mode) for mode in modes}
+    seconds = {mode: float("inf") for mode in modes}
+    with one_thread():
+        for repeat in range(1 + NUM_REPEATS):
+            for mode, trial in trials.items():
+                if repeat > 1 and seconds[mode] > HOPELESS * min(seconds.values()):
+                    continue
+                taken = trial()
+                if repeat:  # the first one warms up
+                    seconds[mode] = min(seconds[mode], taken)
+    return min(modes, key=lambda mode: seconds[mode])
 
 
-def _seconds_per_client(
-    task: Task, state: Mapping[str, Tensor], variant: int, mode: VariantMode, give_up: float
-) -> float:
-    """Return the least time per client of a few repeats after a warm-up; one hopeless repeat ends the trial."""
+def _trial(task: Task, state: Mapping[str, Tensor], variant: int, mode: VariantMode) -> Callable[[], float]:
+    """Return a function that trains a block for a few steps in `mode` and returns the seconds per client."""
     layout = task.cutter.sub_layout(task.capacities[variant])
-    num_rows = 1 if not mode.stacked else max(2, min(16, (1 << 20) // layout.d))
+    num_rows = 1 if not mode.stacked else max(2, min(MAX_ROWS, STACKED_BLOCK_FLOATS // layout.d))
     clients = np.argsort(-task.workload.num_samples, kind="stable")[:num_rows].astype(np.int64)
+    num_steps = max(1, min(MAX_STEPS, int(task.workload.num_samples[clients[0]]) // task.train.batch_size))
     job = Job(
         round=0,
         phase=0,
@@ -68,19 +75,17 @@ def _seconds_per_client(
         capacity=task.capacities[variant],
         client=clients,
         weight=np.ones(len(clients)),
-        steps=np.full(len(clients), NUM_STEPS, dtype=np.int32),
+        steps=np.full(len(clients), num_steps, dtype=np.int32),
         lr=0.0,
     )
     modes = list(task.modes)
     modes[variant] = mode
     trainer = Trainer(replace(task, modes=tuple(modes)), state)
     fresh = task.algorithm.init_client(state["x"].new_zeros(len(clients), layout.d))
-    times: list[float] = []
-    with one_thread():
-        while len(times) <= NUM_REPEATS:
-            began = time.perf_counter()
-            trainer.train(job, fresh)
-            times.append((time.perf_counter() - began) / len(clients))
-            if len(times) == 2 and min(times) > give_up:
-                break
-    return min(times[1:])
+
+    def run() -> float:
+        began = time.perf_counter()
+        trainer.train(job, fresh)
+        return (time.perf_counter() - began) / len(clients)
+
+    return run

@@ -18,7 +18,6 @@ from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
 from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.engines.base import Task
 from gossamer.records import Block, BlockResult
-from gossamer.workloads.base import Batch
 
 FETCH_BYTES = 64 << 20  # samples that are assembled in one go
 
@@ -104,30 +103,23 @@ class Trainer:
             carry = algorithm.begin(received[i], mine)
             views = {name: layout.views(value[0]) for name, value in carry.items()}
             leaves = {name: view.detach().requires_grad_() for name, view in views["x"].items()}
-            loss, num_steps = torch.zeros(()), int(job.steps[i])
-            for batch in self._batches(job, slice(i, i + 1), positions):
-                one = {key: value[0] if isinstance(value, Tensor) else value for key, value in batch.items()}
-                value = self.task.workload.loss(leaves, one)
-                self._apply_step(views, leaves, value, job.lr)
-                loss += value.detach()
+            carries = [{name: view[parameter] for name, view in views.items()} for parameter in leaves]
+            values = []
+            for batch in self._batches(job, slice(i, i + 1), positions, one_by_one=True):
+                value = self.task.workload.loss(leaves, batch)
+                grads = gradients(value, list(leaves.values()))
+                if self.task.train.clip_norm is not None:
+                    grads = clip(grads, self.task.train.clip_norm)
+                for carried, grad in zip(carries, grads, strict=True):
+                    step_in_place(algorithm, carried, grad, job.lr)
+                values.append(value.detach())
+            num_steps = int(job.steps[i])
             ended = algorithm.end(received[i], mine, carry, num_steps, job.lr)
             for lists, arrays in zip((payload, private), ended, strict=True):
                 for name, row in arrays.items():
                     lists[name].append(row)
-            losses.append(float(loss) / num_steps)
+            losses.append(float(torch.stack(values).sum()) / num_steps)
         return dict(payload), dict(private), losses
-
-    def _apply_step(
-        self, views: dict[str, dict[str, Tensor]], leaves: dict[str, Tensor], loss: Tensor, lr: float
-    ) -> None:
-        """Differentiate one client's loss and take one step, parameter by parameter."""
-        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        if self.task.train.clip_norm is not None:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads))))
-            torch._foreach_mul_(list(grads), (self.task.train.clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0))
-        with torch.no_grad():
-            for name, grad in zip(leaves, grads, strict=True):
-                step_in_place(self.task.algorithm, {key: view[name] for key, view in views.items()}, grad, lr)
 
     def _train_stacked(
         self, job: Job, received: list[Arrays], positions: NDArray[np.int64], client_state: Arrays
@@ -143,19 +135,17 @@ class Trainer:
         loss = torch.zeros(len(job.client))
         scale = 1.0 / job.capacity if self.task.scaler else 1.0
         losses_of = torch.vmap(lambda params, batch: self.task.workload.loss(params, batch | {"scale": scale}))
-        for step, batch in enumerate(self._batches(job, slice(0, len(job.client)), positions)):
-            batch.pop("scale")
+        for step, batch in enumerate(self._batches(job, slice(0, len(job.client)), positions, one_by_one=False)):
             active = int(np.count_nonzero(job.steps > step))
             computed = slice(0, max(active, 2))
             leaves = {name: view[computed].detach().requires_grad_() for name, view in views["x"].items()}
-            values = losses_of(leaves, {key: value[computed] for key, value in batch.items()})
-            grads = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+            values = losses_of(leaves, {key: value[computed] for key, value in batch.items() if key != "scale"})
+            grads = gradients(values.sum(), list(leaves.values()))
             if self.task.train.clip_norm is not None:
                 grads = clip_rows(grads, self.task.train.clip_norm)
-            with torch.no_grad():
-                for name, grad in zip(leaves, grads, strict=True):
-                    now = {key: view[name][:active] for key, view in views.items()}
-                    step_in_place(algorithm, now, grad[:active], job.lr)
+            for name, grad in zip(leaves, grads, strict=True):
+                now = {key: view[name][:active] for key, view in views.items()}
+                step_in_place(algorithm, now, grad[:active], job.lr)
             loss[:active] += values.detach()[:active]
         payload, private = self._end_rows(rows, client_state, carry, job)
         mean_loss = loss / torch.from_numpy(job.steps.astype(np.float32))
@@ -185,29 +175,34 @@ class Trainer:
         payload = {name: torch.cat([piece[0][name] for piece in pieces]) for name in pieces[0][0]}
         return payload, {name: torch.cat([piece[1][name] for piece in pieces]) for name in pieces[0][1]}
 
-    def _batches(self, job: Job, rows: slice, positions: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
-        """Yield one merged batch per local step for the clients in `rows`; samples are fetched many steps at a time."""
-        size, clients = self.task.train.batch_size, job.client[rows]
+    def _batches(
+        self, job: Job, rows: slice, positions: NDArray[np.int64], *, one_by_one: bool
+    ) -> Iterator[dict[str, Any]]:
+        """Yield one merged batch per local step for the clients in `rows`; samples are fetched many steps at a time.
+
+        Tensors have a leading client dimension, unless a single client is trained (`one_by_one`).
+        """
+        size, clients, mode = self.task.train.batch_size, job.client[rows], self.task.modes[job.block.variant]
         num_steps = int(job.steps[rows].max())
         fetch_steps = max(1, FETCH_BYTES // (len(clients) * size * self._sample_bytes))
         for first in range(0, num_steps, fetch_steps):
             last = min(first + fetch_steps, num_steps)
             wanted = positions[rows, first * size : last * size]
-            batch = self.task.workload.batch(clients, wanted, round=job.round)
-            for step in range(last - first):
-                yield self._one_step(job, batch, wanted, slice(step * size, (step + 1) * size))
-
-    def _one_step(self, job: Job, batch: Batch, wanted: NDArray[np.int64], part: slice) -> dict[str, Any]:
-        """Cut one step out of fetched samples and merge it with the clients' constants."""
-        mode = self.task.modes[job.block.variant]
-        if not mode.padding:  # the last batch of an epoch may be short; every row is equally short
-            part = slice(part.start, part.start + int((wanted[0, part] >= 0).sum()))
-        merged: dict[str, Any] = {
-            key: as_format(value[:, part], mode.channels_last)
-            for key, value in batch.samples.items()
-            if mode.padding or key != "mask"
-        }
-        return merged | batch.client | {"scale": 1.0 / job.capacity if self.task.scaler else 1.0}
+            samples, constants = self.task.workload.batch(clients, wanted, round=job.round)
+            samples = {key: as_format(value, mode.channels_last) for key, value in samples.items()}
+            if mode.padding:
+                samples["mask"] = torch.from_numpy(wanted >= 0).float()
+                lengths = [size] * (last - first)
+            else:  # the last batch of an epoch may be short; every row is equally short
+                samples.pop("mask", None)
+                lengths = (wanted[0].reshape(-1, size) >= 0).sum(axis=1).tolist()
+            merged: dict[str, Any] = {"scale": 1.0 / job.capacity if self.task.scaler else 1.0, **constants}
+            if one_by_one:
+                samples = {key: value[0] for key, value in samples.items()}
+                merged |= {key: value[0] for key, value in constants.items()}
+            for step, length in enumerate(lengths):
+                part = slice(step * size, step * size + length)
+                yield merged | {key: v[part] if one_by_one else v[:, part] for key, v in samples.items()}
 
     @cached_property
     def _sample_bytes(self) -> int:
@@ -242,18 +237,33 @@ def local_positions(task: Task, job: Job) -> NDArray[np.int64]:
     return positions
 
 
+def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    """Differentiate `loss` by `leaves`; those that it does not depend on get zeros."""
+    found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
 def step_in_place(algorithm: Algorithm, carry: Arrays, grad: Tensor, lr: float) -> None:
     """Take one step on views; what the algorithm returns as new tensors is copied back."""
-    for name, value in algorithm.step(dict(carry), grad, lr).items():
-        if value is not carry[name]:
-            carry[name].copy_(value)
+    stepped = algorithm.step(carry, grad, lr)
+    if stepped is not carry:
+        for name, value in stepped.items():
+            if value is not carry[name]:
+                carry[name].copy_(value)
 
 
-def clip_rows(grads: tuple[Tensor, ...], clip_norm: float) -> tuple[Tensor, ...]:
+def clip(grads: list[Tensor], clip_norm: float) -> list[Tensor]:
+    """Clip one gradient, spread over tensors, to a Euclidean norm of at most `clip_norm`."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    factor = (clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
+    return list(torch._foreach_mul(grads, factor))
+
+
+def clip_rows(grads: list[Tensor], clip_norm: float) -> list[Tensor]:
     """Clip each client's gradient, spread over tensors [s, ...], to a Euclidean norm of at most `clip_norm`."""
     squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0)
     factor = (clip_norm / squares.sqrt().clamp(min=1e-12)).clamp(max=1.0)
-    return tuple(grad * factor.view(-1, *(1,) * (grad.dim() - 1)) for grad in grads)
+    return [grad * factor.view(-1, *(1,) * (grad.dim() - 1)) for grad in grads]
 
 
 def equal_runs(steps: NDArray[np.int32]) -> list[tuple[int, int]]:
@@ -270,13 +280,17 @@ def chunks(rows: Rows) -> list[tuple[slice, Tensor]]:
 
 
 def finite_rows(payload: dict[str, Rows]) -> list[bool]:
-    """Say for each participant whether all of its payload is finite; NaN survives a minimum and a maximum."""
+    """Say for each participant whether all of its payload is finite.
+
+    A sum shows every NaN and infinity at memory speed; only where it is not finite are the values looked at one by one,
+    because large finite values may overflow it.
+    """
     verdicts = []
     for rows in payload.values():
-        extremes = [torch.stack(torch.aminmax(chunk, dim=1)) for _, chunk in chunks(rows)]
-        verdicts.append(torch.isfinite(torch.cat(extremes, dim=1)).all(0))
-    verdict: list[bool] = torch.stack(verdicts).all(0).tolist()
-    return verdict
+        quick = torch.cat([torch.isfinite(chunk.sum(1)) for _, chunk in chunks(rows)]).tolist()
+        present = [row for _, chunk in chunks(rows) for row in chunk]
+        verdicts.append([ok or bool(torch.isfinite(row).all()) for ok, row in zip(quick, present, strict=True)])
+    return [all(verdict) for verdict in zip(*verdicts, strict=True)]
 
 
 def stack_rows(rows: list[Tensor]) -> Tensor:

@@ -1,0 +1,237 @@
+"""The command line: what it prints where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from gossamer import experiment
+from gossamer.cli import app
+from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, QuorumError
+
+EXPERIMENT = {
+    "name": "digits",
+    "rounds": 2,
+    "seeds": [0, 1],
+    "workload": {"dataset": {"name": "digits", "limit": 200}, "model": "softmax"},
+    "clients": {"num": 4, "per_round": 2},
+    "train": {"lr": 0.1},
+    "engine": {"workers": 0},
+}
+
+# Stands in for gossamer.experiment, without torch: tells of two rounds and "makes" the run directory some/run.
+FAKE = """
+import sys, types
+fake = types.ModuleType("gossamer.experiment")
+class Hooks:
+    def __init__(self, observer=None): self.observer = observer or (lambda name, num_rounds: None)
+def run(source, overrides, out, hooks):
+    observer = hooks.observer("digits", 2)
+    for number in (1, 2) if observer is not None else ():
+        observer.on_block(number - 1, 3, 3)
+        observer.on_round({"round": number, "accuracy": 0.25 * number, "total_bytes_up": 500, "total_bytes_down": 500})
+    return types.SimpleNamespace(directory="some/run")
+fake.Hooks, fake.run = Hooks, run
+sys.modules["gossamer.experiment"] = fake
+config = sys.modules["gossamer.config"] = types.ModuleType("gossamer.config")
+config.load, config.expand = lambda file, overrides: file, lambda data: [data]
+"""
+MAIN = "from gossamer.cli import main; main()"
+
+
+def invoke(*arguments: Any) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **options)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Replace `experiment.run` and `experiment.resume`; return what they are called with."""
+    made: list[tuple[Any, ...]] = []
+
+    def called(*arguments: Any) -> SimpleNamespace:
+        made.append(arguments)
+        return SimpleNamespace(directory=Path("some/run"))
+
+    monkeypatch.setattr(experiment, "run", called)
+    monkeypatch.setattr(experiment, "resume", called)
+    return made
+
+
+class TestRun:
+    def test_arguments_are_passed_on(self, calls: list[tuple[Any, ...]]) -> None:
+        done = invoke("run", "e.yaml", "train.lr=0.1", "--out", "d", "seed=3", "--engine", "ray")
+        assert (done.exit_code, done.stdout, done.stderr) == (0, "some/run\n", "")
+        ((file, overrides, out, hooks),) = calls
+        assert (file, overrides, out) == (Path("e.yaml"), ["train.lr=0.1", "seed=3", "engine.name=ray"], Path("d"))
+        assert hooks.observer("digits", 3) is None  # no terminal, no progress
+
+    def test_defaults(self, calls: list[tuple[Any, ...]]) -> None:
+        assert invoke("run", "e.yaml").exit_code == 0
+        assert calls[0][:3] == (Path("e.yaml"), [], None)
+
+    def test_resume(self, calls: list[tuple[Any, ...]]) -> None:
+        done = invoke("resume", "some/run")
+        assert (done.exit_code, done.stdout) == (0, "some/run\n")
+        assert calls[0][0] == Path("some/run")
+
+    def test_run_resume_and_plot_of_an_experiment(self, tmp_path: Path) -> None:
+        (tmp_path / "e.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+        done = invoke("run", tmp_path / "e.yaml", "train.batch_size=20", "--out", tmp_path / "out")
+        assert done.exit_code == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == str(tmp_path / "out")
+        config = yaml.safe_load((tmp_path / "out/seed-1/config.yaml").read_text())
+        assert (config["seed"], config["train"]["batch_size"]) == (1, 20)
+        metrics = (tmp_path / "out/seed-1/metrics.jsonl").read_text()
+        assert [json.loads(line)["round"] for line in metrics.splitlines()] == [1, 2]
+        assert invoke("resume", tmp_path / "out").stdout.splitlines()[-1] == str(tmp_path / "out")
+        assert (tmp_path / "out/seed-1/metrics.jsonl").read_text() == metrics
+        drawn = invoke("plot", tmp_path / "out", "--x", "bytes", "--metric", "train_loss", "-o", tmp_path / "a.svg")
+        assert drawn.stdout == f"{tmp_path / 'a.svg'}\n"
+        assert (tmp_path / "a.svg").read_text().count("<svg") == 1
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [(ConfigError("no"), 2), (QuorumError("no"), 2), (EngineError("no"), 2), (Interrupted("no"), 130)],
+        ids=lambda value: type(value).__name__,
+    )
+    def test_message_alone_and_its_exit_code(
+        self, monkeypatch: pytest.MonkeyPatch, error: GossamerError, code: int
+    ) -> None:
+        def fail(*arguments: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(experiment, "run", fail)
+        done = invoke("run", "e.yaml")
+        assert (done.exit_code, done.stdout, done.stderr) == (code, "", "error: no\n")
+
+    def test_keyboard_interrupt(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupt(*arguments: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(experiment, "run", interrupt)
+        done = invoke("run", "e.yaml")
+        assert (done.exit_code, done.stdout) == (130, "")
+        assert "Traceback" not in done.stderr
+
+    def test_a_bug_is_not_hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(experiment, "run", lambda *arguments: 1 / 0)
+        done = invoke("run", "e.yaml")
+        assert isinstance(done.exception, ZeroDivisionError)
+        assert done.exit_code == 1
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["run"],
+            ["walk"],
+            ["plot", "d"],
+            ["plot", "-o", "a.png"],
+            ["run", "e.yaml", "--no-such"],
+            ["resume", "a", "b"],
+        ],
+        ids=" ".join,
+    )
+    def test_wrong_usage(self, arguments: list[str]) -> None:
+        done = invoke(*arguments)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "Usage: " in done.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["run", "none.yaml"], "no configuration file 'none.yaml'"),
+            (["resume", "none"], "'none' is no run directory"),
+            (["plot", "none", "-o", "a.png"], "no directory 'none'"),
+            (["plot", "none", "-o", "a.gif"], "cannot tell the format of 'a.gif'"),
+            (["plot", "none", "--x", "bytes", "--spec", "s.yaml", "-o", "a.png"], "'s.yaml' names the axes"),
+        ],
+        ids=lambda value: value[0] if isinstance(value, list) else "",
+    )
+    def test_real_mistakes(self, arguments: list[str], message: str) -> None:
+        done = invoke(*arguments)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {message}")
+        assert done.stderr.count("\n") == 1
+
+
+class TestHelp:
+    def test_commands_and_nothing_else(self) -> None:
+        done = invoke("--help")
+        assert done.exit_code == 0
+        assert re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE) == ["run", "resume", "plot", "doctor"]
+        assert "completion" not in done.stdout
+
+    def test_nothing_heavy_is_loaded(self) -> None:
+        program = f"""
+import atexit, sys
+heavy = ("torch", "numpy", "matplotlib", "pydantic", "yaml", "gossamer.experiment", "gossamer.plots")
+atexit.register(lambda: print([name for name in heavy if name in sys.modules], file=sys.stderr))
+{MAIN}
+"""
+        done = python(program, "--help")
+        assert done.returncode == 0
+        assert done.stderr == "[]\n"
+
+
+class TestStreams:
+    def test_a_pipe_gets_the_directory_alone(self) -> None:
+        done = python(FAKE + MAIN, "run", "e.yaml")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "some/run\n", "")
+
+    def test_a_terminal_gets_progress_on_standard_error(self) -> None:
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(
+            [sys.executable, "-c", FAKE + MAIN, "run", "e.yaml"],
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            text=True,
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+        ) as process:
+            os.close(theirs)
+            stdout, _ = process.communicate(timeout=60)
+        drawn = b""
+        try:
+            while chunk := os.read(ours, 65536):
+                drawn += chunk
+        except OSError:  # how Linux says that nobody writes any more
+            pass
+        os.close(ours)
+        assert stdout == "some/run\n"
+        text = drawn.decode()
+        assert "digits: 2 rounds in 0:00:00, accuracy 50.0%, 1.0 kB" in text
+        assert "3/3 trained" in text
+
+    @pytest.mark.parametrize(
+        "command", [["run", "e.yaml"], ["doctor", "--json"], ["--help"]], ids=lambda words: words[0]
+    )
+    def test_a_reader_that_is_gone_is_no_reason_to_complain(self, command: list[str]) -> None:
+        reader, writer = os.pipe()
+        os.close(reader)
+        program = [sys.executable, "-c", "import sys; sys.modules['torch'] = None\n" + FAKE + MAIN, *command]
+        done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        os.close(writer)
+        assert (done.returncode, done.stderr) == (1, "")
+
+    def test_a_bug_shows_its_traceback(self) -> None:
+        done = python(FAKE + "fake.run = lambda *arguments: 1 / 0\n" + MAIN, "run", "e.yaml")
+        assert done.returncode == 1
+        assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
+        assert done.stderr.startswith("Traceback")
