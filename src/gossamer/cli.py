@@ -68,8 +68,9 @@ def resume(
 ) -> None:
     """Continue a run from its last commit, or all unfinished runs of an experiment."""
     from gossamer import experiment
+    from gossamer.runlog import EXPERIMENT
 
-    whole = directory / experiment.EXPERIMENT
+    whole = directory / EXPERIMENT
     _follow(lambda hooks: experiment.resume(directory, hooks), lambda: _num_runs(whole) if whole.exists() else 1)
 
 
