@@ -154,6 +154,10 @@ def settle(config: Config, algorithm: Any) -> Config:
             f"algorithm {name!r} trains whole models but submodel.capacities = {sub.capacities}: choose fedrolex,"
             " heterofl or federated-dropout, or give submodel.strategy"
         )
+    default_mask = getattr(algorithm, "default_label_mask", "none")
+    if workload["name"] == "image-classification":
+        workload.setdefault("model", "mlp")
+        workload.setdefault("label_mask", default_mask)
     if rule in ("smallest", "largest"):
         factor = min(sub.capacities) if rule == "smallest" else max(sub.capacities)
         changes |= {"capacities": [1.0], "shares": None}
@@ -164,9 +168,6 @@ def settle(config: Config, algorithm: Any) -> Config:
             raise ConfigError(
                 f"algorithm {name!r} scales workload.model.width, which workload {workload['name']!r} does not have"
             )
-    default_mask = getattr(algorithm, "default_label_mask", "none")
-    if workload["name"] == "image-classification":
-        workload.setdefault("label_mask", default_mask)
     if sub.mask_labels is None:
         changes["mask_labels"] = default_mask != "none"
     settled: dict[str, Any] = {"submodel": sub.model_copy(update=changes), "workload": workload}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,13 @@ def run(
                 directory.mkdir(parents=True, exist_ok=True)
                 path.write_text(yaml.safe_dump(dict(data), sort_keys=False))
 
-    return _run_all(directory, singles, hooks or Hooks(), keep_experiment)
+    try:
+        return _run_all(directory, singles, hooks or Hooks(), keep_experiment)
+    except GossamerError:
+        if out is None:
+            with suppress(OSError):  # a directory that holds nothing, because the configuration was refused
+                directory.rmdir()
+        raise
 
 
 def resume(directory: str | Path, hooks: Hooks | None = None) -> Run:
@@ -133,8 +139,8 @@ def _run_single(
     parts = build(config)
     if stop_requested():
         raise Interrupted("stopped before the first round")
-    before_writing()
     sinks = make_sinks(config.log.sinks, directory)
+    before_writing()
     if resumed:
         log = RunLog.open(directory, sinks)
     else:
@@ -142,8 +148,6 @@ def _run_single(
     with closing(log):
         checkpoints = Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep)
         latest = checkpoints.latest()
-        for message in latest.damaged if latest is not None else ():
-            log.log_event("checkpoint-damaged", message=message)
         if latest is not None and latest.round >= config.rounds:
             row = latest.arrays["state.x"][0]
         else:
@@ -168,7 +172,9 @@ def _run_rounds(
         loop.observer, loop.spans = hooks.observer(name, parts.config.rounds), hooks.spans()
         loop.stop_requested = engine.stop_requested = stop_requested
         if latest is not None:
-            loop.restore(latest)
+            loop.restore(latest)  # cuts the logs, so what was damaged is told afterwards
+            for message in latest.damaged:
+                log.log_event("checkpoint-damaged", message=message)
         else:  # new, or killed before its first commit
             log.truncate(dict.fromkeys(log.offsets(), 0))
             if store is not None:

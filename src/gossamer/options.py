@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,6 +18,8 @@ class Options(BaseModel):
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+_BRANCH = re.compile(r"int|float|str|bool|none|\w+\[.*\]")  # how pydantic names the members of a union in a path
 
 
 def parse_options(model: type[AnyOptions], data: Any, where: str) -> AnyOptions:
@@ -35,7 +38,7 @@ def parse_options(model: type[AnyOptions], data: Any, where: str) -> AnyOptions:
 
 def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
     first = error.errors(include_url=False)[0]
-    location = [str(part) for part in first["loc"]]
+    location = [part for part in map(str, first["loc"]) if not _BRANCH.fullmatch(part)]
     path = ".".join([where, *location] if where else location)
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, location[:-1])
@@ -47,10 +50,17 @@ def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    """Names of the fields of the section at `location` below `model`."""
-    current: Any = model
+    """Names of the fields of the section at `location` below `model`; numbers in it are places in a list."""
+    current: type[BaseModel] | None = model
     for part in location:
-        field = getattr(current, "model_fields", {}).get(part)
-        annotations = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        current = next((a for a in annotations if isinstance(a, type) and issubclass(a, BaseModel)), None)
-    return list(getattr(current, "model_fields", {}))
+        if not part.isdigit():
+            field = current.model_fields.get(part) if current else None
+            current = _model_in(field.annotation) if field else None
+    return list(current.model_fields) if current else []
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the first model that an annotation mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

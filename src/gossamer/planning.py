@@ -109,9 +109,10 @@ class Planner:
             ConfigError: a sampler of the user's returned something else than distinct registered clients.
         """
         clients = np.asarray(self.sampler(self.seed, round, len(self.num_samples), self.per_round), dtype=np.int64)
-        if len(np.unique(clients)) != len(clients) or clients.min() < 0 or clients.max() >= len(self.num_samples):
+        known = clients.size > 0 and clients.min() >= 0 and clients.max() < len(self.num_samples)
+        if clients.ndim != 1 or not known or len(np.unique(clients)) != len(clients):
             raise ConfigError(
-                f"clients.sampler returned {clients.tolist()[:10]!r}: it must return distinct clients"
+                f"clients.sampler returned {clients.tolist()!r:.80}: it must return one or more distinct clients"
                 f" in 0..{len(self.num_samples) - 1}"
             )
         samples = self.num_samples[clients]

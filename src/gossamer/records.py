@@ -13,16 +13,21 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """Participants of one variant that are trained and summed together.
+    """Participants of one variant that are trained together.
+
+    Their payloads are added up leaf by leaf: a leaf is an aligned run of `leaf` rows (a power of two) of the variant,
+    so the tree over all leaves, and with it every bit, does not depend on how many of them make a block.
 
     Attributes:
         variant: which capacity.
-        number: number of the block among those of its variant.
+        first_leaf: number of the block's first leaf among those of its variant.
+        leaf: rows of a leaf; the variant's last one may be shorter.
         rows: slice of the plan's rows.
     """
 
     variant: int
-    number: int
+    first_leaf: int
+    leaf: int
     rows: slice
 
 
@@ -69,12 +74,11 @@ class RoundPlan:
         low, high = np.searchsorted(self.variant, [variant, variant + 1])
         return slice(int(low), int(high))
 
-    def blocks(self, size: int) -> Iterator[Block]:
-        """Cut every variant's rows into aligned blocks of `size`, a power of two, so that tree sums keep their bits."""
-        for variant in range(len(self.capacities)):
-            rows = self.variant_rows(variant)
-            for index, low in enumerate(range(rows.start, rows.stop, size)):
-                yield Block(variant, index, slice(low, min(low + size, rows.stop)))
+    def blocks(self, variant: int, leaf: int, leaves_per_block: int = 1) -> Iterator[Block]:
+        """Cut a variant's rows into blocks of whole leaves; `leaf` is a power of two."""
+        rows, size = self.variant_rows(variant), leaf * leaves_per_block
+        for number, low in enumerate(range(rows.start, rows.stop, size)):
+            yield Block(variant, number * leaves_per_block, leaf, slice(low, min(low + size, rows.stop)))
 
 
 @dataclass
@@ -83,15 +87,15 @@ class BlockResult:
 
     Attributes:
         block: which block.
-        payload: ``{name: tensor}``: the block's weighted tree sum [d_sub], None if every row was dropped; where every
-            participant has a window of its own, the weighted rows [s, d_sub] instead.
+        payload: ``{name: tensors}``: for each leaf its weighted tree sum [d_sub], None if every row was dropped; where
+            every participant has a window of its own, the weighted rows, [d_sub] each, instead.
         loss: mean training loss of each row, length s.
         finite: whether each row's update was finite, length s; the others are not in the sum.
         private: ``{name: rows [s, d]}``, new client state of algorithms that keep some.
     """
 
     block: Block
-    payload: dict[str, Tensor | None]
+    payload: dict[str, list[Tensor | None]]
     loss: list[float]
     finite: list[bool]
     private: dict[str, Tensor] = field(default_factory=dict)

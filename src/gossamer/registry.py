@@ -69,7 +69,7 @@ def resolve(kind: str, name: str) -> Any:
         RegistryError: the name is unknown, or its module or attribute cannot be imported.
     """
     target = BUILTIN.get(kind, {}).get(name)
-    if target is None and ":" in name:
+    if target is None and ":" in name and name[0] not in ".:":
         target = name
     if target is None:
         for point in entry_points(group=f"gossamer.{kind}"):

@@ -82,7 +82,7 @@ def bits(
     counter[..., 3] = who >> _SHIFT
     words = philox_4x32(counter, (key & 0xFFFFFFFF, key >> 32))
     pairs = (words[..., 0::2] << _SHIFT) | words[..., 1::2]
-    return pairs.reshape(len(who), -1)[:, :count]
+    return pairs.reshape(len(who), 2 * num_blocks)[:, :count]
 
 
 def permutations(

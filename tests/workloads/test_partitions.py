@@ -66,6 +66,7 @@ def test_shards_hold_few_labels(num_clients: int, per_client: int, extra: int, s
     assert partition.num_samples.max() - partition.num_samples.min() <= per_client
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_shards_equal_the_library_where_it_loses_nothing() -> None:
     import datasets
     from flwr_datasets.partitioner import ShardPartitioner

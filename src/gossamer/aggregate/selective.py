@@ -146,10 +146,14 @@ def label_mask(labels: Sequence[int] | Tensor, num_labels: int) -> Tensor:
     """Return a bool mask [num_labels] from label numbers or a mask.
 
     Raises:
-        ConfigError: a label outside 0..num_labels-1, or no parameter has a label axis.
+        ConfigError: a label outside 0..num_labels-1, a mask of another shape, or no parameter has a label axis.
     """
     given = torch.as_tensor(labels)
-    if given.dtype == torch.bool and given.shape == (num_labels,):
+    if given.dtype == torch.bool:
+        if given.shape != (num_labels,):
+            raise ConfigError(
+                f"mask of shape {tuple(given.shape)} does not fit {num_labels} labels: give one bool each"
+            )
         return given
     mask = torch.zeros(num_labels, dtype=torch.bool)
     for label in given.long().tolist():

@@ -39,16 +39,20 @@ class FedAvg:
         self.momentum, self.weight_decay = momentum, weight_decay
 
     def init(self, x: Tensor) -> Arrays:
+        """Return the model, and its velocity where the server has momentum."""
         return {"x": x} | ({"velocity": torch.zeros_like(x)} if self.options.server_momentum else {})
 
     def init_client(self, x: Tensor) -> Arrays:
+        """Return nothing: clients keep no state."""
         return {}
 
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
+        """Return a copy of the model to train, and zero momentum if there is any."""
         x = state["x"].clone()
         return {"x": x} | ({"momentum": torch.zeros_like(x)} if self.momentum else {})
 
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
+        """One step of SGD, as `torch.optim.SGD` takes it with the same momentum and weight decay."""
         if self.weight_decay:
             grad = grad.add(carry["x"], alpha=self.weight_decay)
         if self.momentum:
@@ -59,9 +63,11 @@ class FedAvg:
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
+        """Return by how much each model changed."""
         return {"x": carry["x"].sub_(state["x"])}, {}
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
+        """Move the model by the mean change times ``server_lr``; what nobody held keeps its bits."""
         x, change, held = state["x"], inbox["x"], inbox["held"]
         new: Arrays = {}
         if self.options.server_momentum:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from gossamer.algorithms.base import Algorithm
 from gossamer.options import Options
@@ -69,6 +71,30 @@ class Costs:
         return RoundCosts(int(up.sum()), int(down.sum()), float(flops.sum()), float(seconds.max(initial=0.0)))
 
 
+class FlopCounter(TorchDispatchMode):
+    """Adds up the FLOPs of matrix products and convolutions, by torch's own formulas.
+
+    `torch.utils.flop_counter.FlopCounterMode` does the same, but loads torch's compiler, which takes a second.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0.0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Say that nothing here is compiled, so that the compiler is not loaded."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        result = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def training_flops_per_sample(workload: Workload, layout: Layout, batch_size: int) -> float:
     """Count the matrix and convolution FLOPs of one training sample: forward and backward of one batch, divided.
 
@@ -80,7 +106,8 @@ def training_flops_per_sample(workload: Workload, layout: Layout, batch_size: in
     batch = workload.batch(client, np.arange(count, dtype=np.int64)[None])
     merged = {key: value[0] for key, value in (batch.samples | batch.client).items() if key != "mask"}
     leaves = {name: view.requires_grad_() for name, view in layout.views(torch.zeros(layout.d)).items()}
-    with one_thread(), FlopCounterMode(display=False) as counter:
+    counter = FlopCounter()
+    with one_thread(), counter:
         loss = workload.loss(leaves, merged | {"scale": 1.0})
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return float(counter.get_total_flops()) / count
+    return float(counter.total) / count

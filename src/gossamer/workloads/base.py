@@ -42,6 +42,8 @@ class Workload(Protocol):
         supports_padding: whether `loss` honours ``batch["mask"]``, which stacking clients of unequal batches needs
             (False where a layer mixes samples, as BatchNorm does while training).
         supports_stacking: whether `loss` works under `torch.vmap`.
+        stacks_natively: whether `loss` also takes parameters and batches with a leading client dimension and then
+            returns one loss a client, which spares the overhead of vmap.
         has_images: whether samples are [*, channels, height, width] images, for which channels-last may pay.
         statistics: names of model state that is set from data before evaluation (static BatchNorm); usually empty.
         num_statistics_chunks: into how many fixed pieces the training data is divided for `statistics`; 0: none needed.
@@ -54,6 +56,7 @@ class Workload(Protocol):
     num_labels: int
     supports_padding: bool
     supports_stacking: bool
+    stacks_natively: bool
     has_images: bool
     num_evaluation_chunks: int
     num_statistics_chunks: int
@@ -112,7 +115,9 @@ class Model(Protocol):
     axes: dict[str, tuple[Any, ...]]
     norms: tuple[str, ...]
 
-    def init(self, source: np.random.Generator) -> dict[str, Tensor]: ...
+    def init(self, source: np.random.Generator) -> dict[str, Tensor]:
+        """Return initial parameters, drawn from `source`."""
+        ...
 
     def apply(
         self,

@@ -118,11 +118,17 @@ class ImageModel:
 
 
 def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
-    return F.linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"])
+    """Apply a linear layer to x [b, i], or the layers of s clients to x [s, b, i]."""
+    weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
+    if weight.dim() == 3:
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+    return F.linear(x, weight, bias)
 
 
 class Softmax(ImageModel):
     """Multinomial logistic regression on the pixels; nothing in it can be cut."""
+
+    stacks_natively = True
 
     def declare(self, options: ModelOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
         """Declare one linear layer."""
@@ -137,8 +143,12 @@ class Softmax(ImageModel):
         statistics: Mapping[str, Tensor] | None = None,
         record: Record | None = None,
     ) -> Tensor:
-        """Return logits, see `ImageModel.apply`."""
-        return _linear(params, "output", x.flatten(1))
+        """Return logits, see `ImageModel.apply`.
+
+        Written as W x^T, so that the gradient by W of many stacked clients is the quicker of the two batched products.
+        """
+        product = params["output.weight"] @ x.flatten(-3).transpose(-1, -2)
+        return product.transpose(-1, -2) + params["output.bias"].unsqueeze(-2)
 
 
 class MLPOptions(ModelOptions):
@@ -151,6 +161,7 @@ class MLP(ImageModel):
     """Perceptron with ReLU; two hidden layers of 200 on 28 x 28 are the "2NN" of McMahan et al. (arXiv 1602.05629)."""
 
     Options = MLPOptions
+    stacks_natively = True
 
     def declare(self, options: MLPOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
         """Declare the linear layers ``hidden0``, ``hidden1``, ... and ``output``."""
@@ -172,7 +183,7 @@ class MLP(ImageModel):
         record: Record | None = None,
     ) -> Tensor:
         """Return logits, see `ImageModel.apply`."""
-        x = x.flatten(1)
+        x = x.flatten(-3)
         for layer in self.hidden:
             x = rescale(_linear(params, layer, x), scale).relu_()
         return _linear(params, "output", x)

@@ -25,6 +25,7 @@ from gossamer.workloads.base import Sums, add_sums
 
 STACKED_BLOCK_FLOATS = 1 << 20  # weights of one stacked block: a few MB, to stay in cache
 MAX_BLOCK_ROWS = 64
+MAX_BLOCK_ROWS_ONE_BY_ONE = 8
 SPARE_SLOTS = 16
 
 
@@ -55,7 +56,6 @@ class LocalEngine:
         self._state: Arrays = {}
         for name, value in state.items():
             self._state[name] = shared_zeros(value.numel()).view(value.shape).copy_(value)
-        self._rows = self._max_block_rows()
         self._slots = self._make_slots() if self._workers else torch.zeros(0, 0)
         self._local = Worker(task, self._state, self._slots)
         self._pool: WorkerPool | None = None
@@ -64,8 +64,8 @@ class LocalEngine:
         self._results: list[tuple[Block, list[bool], list[float]]] = []
         self._trees: dict[tuple[int, str], TreeSum] = {}
         self._sums: dict[tuple[int, str], Tensor] = {}
-        self._window_rows: dict[tuple[int, int, str], Tensor] = {}
-        self._private: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._window_rows: dict[tuple[int, str], Tensor] = {}
+        self._private: dict[int, dict[str, Tensor]] = {}
 
     # ---- the two verbs
 
@@ -73,22 +73,24 @@ class LocalEngine:
         """Train the plan's participants; sums are kept for `exchange`. Payloads of the results are valid until then."""
         self._results, self._sums, self._window_rows, self._private = [], {}, {}, {}
         trees = self._trees = dict[tuple[int, str], TreeSum]()
-        blocks = [block for variant in range(len(plan.capacities)) for block in self._blocks_of(plan, variant)]
-        counts = np.bincount([block.variant for block in blocks], minlength=len(plan.capacities))
-        for block in blocks:
-            for name in self._task.algorithm.uplink:
-                trees.setdefault((block.variant, name), TreeSum(int(counts[block.variant])))
+        blocks: list[Block] = []
+        for variant in range(len(plan.capacities)):
+            of_variant = self._blocks_of(plan, variant)
+            num_leaves = sum(_num_leaves(block) for block in of_variant)
+            trees |= {(variant, name): TreeSum(num_leaves) for name in self._task.algorithm.uplink if num_leaves}
+            blocks += of_variant
         for result in self._train_blocks(plan, blocks):
             block = result.block
             self._results.append((block, result.finite, result.loss))
-            for name, value in result.payload.items():
-                if not self._task.cutter.shares(plan.capacities[block.variant]):
-                    assert value is not None
-                    self._window_rows[block.variant, block.number, name] = value.clone()
-                    continue
-                trees[block.variant, name].add(block.number, value)
+            shared = self._task.cutter.shares(plan.capacities[block.variant])
+            for name, parts in result.payload.items():
+                for part, value in enumerate(parts):
+                    if shared:
+                        trees[block.variant, name].add(block.first_leaf + part, value)
+                    elif value is not None:
+                        self._window_rows[block.rows.start + part, name] = value.clone()
             if result.private:
-                self._private[block.variant, block.number] = {n: v.clone() for n, v in result.private.items()}
+                self._private[block.rows.start] = {name: rows.clone() for name, rows in result.private.items()}
             yield result
         for key, tree in trees.items():
             if tree.total is not None:
@@ -107,7 +109,7 @@ class LocalEngine:
             for block, finite, _ in self._results:
                 survivors = np.array(finite)
                 clients = plan.client[block.rows][survivors]
-                for name, rows in self._private.get((block.variant, block.number), {}).items():
+                for name, rows in self._private.get(block.rows.start, {}).items():
                     if len(clients):
                         self._store.put(name, torch.from_numpy(clients), rows[torch.from_numpy(survivors)])
 
@@ -148,32 +150,40 @@ class LocalEngine:
 
     # ---- inside
 
-    def _blocks_of(self, plan: RoundPlan, variant: int) -> Iterator[Block]:
+    def _blocks_of(self, plan: RoundPlan, variant: int) -> list[Block]:
         rows = plan.variant_rows(variant)
-        size = self._block_rows(variant, rows.stop - rows.start)
-        return (block for block in plan.blocks(size) if block.variant == variant)
+        leaf, leaves = self._block_shape(variant, rows.stop - rows.start)
+        return list(plan.blocks(variant, leaf, leaves))
 
-    def _block_rows(self, variant: int, num_rows: int) -> int:
-        """Return how many participants make a block: a power of two."""
+    def _block_shape(self, variant: int, num_rows: int) -> tuple[int, int]:
+        """Return the rows of a leaf, a power of two, and the leaves of a block."""
         if self._block_size is not None:
-            return self._block_size
+            return self._block_size, 1
         share = math.ceil(num_rows / max(1, self._workers))
         if not self._task.modes[variant].stacked:
             share = max(1, share // 4)  # several blocks a worker, to even out the load
-            return min(1 << (share.bit_length() - 1), 8)
-        fitting = max(2, STACKED_BLOCK_FLOATS // self._task.cutter.sub_layout(self._task.capacities[variant]).d)
-        return min(1 << (fitting.bit_length() - 1), 1 << max(1, (share - 1).bit_length()), MAX_BLOCK_ROWS)
+            return min(1 << (share.bit_length() - 1), MAX_BLOCK_ROWS_ONE_BY_ONE), 1
+        fitting = min(self._fitting(variant), MAX_BLOCK_ROWS)
+        num_blocks = math.ceil(share / fitting)
+        leaf = min(4, 1 << (fitting.bit_length() - 1))
+        return leaf, max(1, math.ceil(share / num_blocks / leaf))
 
-    def _max_block_rows(self) -> int:
-        return self._block_size or MAX_BLOCK_ROWS
+    def _fitting(self, variant: int) -> int:
+        """Return how many stacked sub-models stay in cache."""
+        return max(2, STACKED_BLOCK_FLOATS // self._task.cutter.sub_layout(self._task.capacities[variant]).d)
 
     def _make_slots(self) -> Tensor:
         """Reserve the workers' slots; pages that are never written take no memory."""
-        task, per_row = self._task, 2 * len(self._task.algorithm.client_arrays)
-        shared = all(task.cutter.shares(capacity) for capacity in task.capacities)
-        num_arrays = len(task.algorithm.uplink) * (1 if shared else self._rows) + per_row * self._rows
+        task, per_slot = self._task, 0
+        for variant, capacity in enumerate(task.capacities):
+            stacked = task.modes[variant].stacked
+            rows = self._block_size or (
+                min(self._fitting(variant) + 4, 2 * MAX_BLOCK_ROWS) if stacked else MAX_BLOCK_ROWS_ONE_BY_ONE
+            )
+            num_arrays = len(task.algorithm.uplink) + 2 * len(task.algorithm.client_arrays)
+            per_slot = max(per_slot, num_arrays * rows * task.cutter.sub_layout(capacity).d)
         num_slots = 2 * self._workers + SPARE_SLOTS
-        return shared_zeros(num_slots * num_arrays * task.cutter.layout.d).view(num_slots, -1)
+        return shared_zeros(num_slots * per_slot).view(num_slots, per_slot)
 
     def _client_state(self, clients: NDArray[np.int64], d_sub: int) -> Arrays:
         """Return the private rows [s, d] of clients, those of newcomers as the algorithm starts them."""
@@ -200,16 +210,22 @@ class LocalEngine:
                 yield result
             return
         free, used = list(range(len(self._slots))), list[int]()
-        by_address = {(block.variant, block.number): block for block in blocks}
+        by_address = {(block.variant, block.first_leaf): block for block in blocks}
         for reply in self._pool.map((self._message(job, self._slot(free, used)) for job in jobs), self.stop_requested):
-            block, slot = by_address[reply["variant"], reply["index"]], self._slots[reply["slot"]]
-            found: dict[str, dict[str, Tensor]] = {"payload": {}, "private": {}}
-            for key, (start, shape) in reply["written"].items():
+            block, slot = by_address[reply["variant"], reply["first_leaf"]], self._slots[reply["slot"]]
+            shared = self._task.cutter.shares(plan.capacities[block.variant])
+            num_parts = _num_leaves(block) if shared else block.rows.stop - block.rows.start
+            payload: dict[str, list[Tensor | None]] = {name: [None] * num_parts for name in self._task.algorithm.uplink}
+            private: dict[str, Tensor] = {}
+            for key, part, start, shape in reply["written"]:
                 group, name = key.split(".", 1)
-                found[group][name] = slot[start : start + math.prod(shape)].view(shape)
-            payload = {name: found["payload"].get(name) for name in self._task.algorithm.uplink}
+                value = slot[start : start + math.prod(shape)].view(shape)
+                if group == "private":
+                    private[name] = value
+                else:
+                    payload[name][part] = value
             used.append(reply["slot"])
-            yield BlockResult(block, payload, reply["loss"], reply["finite"], found["private"])
+            yield BlockResult(block, payload, reply["loss"], reply["finite"], private)
 
     def _slot(self, free: list[int], used: list[int]) -> int:
         """Return a free slot; if there is none, move partial sums out of the slots that came back."""
@@ -246,7 +262,8 @@ class LocalEngine:
             "round": job.round,
             "phase": job.phase,
             "variant": job.block.variant,
-            "index": job.block.number,
+            "first_leaf": job.block.first_leaf,
+            "leaf": job.block.leaf,
             "capacity": job.capacity,
             "client": job.client.tolist(),
             "weight": job.weight.tolist(),
@@ -270,15 +287,8 @@ class LocalEngine:
             cut = self._task.cutter.cut(capacity, plan.round, 0)
             yield Part(cut, sums, math.fsum(plan.weight[survivors]), label_weights)
             return
-        row_of = {
-            int(row): (block.number, i)
-            for block, _, _ in self._results
-            if block.variant == variant
-            for i, row in enumerate(range(block.rows.start, block.rows.stop))
-        }
         for number, row in enumerate(survivors.tolist()):
-            index, i = row_of[row]
-            sums = {name: self._window_rows[variant, index, name][i] for name in self._task.algorithm.uplink}
+            sums = {name: self._window_rows[row, name] for name in self._task.algorithm.uplink}
             label_weights = None if labels is None else torch.from_numpy(labels[number]).float()
             cut = self._task.cutter.cut(capacity, plan.round, int(plan.client[row]))
             yield Part(cut, sums, float(plan.weight[row]), label_weights)
@@ -293,3 +303,8 @@ class LocalEngine:
             replies = list(self._pool.map(jobs, lambda: False))
         replies.sort(key=lambda reply: int(reply["chunk"]))
         return [{name: np.array(v, dtype=np.float64) for name, v in reply["sums"].items()} for reply in replies]
+
+
+def _num_leaves(block: Block) -> int:
+    num_rows: int = block.rows.stop - block.rows.start
+    return math.ceil(num_rows / block.leaf)

@@ -16,10 +16,11 @@ from gossamer.records import Block
 from gossamer.threads import one_thread
 
 MAX_STEPS = 5
-NUM_REPEATS = 4
-MAX_ROWS = 16
+NUM_REPEATS = 3
+MAX_CLIENTS = 16
+TRIAL_SECONDS = 0.05
 STACKED_BLOCK_FLOATS = 1 << 20
-HOPELESS = 1.5
+HOPELESS = 4.0
 
 
 def choose_modes(task: Task, state: Mapping[str, Tensor]) -> tuple[VariantMode, ...]:
@@ -49,29 +50,31 @@ def _quickest(task: Task, state: Mapping[str, Tensor], variant: int) -> VariantM
     modes = admissible(task)
     if len(modes) == 1:
         return modes[0]
-    trials = {mode: _trial(task, state, variant, mode) for mode in modes}
-    seconds = {mode: float("inf") for mode in modes}
     with one_thread():
-        for repeat in range(1 + NUM_REPEATS):
-            for mode, trial in trials.items():
-                if repeat > 1 and seconds[mode] > HOPELESS * min(seconds.values()):
-                    continue
-                taken = trial()
-                if repeat:  # the first one warms up
-                    seconds[mode] = min(seconds[mode], taken)
-    return min(modes, key=lambda mode: seconds[mode])
+        # A first step of one client warms up, tells what is hopeless, and how many clients a fair trial can afford.
+        seconds = {mode: _trial(task, state, variant, mode, 1, 1)() for mode in modes}
+        num_clients = max(1, min(MAX_CLIENTS, int(TRIAL_SECONDS / MAX_STEPS / min(seconds.values()))))
+        trials = {mode: _trial(task, state, variant, mode, num_clients, MAX_STEPS) for mode in modes}
+        bound = HOPELESS * min(seconds.values())
+        seconds = {mode: trials[mode]() for mode in modes if seconds[mode] <= bound}
+        for _ in range(NUM_REPEATS):
+            bound = HOPELESS * min(seconds.values())
+            seconds = {mode: min(trials[mode](), taken) for mode, taken in seconds.items() if taken <= bound}
+    return min(seconds, key=lambda mode: seconds[mode])
 
 
-def _trial(task: Task, state: Mapping[str, Tensor], variant: int, mode: VariantMode) -> Callable[[], float]:
+def _trial(
+    task: Task, state: Mapping[str, Tensor], variant: int, mode: VariantMode, num_clients: int, max_steps: int
+) -> Callable[[], float]:
     """Return a function that trains a block for a few steps in `mode` and returns the seconds per client."""
     layout = task.cutter.sub_layout(task.capacities[variant])
-    num_rows = 1 if not mode.stacked else max(2, min(MAX_ROWS, STACKED_BLOCK_FLOATS // layout.d))
+    num_rows = num_clients if not mode.stacked else max(2, min(num_clients, STACKED_BLOCK_FLOATS // layout.d))
     clients = np.argsort(-task.workload.num_samples, kind="stable")[:num_rows].astype(np.int64)
-    num_steps = max(1, min(MAX_STEPS, int(task.workload.num_samples[clients[0]]) // task.train.batch_size))
+    num_steps = max(1, min(max_steps, int(task.workload.num_samples[clients[0]]) // task.train.batch_size))
     job = Job(
         round=0,
         phase=0,
-        block=Block(variant, 0, slice(0, len(clients))),
+        block=Block(variant, 0, MAX_CLIENTS, slice(0, len(clients))),
         capacity=task.capacities[variant],
         client=clients,
         weight=np.ones(len(clients)),

@@ -63,20 +63,20 @@ class Trainer:
         kept = {name: rows if isinstance(rows, Tensor) else torch.cat(rows) for name, rows in private.items()}
         return BlockResult(job.block, summed, losses, finite, kept)
 
-    def _weighted(self, job: Job, name: str, rows: Rows, finite: list[bool], shared: bool) -> Tensor | None:
-        """Weight the rows of one payload and, where they share a window, add them up."""
+    def _weighted(self, job: Job, name: str, rows: Rows, finite: list[bool], shared: bool) -> list[Tensor | None]:
+        """Weight the rows of one payload and, where they share a window, add them up leaf by leaf."""
         task, layout = self.task, self.task.cutter.sub_layout(job.capacity)
         if task.algorithm.uplink[name] == "mean":
             weights = torch.from_numpy(job.weight).float()
             labels = task.workload.client_labels(job.client) * weights[:, None] if task.count_labels else None
             for part, chunk in chunks(rows):
                 scale_rows_(layout, chunk, weights[part], None if labels is None else labels[part])
-        if not shared:
-            return rows if isinstance(rows, Tensor) else torch.cat(rows)
-        if isinstance(rows, Tensor) and all(finite):
-            return tree_sum_rows(rows)
+        leaves = [slice(low, low + job.block.leaf) for low in range(0, len(job.client), job.block.leaf)]
+        if shared and isinstance(rows, Tensor) and all(finite):
+            return [tree_sum_rows(rows[leaf]) for leaf in leaves]
         present = [row for _, chunk in chunks(rows) for row in chunk]
-        return tree_sum([row if ok else None for row, ok in zip(present, finite, strict=True)])
+        kept = [row if ok else None for row, ok in zip(present, finite, strict=True)]
+        return [tree_sum(kept[leaf]) for leaf in leaves] if shared else kept
 
     def _receive(self, job: Job, client: int, shared: bool) -> Arrays:
         """Return the downlink arrays [1, d_sub], cut to the client's window; a shared cut is made once a round."""
@@ -133,8 +133,10 @@ class Trainer:
         carry = algorithm.begin(rows, client_state)
         views = {name: layout.views(value) for name, value in carry.items()}
         loss = torch.zeros(len(job.client))
-        scale = 1.0 / job.capacity if self.task.scaler else 1.0
-        losses_of = torch.vmap(lambda params, batch: self.task.workload.loss(params, batch | {"scale": scale}))
+        scale, workload = 1.0 / job.capacity if self.task.scaler else 1.0, self.task.workload
+        losses_of = torch.vmap(lambda params, batch: workload.loss(params, batch | {"scale": scale}))
+        if workload.stacks_natively:
+            losses_of = lambda params, batch: workload.loss(params, batch | {"scale": scale})  # noqa: E731
         for step, batch in enumerate(self._batches(job, slice(0, len(job.client)), positions, one_by_one=False)):
             active = int(np.count_nonzero(job.steps > step))
             computed = slice(0, max(active, 2))
@@ -308,9 +310,6 @@ def as_format(images: Tensor, channels_last: bool) -> Tensor:
     if not channels_last or images.dim() != 5:
         return images
     s, b, c, h, w = images.shape
-    flat = images.reshape(s * b, c, h, w)
-    if c == 1:
-        flat = flat.as_strided(flat.shape, (h * w, 1, w, 1))
-    else:
-        flat = flat.contiguous(memory_format=torch.channels_last)
-    return flat.view(s, b, c, h, w)
+    if c == 1:  # views of a size-1 dimension forget its stride, so it is set last
+        return images.contiguous().as_strided(images.shape, (b * h * w, h * w, 1, w, 1))
+    return images.reshape(s * b, c, h, w).contiguous(memory_format=torch.channels_last).view(s, b, c, h, w)

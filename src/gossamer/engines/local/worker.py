@@ -64,7 +64,7 @@ class Worker:
         job = Job(
             message["round"],
             message["phase"],
-            Block(message["variant"], message["index"], slice(0, len(message["client"]))),
+            Block(message["variant"], message["first_leaf"], message["leaf"], slice(0, len(message["client"]))),
             message["capacity"],
             np.array(message["client"], dtype=np.int64),
             np.array(message["weight"], dtype=np.float64),
@@ -79,18 +79,22 @@ class Worker:
             client_state[name] = slot[taken : taken + num_rows * d_sub].view(num_rows, d_sub).clone()
             taken += num_rows * d_sub
         result = self._trainer.train(job, client_state)
-        written: dict[str, Any] = {}
+        written: list[list[Any]] = []
         taken = 0
-        for group, arrays in (("payload", result.payload), ("private", result.private)):
-            for name, value in arrays.items():
-                if value is None:
-                    continue
+        results: list[tuple[str, int, Tensor | None]] = [
+            (f"payload.{name}", part, value)
+            for name, parts in result.payload.items()
+            for part, value in enumerate(parts)
+        ]
+        results += [(f"private.{name}", 0, value) for name, value in result.private.items()]
+        for name, part, value in results:
+            if value is not None:
                 slot[taken : taken + value.numel()].view(value.shape).copy_(value)
-                written[f"{group}.{name}"] = [taken, list(value.shape)]
+                written.append([name, part, taken, list(value.shape)])
                 taken += value.numel()
         return {
             "variant": message["variant"],
-            "index": message["index"],
+            "first_leaf": message["first_leaf"],
             "slot": message["slot"],
             "loss": result.loss,
             "finite": result.finite,

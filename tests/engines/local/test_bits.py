@@ -1,0 +1,80 @@
+"""Equal configurations give equal bits, whatever the number of workers and the size of blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation import LEVELS, SINGLY, STACKED, configure, digest, mixed, modes, without_clocks
+
+from gossamer import run
+
+AUTO = "auto"
+# Every number of workers and every size of a block; the reference is (0, auto).
+WAYS = [(0, 1), (0, 2), (0, 4), (0, 8), (1, AUTO), (2, AUTO), (2, 1), (4, 2)]
+SUB_MODEL_METHODS = ("fedrolex", "heterofl", "federated-dropout")
+EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
+
+
+def outcome(config: dict[str, Any], where: Path, workers: int, block_size: int | str) -> tuple[str, list[Any]]:
+    """Run; return the final model's hash and what was logged."""
+    changed = config | {"engine": config["engine"] | {"workers": workers, "block_size": block_size}}
+    done = run(changed, out=where / f"{workers}-{block_size}")
+    return digest(done.params), without_clocks(done.metrics)
+
+
+def assert_same_bits(config: dict[str, Any], where: Path, ways: list[Any]) -> None:
+    reference = outcome(config, where, 0, AUTO)
+    for way in ways:
+        assert outcome(config, where, *way) == reference, f"workers and block size {way} change the result"
+
+
+def ragged(changes: dict[str, Any]) -> dict[str, Any]:
+    """A federation on digits whose clients differ much in size."""
+    digits = {"workload.dataset": {"name": "digits", "limit": 400}, "clients": {"num": 16, "per_round": 11}}
+    skew = {"clients.partition": {"name": "dirichlet", "alpha": 0.3}, "rounds": 2}
+    return configure(digits | skew | {"checkpoint.every_seconds": 1000, "evaluation": {"every": 2}} | changes)
+
+
+@EITHER
+@pytest.mark.parametrize("algorithm", ["fedavg", *SUB_MODEL_METHODS])
+def test_workers_and_blocks_change_no_bits(tmp_path: Path, algorithm: str, mode: dict[str, bool]) -> None:
+    levels = LEVELS if algorithm in SUB_MODEL_METHODS else (1.0,)
+    assert_same_bits(ragged(mixed(algorithm, levels, **mode)), tmp_path, WAYS)
+
+
+@EITHER
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.clip_norm": 0.5},
+        {"train.momentum": 0.9, "train.weight_decay": 0.01},
+        {"algorithm": {"name": "fedavg", "server_momentum": 0.9}, "train.epochs": 2},
+        {"workload.model": "softmax", "train.steps": 3},
+    ],
+    ids=lambda changes: next(reversed(changes)),
+)
+def test_options_of_training(tmp_path: Path, changes: dict[str, Any], mode: dict[str, bool]) -> None:
+    assert_same_bits(ragged(modes(**mode) | changes), tmp_path, [(0, 1), (0, 4), (2, 2)])
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_convolutions(tmp_path: Path, stacked: bool, channels_last: bool) -> None:
+    model = {"workload.model": {"name": "cnn", "width": 0.125}, "submodel.scaler": False}
+    mode = {"stacked": stacked, "padding": stacked, "channels_last": channels_last}
+    config = ragged(mixed("fedrolex", (0.5, 1.0), **mode) | model)
+    assert_same_bits(config, tmp_path, [(0, 1), (0, 4), (2, AUTO)])
+
+
+def test_a_federation_of_one_participant(tmp_path: Path) -> None:
+    """A block of one row is computed as two, because kernels of one row may round differently."""
+    config = ragged(modes(**STACKED) | {"clients": {"num": 5, "per_round": 1}})
+    assert_same_bits(config, tmp_path, [(0, 1), (2, 2)])
+
+
+def test_seeds_differ(tmp_path: Path) -> None:
+    """The comparisons above could fail."""
+    hashes = {outcome(ragged(modes(**STACKED) | {"seed": seed}), tmp_path / str(seed), 0, AUTO)[0] for seed in range(3)}
+    assert len(hashes) == 3

@@ -1,0 +1,152 @@
+"""What goes wrong on clients and in workers: dropped and logged, or an error after which the run can be resumed."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation import (
+    LEVELS,
+    SCAFFOLD,
+    SINGLY,
+    STACKED,
+    assert_same,
+    configure,
+    digest,
+    events,
+    mixed,
+    modes,
+    relative_error,
+)
+
+from gossamer import resume, run
+from gossamer.checkpoint import Checkpoints
+from gossamer.errors import EngineError, GossamerError, QuorumError
+from gossamer.runlog import read_metrics
+
+EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
+WAYS = pytest.mark.parametrize(("workers", "block_size"), [(0, "auto"), (0, 1), (2, 2)])
+EVEN = {"workload.dataset.num_train": 160, "clients": {"num": 8, "per_round": 8}}  # all take three steps
+
+
+def faulty(changes: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Return a federation with the faulty workload; `options` are those of the plug-in."""
+    workload = {"name": "faulty:Faulty", **options}
+    return configure(EVEN | {f"workload.{key}": value for key, value in workload.items()} | changes)
+
+
+class TestNotFinite:
+    @EITHER
+    @WAYS
+    def test_as_if_it_were_absent(
+        self, tmp_path: Path, mode: dict[str, bool], workers: int, block_size: int | str
+    ) -> None:
+        """The last row of a sum may as well not be there; without the first one the sum is rounded differently."""
+        way = modes(**mode) | {"engine.workers": workers, "engine.block_size": block_size}
+        for client, sampler in ((7, "without_last"), (0, "without_first")):
+            dropped = run(faulty(way, clients=[client]), out=tmp_path / f"dropped-{client}")
+            absent = run(faulty(way | {"clients.sampler": f"faulty:{sampler}"}), out=tmp_path / f"absent-{client}")
+            assert relative_error(dropped.params, absent.params) < 1e-6
+            assert client == 0 or digest(dropped.params) == digest(absent.params)
+            for record, other in zip(dropped.metrics, absent.metrics, strict=True):
+                assert (record["num_participants"], record["num_survivors"]) == (8, 7)
+                assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
+            assert events(dropped.directory, "update-dropped") == [
+                {"round": round, "client": client, "reason": "not finite"} for round in (1, 2, 3)
+            ]
+
+    @EITHER
+    @pytest.mark.parametrize("algorithm", ["fedrolex", "federated-dropout"])
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_sub_models(self, tmp_path: Path, algorithm: str, mode: dict[str, bool], workers: int) -> None:
+        way = mixed(algorithm, LEVELS, **mode) | {"engine.workers": workers}
+        dropped = run(faulty(way, clients=[7]), out=tmp_path / "dropped")
+        absent = run(faulty(way | {"clients.sampler": "faulty:without_last"}), out=tmp_path / "absent")
+        assert relative_error(dropped.params, absent.params) < 1e-6
+        assert dropped.metrics[-1]["num_survivors"] == 7
+
+    @EITHER
+    def test_private_state_is_not_kept(self, tmp_path: Path, mode: dict[str, bool]) -> None:
+        config = faulty(SCAFFOLD | modes(**mode) | {"clients.per_round": 8}, clients=[2, 5])
+        done = run(config, out=tmp_path / "run")
+        latest = Checkpoints(done.directory / "checkpoints").latest()
+        assert latest is not None
+        assert latest.arrays["store.clientstore/control/clients"].tolist() == [0, 1, 3, 4, 6, 7]
+        assert done.metrics[-1]["train_loss"] < done.metrics[0]["train_loss"]
+
+    def test_from_one_round_on(self, tmp_path: Path) -> None:
+        done = run(faulty({}, clients=[1, 6], first_round=2), out=tmp_path / "run")
+        assert [record["num_survivors"] for record in done.metrics] == [8, 8, 6]
+        assert [(event["round"], event["client"]) for event in events(done.directory, "update-dropped")] == [
+            (3, 1),
+            (3, 6),
+        ]
+
+
+class TestQuorum:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_lost_and_resumed(self, tmp_path: Path, workers: int) -> None:
+        flag = tmp_path / "flag"
+        flag.touch()
+        rare = {"checkpoint.every_seconds": 1000, "engine.workers": workers}
+        config = faulty(rare, clients=[0, 1, 2, 4, 7], first_round=2, flag=str(flag))
+        for attempt in (lambda: run(config, out=tmp_path / "run"), lambda: resume(tmp_path / "run")):
+            with pytest.raises(QuorumError, match="round 3: only 3 of 8 updates are usable and clients.quorum") as caught:
+                attempt()
+            assert "round 2 is committed" in str(caught.value)
+            latest = Checkpoints(tmp_path / "run/checkpoints").latest()
+            assert latest is not None
+            assert latest.round == 2
+            assert [record["round"] for record in read_metrics(tmp_path / "run")] == [1, 2]
+        flag.unlink()
+        assert_same(resume(tmp_path / "run"), run(config, out=tmp_path / "undisturbed"))
+
+    @pytest.mark.parametrize(("quorum", "enough"), [(0.5, True), (0.51, False), (0.0, True), (1.0, False)])
+    def test_share(self, tmp_path: Path, quorum: float, enough: bool) -> None:
+        config = faulty({"clients.quorum": quorum, "rounds": 1}, clients=[0, 1, 2, 3])
+        if enough:
+            assert run(config, out=tmp_path / "run").metrics[0]["num_survivors"] == 4
+        else:
+            with pytest.raises(QuorumError):
+                run(config, out=tmp_path / "run")
+
+    def test_nobody_is_never_enough(self, tmp_path: Path) -> None:
+        with pytest.raises(QuorumError, match="asks for 1"):
+            run(faulty({"clients.quorum": 0.0}, clients=list(range(8))), out=tmp_path / "run")
+
+
+class TestWorkers:
+    @pytest.mark.parametrize(("fault", "code"), [("exit", 7), ("kill", -9)])
+    @EITHER
+    def test_one_that_dies(self, tmp_path: Path, fault: str, code: int, mode: dict[str, bool]) -> None:
+        flag = tmp_path / "flag"
+        flag.touch()
+        way = modes(**mode) | {"engine.workers": 2}
+        config = faulty(way, clients=[5], fault=fault, first_round=1, flag=str(flag))
+        with pytest.raises(EngineError, match=f"died with exit code {code} "):
+            run(config, out=tmp_path / "run")
+        assert multiprocessing.active_children() == []
+        assert [record["round"] for record in read_metrics(tmp_path / "run")] == [1]
+        with pytest.raises(EngineError, match=f"died with exit code {code} "):
+            resume(tmp_path / "run")
+        flag.unlink()
+        assert_same(resume(tmp_path / "run"), run(config, out=tmp_path / "undisturbed"))
+
+    def test_one_that_fails_says_why(self, tmp_path: Path) -> None:
+        with pytest.raises(EngineError, match="client 5 cannot count") as caught:
+            run(faulty({"engine.workers": 2}, clients=[5], fault="raise", first_round=1), out=tmp_path / "run")
+        assert 'raise ArithmeticError(f"client {client} cannot count")' in str(caught.value)
+        assert multiprocessing.active_children() == []
+
+    def test_without_workers_a_bug_keeps_its_type(self, tmp_path: Path) -> None:
+        with pytest.raises(ArithmeticError, match="client 5 cannot count"):
+            run(faulty({}, clients=[5], fault="raise", first_round=1), out=tmp_path / "run")
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_an_error_on_purpose_stays_one_sentence(self, tmp_path: Path, workers: int) -> None:
+        config = faulty({"engine.workers": workers}, clients=[5], fault="refuse", first_round=1)
+        with pytest.raises(GossamerError) as caught:
+            run(config, out=tmp_path / "run")
+        assert str(caught.value) == "client 5 has no data: give it some"

@@ -1,0 +1,111 @@
+"""Which mode of training is chosen, and that a choice is written down and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recording
+import yaml
+from federation import configure, digest, mixed, modes
+
+from gossamer import resume, run
+from gossamer.build import build
+from gossamer.config import parse
+from gossamer.engines.base import VariantMode
+from gossamer.engines.local import measure
+from gossamer.errors import ConfigError
+
+CNN = {"workload.model": {"name": "cnn", "width": 0.125}}
+RESNET = {"workload.model": {"name": "preact-resnet18", "width": 0.0625}}
+RAGGED, EVEN = {"workload.dataset.num_train": 150}, {"workload.dataset.num_train": 128}
+SINGLY, LAST = VariantMode(), VariantMode(channels_last=True)
+PADDED, STACKED = VariantMode(stacked=True, padding=True), VariantMode(stacked=True)
+
+
+def pinned_modes(directory: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = yaml.safe_load((directory / "config.yaml").read_text())["engine"]["modes"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "expected"),
+    [
+        ({}, RAGGED, {SINGLY, PADDED}),
+        ({}, EVEN, {SINGLY, STACKED}),
+        (CNN, RAGGED, {SINGLY, LAST, PADDED}),
+        (CNN, EVEN, {SINGLY, LAST, STACKED}),
+        (RESNET, RAGGED, {SINGLY, LAST}),  # padding would enter BatchNorm's moments
+        (RESNET, EVEN, {SINGLY, LAST, STACKED}),
+    ],
+)
+def test_admissible(model: dict[str, Any], data: dict[str, Any], expected: set[VariantMode]) -> None:
+    task = build(parse(configure(model | data | {"submodel.scaler": False}))).task
+    found = measure.admissible(task)
+    assert len(found) == len(expected)
+    assert set(found) == expected
+
+
+def test_a_workload_that_cannot_be_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = build(parse(configure())).task
+    monkeypatch.setattr(task.workload, "supports_stacking", False)
+    assert measure.admissible(task) == [SINGLY]
+
+
+@pytest.mark.parametrize("quickest", [SINGLY, LAST, PADDED])
+def test_the_quickest_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quickest: VariantMode) -> None:
+    """Seconds are made up; one mode is the quickest for the smaller capacity, another for the larger."""
+    other = LAST if quickest != LAST else SINGLY
+    tried: list[tuple[int, VariantMode]] = []
+
+    def trial(task: Any, state: Any, variant: int, mode: VariantMode) -> Callable[[], float]:
+        tried.append((variant, mode))
+        return lambda: 0.1 if mode == (quickest, other)[variant] else 0.2
+
+    monkeypatch.setattr(measure, "_trial", trial)
+    config = configure(mixed("fedrolex", (0.5, 1.0)) | {"engine.modes": "auto"} | CNN | RAGGED)
+    done = run(config, out=tmp_path / "run")
+    assert set(tried) == {(variant, mode) for variant in (0, 1) for mode in (SINGLY, LAST, PADDED)}
+    assert pinned_modes(done.directory) == [
+        quickest.model_dump() | {"capacity": 0.5},
+        other.model_dump() | {"capacity": 1.0},
+    ]
+
+
+@pytest.mark.parametrize("model", [{}, CNN], ids=["mlp", "cnn"])
+def test_measuring_changes_no_bits(tmp_path: Path, model: dict[str, Any]) -> None:
+    """The choice is written down, and a run with that choice is the same run."""
+    config = configure(mixed("fedrolex", (0.5, 1.0)) | {"engine.modes": "auto", "rounds": 1} | model | RAGGED)
+    measured = run(config, out=tmp_path / "measured")
+    resolved = yaml.safe_load((measured.directory / "config.yaml").read_text())
+    assert [mode["capacity"] for mode in resolved["engine"]["modes"]] == [0.5, 1.0]
+    again = run(resolved, out=tmp_path / "again")
+    assert digest(again.params) == digest(measured.params)
+    assert pinned_modes(again.directory) == resolved["engine"]["modes"]
+
+
+@pytest.mark.parametrize("mode", [SINGLY, LAST, PADDED, VariantMode(padding=True)])
+def test_a_pinned_mode_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: VariantMode) -> None:
+    """Nothing is measured, in a run or in one that is resumed, and training is what was asked for."""
+    monkeypatch.setattr("gossamer.build.choose_modes", None)
+    images = {"workload.name": "recording:Recording", "workload.dataset.shape": [3, 8, 8]}
+    done = run(configure(CNN | RAGGED | images | modes(**mode.model_dump())), out=tmp_path / "run")
+    assert pinned_modes(done.directory) == [mode.model_dump() | {"capacity": 1.0}]
+    recording.num_clients.clear()
+    recording.formats.clear()
+    parts = build(parse(yaml.safe_load((done.directory / "config.yaml").read_text())))
+    engine, _ = parts.start_engine(tmp_path)
+    list(engine.train(parts.planner.plan(0)))
+    assert (max(recording.num_clients) > 1) == mode.stacked
+    assert set(recording.formats) == {(mode.channels_last, mode.padding)}
+    assert digest(resume(tmp_path / "run").params) == digest(done.params)
+
+
+@pytest.mark.parametrize("levels", [(0.5,), (0.5, 0.75), (0.25, 0.5, 1.0), ()])
+def test_modes_of_other_capacities_are_refused(tmp_path: Path, levels: tuple[float, ...]) -> None:
+    config = configure(mixed("fedrolex", (0.5, 1.0)) | modes(levels))
+    with pytest.raises(ConfigError, match=r"engine.modes names capacities \[.*but the run has \[0.5, 1.0\]: name each"):
+        run(config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

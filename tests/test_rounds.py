@@ -1,0 +1,188 @@
+"""The loop: what a round costs and measures, and what is logged of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from federation import LEVELS, configure, digest, mixed, modes, without_clocks
+
+from gossamer import run
+from gossamer.build import build
+from gossamer.checkpoint import Checkpoints
+from gossamer.config import parse
+from gossamer.experiment import Hooks, Run
+from gossamer.submodel import extract
+
+ALL_EIGHT = {"workload.dataset.num_train": 160, "clients": {"num": 8, "per_round": 8}}  # 20 samples each
+COSTS = ("total_bytes_up", "total_bytes_down", "total_client_flops", "simulated_seconds")
+
+
+def num_parameters(hidden: int) -> int:
+    """Count those of a perceptron 64 - hidden - 10, biases included."""
+    return 64 * hidden + hidden + hidden * 10 + 10
+
+
+def flops_per_sample(hidden: int) -> int:
+    """Count multiplications and additions: each matrix forward and for its gradient, the second for its input too."""
+    return 2 * (2 * 64 * hidden + 3 * hidden * 10)
+
+
+class TestCosts:
+    """Bytes, FLOPs and simulated seconds, counted by hand for a perceptron of 32 hidden units."""
+
+    def test_mixed_capacities(self, tmp_path: Path) -> None:
+        """Of eight clients two have 8 hidden units, two have 16 and four have 32."""
+        device = {"flops_per_second": 1e6, "download_bytes_per_second": 1e4, "upload_bytes_per_second": 1e3}
+        changes = mixed("fedrolex") | {"submodel.shares": [1, 1, 2], "device": device, "train.epochs": 2}
+        done = run(configure(changes | ALL_EIGHT), out=tmp_path / "run")
+        size = 4 * (2 * num_parameters(8) + 2 * num_parameters(16) + 4 * num_parameters(32))
+        flops = 2 * 20 * (2 * flops_per_sample(8) + 2 * flops_per_sample(16) + 4 * flops_per_sample(32))
+        slowest = 4 * num_parameters(32) * (1e-4 + 1e-3) + 2 * 20 * flops_per_sample(32) / 1e6
+        for rounds, record in enumerate(done.metrics, start=1):
+            assert record["total_bytes_up"] == record["total_bytes_down"] == rounds * size
+            assert record["total_client_flops"] == rounds * flops
+            assert record["simulated_seconds"] == pytest.approx(rounds * slowest)
+
+    def test_partial_participation(self, tmp_path: Path) -> None:
+        """Every round counts those who take part: here, all clients of one drawn capacity in turn."""
+        changes = mixed("heterofl", (0.25, 1.0)) | {"submodel.assignment": "dynamic", "clients.per_round": 3}
+        config = configure(changes)
+        planner = build(parse(config)).planner
+        expected = 0
+        for record in run(config, out=tmp_path / "run").metrics:
+            variants = planner.plan(record["round"] - 1).variant
+            assert len(variants) == record["num_participants"] == record["num_survivors"] == 3
+            expected += 4 * sum(num_parameters((8, 32)[variant]) for variant in variants)
+            assert record["total_bytes_up"] == expected
+
+    def test_two_arrays_cost_twice_as_much(self, tmp_path: Path) -> None:
+        done = run(configure({"algorithm": "scaffold:Scaffold"}), out=tmp_path / "run")
+        assert done.metrics[0]["total_bytes_up"] == 2 * 5 * 4 * num_parameters(32)
+        assert done.metrics[0]["total_bytes_down"] == 2 * 5 * 4 * num_parameters(32)
+
+
+class TestRecords:
+    def test_fields(self, tmp_path: Path) -> None:
+        done = run(configure({"train.schedule": {"name": "multistep", "milestones": [1]}}), out=tmp_path / "run")
+        logged = (done.directory / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in logged] == done.metrics
+        assert [record["round"] for record in done.metrics] == [1, 2, 3]
+        assert [record["lr"] for record in done.metrics] == pytest.approx([0.1, 0.01, 0.01])
+        for record, next_one in zip(done.metrics, done.metrics[1:], strict=False):
+            assert record["wall_seconds"] < next_one["wall_seconds"]
+            assert all(record[name] < next_one[name] for name in COSTS)
+        for record in done.metrics:
+            seconds = record["phase_seconds"]
+            assert {"train", "exchange", "evaluate"} <= set(seconds)
+            assert seconds["train"] + seconds["exchange"] + seconds["evaluate"] <= record["round_seconds"]
+            assert 0 <= record["accuracy"] <= 1
+            assert record["train_loss"] > 0
+        assert list(done.metrics[0]["phase_seconds"]) == ["commit", "train", "exchange", "evaluate"]
+
+    def test_training_loss_is_the_mean_over_participants(self, tmp_path: Path) -> None:
+        """With one step on all of a client's samples it is the loss of the model that was sent out."""
+        changes = {"train.batch_size": 20, "rounds": 1} | modes(stacked=True)
+        config = configure(ALL_EIGHT | changes)
+        workload = build(parse(config)).workload
+        model, losses = workload.layout.views(workload.init(0)), []
+        for client in range(8):
+            batch = workload.batch(np.array([client]), np.arange(20)[None])
+            logits = workload.model.apply(model, batch.samples["x"][0])
+            losses.append(float(F.cross_entropy(logits, batch.samples["y"][0])))
+        assert run(config, out=tmp_path / "run").metrics[0]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+    def test_an_observer_is_told(self, tmp_path: Path) -> None:
+        seen: list[Any] = []
+
+        class Watch:
+            def on_block(self, round: int, done: int, total: int) -> None:
+                seen.append((round, done, total))
+
+            def on_round(self, record: Mapping[str, Any]) -> None:
+                seen.append(record["round"])
+
+        config = configure({"rounds": 2, "engine.block_size": 2, "name": "observed"})
+        names: list[Any] = []
+        hooks = Hooks(observer=lambda name, rounds: (names.append((name, rounds)), Watch())[1])
+        run(config, out=tmp_path / "run", hooks=hooks)
+        assert names == [("observed", 2)]
+        assert seen == [(0, 2, 5), (0, 4, 5), (0, 5, 5), 1, (1, 2, 5), (1, 4, 5), (1, 5, 5), 2]
+
+
+class TestEvaluation:
+    def accuracy(self, done: Run, params: Mapping[str, torch.Tensor]) -> float:
+        """Compute the test accuracy of a perceptron with plain operations."""
+        data = build(parse(configure())).workload.data
+        x = ((data.test_images - torch.tensor(data.mean)) / torch.tensor(data.std)).flatten(1)
+        hidden = F.relu(F.linear(x, params["hidden0.weight"], params["hidden0.bias"]))
+        logits = F.linear(hidden, params["output.weight"], params["output.bias"])
+        return float((logits.argmax(1) == data.test_labels).float().mean())
+
+    @pytest.mark.parametrize(("every", "rounds", "expected"), [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (9, 3, [3])])
+    def test_every(self, tmp_path: Path, every: int, rounds: int, expected: list[int]) -> None:
+        done = run(configure({"evaluation.every": every, "rounds": rounds}), out=tmp_path / "run")
+        assert [record["round"] for record in done.metrics if "accuracy" in record] == expected
+        assert done.metrics[-1]["accuracy"] == pytest.approx(self.accuracy(done, done.params))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_by_capacity(self, tmp_path: Path, workers: int) -> None:
+        """Sub-models are those of the round's windows, evaluated without the scaler."""
+        changes = mixed("fedrolex") | {"evaluation.by_capacity": True, "engine.workers": workers}
+        done = run(configure(changes | {"workload.evaluation_chunk": 7}), out=tmp_path / "run")
+        last = done.metrics[-1]
+        axes = dict(zip(("hidden0.weight", "hidden0.bias"), (("h", None), ("h",)), strict=True))
+        axes |= {"output.weight": ("label", "h"), "output.bias": ("label",)}
+        assert list(last["accuracy_by_capacity"]) == list(last["loss_by_capacity"]) == ["0.25", "0.5", "1"]
+        for level in LEVELS:
+            sub = extract(done.params, axes, level, round=2)
+            assert last["accuracy_by_capacity"][f"{level:g}"] == pytest.approx(self.accuracy(done, sub.params))
+        assert last["accuracy_by_capacity"]["1"] == last["accuracy"]
+
+    def test_evaluation_changes_no_training(self, tmp_path: Path) -> None:
+        often = run(configure(mixed("fedrolex") | {"evaluation.by_capacity": True}), out=tmp_path / "often")
+        once = run(configure(mixed("fedrolex") | {"evaluation.every": 3}), out=tmp_path / "once")
+        assert digest(often.params) == digest(once.params)
+
+    def test_local_evaluation(self, tmp_path: Path) -> None:
+        changes = {"clients.partition": {"name": "n-classes", "n": 2}, "rounds": 1}
+        record = run(configure(changes), out=tmp_path / "on").metrics[0]
+        assert record["worst_client_accuracy"] <= record["local_accuracy"] <= 1
+        assert record["accuracy"] < record["local_accuracy"]  # two classes are easier to tell apart than ten
+        off = run(configure(changes | {"workload.local_evaluation": False}), out=tmp_path / "off").metrics[0]
+        assert set(record) - set(off) == {"local_accuracy", "worst_client_accuracy"}
+
+
+class TestCommits:
+    @pytest.mark.parametrize(("keep", "kept"), [(2, [4, 5]), (4, [2, 3, 4, 5])])
+    def test_after_every_round(self, tmp_path: Path, keep: int, kept: list[int]) -> None:
+        done = run(configure({"rounds": 5, "checkpoint.keep": keep}), out=tmp_path / "run")
+        assert sorted(int(path.name) for path in (done.directory / "checkpoints").iterdir()) == kept
+
+    def test_seldom(self, tmp_path: Path) -> None:
+        """The first and the last state are always committed, and no state twice."""
+        done = run(configure({"rounds": 5, "checkpoint.every_seconds": 1000}), out=tmp_path / "run")
+        assert sorted(int(path.name) for path in (done.directory / "checkpoints").iterdir()) == [0, 5]
+
+    def test_content(self, tmp_path: Path) -> None:
+        done = run(configure({"algorithm.server_momentum": 0.5}), out=tmp_path / "run")
+        latest = Checkpoints(done.directory / "checkpoints").latest()
+        assert latest is not None
+        assert set(latest.arrays) == {"state.x", "state.velocity"}
+        workload = build(parse(configure())).workload
+        assert digest(workload.layout.views(latest.arrays["state.x"][0])) == digest(done.params)
+        last = {name: done.metrics[-1][name] for name in ("round", "wall_seconds", *COSTS)}
+        assert latest.progress == last
+        assert latest.log_offsets["metrics.jsonl"] == (done.directory / "metrics.jsonl").stat().st_size
+
+    def test_rarity_changes_nothing(self, tmp_path: Path) -> None:
+        seldom = run(configure({"checkpoint.every_seconds": 1000}), out=tmp_path / "seldom")
+        often = run(configure({"checkpoint.every_seconds": 0}), out=tmp_path / "often")
+        assert digest(seldom.params) == digest(often.params)
+        assert without_clocks(seldom.metrics) == without_clocks(often.metrics)
