@@ -49,7 +49,10 @@ class Algorithm(Protocol):
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
-        """Return (payload rows [s, d], new client state) after the local steps; row-wise."""
+        """Return (payload rows [s, d], new client state) after the local steps; row-wise.
+
+        The payload is overwritten later: it may be made from `carry`, but not be `state` or `client_state` itself.
+        """
         ...
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -84,6 +84,7 @@ class Layout:
         names: parameter names.
         shapes: their shapes.
         axes: per parameter one `Dim` per dimension.
+        channels_last: whether convolution weights [out, in, height, width] lie in memory as [out, height, width, in].
         d: length of a flat row in floats, padding included.
         num_parameters: number of parameters, padding left out.
     """
@@ -91,6 +92,7 @@ class Layout:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     axes: tuple[tuple[Dim, ...], ...]
+    channels_last: bool = False
     offsets: tuple[int, ...] = field(init=False)
     d: int = field(init=False)
 
@@ -129,6 +131,11 @@ class Layout:
         )
 
     @cached_property
+    def as_channels_last(self) -> Layout:
+        """The same layout with convolution weights in channels-last order."""
+        return replace(self, channels_last=True)
+
+    @cached_property
     def cut_axes(self) -> tuple[str, ...]:
         """The axes that a capacity below 1 shortens, in order of first appearance."""
         seen = {dim.axis: None for dims in self.axes for dim in dims if dim.cuttable}
@@ -136,11 +143,23 @@ class Layout:
 
     def views(self, x: Tensor) -> dict[str, Tensor]:
         """Return ``{name: view}`` of float32 `x` [..., d]; each view has shape [..., *shape] and shares memory."""
-        lead = x.shape[:-1]
-        return {
-            name: x[..., offset : offset + math.prod(shape)].view(*lead, *shape)
-            for name, shape, offset in zip(self.names, self.shapes, self.offsets, strict=True)
-        }
+        lead, views = x.shape[:-1], {}
+        for name, shape, offset in zip(self.names, self.shapes, self.offsets, strict=True):
+            flat = x[..., offset : offset + math.prod(shape)]
+            if self.channels_last and len(shape) == 4:
+                views[name] = flat.view(*lead, shape[0], *shape[2:], shape[1]).movedim(-1, -3)
+            else:
+                views[name] = flat.view(*lead, *shape)
+        return views
+
+    def reorder_(self, x: Tensor, target: Layout) -> Tensor:
+        """Rewrite rows `x` [..., d] in place from this layout's order in memory to `target`'s, and return them."""
+        if self.channels_last != target.channels_last:
+            new = target.views(x)
+            for name, view in self.views(x).items():
+                if view.dim() - x.dim() == 3:
+                    new[name].copy_(view.clone(memory_format=torch.contiguous_format))
+        return x
 
     def flatten(self, params: Mapping[str, Tensor]) -> Tensor:
         """Copy ``{name: tensor}`` into a new flat float32 row [d]; padding is zero."""
@@ -166,4 +185,4 @@ class Layout:
             )
             for dims, shape in zip(self.axes, self.shapes, strict=True)
         )
-        return Layout(self.names, shapes, self.axes)
+        return Layout(self.names, shapes, self.axes, self.channels_last)

@@ -27,6 +27,7 @@ STACKED_BLOCK_FLOATS = 1 << 20  # weights of one stacked block: a few MB, to sta
 MAX_BLOCK_ROWS = 64
 MAX_BLOCK_ROWS_ONE_BY_ONE = 8
 SPARE_SLOTS = 16
+LARGEST_ROUND = 1 << 40  # participants: more only make more blocks, not larger ones
 
 
 class LocalEngine:
@@ -164,7 +165,7 @@ class LocalEngine:
             share = max(1, share // 4)  # several blocks a worker, to even out the load
             return min(1 << (share.bit_length() - 1), MAX_BLOCK_ROWS_ONE_BY_ONE), 1
         fitting = min(self._fitting(variant), MAX_BLOCK_ROWS)
-        num_blocks = math.ceil(share / fitting)
+        num_blocks = max(1, math.ceil(share / fitting))  # no row of this variant may be in the round
         leaf = min(4, 1 << (fitting.bit_length() - 1))
         return leaf, max(1, math.ceil(share / num_blocks / leaf))
 
@@ -176,12 +177,10 @@ class LocalEngine:
         """Reserve the workers' slots; pages that are never written take no memory."""
         task, per_slot = self._task, 0
         for variant, capacity in enumerate(task.capacities):
-            stacked = task.modes[variant].stacked
-            rows = self._block_size or (
-                min(self._fitting(variant) + 4, 2 * MAX_BLOCK_ROWS) if stacked else MAX_BLOCK_ROWS_ONE_BY_ONE
-            )
-            num_arrays = len(task.algorithm.uplink) + 2 * len(task.algorithm.client_arrays)
-            per_slot = max(per_slot, num_arrays * rows * task.cutter.sub_layout(capacity).d)
+            leaf, leaves = self._block_shape(variant, LARGEST_ROUND)
+            num_sums = leaves if task.cutter.shares(capacity) else leaf * leaves
+            num_rows = len(task.algorithm.uplink) * num_sums + 2 * len(task.algorithm.client_arrays) * leaf * leaves
+            per_slot = max(per_slot, num_rows * task.cutter.sub_layout(capacity).d)
         num_slots = 2 * self._workers + SPARE_SLOTS
         return shared_zeros(num_slots * per_slot).view(num_slots, per_slot)
 

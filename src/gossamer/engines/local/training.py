@@ -18,6 +18,7 @@ from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
 from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.engines.base import Task
 from gossamer.records import Block, BlockResult
+from gossamer.submodel import Layout
 
 FETCH_BYTES = 64 << 20  # samples that are assembled in one go
 
@@ -38,7 +39,7 @@ class Job(NamedTuple):
 
 
 class Trainer:
-    """Trains blocks against resident state arrays [1, d]; keeps warm workspaces between calls."""
+    """Trains blocks against resident state arrays [1, d]; keeps the last shared cut."""
 
     def __init__(self, task: Task, state: Mapping[str, Tensor]) -> None:
         self.task, self._state = task, state
@@ -54,18 +55,31 @@ class Trainer:
         """
         task = self.task
         shared = task.cutter.shares(job.capacity)
+        layout, working = self._layouts(job)
         received = [self._receive(job, int(client), shared) for client in job.client]
+        if working is not layout:
+            client_state = {name: layout.reorder_(rows.clone(), working) for name, rows in client_state.items()}
         positions = local_positions(task, job)
         train = self._train_stacked if task.modes[job.block.variant].stacked else self._train_singly
         payload, private, losses = train(job, received, positions, client_state)
         finite = finite_rows(payload)
+        # Copies, because weighting overwrites payload rows and an algorithm may send what it also keeps.
+        kept = {name: rows.clone() if isinstance(rows, Tensor) else torch.cat(rows) for name, rows in private.items()}
+        for rows in kept.values():
+            working.reorder_(rows, layout)
         summed = {name: self._weighted(job, name, rows, finite, shared) for name, rows in payload.items()}
-        kept = {name: rows if isinstance(rows, Tensor) else torch.cat(rows) for name, rows in private.items()}
+        for value in (value for parts in summed.values() for value in parts if value is not None):
+            working.reorder_(value, layout)
         return BlockResult(job.block, summed, losses, finite, kept)
+
+    def _layouts(self, job: Job) -> tuple[Layout, Layout]:
+        """Return the sub-model's layout, and the one in whose order in memory it is trained."""
+        layout = self.task.cutter.sub_layout(job.capacity)
+        return layout, layout.as_channels_last if self.task.modes[job.block.variant].channels_last else layout
 
     def _weighted(self, job: Job, name: str, rows: Rows, finite: list[bool], shared: bool) -> list[Tensor | None]:
         """Weight the rows of one payload and, where they share a window, add them up leaf by leaf."""
-        task, layout = self.task, self.task.cutter.sub_layout(job.capacity)
+        task, (_, layout) = self.task, self._layouts(job)
         if task.algorithm.uplink[name] == "mean":
             weights = torch.from_numpy(job.weight).float()
             labels = task.workload.client_labels(job.client) * weights[:, None] if task.count_labels else None
@@ -84,9 +98,12 @@ class Trainer:
         if shared and self._received_at == address:
             return self._received
         cut = self.task.cutter.cut(job.capacity, job.round, client)
-        if cut.is_full:
+        layout, working = self._layouts(job)
+        if cut.is_full and working is layout:
             return {name: self._state[name] for name in names}
         received = {name: cut.read(self._state[name][0], torch.zeros(cut.sub.d))[None] for name in names}
+        for row in received.values():
+            layout.reorder_(row, working)
         if shared:
             self._received_at, self._received = address, received
         return received
@@ -94,7 +111,7 @@ class Trainer:
     def _train_singly(
         self, job: Job, received: list[Arrays], positions: NDArray[np.int64], client_state: Arrays
     ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
-        algorithm, layout = self.task.algorithm, self.task.cutter.sub_layout(job.capacity)
+        algorithm, (_, layout) = self.task.algorithm, self._layouts(job)
         payload: dict[str, list[Tensor]] = defaultdict(list)
         private: dict[str, list[Tensor]] = defaultdict(list)
         losses = []
