@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from federation import LEVELS, Injected, assert_same, configure, digest, failing, mixed, without_clocks
 
 import gossamer
+from federation import LEVELS, Injected, assert_same, configure, digest, failing, mixed, without_clocks
 from gossamer import resume, run
 from gossamer.errors import ConfigError, DataError, GossamerError
 from gossamer.experiment import Hooks
@@ -180,6 +180,6 @@ class TestSeveral:
     def test_an_error_names_the_run(self, tmp_path: Path) -> None:
         """What can only be seen when a run is built stops the experiment there; what was done stays."""
         methods = {"good": {}, "bad": {"workload.dataset.num_train": 4}}
-        with pytest.raises(GossamerError, match="^bad: 4 training samples cannot give 8 clients"):
+        with pytest.raises(GossamerError, match=r"^bad: 4 training samples cannot give 8 clients"):
             run(configure({"methods": methods, "rounds": 1}), out=tmp_path / "all")
         assert sorted(os.listdir(tmp_path / "all")) == ["experiment.yaml", "good"]

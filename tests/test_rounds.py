@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from federation import LEVELS, configure, digest, mixed, modes, without_clocks
 
+from federation import LEVELS, configure, digest, mixed, modes, without_clocks
 from gossamer import run
 from gossamer.build import build
 from gossamer.checkpoint import Checkpoints
 from gossamer.config import parse
-from gossamer.experiment import Hooks, Run
+from gossamer.experiment import Hooks
 from gossamer.submodel import extract
+from slow import AXES, evaluation_samples, initial_model, perceptron, training_samples
 
 ALL_EIGHT = {"workload.dataset.num_train": 160, "clients": {"num": 8, "per_round": 8}}  # 20 samples each
 COSTS = ("total_bytes_up", "total_bytes_down", "total_client_flops", "simulated_seconds")
@@ -90,12 +91,10 @@ class TestRecords:
         """With one step on all of a client's samples it is the loss of the model that was sent out."""
         changes = {"train.batch_size": 20, "rounds": 1} | modes(stacked=True)
         config = configure(ALL_EIGHT | changes)
-        workload = build(parse(config)).workload
-        model, losses = workload.layout.views(workload.init(0)), []
+        parts, losses = build(parse(config)), []
         for client in range(8):
-            batch = workload.batch(np.array([client]), np.arange(20)[None])
-            logits = workload.model.apply(model, batch.samples["x"][0])
-            losses.append(float(F.cross_entropy(logits, batch.samples["y"][0])))
+            images, labels = training_samples(parts, parts.workload.partition.of_client(client).tolist())
+            losses.append(float(F.cross_entropy(perceptron(initial_model(parts), images), labels)))
         assert run(config, out=tmp_path / "run").metrics[0]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
     def test_an_observer_is_told(self, tmp_path: Path) -> None:
@@ -117,19 +116,16 @@ class TestRecords:
 
 
 class TestEvaluation:
-    def accuracy(self, done: Run, params: Mapping[str, torch.Tensor]) -> float:
-        """Compute the test accuracy of a perceptron with plain operations."""
-        data = build(parse(configure())).workload.data
-        x = ((data.test_images - torch.tensor(data.mean)) / torch.tensor(data.std)).flatten(1)
-        hidden = F.relu(F.linear(x, params["hidden0.weight"], params["hidden0.bias"]))
-        logits = F.linear(hidden, params["output.weight"], params["output.bias"])
-        return float((logits.argmax(1) == data.test_labels).float().mean())
+    def accuracy(self, params: Mapping[str, torch.Tensor]) -> float:
+        """Compute the accuracy on all test data with plain operations."""
+        images, labels = evaluation_samples(build(parse(configure())))
+        return float((perceptron(params, images).argmax(1) == labels).float().mean())
 
     @pytest.mark.parametrize(("every", "rounds", "expected"), [(1, 3, [1, 2, 3]), (2, 5, [2, 4, 5]), (9, 3, [3])])
     def test_every(self, tmp_path: Path, every: int, rounds: int, expected: list[int]) -> None:
         done = run(configure({"evaluation.every": every, "rounds": rounds}), out=tmp_path / "run")
         assert [record["round"] for record in done.metrics if "accuracy" in record] == expected
-        assert done.metrics[-1]["accuracy"] == pytest.approx(self.accuracy(done, done.params))
+        assert done.metrics[-1]["accuracy"] == pytest.approx(self.accuracy(done.params))
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_by_capacity(self, tmp_path: Path, workers: int) -> None:
@@ -137,12 +133,10 @@ class TestEvaluation:
         changes = mixed("fedrolex") | {"evaluation.by_capacity": True, "engine.workers": workers}
         done = run(configure(changes | {"workload.evaluation_chunk": 7}), out=tmp_path / "run")
         last = done.metrics[-1]
-        axes = dict(zip(("hidden0.weight", "hidden0.bias"), (("h", None), ("h",)), strict=True))
-        axes |= {"output.weight": ("label", "h"), "output.bias": ("label",)}
         assert list(last["accuracy_by_capacity"]) == list(last["loss_by_capacity"]) == ["0.25", "0.5", "1"]
         for level in LEVELS:
-            sub = extract(done.params, axes, level, round=2)
-            assert last["accuracy_by_capacity"][f"{level:g}"] == pytest.approx(self.accuracy(done, sub.params))
+            sub = extract(done.params, AXES, level, round=2)
+            assert last["accuracy_by_capacity"][f"{level:g}"] == pytest.approx(self.accuracy(sub.params))
         assert last["accuracy_by_capacity"]["1"] == last["accuracy"]
 
     def test_evaluation_changes_no_training(self, tmp_path: Path) -> None:

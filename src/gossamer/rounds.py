@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,26 +15,13 @@ from gossamer.checkpoint import Checkpoint, Checkpoints
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Engine
 from gossamer.errors import Interrupted, QuorumError
+from gossamer.ledger import Observer, Progress, Record, round_record
 from gossamer.planning import Planner
 from gossamer.profiling.costs import Costs
 from gossamer.records import RoundPlan
 from gossamer.runlog import RunLog
 from gossamer.spans import Spans
 from gossamer.workloads.base import Workload
-
-Record = dict[str, Any]
-
-
-class Observer(Protocol):
-    """Watches a run, for example to draw a progress bar."""
-
-    def on_block(self, round: int, done: int, total: int) -> None:
-        """`done` of `total` participants of a round (counted from 0) are trained."""
-        ...
-
-    def on_round(self, record: Mapping[str, Any]) -> None:
-        """A round was logged; its ``"round"`` counts the rounds done."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -54,18 +41,6 @@ class LoopOptions:
     evaluate_every: int
     evaluate_capacities: tuple[float, ...]
     commit_every_seconds: float
-
-
-@dataclass
-class Progress:
-    """What the loop carries from round to round beside the engine's state; goes into every commit."""
-
-    round: int = 0
-    wall_seconds: float = 0.0
-    simulated_seconds: float = 0.0
-    total_bytes_up: int = 0
-    total_bytes_down: int = 0
-    total_client_flops: float = 0.0
 
 
 @dataclass
@@ -130,8 +105,11 @@ class Loop:
         if number % self.options.evaluate_every == 0 or number == self.options.num_rounds:
             with self.spans.span("evaluate"):
                 metrics = self._evaluate(plan.round)
-        self._advance(plan)
-        record = self._record(plan, losses, time.perf_counter() - began) | metrics
+        now = time.perf_counter()
+        costs = self.costs.of_round(plan, self.planner.samples_trained(plan))
+        self.progress.add(costs, now - self._clock)  # training, logging and commits, but no time between runs
+        self._clock = now
+        record = round_record(self.progress, plan, losses, now - began, self.spans.take()) | metrics
         self.log.log_metrics(record)
         if self.observer is not None:
             self.observer.on_round(record)
@@ -163,44 +141,16 @@ class Loop:
         return losses
 
     def _evaluate(self, round: int) -> Record:
-        metrics: Record = dict(self.workload.metrics(self.engine.evaluate(1.0, round)))
+        whole = self.workload.metrics(self.engine.evaluate(1.0, round))
+        metrics: Record = dict(whole)
         if self.options.evaluate_capacities:
             by_capacity = {
-                capacity: self.workload.metrics(self.engine.evaluate(capacity, round))
+                capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(capacity, round))
                 for capacity in self.options.evaluate_capacities
             }
             for name in ("accuracy", "loss"):
                 metrics[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
         return metrics
-
-    def _advance(self, plan: RoundPlan) -> None:
-        costs = self.costs.of_round(plan, self.planner.samples_trained(plan))
-        progress = self.progress
-        progress.round += 1
-        now = time.perf_counter()
-        progress.wall_seconds += now - self._clock  # training, logging and commits, but no time between runs
-        self._clock = now
-        progress.simulated_seconds += costs.simulated_seconds
-        progress.total_bytes_up += costs.bytes_up
-        progress.total_bytes_down += costs.bytes_down
-        progress.total_client_flops += costs.client_flops
-
-    def _record(self, plan: RoundPlan, losses: np.ndarray[Any, np.dtype[np.float64]], seconds: float) -> Record:
-        progress = self.progress
-        return {
-            "round": progress.round,
-            "wall_seconds": progress.wall_seconds,
-            "round_seconds": seconds,
-            "phase_seconds": self.spans.take(),
-            "simulated_seconds": progress.simulated_seconds,
-            "total_bytes_up": progress.total_bytes_up,
-            "total_bytes_down": progress.total_bytes_down,
-            "total_client_flops": progress.total_client_flops,
-            "num_participants": len(plan.client),
-            "num_survivors": int(np.isfinite(losses).sum()),
-            "lr": plan.lr,
-            "train_loss": float(np.nanmean(losses)),
-        }
 
     def _commit(self) -> None:
         if self.committed_round == self.progress.round:

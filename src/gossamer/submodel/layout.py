@@ -149,7 +149,7 @@ class Layout:
             if self.channels_last and len(shape) == 4:
                 views[name] = flat.view(*lead, shape[0], *shape[2:], shape[1]).movedim(-1, -3)
             else:
-                views[name] = flat.view(*lead, *shape)
+                views[name] = flat.view((*lead, *shape))
         return views
 
     def reorder_(self, x: Tensor, target: Layout) -> Tensor:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import LEVELS, SINGLY, STACKED, configure, digest, mixed, modes, without_clocks
+import torch
 
+from federation import LEVELS, SINGLY, STACKED, configure, digest, mixed, modes, without_clocks
 from gossamer import run
 
 AUTO = "auto"
@@ -66,6 +67,20 @@ def test_convolutions(tmp_path: Path, stacked: bool, channels_last: bool) -> Non
     mode = {"stacked": stacked, "padding": stacked, "channels_last": channels_last}
     config = ragged(mixed("fedrolex", (0.5, 1.0), **mode) | model)
     assert_same_bits(config, tmp_path, [(0, 1), (0, 4), (2, AUTO)])
+
+
+@EITHER
+def test_threads_change_no_bits(tmp_path: Path, mode: dict[str, bool]) -> None:
+    """Without workers, training happens in a process that may be set to several threads."""
+    config = ragged(mixed("fedrolex", (0.5, 1.0), **mode) | {"workload.model": {"name": "mlp", "hidden": [300]}})
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        several = outcome(config, tmp_path / "several", 0, AUTO)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert several == outcome(config, tmp_path / "one", 1, AUTO)
 
 
 def test_a_federation_of_one_participant(tmp_path: Path) -> None:

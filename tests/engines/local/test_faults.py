@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from federation import (
     LEVELS,
     SCAFFOLD,
@@ -20,7 +21,6 @@ from federation import (
     modes,
     relative_error,
 )
-
 from gossamer import resume, run
 from gossamer.checkpoint import Checkpoints
 from gossamer.errors import EngineError, GossamerError, QuorumError
@@ -93,7 +93,9 @@ class TestQuorum:
         rare = {"checkpoint.every_seconds": 1000, "engine.workers": workers}
         config = faulty(rare, clients=[0, 1, 2, 4, 7], first_round=2, flag=str(flag))
         for attempt in (lambda: run(config, out=tmp_path / "run"), lambda: resume(tmp_path / "run")):
-            with pytest.raises(QuorumError, match="round 3: only 3 of 8 updates are usable and clients.quorum") as caught:
+            with pytest.raises(
+                QuorumError, match=r"round 3: only 3 of 8 updates are usable and clients.quorum"
+            ) as caught:
                 attempt()
             assert "round 2 is committed" in str(caught.value)
             latest = Checkpoints(tmp_path / "run/checkpoints").latest()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import recording
 import yaml
-from federation import configure, digest, mixed, modes
 
+from federation import configure, digest, mixed, modes
 from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config import parse
@@ -60,7 +60,7 @@ def test_the_quickest_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     other = LAST if quickest != LAST else SINGLY
     tried: list[tuple[int, VariantMode]] = []
 
-    def trial(task: Any, state: Any, variant: int, mode: VariantMode) -> Callable[[], float]:
+    def trial(task: Any, state: Any, variant: int, mode: VariantMode, *size: int) -> Callable[[], float]:
         tried.append((variant, mode))
         return lambda: 0.1 if mode == (quickest, other)[variant] else 0.2
 

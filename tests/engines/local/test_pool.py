@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from federation import environment, wait_for
 
+from federation import environment, wait_for
 from gossamer.engines.local.pool import JOBS_AHEAD, Handler, Message, WorkerPool
 from gossamer.errors import DataError, EngineError, GossamerError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +9,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from federation import LEVELS, MLP, SINGLY, STACKED, configure, digest, mixed, modes, relative_error
 from torch import Tensor
 
-from gossamer import rng, run
+from federation import LEVELS, MLP, SINGLY, STACKED, configure, digest, mixed, modes, relative_error
+from gossamer import run
 from gossamer.build import Parts, build
 from gossamer.config import parse
 from gossamer.planning import learning_rate
 from gossamer.submodel import extract
+from slow import AXES, initial_model, perceptron, sample_order, training_samples
 
 SUB_MODEL_METHODS = {"fedrolex": "rolling", "heterofl": "static", "federated-dropout": "random"}
-AXES = {
-    "hidden0.weight": ("hidden0", None),
-    "hidden0.bias": ("hidden0",),
-    "output.weight": ("label", "hidden0"),
-    "output.bias": ("label",),
-}
 SKEWED = {"clients.partition": {"name": "n-classes", "n": 3}}  # ragged, and no client holds all labels
 EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
 
 
 # ---- the slow version: one client, one sample order, one torch.optim.SGD at a time
-
-
-def sample_order(parts: Parts, round: int, client: int, epochs: int) -> list[list[int]]:
-    """Return the sample numbers of each local batch of one client."""
-    mine, size = parts.workload.partition.of_client(client), parts.config.train.batch_size
-    batches = []
-    for epoch in range(epochs):
-        clients, sizes = np.array([client]), np.array([len(mine)])
-        (order,) = rng.permutations(parts.config.seed, "shuffle", round, 0, clients, sizes, extra=epoch)
-        batches += [mine[order[start : start + size]].tolist() for start in range(0, len(mine), size)]
-    return batches
-
-
-def slow_loss(params: Mapping[str, Tensor], x: Tensor, y: Tensor, scale: float, masked: list[int]) -> Tensor:
-    hidden = F.relu((x.flatten(1) @ params["hidden0.weight"].T + params["hidden0.bias"]) * scale)
-    logits = hidden @ params["output.weight"].T + params["output.bias"]
-    for label in masked:
-        logits = logits.index_fill(1, torch.tensor([label]), 0.0)
-    return F.cross_entropy(logits, y)
 
 
 def train_slowly(parts: Parts, round: int, client: int, start: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
@@ -60,10 +35,13 @@ def train_slowly(parts: Parts, round: int, client: int, start: dict[str, Tensor]
     optimizer = torch.optim.SGD(params.values(), rate, momentum=options.momentum, weight_decay=options.weight_decay)
     held = set(data.train_labels[parts.workload.partition.of_client(client)].tolist())
     masked = [] if parts.workload.options.label_mask == "none" else [k for k in range(data.num_labels) if k not in held]
-    for batch in sample_order(parts, round, client, options.epochs):
-        images = (data.train_images[batch].float() - torch.tensor(data.mean)) / torch.tensor(data.std)
+    for batch in sample_order(parts, round, client):
+        images, labels = training_samples(parts, batch)
+        logits = perceptron(params, images, scale)
+        for label in masked:
+            logits = logits.index_fill(1, torch.tensor([label]), 0.0)
         optimizer.zero_grad()
-        slow_loss(params, images, data.train_labels[batch], scale, masked).backward()
+        F.cross_entropy(logits, labels).backward()
         if options.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(params.values(), options.clip_norm)
         optimizer.step()
@@ -94,7 +72,7 @@ def slow_federation(config: dict[str, Any]) -> dict[str, Tensor]:
     """Run a whole federation slowly and return its final model."""
     parts = build(parse(config))
     workload, sub = parts.workload, parts.config.submodel
-    model = {name: value.clone() for name, value in workload.layout.views(workload.init(parts.config.seed)).items()}
+    model = initial_model(parts)
     for round in range(parts.config.rounds):
         plan, sent = parts.planner.plan(round), []
         for client, variant in zip(plan.client.tolist(), plan.variant.tolist(), strict=True):
@@ -142,12 +120,11 @@ def test_slow_version_with_options(tmp_path: Path, changes: dict[str, Any], mode
 
 def test_server_options(tmp_path: Path) -> None:
     """A server step of 1/2 goes half the way; with momentum 1/2, half of the first change is added to the second."""
-    workload = build(parse(configure())).workload
-    initial = workload.layout.views(workload.init(0))
+    initial = initial_model(build(parse(configure())))
 
     def after(rounds: int, **options: float) -> dict[str, Tensor]:
         config = configure({"rounds": rounds, "algorithm": {"name": "fedavg", **options}})
-        return run(config, out=tmp_path / f"{rounds}-{len(options)}-{sum(options.values())}").params
+        return run(config, out=tmp_path / f"{rounds}-{options}").params
 
     one, two = after(1), after(2)
     half = {name: initial[name] + (one[name] - initial[name]) / 2 for name in one}
@@ -169,6 +146,19 @@ def test_stacked_equals_one_by_one(tmp_path: Path, algorithm: str, changes: dict
     assert relative_error(stacked.params, singly.params) < 1e-5
     for record, other in zip(stacked.metrics, singly.metrics, strict=True):
         assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+
+
+@EITHER
+@pytest.mark.parametrize("algorithm", ["fedrolex", "federated-dropout", "scaffold:Scaffold"])
+def test_channels_last_changes_rounding_only(tmp_path: Path, algorithm: str, mode: dict[str, bool]) -> None:
+    """Models sent, kept and received are in the one order, whatever the order in which they are trained."""
+    images = {"workload.model": {"name": "cnn", "width": 0.125}, "workload.dataset.shape": [3, 8, 8]}
+    levels = (1.0,) if algorithm.startswith("scaffold") else (0.5, 1.0)
+    found = [
+        run(configure(mixed(algorithm, levels, **way) | images | SKEWED), out=tmp_path / str(len(way))).params
+        for way in (mode, mode | {"channels_last": True})
+    ]
+    assert relative_error(found[1], found[0]) < 1e-5
 
 
 @pytest.mark.parametrize("num", [8, 10], ids=["ragged", "even"])
@@ -214,8 +204,7 @@ def test_baselines_are_fedavg_of_another_width(
 
 def test_nothing_outside_the_windows_changes(tmp_path: Path) -> None:
     config = configure(mixed("heterofl", (0.25, 0.5), **STACKED))
-    workload = build(parse(config)).workload
-    before = workload.layout.views(workload.init(0))
+    before = initial_model(build(parse(config)))
     after = run(config, out=tmp_path / "run").params
     assert torch.equal(after["hidden0.weight"][16:], before["hidden0.weight"][16:])
     assert torch.equal(after["output.weight"][:, 16:], before["output.weight"][:, 16:])

@@ -141,7 +141,7 @@ class Trainer:
     def _train_stacked(
         self, job: Job, received: list[Arrays], positions: NDArray[np.int64], client_state: Arrays
     ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
-        algorithm, layout, s = self.task.algorithm, self.task.cutter.sub_layout(job.capacity), len(job.client)
+        algorithm, (_, layout), s = self.task.algorithm, self._layouts(job), len(job.client)
         if s == 1:  # a ghost: kernels of one row may round differently from those of two
             job = job._replace(client=job.client.repeat(2), weight=job.weight.repeat(2), steps=job.steps.repeat(2))
             received, positions = received * 2, positions.repeat(2, axis=0)

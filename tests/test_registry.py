@@ -1,0 +1,95 @@
+"""Plug-in look-up: short names, entry points, ``module:attribute``, and what is said when a name leads nowhere."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from gossamer import registry
+from gossamer.algorithms.federated import FedAvg
+from gossamer.errors import ConfigError, RegistryError
+
+
+@pytest.fixture
+def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package that adds two algorithms and claims the name of one that ships here."""
+    points = [
+        EntryPoint("gossip", "collections:OrderedDict", "gossamer.algorithm"),
+        EntryPoint("broken", "no_such_package:Thing", "gossamer.algorithm"),
+        EntryPoint("fedavg", "collections:OrderedDict", "gossamer.algorithm"),
+        EntryPoint("gossip", "collections:deque", "gossamer.sampler"),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in points if p.group == group])
+
+
+class TestShipped:
+    def test_names_are_sorted_and_complete(self) -> None:
+        assert registry.names("strategy") == ["random", "rolling", "static"]
+        assert set(registry.names("algorithm")) >= set(registry.BUILTIN["algorithm"])
+
+    def test_the_kind_matters(self) -> None:
+        with pytest.raises(RegistryError, match="unknown model 'fedavg'"):
+            registry.resolve("model", "fedavg")
+
+
+class TestModuleAttribute:
+    def test_in_full(self) -> None:
+        assert registry.resolve("algorithm", "gossamer.algorithms.federated:FedAvg") is FedAvg
+
+    def test_nested_attribute(self) -> None:
+        assert registry.resolve("algorithm", "gossamer.algorithms.federated:FedAvg.Options") is FedAvg.Options
+
+    def test_module_of_the_users(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "plug_in_of_a_user.py").write_text("class Mine: ...\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        found = registry.resolve("model", "plug_in_of_a_user:Mine")
+        assert found is sys.modules.pop("plug_in_of_a_user").Mine
+
+    @pytest.mark.parametrize("name", ["no_such_package:Thing", "os:no_such_thing", "os:path.nothing", "os:", "os..b:x"])
+    def test_what_cannot_be_loaded_is_named(self, name: str) -> None:
+        with pytest.raises(RegistryError, match="cannot load algorithm") as caught:
+            registry.resolve("algorithm", name)
+        assert repr(name) in str(caught.value)
+        assert caught.value.__cause__ is not None
+
+    @pytest.mark.parametrize("name", [":Thing", ".relative:Thing", ":"])
+    def test_without_a_module_the_name_is_unknown(self, name: str) -> None:
+        with pytest.raises(RegistryError, match="unknown algorithm"):
+            registry.resolve("algorithm", name)
+
+
+class TestUnknown:
+    def test_nearest_and_all_known_are_named(self) -> None:
+        with pytest.raises(RegistryError) as caught:
+            registry.resolve("strategy", "roling")
+        message = str(caught.value)
+        assert "unknown strategy 'roling'; did you mean 'rolling'?" in message
+        assert "known: random, rolling, static; or give 'module:attribute'" in message
+
+    def test_nothing_near(self) -> None:
+        with pytest.raises(RegistryError, match="unknown strategy 'xyz' \\(known") as caught:
+            registry.resolve("strategy", "xyz")
+        assert isinstance(caught.value, ConfigError)
+        assert caught.value.exit_code == 2
+
+
+@pytest.mark.usefixtures("plugins")
+class TestEntryPoints:
+    def test_found_by_kind_and_name(self) -> None:
+        assert registry.resolve("algorithm", "gossip").__name__ == "OrderedDict"
+        assert registry.resolve("sampler", "gossip").__name__ == "deque"
+
+    def test_shipped_names_win(self) -> None:
+        assert registry.resolve("algorithm", "fedavg") is FedAvg
+
+    def test_broken_one_is_named(self) -> None:
+        with pytest.raises(RegistryError, match="cannot load algorithm 'broken' from 'no_such_package:Thing'"):
+            registry.resolve("algorithm", "broken")
+
+    def test_listed_and_suggested(self) -> None:
+        assert registry.names("algorithm") == sorted({*registry.BUILTIN["algorithm"], "gossip", "broken"})
+        with pytest.raises(RegistryError, match="did you mean 'gossip'"):
+            registry.resolve("algorithm", "gosip")

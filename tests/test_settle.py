@@ -1,0 +1,124 @@
+"""What an algorithm decides about a configuration, and that deciding twice changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+
+from gossamer.build import settle
+from gossamer.config import Config, parse, with_value
+from gossamer.errors import ConfigError
+from gossamer.registry import BUILTIN, resolve
+
+LEVELS = {"capacities": [1.0, 0.5, 0.25]}
+SUB_MODEL_METHODS = {"fedrolex": "rolling", "heterofl": "static", "federated-dropout": "random"}
+
+
+def configuration(algorithm: str, **changes: Any) -> Config:
+    """Return a checked configuration; ``__`` in the names of changes stands for a dot."""
+    data: dict[str, Any] = {
+        "rounds": 1,
+        "workload": {"model": {"name": "mlp", "hidden": [8]}},
+        "clients": {"num": 4, "per_round": 2},
+        "train": {"lr": 0.1},
+        "algorithm": algorithm,
+    }
+    for key, value in changes.items():
+        data = with_value(data, key.split("__"), value)
+    return parse(data)
+
+
+def settled(algorithm: str, **changes: Any) -> Config:
+    return settle(configuration(algorithm, **changes), resolve("algorithm", algorithm))
+
+
+def error_of(algorithm: str, **changes: Any) -> str:
+    config = configuration(algorithm, **changes)
+    with pytest.raises(ConfigError) as caught:
+        settle(config, resolve("algorithm", algorithm))
+    return str(caught.value)
+
+
+class TestSubModels:
+    @pytest.mark.parametrize(("algorithm", "strategy"), SUB_MODEL_METHODS.items())
+    def test_strategy_and_masks(self, algorithm: str, strategy: str) -> None:
+        config = settled(algorithm, submodel=LEVELS)
+        assert config.submodel.strategy == strategy
+        assert config.submodel.mask_labels is True
+        assert config.submodel.capacities == LEVELS["capacities"]
+        assert config.workload["label_mask"] == "zero"
+        assert config.algorithm == {"name": algorithm}
+
+    @pytest.mark.parametrize("algorithm", SUB_MODEL_METHODS)
+    def test_what_is_given_stays(self, algorithm: str) -> None:
+        config = settled(algorithm, submodel=LEVELS, submodel__mask_labels=False, workload__label_mask="minus-inf")
+        assert config.submodel.mask_labels is False
+        assert config.workload["label_mask"] == "minus-inf"
+        assert settled(algorithm, submodel__strategy=SUB_MODEL_METHODS[algorithm]).submodel.strategy is not None
+
+    def test_fedavg_trains_whole_models(self) -> None:
+        config = settled("fedavg")
+        assert (config.submodel.strategy, config.submodel.mask_labels) == ("static", False)
+        assert config.workload["label_mask"] == "none"
+
+    def test_fedavg_with_a_strategy(self) -> None:
+        config = settled("fedavg", submodel=LEVELS, submodel__strategy="rolling")
+        assert (config.submodel.strategy, config.submodel.capacities) == ("rolling", LEVELS["capacities"])
+
+    def test_another_workload_has_no_label_mask(self) -> None:
+        assert settled("fedrolex", workload={"name": "my:Own"}).workload == {"name": "my:Own"}
+
+
+class TestBaselines:
+    @pytest.mark.parametrize(("algorithm", "factor"), [("all-smallest", 0.25), ("all-largest", 0.5)])
+    @pytest.mark.parametrize("width", [1.0, 0.5])
+    def test_the_model_itself_is_scaled(self, algorithm: str, factor: float, width: float) -> None:
+        levels = {"capacities": [0.5, 0.25], "shares": [3, 1]}
+        config = settled(algorithm, submodel=levels, workload__model={"name": "mlp", "hidden": [8], "width": width})
+        assert config.workload["model"] == {"name": "mlp", "hidden": [8], "width": width * factor}
+        assert (config.submodel.capacities, config.submodel.shares) == ([1.0], None)
+        assert config.submodel.mask_labels is True
+        assert config.workload["label_mask"] == "zero"
+
+    def test_options_of_the_algorithm_stay(self) -> None:
+        config = settled("all-smallest", submodel=LEVELS, algorithm__server_lr=0.5)
+        assert config.algorithm == {"name": "fedavg", "server_lr": 0.5}
+
+    @pytest.mark.parametrize("workload", [{"model": "mlp"}, {}])
+    def test_a_model_that_is_a_bare_name_or_left_out(self, workload: dict[str, Any]) -> None:
+        config = settled("all-smallest", submodel=LEVELS, workload=workload)
+        assert config.workload["model"] == {"name": "mlp", "width": 0.25}
+
+    def test_the_source_is_left_alone(self) -> None:
+        config = configuration("all-smallest", submodel=LEVELS)
+        before = config.model_dump()
+        settle(config, resolve("algorithm", "all-smallest"))
+        assert config.model_dump() == before
+
+
+class TestRefused:
+    def test_another_strategy(self) -> None:
+        message = error_of("fedrolex", submodel__strategy="random")
+        assert "submodel.strategy = 'random' contradicts algorithm 'fedrolex', which is 'rolling' by def" in message
+
+    def test_capacities_of_whole_models(self) -> None:
+        message = error_of("fedavg", submodel=LEVELS)
+        assert "algorithm 'fedavg' trains whole models but submodel.capacities = [1.0, 0.5, 0.25]" in message
+
+    def test_a_workload_whose_model_has_no_width(self) -> None:
+        message = error_of("all-smallest", submodel=LEVELS, workload={"name": "my:Own"})
+        assert "scales workload.model.width, which workload 'my:Own' does not have" in message
+        assert settled("all-largest", submodel=LEVELS, workload={"name": "my:Own"}).submodel.capacities == [1.0]
+
+
+@pytest.mark.parametrize("algorithm", BUILTIN["algorithm"])
+@pytest.mark.parametrize("given", [{}, {"submodel": LEVELS}])
+def test_a_settled_configuration_settles_to_itself(algorithm: str, given: dict[str, Any]) -> None:
+    """So the file that a run writes can be run, or resumed, and means the same."""
+    strategy = {"submodel__strategy": "rolling"} if algorithm == "fedavg" and given else {}
+    config = settled(algorithm, **given, **strategy)
+    written = parse(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
+    assert written == config
+    assert settle(written, resolve("algorithm", written.algorithm["name"])) == config
