@@ -1,7 +1,7 @@
 """One round of FedAvg with McMahan's CNN: gossamer, a bare shared-memory loop, pfl and Flower, interleaved.
 
 100 clients, 10 a round, 50 samples of 28 x 28 each, batches of 10, one epoch, no evaluation in the timed part.
-Also: the first round from the call of `gossamer.run`, and a fleet of 5,000 registered clients with the same ten sampled.
+Also the first round from the call of `gossamer.run`, and a fleet of 5,000 registered clients with the same ten sampled.
 """
 
 from __future__ import annotations

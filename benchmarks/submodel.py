@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import goal, machine
 from torch import Tensor
 
 import gossamer
 from gossamer.submodel import LABEL_AXIS, SubModel
 from gossamer.submodel.layout import as_dim
 from gossamer.workloads.resnet import PreActResNet18
+from harness import goal, machine
 
 CAPACITIES = (1.0, 0.5, 0.25, 0.125, 0.0625) * 2
 ROUND = 300
@@ -39,7 +39,7 @@ def by_slices(params: dict[str, Tensor], axes: Any, labels: list[list[int]]) -> 
 def by_fancy_indices(
     params: dict[str, Tensor], axes: Any, labels: list[list[int]], windows: list[dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """Do the same the naive way: index arrays, an accumulator and a counter of the parameter's shape for each client."""
+    """Do the same naively: index arrays, an accumulator and a counter of the parameter's shape for each client."""
     total = {name: torch.zeros_like(value) for name, value in params.items()}
     count = {name: torch.zeros_like(value) for name, value in params.items()}
     for own, window in zip(labels, windows, strict=True):
