@@ -41,6 +41,7 @@ from gossamer.spans import Spans
 
 PLUGINS = Path(__file__).parent.parent / "tests" / "plugins"
 CLOCKS = ("wall_seconds", "round_seconds", "phase_seconds")
+AFTERWARDS = "after the last phase"
 PATIENCE = 120.0  # seconds without a report after which something is badly wrong
 FEDERATIONS: dict[str, dict[str, Any]] = {
     "fedrolex": {"algorithm": "fedrolex", "submodel": {"capacities": [0.25, 0.5, 1.0]}},
@@ -129,7 +130,7 @@ class Child:
     def phase(self) -> str:
         """Name what the child was in at its last report; inside a commit also the last step that was done."""
         last = self.lines[-1] if self.lines else ""
-        names = {"": "before the first phase", "-": "between phases", "=": "after the last phase"}
+        names = {"": "before the first phase", "-": "between phases", "=": AFTERWARDS}
         if last[:1] in names:
             return names[last[:1]]
         if last[0] == ".":
@@ -170,7 +171,8 @@ class Trial:
             if self.phases.total() >= 3 * kills:
                 break
             process = Child(directory, self.config)
-            if self._strike(process, in_commit=self.phases.total() % 2 == 0):
+            killed = self._strike(process, in_commit=self.phases.total() % 2 == 0)
+            if killed and process.phase() != AFTERWARDS:
                 self.phases[process.phase()] += 1
             else:  # it was done before the blow fell
                 self._compare(directory)

@@ -8,7 +8,7 @@ An `AssertionError` says in one sentence what is wrong. A small workload suffice
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,14 @@ def check_workload(workload: Workload) -> None:
     if workload.supports_padding:
         _check_loss_of_padding(workload)
     if workload.supports_stacking:
-        _check_stacked_loss(workload)
+        loss_of = torch.vmap(lambda params, one: workload.loss(params, one | {"scale": 1.0}))
+        _check_stacked_loss(workload, loss_of, "under torch.vmap: correct it, or set supports_stacking = False")
+    if workload.stacks_natively:
+        _check_stacked_loss(
+            workload,
+            lambda params, batch: workload.loss(params, batch | {"scale": 1.0}),
+            "of several clients in one call: correct it, or set stacks_natively = False",
+        )
     for capacity in (1.0, 0.5):
         _check_evaluation(workload, capacity)
 
@@ -69,7 +76,7 @@ def _check_attributes(workload: Workload) -> None:
     assert sizes.dtype == np.int64, f"num_samples must be int64, not {sizes.dtype}"
     assert sizes.shape == (workload.num_clients,), f"num_samples has shape {sizes.shape}, not one entry a client"
     assert sizes.min() >= 1, f"client {sizes.argmin()} has {sizes.min()} training samples: give every client some"
-    for name in ("supports_padding", "supports_stacking", "has_images"):
+    for name in ("supports_padding", "supports_stacking", "stacks_natively", "has_images"):
         assert isinstance(getattr(workload, name), bool), f"{name} must be True or False"
     for name, least in (("num_labels", 0), ("num_statistics_chunks", 0), ("num_evaluation_chunks", 1)):
         assert getattr(workload, name) >= least, f"{name} must be {least} or more"
@@ -206,24 +213,24 @@ def _check_loss_of_padding(workload: Workload) -> None:
         _assert_close(value, other, "loss must leave out what the mask marks as padding")
 
 
-def _check_stacked_loss(workload: Workload) -> None:
+def _check_stacked_loss(workload: Workload, loss_of: Callable[..., Tensor], where: str) -> None:
     """Compare a stacked computation with one client after another, at different parameters."""
     _, _, batch = _whole_batch(workload)
     rows = torch.stack([workload.init(0), workload.init(1)])
     views = {name: value.requires_grad_() for name, value in workload.layout.views(rows).items()}
     samples = {name: value for values in batch for name, value in values.items()}
-    loss_of = torch.vmap(lambda params, one: workload.loss(params, one | {"scale": 1.0}))
     try:
         losses = loss_of(views, samples)
     except RuntimeError as error:
-        raise AssertionError(f"loss does not work under torch.vmap ({error}): set supports_stacking = False") from error
+        raise AssertionError(f"loss fails ({error}) {where}") from error
+    assert losses.shape == (2,), f"loss has shape {tuple(losses.shape)}, not one entry a client, {where}"
     grads = torch.autograd.grad(losses.sum(), list(views.values()), allow_unused=True)
     for row in range(2):
         alone, gradient = _loss_and_gradient(workload, {n: v[row] for n, v in views.items()}, _merged(batch, row))
-        _assert_close(losses[row].detach(), alone, "loss under torch.vmap differs from the loss of one client")
+        _assert_close(losses[row].detach(), alone, f"loss is another {where}")
         mine = [view[row] * 0 if grad is None else grad[row] for view, grad in zip(views.values(), grads, strict=True)]
         stacked = torch.cat([grad.detach().flatten() for grad in mine])
-        _assert_close(stacked, gradient, "the gradient under torch.vmap differs from that of one client")
+        _assert_close(stacked, gradient, f"the gradient of the loss is another {where}")
 
 
 def _assert_close(value: Tensor, expected: Tensor, message: str) -> None:

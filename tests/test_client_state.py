@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import NEWCOMER
 from torch import Tensor
 
 from federation import SCAFFOLD, SINGLY, STACKED, assert_same, configure, modes, relative_error
@@ -56,14 +58,14 @@ def slow_scaffold(config: dict[str, Any]) -> tuple[Params, dict[int, Params]]:
     return model, controls
 
 
-def stored(directory: Path) -> dict[int, Tensor]:
+def stored(directory: Path, name: str = "control") -> dict[int, Tensor]:
     """Read every client's row from the files of a run, by the index in its last commit."""
     latest = Checkpoints(directory / "checkpoints").latest()
     assert latest is not None
-    prefix = "store.clientstore/control/"
-    index = {name.removeprefix(prefix): array for name, array in latest.arrays.items() if name.startswith(prefix)}
+    prefix = f"store.clientstore/{name}/"
+    index = {key.removeprefix(prefix): array for key, array in latest.arrays.items() if key.startswith(prefix)}
     width, generation, _ = index["file"].tolist()
-    rows = np.fromfile(directory / f"clients/control.{generation}.rows", np.float32).reshape(-1, width)
+    rows = np.fromfile(directory / f"clients/{name}.{generation}.rows", np.float32).reshape(-1, width)
     slots = zip(index["clients"].tolist(), index["slots"].tolist(), strict=True)
     return {client: torch.from_numpy(rows[slot]) for client, slot in slots}
 
@@ -93,6 +95,25 @@ def test_workers_and_blocks_change_no_bits(tmp_path: Path, mode: dict[str, bool]
         found = stored(done.directory)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[client], expected[client]) for client in found)
+
+
+@EITHER
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_arrays(tmp_path: Path, mode: dict[str, bool], workers: int) -> None:
+    """Each client gets back what is its own, in whichever process it is trained; a newcomer starts as it should."""
+    config = configure({"algorithm": "counting:Counting", "rounds": 5, "engine.workers": workers} | modes(**mode))
+    parts = build(parse(config))
+    times = Counter(client for round in range(5) for client in parts.planner.plan(round).client.tolist())
+    done = run(config, out=tmp_path / "run")
+    counted = stored(done.directory, "times")
+    assert {client: float(row[0]) - NEWCOMER for client, row in counted.items()} == times
+    assert all(bool((row == row[0]).all()) for row in counted.values())
+    last, plan = stored(done.directory, "last"), parts.planner.plan(4)
+    share = plan.weight / plan.weight.sum()
+    models = [parts.workload.layout.views(last[client]) for client in plan.client.tolist()]
+    assert relative_error(combine(*zip(share.tolist(), models, strict=True)), done.params) < 1e-5
+    plain = run(configure({"rounds": 5} | modes(**mode)), out=tmp_path / "plain")
+    assert relative_error(done.params, plain.params) < 1e-6
 
 
 def test_only_participants_have_rows(tmp_path: Path) -> None:

@@ -126,7 +126,18 @@ BROKEN_WORKLOADS: dict[str, tuple[dict[str, Any], str]] = {
     "detached": (with_loss(lambda loss, p, b: loss.detach()), "loss must be differentiable"),
     "random loss": (with_loss(lambda loss, p, b: loss * (1 + torch.rand(()))), "loss must depend on its arguments"),
     "changed batch": ({"loss": spoiling_loss}, "loss must not change the batch"),
-    "python branch": (with_loss(lambda loss, p, b: loss * 2 if b["y"].sum() > 3 else loss), "loss does not work under"),
+    "python branch": (
+        with_loss(lambda loss, p, b: loss * 2 if b["y"].sum() > 3 else loss),
+        "under torch.vmap: correct it",
+    ),
+    "sum of clients": (
+        with_loss(lambda loss, p, b: loss if loss.dim() == 0 else loss.sum()),
+        r"loss has shape \(\), not one entry a client, of several clients in one call",
+    ),
+    "mean of clients": (
+        with_loss(lambda loss, p, b: loss if loss.dim() == 0 else (loss + loss.mean()) / 2),
+        "loss is another of several clients in one call",
+    ),
     "no padding": (
         {"loss": lambda self, p, b: ImageClassification.loss(self, p, {k: v for k, v in b.items() if k != "mask"})},
         "loss must leave out what the mask marks as padding",

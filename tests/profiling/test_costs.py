@@ -39,6 +39,13 @@ def mlp_parameters(hidden: int) -> int:
     return (INPUTS + 1) * hidden + (hidden + 1) * LABELS
 
 
+class Talkative(FedAvg):
+    """Sends three arrays and receives two."""
+
+    uplink = {"x": "mean", "y": "sum", "z": "sum"}
+    downlink = ("x", "y")
+
+
 def plan_of(*variants: int) -> RoundPlan:
     whole = np.arange(len(variants), dtype=np.int64)
     return RoundPlan(
@@ -96,10 +103,6 @@ class TestBytes:
         assert (found.bytes_up, found.bytes_down) == (expected, expected)
 
     def test_by_arrays_that_travel(self, perceptron: ImageClassification) -> None:
-        class Talkative(FedAvg):
-            uplink = {"x": "mean", "y": "sum", "z": "sum"}
-            downlink = ("x", "y")
-
         class AtHome(FedAvg):
             downlink = None
 
@@ -129,6 +132,11 @@ class TestSeconds:
         slow_down = costs_of(perceptron, plan_of(2), [10], download_bytes_per_second=DOWN / 2).simulated_seconds
         assert slow_up - before == pytest.approx(size / UP)
         assert slow_down - before == pytest.approx(size / DOWN)
+
+    def test_each_way_at_its_own_bandwidth(self, perceptron: ImageClassification) -> None:
+        size = 4 * mlp_parameters(16)
+        found = costs_of(perceptron, plan_of(2), [0], algorithm=Talkative({}))
+        assert found.simulated_seconds == pytest.approx(2 * size / DOWN + 3 * size / UP)
 
     def test_half_the_speed(self, perceptron: ImageClassification) -> None:
         before = costs_of(perceptron, plan_of(2), [10]).simulated_seconds

@@ -127,6 +127,8 @@ class TestRefused:
     def test_capacity(self, capacity: float) -> None:
         with pytest.raises(ConfigError, match="is outside"):
             extract(network(), AXES, capacity, 0)
+        with pytest.raises(ConfigError, match="is outside"):
+            extract({"w": torch.zeros(2)}, {"w": (None,)}, capacity, 0)
 
     def test_strategy(self) -> None:
         with pytest.raises(RegistryError, match="unknown strategy 'statics'; did you mean 'static'"):

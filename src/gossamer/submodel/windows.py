@@ -81,7 +81,7 @@ def check_capacity(capacity: float) -> float:
 
 
 def window_length(width: int, capacity: float) -> int:
-    """Return ``max(1, floor(capacity * width))``, safe against the rounding of products such as 0.7 * 10.
+    """Return ``max(1, floor(capacity * width))``, safe against the rounding of products such as 0.29 * 100.
 
     Raises:
         ConfigError: the capacity is outside (0, 1].

@@ -69,6 +69,14 @@ def test_convolutions(tmp_path: Path, stacked: bool, channels_last: bool) -> Non
     assert_same_bits(config, tmp_path, [(0, 1), (0, 4), (2, AUTO)])
 
 
+@pytest.mark.parametrize("algorithm", ["fedrolex", "federated-dropout", "scaffold:Scaffold"])
+def test_more_blocks_than_room(tmp_path: Path, algorithm: str) -> None:
+    """Workers leave results in a few slots of shared memory, which are used again and again within a round."""
+    levels = (1.0,) if algorithm.startswith("scaffold") else (0.5, 1.0)
+    clients = {"clients": {"num": 60, "per_round": 50}, "rounds": 2}
+    assert_same_bits(configure(mixed(algorithm, levels) | clients), tmp_path, [(1, 1), (2, 1)])
+
+
 @EITHER
 def test_threads_change_no_bits(tmp_path: Path, mode: dict[str, bool]) -> None:
     """Without workers, training happens in a process that may be set to several threads."""
