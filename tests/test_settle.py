@@ -84,7 +84,7 @@ class TestBaselines:
 
     def test_options_of_the_algorithm_stay(self) -> None:
         config = settled("all-smallest", submodel=LEVELS, algorithm__server_lr=0.5)
-        assert config.algorithm == {"name": "fedavg", "server_lr": 0.5}
+        assert config.algorithm == {"name": "all-smallest", "server_lr": 0.5}
 
     @pytest.mark.parametrize("workload", [{"model": "mlp"}, {}])
     def test_a_model_that_is_a_bare_name_or_left_out(self, workload: dict[str, Any]) -> None:

@@ -163,17 +163,19 @@ def settle(config: Config, algorithm: Any) -> Config:
         changes |= {"capacities": [1.0], "shares": None}
         if "model" in workload:
             model = workload["model"] if isinstance(workload["model"], Mapping) else {"name": workload["model"]}
-            workload["model"] = {**model, "width": model.get("width", 1.0) * factor}
+            width = model.get("width", 1.0)
+            if isinstance(width, bool) or not isinstance(width, int | float):
+                raise ConfigError(
+                    f"workload.model.width = {width!r} is not a number: give a share in (0, 1], such as 0.5"
+                )
+            workload["model"] = {**model, "width": width * factor}
         elif factor != 1.0:
             raise ConfigError(
                 f"algorithm {name!r} scales workload.model.width, which workload {workload['name']!r} does not have"
             )
     if sub.mask_labels is None:
         changes["mask_labels"] = default_mask != "none"
-    settled: dict[str, Any] = {"submodel": sub.model_copy(update=changes), "workload": workload}
-    if rule in ("smallest", "largest"):  # the resolved file must settle to itself
-        settled["algorithm"] = {**config.algorithm, "name": "fedavg"}
-    return config.model_copy(update=settled)
+    return config.model_copy(update={"submodel": sub.model_copy(update=changes), "workload": workload})
 
 
 def _modes(config: Config, task: Task) -> tuple[VariantMode, ...]:
@@ -183,10 +185,10 @@ def _modes(config: Config, task: Task) -> tuple[VariantMode, ...]:
         state = task.algorithm.init(task.workload.init(config.seed)[None])
         return choose_modes(task, state)
     by_capacity = {mode.capacity: mode for mode in given}
-    if set(by_capacity) != set(task.capacities):
+    if len(given) != len(by_capacity) or set(by_capacity) != set(task.capacities):
         raise ConfigError(
-            f"engine.modes names capacities {sorted(by_capacity)} but the run has {list(task.capacities)}: name each"
-            " once, or set engine.modes to auto"
+            f"engine.modes names capacities {sorted(mode.capacity for mode in given)} but the run has"
+            f" {list(task.capacities)}: name each once, or set engine.modes to auto"
         )
     return tuple(VariantMode(**by_capacity[c].model_dump(exclude={"capacity"})) for c in task.capacities)
 

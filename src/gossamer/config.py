@@ -276,14 +276,9 @@ def merge(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
     """Return `data` with nested `overrides`; dotted keys lead into sections, a new plug-in replaces the old one."""
     merged: dict[str, Any] = dict(data)
     for key, value in overrides.items():
-        path = key.split(".")
-        if (
-            isinstance(value, Mapping)
-            and len(path) == 1
-            and isinstance(merged.get(key), Mapping)
-            and "name" not in value
-        ):
-            merged[key] = merge(merged[key], value)
+        path, below = key.split("."), _as_mapping(merged.get(key))
+        if isinstance(value, Mapping) and len(path) == 1 and isinstance(below, Mapping) and "name" not in value:
+            merged[key] = merge(below, value)
         else:
             merged = with_value(merged, path, value)
     return merged
@@ -320,6 +315,10 @@ def expand(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for method, overrides in methods.items():
         if not isinstance(overrides, Mapping):
             raise ConfigError(f"methods.{method} must be a mapping of overrides, not {overrides!r}")
+        if reserved := {"name", "seed", "seeds", "methods"} & set(overrides):
+            raise ConfigError(
+                f"methods.{method} sets {sorted(reserved)}, which belong to the whole experiment: move them up"
+            )
         if method and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", method):
             raise ConfigError(
                 f"methods.{method!r}: use letters, digits, '.', '_' and '-', because it names a directory"

@@ -22,8 +22,8 @@ class Algorithm(Protocol):
         uplink: ``{payload name: "mean" (weighted, over the holders of a coordinate) | "sum"}``.
         downlink: names of the state arrays that a participant receives; None: the participant is the site.
         client_arrays: names of the arrays that `init_client` makes; () if clients keep nothing.
-        strategy: name of the window strategy that the algorithm fixes, or None (the configuration's choice).
-        sub_models: whether capacities below 1 make sense.
+
+    A class may also have the attributes ``strategy``, ``capacities`` and ``default_label_mask``, see `FedAvg`.
     """
 
     uplink: Mapping[str, Uplink]

@@ -177,6 +177,7 @@ def _from_hub(source: HubSource) -> Any:
         DataError: the hub cannot be reached, or does not have the set.
     """
     import huggingface_hub
+    import huggingface_hub.constants  # loaded lazily: no attribute of the package until it is imported
 
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
