@@ -369,9 +369,9 @@ def _check_end(algorithm: Algorithm, layout: Layout) -> None:
 def _check_update(algorithm: Algorithm, layout: Layout) -> None:
     held = torch.arange(layout.d) % 3 > 0
     payload = {name: _rows(layout, 1, 40 + number)[0] for number, name in enumerate(algorithm.uplink)}
-    for mask in (None, held):
+    state = algorithm.init(_rows(layout, 1, 0))
+    for mask in (None, held):  # in this order, so that there is something like a velocity by then
         inbox: dict[str, Any] = {n: (v if mask is None else v * mask)[None] for n, v in payload.items()}
-        state = {name: value.clone() for name, value in algorithm.init(_rows(layout, 1, 0)).items()}
         before = {name: value.clone() for name, value in state.items()}
         updated = algorithm.update(state, inbox | {"held": None if mask is None else mask[None]}, 10)
         _check_shapes(updated, set(updated), (1, layout.d), "update")
@@ -381,3 +381,4 @@ def _check_update(algorithm: Algorithm, layout: Layout) -> None:
         if mask is not None:
             same = updated["x"][0][~mask] == before["x"][0][~mask]
             assert bool(same.all()), "update must leave the coordinates alone that nobody held"
+        state = {name: updated.get(name, value).clone() for name, value in state.items()}

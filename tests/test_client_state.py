@@ -72,7 +72,10 @@ def stored(directory: Path, name: str = "control") -> dict[int, Tensor]:
 
 @EITHER
 def test_slow_version(tmp_path: Path, mode: dict[str, bool]) -> None:
-    config = configure(SCAFFOLD | modes(**mode) | {"rounds": 4})
+    """Clients differ in size, and so in local steps."""
+    ragged = {"clients.partition": {"name": "n-classes", "n": 3}, "clients.per_round": 6, "train.batch_size": 4}
+    config = configure(SCAFFOLD | modes(**mode) | ragged)
+    assert len(set(build(parse(config)).planner.plan(0).steps.tolist())) > 1
     done = run(config, out=tmp_path / "run")
     model, controls = slow_scaffold(config)
     assert relative_error(done.params, model) < 1e-5
@@ -124,8 +127,15 @@ def test_only_participants_have_rows(tmp_path: Path) -> None:
     rows = stored(done.directory)
     assert rows.keys() == chosen
     assert all(bool(row.any()) for row in rows.values())
-    layout = build(parse(config)).workload.layout
-    assert sum(path.stat().st_size for path in (done.directory / "clients").iterdir()) <= 2 * 3 * 2 * 4 * layout.d
+
+
+def test_old_rows_are_dropped(tmp_path: Path) -> None:
+    """On disk are at most twice the live rows for each of two commits, and those of the round in between."""
+    config = configure(SCAFFOLD | {"clients": {"num": 4, "per_round": 3}, "rounds": 12})
+    done = run(config, out=tmp_path / "run")
+    assert len(stored(done.directory)) == 4
+    size = sum(path.stat().st_size for path in (done.directory / "clients").iterdir())
+    assert size <= 4 * build(parse(config)).workload.layout.d * (2 * 2 * 4 + 3)
 
 
 def test_controls_matter(tmp_path: Path) -> None:

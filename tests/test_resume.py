@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from gossamer.errors import CheckpointError, StorageError
 from gossamer.experiment import Run
 from gossamer.runlog import read_metrics
 
-KINDS = {"stateless": mixed("fedrolex", **STACKED), "private-state": SCAFFOLD}
+KINDS = {"stateless": mixed("fedrolex", **STACKED), "private-state": SCAFFOLD | {"clients.num": 4}}
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
 ROUNDS = 4
 
@@ -146,6 +147,13 @@ class TestDamage:
         assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.startswith("error: no checkpoint in ")
         assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+
+    @EACH_KIND
+    def test_checkpoints_that_are_gone(self, tmp_path: Path, undisturbed: Callable[[str], Run], kind: str) -> None:
+        """Without any commit a run begins anew, whatever else it left."""
+        interrupted(kind, tmp_path / "run", "train", True, 4)
+        shutil.rmtree(tmp_path / "run/checkpoints")
+        assert_same(resume(tmp_path / "run"), undisturbed(kind))
 
     def test_a_torn_line(self, tmp_path: Path, undisturbed: Callable[[str], Run]) -> None:
         interrupted("stateless", tmp_path / "run", "train", True, 4)

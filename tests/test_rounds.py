@@ -16,8 +16,10 @@ from federation import LEVELS, configure, digest, mixed, modes, without_clocks
 from gossamer import run
 from gossamer.build import build
 from gossamer.checkpoint import Checkpoints
+from gossamer.clientstore import ClientStore
 from gossamer.config import parse
 from gossamer.experiment import Hooks
+from gossamer.runlog import RunLog
 from gossamer.submodel import extract
 from slow import AXES, evaluation_samples, initial_model, perceptron, training_samples
 
@@ -174,6 +176,32 @@ class TestCommits:
         last = {name: done.metrics[-1][name] for name in ("round", "wall_seconds", *COSTS)}
         assert latest.progress == last
         assert latest.log_offsets["metrics.jsonl"] == (done.directory / "metrics.jsonl").stat().st_size
+
+    def test_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Logs and private rows are on the disk before a commit refers to them; what is old goes afterwards."""
+        calls: list[str] = []
+
+        def watch(owner: type, name: str) -> None:
+            original = getattr(owner, name)
+
+            def called(*arguments: Any) -> Any:
+                calls.append(name)
+                return original(*arguments)
+
+            monkeypatch.setattr(owner, name, called)
+
+        for owner, name in (
+            (ClientStore, "index"),
+            (RunLog, "sync"),
+            (Checkpoints, "commit"),
+            (ClientStore, "release"),
+        ):
+            watch(owner, name)
+        run(configure({"algorithm": "scaffold:Scaffold", "rounds": 2}), out=tmp_path / "run")
+        assert len(calls) == 3 * 4
+        for number in range(3):
+            one = calls[4 * number : 4 * number + 4]
+            assert (set(one[:2]), one[2:]) == ({"index", "sync"}, ["commit", "release"])
 
     def test_rarity_changes_nothing(self, tmp_path: Path) -> None:
         seldom = run(configure({"checkpoint.every_seconds": 1000}), out=tmp_path / "seldom")

@@ -133,6 +133,25 @@ def build(config: Config) -> Parts:
     return Parts(config, workload, algorithm, task, planner, engine_class)
 
 
+def check(config: Config) -> None:
+    """Find every plug-in that is needed and settle the configuration, before anything is loaded or written.
+
+    Raises:
+        ConfigError: a plug-in is unknown, or the algorithm contradicts the configuration.
+    """
+    settled = settle(config, resolve("algorithm", config.algorithm["name"]))
+    assert settled.submodel.strategy is not None
+    named = {
+        "engine": config.engine.name,
+        "strategy": settled.submodel.strategy,
+        "sampler": config.clients.sampler,
+        "workload": config.workload["name"],
+        "partition": config.clients.partition["name"],
+    }
+    for kind, name in named.items():
+        resolve(kind, name)
+
+
 def settle(config: Config, algorithm: Any) -> Config:
     """Fill in what the algorithm decides: strategy, label masks, and capacities of the baselines.
 

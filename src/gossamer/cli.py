@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error; progress is dr
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -128,7 +129,8 @@ def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Entry point of the console script; plug-ins are also looked for in the current folder, as with ``python -m``."""
+    sys.path.insert(0, os.getcwd())
     app(prog_name="gossamer")
 
 

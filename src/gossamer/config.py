@@ -252,6 +252,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
             value: Any = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+        if key == "seed" and data.get("seeds") is not None:
+            raise ConfigError(f"override {override!r} has no effect beside seeds = {data['seeds']}: set seeds=[{text}]")
         data = with_value(data, key.split("."), value)
     return dict(data)
 
@@ -291,6 +293,10 @@ def parse(data: Mapping[str, Any]) -> Config:
         ConfigError: the first thing that is wrong, in one sentence.
     """
     config = parse_options(Config, data, "")
+    if config.seeds is not None and "seed" in data:
+        raise ConfigError(
+            f"seed = {config.seed} contradicts seeds = {config.seeds}: give one of them (seeds=null for one run)"
+        )
     if config.seeds is not None and (not config.seeds or len(set(config.seeds)) != len(config.seeds)):
         raise ConfigError(f"seeds = {config.seeds!r}: give a list of distinct seeds, or a single seed")
     if config.seeds is not None and min(config.seeds) < 0:

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from gossamer import config as configuration
-from gossamer.build import Parts, build
+from gossamer.build import Parts, build, check
 from gossamer.checkpoint import Checkpoint, Checkpoints
 from gossamer.config import Config
 from gossamer.errors import ConfigError, GossamerError, Interrupted, nearest, storage_errors
@@ -67,6 +67,8 @@ def run(
     """
     data = configuration.load(source, overrides)
     singles = configuration.expand(data)
+    for single in singles.values():
+        check(configuration.parse(single))
     directory = Path(out) if out is not None else new_directory(Path("runs"), str(data.get("name", "run")))
     if (directory / EXPERIMENT).exists() or (directory / CONFIG).exists():
         raise ConfigError(f"{str(directory)!r} already holds a run: resume it, or choose another --out")
@@ -117,7 +119,9 @@ def _run_all(
             try:
                 runs.append(_run_single(config, where, name or config.name, hooks, stop_requested, before_writing))
             except Interrupted as stop:
-                raise Interrupted(f"{stop}; resume with: gossamer resume {directory}") from None
+                written = directory.exists()
+                remedy = f"resume with: gossamer resume {directory}" if written else "nothing was written: run it again"
+                raise Interrupted(f"{stop}; {remedy}") from None
             except GossamerError as error:
                 error.args = (f"{name}: {error}" if name else str(error),)
                 raise

@@ -46,6 +46,8 @@ def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str
     if first["type"] == "missing":
         return f"missing key {path!r}: add it"
     message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], Mapping) and len(first["input"]) > 1:  # the message names the values that clash
+        return f"{path or 'the configuration'}: {message[0].lower()}{message[1:]}"
     return f"{path or 'the configuration'} = {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 

@@ -16,7 +16,7 @@ NEWCOMER = 10.0
 class Counting(FedAvg):
     """Trains as FedAvg does; what it keeps has no influence."""
 
-    client_arrays = ("times", "last")
+    client_arrays = ("last", "times")
 
     def init_client(self, x: Tensor) -> Arrays:
         return {"times": torch.full_like(x, NEWCOMER), "last": torch.zeros_like(x)}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from gossamer.workloads.images import ImageClassification
 Ints = NDArray[np.int64]
 num_clients: list[int] = []  # of every batch that was assembled, in this process
 formats: list[tuple[bool, bool]] = []  # whether channels come last, and whether there is a mask, of every loss
+threads: list[int] = []  # with which it was computed
 
 
 class Recording(ImageClassification):
@@ -26,6 +28,7 @@ class Recording(ImageClassification):
         return super().batch(clients, positions, round)
 
     def loss(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
-        """Note the order of the images' dimensions, and whether some may be padding."""
+        """Note the order of the images' dimensions, whether some may be padding, and the threads."""
+        threads.append(torch.get_num_threads())
         formats.append((batch["x"].stride(1) == 1, "mask" in batch))
         return super().loss(params, batch)

@@ -140,10 +140,12 @@ class ImageClassification:
         return data
 
     def _divide(self, spec: Mapping[str, Any] | str) -> Partition:
-        name, function, params = plug_in("partition", spec, "partition")
+        name, function, params = plug_in("partition", spec, "clients.partition")
         labels = self.data.train_labels.numpy()
         owner = None if self.data.owner is None else self.data.owner.numpy()
-        made = _call(function, "partition", labels, self.num_clients, self.data.num_labels, self.seed, owner, **params)
+        made = _call(
+            function, "clients.partition", labels, self.num_clients, self.data.num_labels, self.seed, owner, **params
+        )
         if not isinstance(made, Partition):
             raise DataError(
                 f"partition {name!r} returned {type(made).__name__}: return gossamer.workloads.partitions.Partition"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recording
 import torch
 
 from federation import LEVELS, SINGLY, STACKED, configure, digest, mixed, modes, without_clocks
@@ -78,9 +79,10 @@ def test_more_blocks_than_room(tmp_path: Path, algorithm: str) -> None:
 
 
 @EITHER
-def test_threads_change_no_bits(tmp_path: Path, mode: dict[str, bool]) -> None:
-    """Without workers, training happens in a process that may be set to several threads."""
-    config = ragged(mixed("fedrolex", (0.5, 1.0), **mode) | {"workload.model": {"name": "mlp", "hidden": [300]}})
+def test_one_thread_trains(tmp_path: Path, mode: dict[str, bool]) -> None:
+    """Without workers, training happens in a process that may be set to several threads; large sums would differ."""
+    config = ragged(mixed("fedrolex", (0.5, 1.0), **mode) | {"workload.name": "recording:Recording"})
+    recording.threads.clear()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -88,6 +90,7 @@ def test_threads_change_no_bits(tmp_path: Path, mode: dict[str, bool]) -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+    assert set(recording.threads) == {1}
     assert several == outcome(config, tmp_path / "one", 1, AUTO)
 
 

@@ -168,7 +168,9 @@ class TestWorkers:
             return {"threads": torch.get_num_threads(), "sum": int(shared.sum()), "pid": os.getpid()}
 
         torch.set_num_threads(2)
+        handler_before = signal.signal(signal.SIGINT, signal.default_int_handler)
         pool = make_pool(2, handler)
+        signal.signal(signal.SIGINT, handler_before)
         torch.set_num_threads(before)
         replies = list(pool.map(({} for _ in range(4)), never))
         assert [(reply["threads"], reply["sum"]) for reply in replies] == [(1, 10)] * 4

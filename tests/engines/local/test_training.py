@@ -20,7 +20,8 @@ from gossamer.submodel import extract
 from slow import AXES, initial_model, perceptron, sample_order, training_samples
 
 SUB_MODEL_METHODS = {"fedrolex": "rolling", "heterofl": "static", "federated-dropout": "random"}
-SKEWED = {"clients.partition": {"name": "n-classes", "n": 3}}  # ragged, and no client holds all labels
+# No client holds all labels, and they differ in size: five or six batches, the last one short.
+SKEWED = {"clients.partition": {"name": "n-classes", "n": 3}, "train.batch_size": 4}
 EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
 
 
@@ -104,13 +105,14 @@ def test_slow_version(tmp_path: Path, algorithm: str, mode: dict[str, bool]) -> 
     "changes",
     [
         {"train.clip_norm": 0.3},
+        {"train.clip_norm": 3.0},  # which half of the gradients keep to
         {"train.momentum": 0.9, "train.weight_decay": 0.05},
         {"train.epochs": 2, "train.schedule": {"name": "cosine", "warmup_rounds": 2}},
         {"submodel.scaler": False, "submodel.mask_labels": False, "workload.label_mask": "none"},
         {"clients.weighting": "equal", "submodel.assignment": "dynamic", "submodel.stride": 3},
         {"submodel.capacities": (0.25, 0.5), "clients.per_round": 2},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=lambda changes: "{}={}".format(*next(iter(changes.items()))),
 )
 def test_slow_version_with_options(tmp_path: Path, changes: dict[str, Any], mode: dict[str, bool]) -> None:
     """The last one leaves coordinates that nobody holds."""

@@ -102,10 +102,11 @@ class LocalEngine:
         kept = self.survivors(plan)
         parts = [part for variant in range(len(plan.capacities)) for part in self._parts(plan, variant, kept)]
         if parts:
-            inbox = combine(self._task.cutter.layout, self._task.algorithm.uplink, parts)
-            views = {name: value[None] if value is not None else None for name, value in inbox.items()}
-            updated = self._task.algorithm.update(self._state, views, self._task.workload.num_clients)
-            self.write(updated)
+            with one_thread():  # memory-bound, and waiting threads would take time from busy workers
+                inbox = combine(self._task.cutter.layout, self._task.algorithm.uplink, parts)
+                views = {name: value[None] if value is not None else None for name, value in inbox.items()}
+                updated = self._task.algorithm.update(self._state, views, self._task.workload.num_clients)
+                self.write(updated)
         if self._store is not None:
             for block, finite, _ in self._results:
                 survivors = np.array(finite)
