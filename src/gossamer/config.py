@@ -293,10 +293,6 @@ def parse(data: Mapping[str, Any]) -> Config:
         ConfigError: the first thing that is wrong, in one sentence.
     """
     config = parse_options(Config, data, "")
-    if config.seeds is not None and "seed" in data:
-        raise ConfigError(
-            f"seed = {config.seed} contradicts seeds = {config.seeds}: give one of them (seeds=null for one run)"
-        )
     if config.seeds is not None and (not config.seeds or len(set(config.seeds)) != len(config.seeds)):
         raise ConfigError(f"seeds = {config.seeds!r}: give a list of distinct seeds, or a single seed")
     if config.seeds is not None and min(config.seeds) < 0:

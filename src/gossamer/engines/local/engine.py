@@ -84,12 +84,13 @@ class LocalEngine:
             block = result.block
             self._results.append((block, result.finite, result.loss))
             shared = self._task.cutter.shares(plan.capacities[block.variant])
-            for name, parts in result.payload.items():
-                for part, value in enumerate(parts):
-                    if shared:
-                        trees[block.variant, name].add(block.first_leaf + part, value)
-                    elif value is not None:
-                        self._window_rows[block.rows.start + part, name] = value.clone()
+            with one_thread():
+                for name, parts in result.payload.items():
+                    for part, value in enumerate(parts):
+                        if shared:
+                            trees[block.variant, name].add(block.first_leaf + part, value)
+                        elif value is not None:
+                            self._window_rows[block.rows.start + part, name] = value.clone()
             if result.private:
                 self._private[block.rows.start] = {name: rows.clone() for name, rows in result.private.items()}
             yield result
@@ -163,7 +164,7 @@ class LocalEngine:
             return self._block_size, 1
         share = math.ceil(num_rows / max(1, self._workers))
         if not self._task.modes[variant].stacked:
-            share = max(1, share // 4)  # several blocks a worker, to even out the load
+            share = max(1, share // 8)  # several blocks a worker, to even out the load
             return min(1 << (share.bit_length() - 1), MAX_BLOCK_ROWS_ONE_BY_ONE), 1
         fitting = min(self._fitting(variant), MAX_BLOCK_ROWS)
         num_blocks = max(1, math.ceil(share / fitting))  # no row of this variant may be in the round
