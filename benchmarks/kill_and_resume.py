@@ -196,7 +196,8 @@ class Trial:
         outcome = self._outcome(directory, self.config)
         if outcome != self.expected:
             self.all_equal = False
-            print(f"{directory} ended as {outcome[0]}, undisturbed {self.expected[0]}", file=sys.stderr)
+            what = "parameters" if outcome[0] != self.expected[0] else "metrics"
+            print(f"{directory.name}: the {what} differ from those of the undisturbed run", file=sys.stderr)
 
     def _outcome(self, directory: Path, config: Path) -> tuple[str, list[dict[str, Any]]]:
         process = Child(directory, config)

@@ -209,6 +209,16 @@ def _modes(config: Config, task: Task) -> tuple[VariantMode, ...]:
             f"engine.modes names capacities {sorted(mode.capacity for mode in given)} but the run has"
             f" {list(task.capacities)}: name each once, or set engine.modes to auto"
         )
+    ragged = bool((task.workload.num_samples % task.train.batch_size != 0).any())
+    for mode in given:
+        if mode.stacked and (not task.workload.supports_stacking or (ragged and not mode.padding)):
+            raise ConfigError(
+                f"engine.modes stacks capacity {mode.capacity}, whose batches differ or cannot be stacked: use auto"
+            )
+        if mode.padding and not task.workload.supports_padding:
+            raise ConfigError(
+                f"engine.modes pads capacity {mode.capacity}, but the model mixes samples of a batch: use auto"
+            )
     return tuple(VariantMode(**by_capacity[c].model_dump(exclude={"capacity"})) for c in task.capacities)
 
 

@@ -120,7 +120,8 @@ class Loop:
         done = 0
         with self.spans.span("train"):
             for result in self.engine.train(plan):
-                losses[result.block.rows] = np.where(result.finite, result.loss, np.nan)
+                # A usable update counts even where the loss itself is not finite.
+                losses[result.block.rows] = np.where(result.finite, np.nan_to_num(result.loss), np.nan)
                 for client, finite in zip(plan.client[result.block.rows], result.finite, strict=True):
                     if not finite:
                         self.log.log_event(

@@ -28,6 +28,7 @@ Handler = Callable[[Message], Message]
 
 JOBS_AHEAD = 2
 POLL_SECONDS = 0.1
+LARGE_BYTES = 32_768
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,20 +62,24 @@ class WorkerPool:
         source, in_flight = iter(jobs), {id(c): deque[None]() for c in self._connections}
         by_id = {id(connection): connection for connection in self._connections}
 
-        def refill(connection: Connection) -> None:
-            while len(in_flight[id(connection)]) < JOBS_AHEAD:
-                job = next(source, None)
-                if job is None:
-                    return
-                self._send(connection, job)
-                in_flight[id(connection)].append(None)
+        held: list[bytes] = []
 
-        for _ in range(JOBS_AHEAD):  # breadth first, so that few jobs are shared evenly
+        def refill(connection: Connection, depth: int) -> None:
+            queue = in_flight[id(connection)]
+            while len(queue) < depth:
+                job = None if held else next(source, None)
+                if job is None and not held:
+                    return
+                message = held.pop() if held else json.dumps(job).encode()
+                if queue and len(message) > LARGE_BYTES:  # a busy worker reads later: both sides could wait to write
+                    held.append(message)
+                    return
+                self._send(connection, message)
+                queue.append(None)
+
+        for depth in range(1, JOBS_AHEAD + 1):  # breadth first, so that few jobs are shared evenly
             for connection in self._connections:
-                job = next(source, None)
-                if job is not None:
-                    self._send(connection, job)
-                    in_flight[id(connection)].append(None)
+                refill(connection, depth)
         while any(in_flight.values()):
             ready = wait([by_id[key] for key, jobs_there in in_flight.items() if jobs_there], POLL_SECONDS)
             if not ready and stop():
@@ -83,7 +88,7 @@ class WorkerPool:
                 reply = self._receive(connection)
                 in_flight[id(connection)].popleft()
                 yield reply
-                refill(connection)
+                refill(connection, JOBS_AHEAD)
 
     def close(self) -> None:
         """Stop every worker now."""
@@ -93,9 +98,9 @@ class WorkerPool:
             process.join()
             connection.close()
 
-    def _send(self, connection: Connection, job: Message) -> None:
+    def _send(self, connection: Connection, message: bytes) -> None:
         try:
-            connection.send_bytes(json.dumps(job).encode())
+            connection.send_bytes(message)
         except (BrokenPipeError, ConnectionError):
             self._died(connection)
 
