@@ -67,6 +67,7 @@ class _Table:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of one row."""
         return _FLOAT.itemsize * self.width
 
     def find(self, clients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

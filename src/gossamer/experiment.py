@@ -74,6 +74,7 @@ def run(
         raise ConfigError(f"{str(directory)!r} already holds a run: resume it, or choose another --out")
 
     def keep_experiment() -> None:
+        """Write what several runs were expanded from, beside their directories."""
         path = directory / EXPERIMENT
         if list(singles) != [""] and not path.exists():
             with storage_errors(directory):
@@ -216,6 +217,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         return
 
     def ask(number: int, frame: Any) -> None:
+        """Ask the run to stop; asked twice, interrupt it."""
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()

@@ -248,6 +248,7 @@ def synthetic(options: Mapping[str, Any]) -> ImageData:
     prototypes = source.standard_normal((chosen.num_labels, *chosen.shape), np.float32)
 
     def split(count: int, purpose: str) -> tuple[Tensor, Tensor]:
+        """Return images and labels of one part."""
         labels = np.arange(count, dtype=np.int64) % chosen.num_labels
         images = rng.generator(chosen.seed, purpose).standard_normal((count, *chosen.shape), np.float32)
         images *= np.float32(chosen.noise)

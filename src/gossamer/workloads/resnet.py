@@ -94,6 +94,7 @@ class PreActResNet18(ImageModel):
         """Return logits, see `ImageModel.apply`; `scale` acts on every BatchNorm's input, as in HeteroFL's code."""
 
         def activated(x: Tensor, layer: str) -> Tensor:
+            """Normalise and activate."""
             return batch_norm(rescale(x, scale), layer, params, statistics, record).relu_()
 
         x = F.conv2d(x, params["stem.weight"], padding=1)

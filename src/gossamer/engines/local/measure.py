@@ -87,6 +87,7 @@ def _trial(
     fresh = task.algorithm.init_client(state["x"].new_zeros(len(clients), layout.d))
 
     def run() -> float:
+        """Train the block once."""
         began = time.perf_counter()
         trainer.train(job, fresh)
         return (time.perf_counter() - began) / len(clients)

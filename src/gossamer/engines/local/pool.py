@@ -65,6 +65,7 @@ class WorkerPool:
         held: list[bytes] = []
 
         def refill(connection: Connection, depth: int) -> None:
+            """Send jobs to a worker until it has `depth` of them."""
             queue = in_flight[id(connection)]
             while len(queue) < depth:
                 job = None if held else next(source, None)
