@@ -13,6 +13,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # pfl takes any GPU; this compares CPUs
 
 import dataclasses
 import random
+import sys
 
 import numpy as np
 import torch
@@ -157,8 +158,10 @@ def main() -> None:
             processes=world.world_size,
             threads=1,
         )
+    sys.stdout.flush()
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may abort a process that has reported and winds down
 
 
 if __name__ == "__main__":
