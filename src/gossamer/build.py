@@ -105,7 +105,7 @@ def build(config: Config) -> Parts:
     task = Task(
         workload=workload,
         algorithm=algorithm,
-        cutter=Cutter(workload.layout, resolve("strategy", sub.strategy), sub.stride, config.seed),
+        cutter=Cutter(workload.layout, resolve("strategy", sub.strategy), sub.stride, config.seed, sub.offsets),
         train=TrainOptions(train.batch_size, train.clip_norm),
         seed=config.seed,
         capacities=capacities.levels,

@@ -1,4 +1,4 @@
-"""The command line: ``gossamer run | resume | plot | doctor``.
+"""The command line: ``gossamer run | resume | plot | coverage | doctor``.
 
 Results go to standard output, everything else to standard error; progress is drawn on a terminal only.
 """
@@ -94,6 +94,27 @@ def plot(
     from gossamer import plots
 
     typer.echo(plots.plot(directories, x, metric, output, spec))
+
+
+@app.command()
+def coverage(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The experiment, as YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Entries to replace, such as submodel.stride=4.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds to follow; else the experiment's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also draw this .png, .svg or .pdf.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show which channels and weights the windows of an experiment will reach, without running it."""
+    from gossamer import coverage
+
+    found = coverage.examine(file, overrides or (), rounds)
+    typer.echo(coverage.render(found, as_json))
+    if output is not None:
+        typer.echo(coverage.draw(found, output))
 
 
 @app.command()

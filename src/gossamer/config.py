@@ -130,6 +130,7 @@ class SubmodelOptions(Options):
         assignment: fixed once, or drawn anew each round ("dynamic").
         strategy: window strategy; None: the algorithm's own.
         stride: channels by which a rolling window moves a round.
+        offsets: ``{axis: channels}`` by which an axis's windows are moved besides.
         scaler: multiply a sub-model's activations by 1 / capacity while training.
         mask_labels: average label rows over the clients that hold the label; None: whatever suits the algorithm.
     """
@@ -139,6 +140,7 @@ class SubmodelOptions(Options):
     assignment: Literal["fixed", "dynamic"] = "fixed"
     strategy: str | None = None
     stride: int = 1
+    offsets: dict[str, int] = {}
     scaler: bool = True
     mask_labels: bool | None = None
 

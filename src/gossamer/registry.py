@@ -25,6 +25,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "rolling": "gossamer.submodel.windows:rolling",
         "static": "gossamer.submodel.windows:static",
         "random": "gossamer.submodel.windows:random",
+        "covering": "gossamer.submodel.covering:covering",
+        "magnitude": "gossamer.submodel.ranked:magnitude",
     },
     "engine": {"local": "gossamer.engines.local:LocalEngine"},
     "workload": {"image-classification": "gossamer.workloads.images:ImageClassification"},

@@ -7,7 +7,7 @@ runs at memory speed; windows of many segments (random ones) go through index te
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.errors import ConfigError, nearest
 from gossamer.submodel.layout import Dim, Layout
 from gossamer.submodel.windows import Strategy, Window, window_length
 
@@ -153,11 +154,34 @@ def count_shapes(layout: Layout) -> list[tuple[int, ...]]:
 
 
 class Cutter:
-    """Cuts sub-models from one layout with one strategy; the last cuts are remembered."""
+    """Cuts sub-models from one layout with one strategy; the last cuts are remembered.
 
-    def __init__(self, layout: Layout, strategy: Strategy, stride: int, seed: int) -> None:
+    Where the strategy ranks channels by the model, `rank_` must be called with the model at the start of every round.
+    """
+
+    def __init__(
+        self, layout: Layout, strategy: Strategy, stride: int, seed: int, offsets: Mapping[str, int] | None = None
+    ) -> None:
+        """Bind a strategy to a layout.
+
+        Args:
+            stride: channels by which moving windows move a round.
+            seed: of random windows.
+            offsets: ``{axis: channels}`` by which an axis's windows are moved besides; 0 for those left out.
+
+        Raises:
+            ConfigError: an offset for an axis that the layout does not have.
+        """
         self.layout, self.strategy, self.stride, self.seed = layout, strategy, stride, seed
+        self.offsets = dict.fromkeys(layout.cut_axes, 0) | dict(offsets or {})
+        if unknown := [axis for axis in self.offsets if axis not in layout.cut_axes]:
+            raise ConfigError(
+                f"unknown axis {unknown[0]!r} in submodel.offsets{nearest(unknown[0], layout.cut_axes)}"
+                f" (the model's axes: {', '.join(layout.cut_axes)})"
+            )
+        self._ranks = {axis: torch.arange(layout.widths[axis], dtype=torch.int32) for axis in layout.cut_axes}
         self._sub_layout = lru_cache(maxsize=64)(layout.cut)
+        self._groups = lru_cache(maxsize=64)(self._make_groups)
         self._shared_cut = lru_cache(maxsize=64)(self._make)
 
     def sub_layout(self, capacity: float) -> Layout:
@@ -170,21 +194,45 @@ class Cutter:
 
     def cut(self, capacity: float, round: int, client: int) -> Cut:
         """Return the cut of `client` in `round`."""
+        if self.strategy.rank is not None:
+            return self._make(capacity, round, client)
         if self.shares(capacity):
             return self._shared_cut(capacity, round, 0)
         return self._make(capacity, round, client)
 
+    def rank_(self, x: Tensor) -> None:
+        """Rank the channels by the model x [d], if the strategy does so at all."""
+        if self.strategy.rank is not None:
+            for axis, order in self.strategy.rank(self.layout, x).items():
+                self._ranks[axis].copy_(order)
+
+    def share_ranks(self, allocate: Callable[[int], Tensor]) -> None:
+        """Move the ranks to memory of 4-byte numbers that `allocate` returns, so that other processes see them."""
+        if self.strategy.rank is not None:
+            for axis, order in self._ranks.items():
+                self._ranks[axis] = allocate(len(order)).view(torch.int32).copy_(order)
+
+    def _make_groups(self, capacity: float) -> Mapping[str, Hashable]:
+        if self.strategy.groups is None:
+            return {axis: axis for axis in self.layout.cut_axes}
+        return self.strategy.groups(self.layout, capacity)
+
     def _make(self, capacity: float, round: int, client: int) -> Cut:
-        windows = {}
+        windows, groups = {}, self._groups(capacity)
         for axis in self.layout.cut_axes:
             width = self.layout.widths[axis]
+            length = window_length(width, capacity)
+            if self.strategy.rank is not None:
+                windows[axis] = Window.of_indices(width, np.sort(self._ranks[axis][:length].numpy()))
+                continue
             windows[axis] = self.strategy.choose(
                 width,
-                window_length(width, capacity),
+                length,
                 round=round,
                 stride=self.stride,
+                offset=self.offsets[axis],
                 seed=self.seed,
                 client=client,
-                group=axis,
+                group=groups[axis],
             )
         return Cut(self.layout, self.layout.windowed(windows), windows)

@@ -57,6 +57,7 @@ class LocalEngine:
         self._state: Arrays = {}
         for name, value in state.items():
             self._state[name] = shared_zeros(value.numel()).view(value.shape).copy_(value)
+        task.cutter.share_ranks(shared_zeros)
         self._slots = self._make_slots() if self._workers else torch.zeros(0, 0)
         self._local = Worker(task, self._state, self._slots)
         self._pool: WorkerPool | None = None
@@ -73,6 +74,7 @@ class LocalEngine:
     def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
         """Train the plan's participants; sums are kept for `exchange`. Payloads of the results are valid until then."""
         self._results, self._sums, self._window_rows, self._private = [], {}, {}, {}
+        self._task.cutter.rank_(self._state["x"][0])
         trees = self._trees = dict[tuple[int, str], TreeSum]()
         blocks: list[Block] = []
         for variant in range(len(plan.capacities)):

@@ -1,0 +1,259 @@
+"""Which channels and weights a configuration's windows will reach, told before it is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gossamer import config as configuration
+from gossamer.build import Parts, build, settle
+from gossamer.config import Config
+from gossamer.errors import ConfigError, storage_errors
+from gossamer.plots import COLOURS, FORMATS, STYLE
+from gossamer.registry import resolve
+from gossamer.submodel import Cut, covering
+from gossamer.submodel.coverage import Coverage
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+ALL = "participants"
+PANEL_INCHES = (4.4, 3.4)
+NUM_POINTS = 60  # of a curve, evenly spaced on its logarithmic axis
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the windows of one capacity, or of all participants as they are planned, reach.
+
+    Attributes:
+        capacity: as a number; `ALL` stands for the participants of the plan, each with its own.
+        channels, weights: shares that were reached in all rounds.
+        channels_after, weights_after: rounds after which every channel or weight had been reached; None: not within
+            the rounds.
+        bound: rounds within which every weight is reached, where the strategy states such a bound.
+        curve: (rounds, share of channels, share of weights), on a logarithmic scale.
+    """
+
+    capacity: float | str
+    channels: float
+    weights: float
+    channels_after: int | None
+    weights_after: int | None
+    bound: int | None
+    curve: list[tuple[int, float, float]]
+
+
+@dataclass(frozen=True)
+class MethodCoverage:
+    """The coverage of one method.
+
+    Attributes:
+        method: its name; "" where the experiment has only one.
+        strategy: of its windows.
+        rounds: how many were looked at.
+        reaches: the smallest capacity first, `ALL` last.
+        matrix: name of the largest parameter that two axes cut, and its marks for the smallest capacity; None: none.
+    """
+
+    method: str
+    strategy: str
+    rounds: int
+    reaches: list[Reach]
+    matrix: tuple[str, Tensor] | None
+
+
+def examine(source: str | Path, overrides: Sequence[str] = (), rounds: int | None = None) -> list[MethodCoverage]:
+    """Follow the windows of every method of an experiment (with its first seed), without training anything.
+
+    Args:
+        source: path of the YAML file.
+        overrides: ``key.path=value`` strings.
+        rounds: how many rounds to follow; None: those of the experiment.
+
+    Raises:
+        GossamerError: the configuration is wrong, or its data is missing.
+    """
+    data = configuration.load(source, overrides)
+    found: dict[str, MethodCoverage] = {}
+    for name, single in configuration.expand(data).items():
+        method = name.rpartition("/")[0] if data.get("seeds") is not None else name
+        if method not in found:
+            found[method] = _examine_one(method, configuration.parse(single), rounds)
+    return list(found.values())
+
+
+def _examine_one(method: str, config: Config, rounds: int | None) -> MethodCoverage:
+    settled = settle(config, resolve("algorithm", config.algorithm["name"]))
+    unmeasured = [{"capacity": capacity} for capacity in settled.submodel.capacities]
+    parts = build(
+        config.model_copy(update={"engine": configuration.EngineOptions.model_validate({"modes": unmeasured})})
+    )
+    if parts.task.cutter.strategy.rank is not None:
+        raise ConfigError(
+            f"windows of strategy {parts.config.submodel.strategy!r} follow the model as it is trained: its coverage is"
+            " not known before the run"
+        )
+    num_rounds = config.rounds if rounds is None else rounds
+    if num_rounds < 1:
+        raise ConfigError(f"--rounds {num_rounds} is below 1: give how many rounds to follow")
+    reaches, matrix = [], None
+    for capacity in parts.task.capacities:
+        reach, coverage = _follow(parts, num_rounds, capacity)
+        reaches.append(reach)
+        if matrix is None:
+            matrix = _largest_matrix(parts, coverage)
+    reaches.append(_follow(parts, num_rounds, None)[0])
+    assert parts.config.submodel.strategy is not None
+    return MethodCoverage(method, parts.config.submodel.strategy, num_rounds, reaches, matrix)
+
+
+def _follow(parts: Parts, num_rounds: int, capacity: float | None) -> tuple[Reach, Coverage]:
+    """Mark round after round what all participants would hold if they had `capacity`; None: what each of them has."""
+    layout, strategy = parts.workload.layout, parts.config.submodel.strategy
+    coverage = Coverage(layout)
+    points = {round(num_rounds ** (point / NUM_POINTS)) for point in range(NUM_POINTS + 1)}
+    curve: list[tuple[int, float, float]] = []
+    channels_after = weights_after = None
+    channels = weights = 0.0
+    for number in range(num_rounds):
+        if weights_after is None:
+            for cut in _cuts(parts, number, capacity):
+                coverage.add(cut)
+            channels, weights = coverage.channels, coverage.weights
+            channels_after = number + 1 if channels_after is None and channels == 1.0 else channels_after
+            weights_after = number + 1 if weights == 1.0 else None
+        if number + 1 in points:
+            curve.append((number + 1, channels, weights))
+    states_bound = strategy == "covering" and capacity is not None and not covering.unreachable(layout, capacity)
+    bound = covering.period(layout, capacity) if states_bound and capacity is not None else None
+    label = ALL if capacity is None else capacity
+    return Reach(label, channels, weights, channels_after, weights_after, bound, curve), coverage
+
+
+def _cuts(parts: Parts, number: int, capacity: float | None) -> Iterator[Cut]:
+    """Yield the distinct cuts of a round."""
+    cutter = parts.task.cutter
+    if capacity is not None and cutter.shares(capacity):
+        yield cutter.cut(capacity, number, 0)
+        return
+    plan = parts.planner.plan(number)
+    seen = set()
+    for client, variant in zip(plan.client.tolist(), plan.variant.tolist(), strict=True):
+        level = plan.capacities[variant] if capacity is None else capacity
+        if not cutter.shares(level):
+            yield cutter.cut(level, number, client)
+        elif level not in seen:
+            seen.add(level)
+            yield cutter.cut(level, number, 0)
+
+
+def _largest_matrix(parts: Parts, coverage: Coverage) -> tuple[str, Tensor] | None:
+    layout = parts.workload.layout
+    sizes = {}
+    for name, dims in zip(layout.names, layout.axes, strict=True):
+        if sum(dim.cuttable for dim in dims) >= 2:
+            sizes[name] = coverage.mask(name).numel()
+    if not sizes:
+        return None
+    name = max(sizes, key=lambda one: sizes[one])
+    mask = coverage.mask(name)
+    return name, mask.reshape(mask.shape[0], -1)
+
+
+def render(found: Sequence[MethodCoverage], as_json: bool) -> str:
+    """Return a table a method, or one JSON object for all of them (without the marks of the matrix)."""
+    if as_json:
+        methods = {one.method: {key: value for key, value in _plain(one).items() if key != "method"} for one in found}
+        return json.dumps({"methods": methods}, indent=2)
+    lines: list[str] = []
+    for one in found:
+        name = f"{one.method}: " if one.method else ""
+        lines += [f"{name}strategy {one.strategy}, {one.rounds} rounds"]
+        lines += [
+            f"  {'capacity':>12}  {'channels':>8}  {'weights':>8}  {'all channels':>12}  {'all weights':>12}  bound"
+        ]
+        for reach in one.reaches:
+            label = reach.capacity if isinstance(reach.capacity, str) else f"{reach.capacity:g}"
+            lines.append(
+                f"  {label:>12}  {reach.channels:>8.1%}  {reach.weights:>8.1%}  {_after(reach.channels_after):>12}"
+                f"  {_after(reach.weights_after):>12}  {'-' if reach.bound is None else reach.bound}"
+            )
+        lines.append("")
+    return "\n".join(
+        [*lines, f"{ALL}: as planned, each with its own capacity; the other rows: if all had that capacity"]
+    )
+
+
+def _plain(one: MethodCoverage) -> Mapping[str, Any]:
+    return {
+        "method": one.method,
+        "strategy": one.strategy,
+        "rounds": one.rounds,
+        "reaches": [asdict(reach) for reach in one.reaches],
+    }
+
+
+def _after(rounds: int | None) -> str:
+    return "never" if rounds is None else f"round {rounds}"
+
+
+def draw(found: Sequence[MethodCoverage], output: Path) -> Path:
+    """Draw for every method the share of weights reached over the rounds, and the marks of its largest matrix.
+
+    Returns:
+        the path of the image.
+
+    Raises:
+        ConfigError: the ending of `output` is no image format that is supported.
+        StorageError: it cannot be written.
+    """
+    if output.suffix.removeprefix(".") not in FORMATS:
+        raise ConfigError(f"{str(output)!r} does not end in {', '.join('.' + name for name in FORMATS)}: rename it")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with matplotlib.rc_context(STYLE):
+        size = (2 * PANEL_INCHES[0], PANEL_INCHES[1] * len(found))
+        figure, panels = plt.subplots(len(found), 2, figsize=size, squeeze=False, layout="constrained")
+        for one, (curves, marks) in zip(found, panels, strict=True):
+            _draw_curves(curves, one)
+            _draw_matrix(marks, one)
+        with storage_errors(output):
+            figure.savefig(output, dpi=150)
+        plt.close(figure)
+    return output
+
+
+def _draw_curves(panel: Axes, one: MethodCoverage) -> None:
+    for number, reach in enumerate(one.reaches):
+        planned = isinstance(reach.capacity, str)
+        panel.plot(
+            [point[0] for point in reach.curve],
+            [100 * point[2] for point in reach.curve],
+            color="black" if planned else COLOURS[number % (len(COLOURS) - 1)],
+            linestyle=":" if planned else "-",
+            label="participants as planned" if planned else f"all of capacity {reach.capacity:g}",
+        )
+    panel.set(xscale="log", xlabel="Rounds", ylabel="Weights reached (%)", ylim=(0, 103))
+    panel.set_title(f"{one.method}: {one.strategy}" if one.method else one.strategy)
+    panel.grid(True)
+    panel.legend(loc="best", fontsize=8)
+
+
+def _draw_matrix(panel: Axes, one: MethodCoverage) -> None:
+    if one.matrix is None:
+        panel.set_axis_off()
+        return
+    name, mask = one.matrix
+    panel.imshow(mask.numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest", aspect="auto")
+    panel.set(xlabel="input channel", ylabel="output channel")
+    smallest = one.reaches[0].capacity
+    share = f"{100 * float(mask.double().mean()):.1f} %"
+    panel.set_title(f"{name}\ncapacity {smallest:g}: {share} after {one.rounds} rounds")

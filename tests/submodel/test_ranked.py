@@ -1,0 +1,68 @@
+"""Windows that follow the model."""
+
+from __future__ import annotations
+
+import torch
+
+from federation import configure, digest, mixed
+from gossamer import experiment
+from gossamer.submodel import Cutter, Dim, Layout
+from gossamer.submodel.ranked import by_magnitude, magnitude
+
+LAYOUT = Layout.of(
+    {"a.weight": (4, 3), "a.bias": (4,), "b.weight": (2, 4)},
+    {"a.weight": ("a", None), "a.bias": ("a",), "b.weight": ("label", "a")},
+)
+
+
+def model(rows: list[float]) -> torch.Tensor:
+    return LAYOUT.flatten(
+        {
+            "a.weight": torch.tensor(rows)[:, None] * torch.ones(4, 3),
+            "a.bias": torch.full((4,), 9.0),
+            "b.weight": torch.ones(2, 4),
+        }
+    )
+
+
+class TestRank:
+    def test_by_the_weights_that_produce_a_channel(self) -> None:
+        assert by_magnitude(LAYOUT, model([0.5, -2.0, 1.0, 0.0]))["a"].tolist() == [1, 2, 0, 3]
+
+    def test_among_equals_the_first(self) -> None:
+        assert by_magnitude(LAYOUT, model([1.0, 2.0, -1.0, 1.0]))["a"].tolist() == [1, 0, 2, 3]
+
+    def test_blocks_of_a_dimension_add_up(self) -> None:
+        """A fused projection [3 x heads x 2] ranks heads by all their rows."""
+        layout = Layout.of({"qkv": (12, 5)}, {"qkv": (Dim("head", outer=3, inner=2), None)})
+        weight = torch.zeros(3, 2, 2, 5)
+        weight[0, 0], weight[2, 1] = 1.0, 1.5
+        assert by_magnitude(layout, layout.flatten({"qkv": weight.view(12, 5)}))["head"].tolist() == [1, 0]
+
+
+class TestCutter:
+    def test_windows_hold_the_largest_channels(self) -> None:
+        cutter = Cutter(LAYOUT, magnitude, 1, 0)
+        assert cutter.cut(0.5, 0, 0).windows["a"].indices.tolist() == [0, 1]
+        cutter.rank_(model([0.5, -2.0, 1.0, 0.0]))
+        assert cutter.cut(0.5, 0, 0).windows["a"].indices.tolist() == [1, 2]
+        cutter.rank_(model([0.5, 0.0, 1.0, 3.0]))
+        assert cutter.cut(0.5, 0, 7).windows["a"].indices.tolist() == [2, 3]
+
+    def test_ranks_can_be_shared(self) -> None:
+        cutter, memory = Cutter(LAYOUT, magnitude, 1, 0), torch.zeros(4)
+        cutter.share_ranks(lambda count: memory[:count])
+        cutter.rank_(model([0.5, -2.0, 1.0, 0.0]))
+        assert memory.view(torch.int32).tolist() == [1, 2, 0, 3]
+
+
+class TestFederation:
+    def test_same_bits_in_any_number_of_processes(self, tmp_path: object) -> None:
+        changes = mixed("fedavg") | {"submodel.strategy": "magnitude"}
+        models = []
+        for workers in (0, 1, 2):
+            data = configure(changes | {"engine.workers": workers, "evaluation": {"by_capacity": True}})
+            models.append(experiment.run(data, out=f"{tmp_path}/{workers}"))
+        assert len({digest(run.params) for run in models}) == 1
+        accuracies = [[record["accuracy_by_capacity"] for record in run.metrics] for run in models]
+        assert accuracies[0] == accuracies[1] == accuracies[2]
