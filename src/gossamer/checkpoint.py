@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from gossamer.disk import sync
 from gossamer.errors import CheckpointError, ConfigError, storage_errors
 
 FORMAT = 1
@@ -83,7 +84,7 @@ class Checkpoints:
         self._damaged: set[Path] = set()
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            _sync(self.directory.parent)
+            sync(self.directory.parent)
             for pattern in _LEFTOVERS:
                 for leftover in self.directory.glob(pattern):
                     shutil.rmtree(leftover)
@@ -129,7 +130,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         with storage_errors(target):
-            _sync(self.directory)
+            sync(self.directory)
             done("renamed")
             self._prune(round)
             done("pruned")
@@ -184,7 +185,7 @@ class Checkpoints:
             "log_offsets": dict(log_offsets),
         }
         _write_text(aside / MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2))
-        _sync(aside)
+        sync(aside)
         done("manifest")
 
     def _commits(self) -> list[tuple[int, int, Path]]:
@@ -260,7 +261,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, torch.Tensor]) -> None:
         # It reports a full disk as its own kind of error, with the number inside the text.
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error), str(path)) from error
-    _sync(path)
+    sync(path)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -278,15 +279,6 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file's content or a directory's entries onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _ignore(phase: str) -> None:

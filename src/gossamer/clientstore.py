@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gossamer.disk import sync
 from gossamer.errors import CheckpointError, ConfigError, storage_errors
 
 _PREFIX = "clientstore"
@@ -200,7 +201,7 @@ class ClientStore:
                 with storage_errors(self._path(namespace, table.generation)):
                     os.fsync(table.descriptor)
         with storage_errors(self.directory):
-            _sync_directory(self.directory)
+            sync(self.directory)
 
     def index(self) -> dict[str, torch.Tensor]:
         """Call `sync`, and return what a commit must save for `restore` to find the present rows.
@@ -373,11 +374,3 @@ def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
     except OSError:
         os.ftruncate(descriptor, offset)
         raise
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

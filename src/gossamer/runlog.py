@@ -27,6 +27,7 @@ from typing import Any, Protocol, Self
 
 import yaml
 
+from gossamer.disk import sync
 from gossamer.errors import CheckpointError, ConfigError, DataError, storage_errors
 
 CONFIG = "config.yaml"
@@ -68,7 +69,7 @@ class RunLog:
             with storage_errors(directory / name):
                 self._descriptors[name] = os.open(directory / name, flags, 0o666)
         with storage_errors(directory):
-            _sync_directory(directory)
+            sync(directory)
 
     @classmethod
     def create(
@@ -366,12 +367,4 @@ def _write_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path.parent)
