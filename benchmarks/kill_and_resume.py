@@ -1,7 +1,7 @@
 """Kill a run again and again, resume it each time, and compare what comes out with a run that nobody touched.
 
 Two federations on scikit-learn's digits, two workers each, a commit after every round: FedRolex with mixed capacities,
-and SCAFFOLD (a plug-in), whose clients keep private state. A child process reports the start and end of every span, and
+and SCAFFOLD, whose clients keep private state. A child process reports the start and end of every span, and
 every step of a commit, through a pipe. The parent sends it SIGKILL after a random delay that begins with the first
 report, or a random moment after a commit began. A kill counts as inside a commit only if the last thing that the dead
 child had reported was within one. The next child resumes the directory; when a run ends, its final model's hash and its
@@ -39,13 +39,12 @@ from gossamer.experiment import Hooks
 from gossamer.runlog import read_config, read_metrics
 from gossamer.spans import Spans
 
-PLUGINS = Path(__file__).parent.parent / "tests" / "plugins"
 CLOCKS = ("wall_seconds", "round_seconds", "phase_seconds")
 AFTERWARDS = "after the last phase"
 PATIENCE = 120.0  # seconds without a report after which something is badly wrong
 FEDERATIONS: dict[str, dict[str, Any]] = {
     "fedrolex": {"algorithm": "fedrolex", "submodel": {"capacities": [0.25, 0.5, 1.0]}},
-    "scaffold": {"algorithm": "scaffold:Scaffold"},
+    "scaffold": {"algorithm": "scaffold"},
 }
 
 
@@ -94,8 +93,7 @@ class Child:
     def __init__(self, directory: Path, config: Path) -> None:
         self._reports, theirs = os.pipe()
         command = [sys.executable, __file__, "--child", str(directory), str(config), str(theirs)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PLUGINS), os.environ.get("PYTHONPATH", "")])}
-        self.process = subprocess.Popen(command, pass_fds=[theirs], env=environment)
+        self.process = subprocess.Popen(command, pass_fds=[theirs])
         os.close(theirs)
         self.lines: list[str] = []
         self._rest = b""

@@ -1,7 +1,7 @@
 """What memory registered clients cost when only a few of them take part in a round.
 
 One data set of 60,000 grey images of 28 x 28 pixels (random bytes, 47 MB) is shared by 100, 1,000, 10,000 or 60,000
-registered clients; 10 of them train a perceptron in each round, under FedAvg and under SCAFFOLD (a plug-in), whose
+registered clients; 10 of them train a perceptron in each round, under FedAvg and under SCAFFOLD, whose
 clients keep private state on disk. Every number of clients is run in a fresh process, whose peak resident memory the
 kernel tells (``ru_maxrss``: code, torch, data, model and everything about clients). What each worker adds is its
 proportional set size, which divides shared pages among those who share them. Figures are medians. ``spread`` is the
@@ -35,9 +35,8 @@ import gossamer
 from gossamer.experiment import Hooks
 from gossamer.workloads.datasets import ImageData
 
-PLUGINS = Path(__file__).parent.parent / "tests" / "plugins"
 NUM_SAMPLES, NUM_TEST = 60_000, 1_000
-ALGORITHMS = {"fedavg": "fedavg", "scaffold": "scaffold:Scaffold"}
+ALGORITHMS = {"fedavg": "fedavg", "scaffold": "scaffold"}
 
 
 def dataset(options: Mapping[str, Any]) -> ImageData:
@@ -104,7 +103,7 @@ def in_fresh_process(algorithm: str, num_clients: int, options: argparse.Namespa
     """Measure in a process of its own."""
     command = [sys.executable, __file__, "--child", algorithm, str(num_clients)]
     command += ["--rounds", str(options.rounds), "--workers", str(options.workers)]
-    paths = [str(Path(__file__).parent), str(PLUGINS), os.environ.get("PYTHONPATH", "")]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True)
     found: dict[str, Any] = json.loads(done.stdout)

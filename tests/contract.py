@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Batch, Workload, add_sums
 
@@ -300,6 +300,13 @@ def _check_declarations(algorithm: Algorithm) -> None:
         assert kind in ("mean", "sum"), f"uplink[{name!r}] is {kind!r}: give 'mean' or 'sum'"
     assert "held" not in algorithm.uplink, "a payload must not be named 'held'"
     assert isinstance(algorithm.client_arrays, tuple), "client_arrays must be a tuple of names"
+    scalars = scalars_of(algorithm)
+    assert isinstance(scalars, tuple), "scalars must be a tuple of names"
+    for name in scalars:
+        assert name in algorithm.uplink, f"scalars names {name!r}, which uplink does not"
+    assert "x" not in scalars, "the payload 'x' must be model-shaped"
+    reason = getattr(algorithm, "whole_models_only", None)
+    assert reason is None or isinstance(reason, str), "whole_models_only must be a reason, or None"
 
 
 def _check_states(algorithm: Algorithm, layout: Layout) -> None:
@@ -350,7 +357,12 @@ def _check_end(algorithm: Algorithm, layout: Layout) -> None:
     carry = algorithm.step(algorithm.begin(received, kept), _rows(layout, 3, 30), 0.1)
     copies = {name: value.clone() for name, value in carry.items()}
     payload, private = algorithm.end(received, kept, carry, 1, 0.1)
-    _check_shapes(payload, set(algorithm.uplink), (3, layout.d), "the payload of end")
+    assert set(payload) == set(algorithm.uplink), (
+        f"the payload of end has the arrays {sorted(payload)}, declared are {sorted(algorithm.uplink)}"
+    )
+    scalars = set(scalars_of(algorithm))
+    for names, width in ((scalars, 1), (set(payload) - scalars, layout.d)):
+        _check_shapes({name: payload[name] for name in names}, names, (3, width), "the payload of end")
     _check_shapes(private, set(algorithm.client_arrays), (3, layout.d), "the client state of end")
     for name, value in (received | kept).items():
         assert torch.equal(value, before[name]), f"end must not change {name!r}, which belongs to the caller"
@@ -369,9 +381,11 @@ def _check_end(algorithm: Algorithm, layout: Layout) -> None:
 def _check_update(algorithm: Algorithm, layout: Layout) -> None:
     held = torch.arange(layout.d) % 3 > 0
     payload = {name: _rows(layout, 1, 40 + number)[0] for number, name in enumerate(algorithm.uplink)}
+    scalars = {name: torch.full((1, 1), 2.5) for name in scalars_of(algorithm)}
     state = algorithm.init(_rows(layout, 1, 0))
     for mask in (None, held):  # in this order, so that there is something like a velocity by then
         inbox: dict[str, Any] = {n: (v if mask is None else v * mask)[None] for n, v in payload.items()}
+        inbox |= scalars
         before = {name: value.clone() for name, value in state.items()}
         updated = algorithm.update(state, inbox | {"held": None if mask is None else mask[None]}, 10)
         _check_shapes(updated, set(updated), (1, layout.d), "update")

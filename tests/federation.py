@@ -30,7 +30,7 @@ BASE: dict[str, Any] = {
     "checkpoint": {"every_seconds": 0},
     "engine": {"workers": 0, "modes": [{"capacity": 1.0}]},
 }
-SCAFFOLD = {"algorithm": "scaffold:Scaffold", "clients.per_round": 3}
+SCAFFOLD = {"algorithm": "scaffold", "clients.per_round": 3}
 
 
 def configure(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:

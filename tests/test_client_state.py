@@ -1,4 +1,4 @@
-"""An algorithm with private state on its clients, from a plug-in: SCAFFOLD."""
+"""An algorithm with private state on its clients: SCAFFOLD."""
 
 from __future__ import annotations
 
@@ -143,11 +143,11 @@ def test_controls_matter(tmp_path: Path) -> None:
     for rounds, equal in ((1, True), (3, False)):
         changes = {"rounds": rounds, "clients.per_round": 8, "clients.partition": {"name": "n-classes", "n": 2}}
         plain = run(configure(changes), out=tmp_path / f"plain-{rounds}")
-        controlled = run(configure({"algorithm": "scaffold:Scaffold"} | changes), out=tmp_path / f"controlled-{rounds}")
+        controlled = run(configure({"algorithm": "scaffold"} | changes), out=tmp_path / f"controlled-{rounds}")
         assert (relative_error(controlled.params, plain.params) < 1e-6) == equal
 
 
 def test_whole_models_only(tmp_path: Path) -> None:
     levels = {"submodel": {"capacities": [0.5, 1.0], "strategy": "rolling"}}
-    with pytest.raises(ConfigError, match="keeps state on clients, which fits whole models only"):
+    with pytest.raises(ConfigError, match="trains whole models only, because a client's control variate"):
         run(configure(SCAFFOLD | levels), out=tmp_path / "run")

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from faulty import Faulty
-from scaffold import Scaffold
 from torch import Tensor
 
 from contract import check_algorithm, check_workload
 from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.algorithms.federated import FedAvg, FedRolex
+from gossamer.algorithms.fednova import FedNova
+from gossamer.algorithms.fedopt import FedAdagrad, FedAdam, FedYogi
+from gossamer.algorithms.fedprox import FedProx
+from gossamer.algorithms.scaffold import Scaffold
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Batch
 from gossamer.workloads.images import ImageClassification
@@ -55,7 +58,13 @@ class TestWhatShips:
             FedAvg({}, momentum=0.9, weight_decay=0.1),
             FedAvg({"server_lr": 0.5, "server_momentum": 0.9}),
             FedRolex({}),
-            Scaffold({}),
+            FedProx({"mu": 0.5}, momentum=0.9, weight_decay=0.1),
+            Scaffold({"server_lr": 0.5}, weight_decay=0.1),
+            FedNova({}),
+            FedNova({"mu": 0.5, "server_momentum": 0.9}, momentum=0.9),
+            FedAdam({}),
+            FedYogi({}, momentum=0.9),
+            FedAdagrad({"beta1": 0.5}),
         ],
         ids=lambda algorithm: type(algorithm).__name__,
     )
@@ -220,6 +229,26 @@ class Sharing(Scaffold):
         return payload, {"control": payload["control"]}
 
 
+class Wide(FedNova):
+    def end(self, *arguments: Any) -> tuple[Arrays, Arrays]:
+        payload, private = super().end(*arguments)
+        return payload | {"normaliser": payload["x"] * 0}, private
+
+
+class Counting(FedNova):
+    def end(self, *arguments: Any) -> tuple[Arrays, Arrays]:
+        payload, private = super().end(*arguments)
+        return payload | {"normaliser": torch.arange(1.0, len(payload["x"]) + 1)[:, None]}, private
+
+
+class Unsent(FedNova):
+    scalars = ("normaliser", "tau")
+
+
+class AllScalar(FedNova):
+    scalars = ("normaliser", "x")
+
+
 class Unknown(FedAvg):
     downlink = ("x", "velocity")
 
@@ -245,6 +274,10 @@ class Misspelt(FedAvg):
         (Sharing, "payload 'control' must be a copy"),
         (Unknown, "downlink names 'velocity', which init does not return"),
         (Undeclared, "init_client has the arrays"),
+        (Wide, "end\\['normaliser'\\] has shape \\(3, 48\\), not \\(3, 1\\)"),
+        (Counting, "end is not row-wise: 'normaliser' of row 1 differs"),
+        (Unsent, "scalars names 'tau', which uplink does not"),
+        (AllScalar, "the payload 'x' must be model-shaped"),
         (Misspelt, "uplink\\['x'\\] is 'average'"),
     ],
 )

@@ -92,7 +92,7 @@ class TestRefusals:
             ({"workload.dataset": "nowhere:data"}, "cannot load dataset 'nowhere:data'"),
             ({"workload.dataset.num_train": 7}, "7 training samples cannot give 8 clients"),
             ({"submodel.capacities": [0.5, 1.0]}, "algorithm 'fedavg' trains whole models"),
-            ({"algorithm": "scaffold:Scaffold", "train.momentum": 0.9}, "SCAFFOLD has no options"),
+            ({"algorithm": "scaffold", "train.momentum": 0.9}, "SCAFFOLD does not go with train.momentum = 0.9"),
             ({"engine": "lokal"}, "unknown engine 'lokal'; did you mean 'local'"),
             ({"engine.modes": []}, "engine.modes names capacities"),
             ({"clients.sampler": "unifrom"}, "unknown sampler 'unifrom'"),

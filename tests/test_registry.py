@@ -27,7 +27,7 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 class TestShipped:
     def test_names_are_sorted_and_complete(self) -> None:
-        assert registry.names("strategy") == ["random", "rolling", "static"]
+        assert registry.names("strategy") == ["covering", "magnitude", "random", "rolling", "static"]
         assert set(registry.names("algorithm")) >= set(registry.BUILTIN["algorithm"])
 
     def test_the_kind_matters(self) -> None:
@@ -67,7 +67,7 @@ class TestUnknown:
             registry.resolve("strategy", "roling")
         message = str(caught.value)
         assert "unknown strategy 'roling'; did you mean 'rolling'?" in message
-        assert "known: random, rolling, static; or give 'module:attribute'" in message
+        assert "known: covering, magnitude, random, rolling, static; or give 'module:attribute'" in message
 
     def test_nothing_near(self) -> None:
         with pytest.raises(RegistryError, match="unknown strategy 'xyz' \\(known") as caught:

@@ -14,9 +14,10 @@ from gossamer.clientstore import ClientStore
 from gossamer.config import Config, ModeOptions
 from gossamer.engines.base import Task, TrainOptions, VariantMode
 from gossamer.engines.local.measure import choose_modes
-from gossamer.errors import ConfigError
-from gossamer.planning import Capacities, Planner
-from gossamer.profiling.costs import Costs
+from gossamer.errors import ConfigError, RegistryError
+from gossamer.planning import Capacities, Planner, assign_devices, devices_of_capacities
+from gossamer.profiling.costs import Costs, count_variants
+from gossamer.profiling.devices import DeviceShare
 from gossamer.registry import resolve
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.runlog import RunLog
@@ -55,14 +56,6 @@ class Parts:
             engine=engine,
             workload=self.workload,
             planner=self.planner,
-            costs=Costs(
-                self.workload,
-                self.algorithm,
-                self.task.cutter,
-                self.task.capacities,
-                config.train.batch_size,
-                config.device,
-            ),
             log=log,
             checkpoints=checkpoints,
             store=store,
@@ -88,11 +81,7 @@ def build(config: Config) -> Parts:
     config = settle(config, algorithm_class)
     train, sub = config.train, config.submodel
     algorithm = algorithm_class(algorithm_options, momentum=train.momentum, weight_decay=train.weight_decay)
-    if algorithm.client_arrays and tuple(sub.capacities) != (1.0,):
-        raise ConfigError(
-            f"algorithm {algorithm_name!r} keeps state on clients, which fits whole models only: set"
-            f" submodel.capacities to [1.0] instead of {sub.capacities}"
-        )
+    require_whole_models(config, algorithm)
     workload_name, workload_options = split(config.workload)
     clients = config.clients
     workload: Workload = resolve("workload", workload_name)(
@@ -102,6 +91,7 @@ def build(config: Config) -> Parts:
     capacities = Capacities([c for c, _ in levels], [s for _, s in levels], sub.assignment, clients.num, config.seed)
     assert sub.strategy is not None
     assert sub.mask_labels is not None
+    assert sub.scaler is not None
     task = Task(
         workload=workload,
         algorithm=algorithm,
@@ -120,17 +110,45 @@ def build(config: Config) -> Parts:
         per_round=clients.per_round,
         sampler=resolve("sampler", clients.sampler),
         capacities=capacities,
+        costs=count_costs(config, task, capacities),
         weighting=clients.weighting,
         epochs=train.epochs,
         steps=train.steps,
         batch_size=train.batch_size,
         lr=train.lr,
         schedule=train.schedule,
+        deadline_seconds=clients.deadline_seconds,
+        over_selection=clients.over_selection,
     )
     task = replace(task, modes=_modes(config, task))
     modes = [ModeOptions(capacity=c, **dict(mode)) for c, mode in zip(task.capacities, task.modes, strict=True)]
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"modes": modes})})
     return Parts(config, workload, algorithm, task, planner, engine_class)
+
+
+def count_costs(config: Config, task: Task, capacities: Capacities) -> Costs:
+    """Count what each capacity costs, and give every client its device.
+
+    Raises:
+        ConfigError: a sub-model does not fit a device that trains it.
+    """
+    devices = assign_devices(
+        config.devices or [DeviceShare(profile=config.device)],
+        config.submodel.assignment,
+        config.clients.num,
+        config.seed,
+    )
+    variants = count_variants(
+        task.workload,
+        task.algorithm,
+        task.cutter,
+        task.capacities,
+        batch_size=task.train.batch_size,
+        scaler=task.scaler,
+    )
+    costs = Costs(variants, devices)
+    costs.check_memory(devices_of_capacities(devices, capacities, config.clients.num))
+    return costs
 
 
 def check(config: Config) -> None:
@@ -168,15 +186,18 @@ def settle(config: Config, algorithm: Any) -> Config:
         )
     changes: dict[str, Any] = {"strategy": sub.strategy or fixed or "static"}
     workload = dict(config.workload)
+    if rule in ("one", "given"):
+        require_whole_models(config, algorithm)
     if rule == "one" and sub.strategy is None and tuple(sub.capacities) != (1.0,):
         raise ConfigError(
             f"algorithm {name!r} trains whole models but submodel.capacities = {sub.capacities}: choose fedrolex,"
             " heterofl or federated-dropout, or give submodel.strategy"
         )
     default_mask = getattr(algorithm, "default_label_mask", "none")
-    if workload["name"] == "image-classification":
-        workload.setdefault("model", "mlp")
-        workload.setdefault("label_mask", default_mask)
+    defaults = _workload_defaults(workload["name"])
+    for option, value in (("model", defaults.get("model")), ("label_mask", default_mask)):
+        if option in defaults:
+            workload.setdefault(option, value)
     if rule in ("smallest", "largest"):
         factor = min(sub.capacities) if rule == "smallest" else max(sub.capacities)
         changes |= {"capacities": [1.0], "shares": None}
@@ -192,9 +213,75 @@ def settle(config: Config, algorithm: Any) -> Config:
             raise ConfigError(
                 f"algorithm {name!r} scales workload.model.width, which workload {workload['name']!r} does not have"
             )
+    if sub.scaler is None:
+        changes["scaler"] = getattr(algorithm, "default_scaler", True)
     if sub.mask_labels is None:
         changes["mask_labels"] = default_mask != "none"
-    return config.model_copy(update={"submodel": sub.model_copy(update=changes), "workload": workload})
+    devices = settle_devices(config, rule)
+    changed = {"submodel": sub.model_copy(update=changes), "workload": workload, "devices": devices}
+    return config.model_copy(update=changed)
+
+
+def settle_devices(config: Config, rule: str) -> list[DeviceShare] | None:
+    """Give devices that are tied to capacities the shares of these.
+
+    So the clients of a baseline, which changes the capacities, have the devices that they have in the other methods.
+
+    Args:
+        rule: the algorithm's ``capacities``; "smallest" and "largest" are baselines.
+
+    Raises:
+        ConfigError: devices and capacities do not fit each other.
+    """
+    devices, sub = config.devices, config.submodel
+    if devices is None or devices[0].capacity is None:
+        return devices
+    is_settled = all(device.share is not None for device in devices)
+    if is_settled and rule in ("smallest", "largest") and tuple(sub.capacities) == (1.0,):
+        return devices
+    shares = dict(zip(sub.capacities, sub.shares or [1.0] * len(sub.capacities), strict=True))
+    tied = [(device, device.capacity) for device in devices if device.capacity is not None]
+    if {c for _, c in tied} != set(shares) or any(device.share not in (None, shares[c]) for device, c in tied):
+        raise ConfigError(
+            f"devices of capacities {sorted(c for _, c in tied)} do not fit submodel.capacities = {sorted(shares)}:"
+            " give one device for each capacity, and shares in submodel.shares only"
+        )
+    return [device.model_copy(update={"share": shares[capacity]}) for device, capacity in tied]
+
+
+def require_whole_models(config: Config, algorithm: Any) -> None:
+    """Refuse sub-models, and means over different holders, where `algorithm` (or its class) gives a reason.
+
+    Raises:
+        ConfigError: capacities other than 1, or label rows that only some clients hold.
+    """
+    sub, name = config.submodel, config.algorithm["name"]
+    reason: str | None = getattr(algorithm, "whole_models_only", None)
+    kept: tuple[str, ...] = getattr(algorithm, "client_arrays", ())
+    if reason is not None and sub.mask_labels:
+        raise ConfigError(
+            f"algorithm {name!r} needs all participants to hold all coordinates, because {reason}: set"
+            f" submodel.mask_labels to false instead of {sub.mask_labels}"
+        )
+    if reason is None and kept:
+        reason = "what it keeps on a client belongs to the coordinates of one window"
+    if reason is not None and tuple(sub.capacities) != (1.0,):
+        raise ConfigError(
+            f"algorithm {name!r} trains whole models only, because {reason}: set submodel.capacities to [1.0] instead"
+            f" of {sub.capacities}"
+        )
+
+
+def _workload_defaults(name: str) -> dict[str, Any]:
+    """Return the default of every option that a workload declares by its `Options`; {} where it has none.
+
+    A workload that cannot be found has none, either: `check` and `build` say what is wrong with it.
+    """
+    try:
+        fields = resolve("workload", name).Options.model_fields
+    except (RegistryError, AttributeError):
+        return {}
+    return {option: field.default for option, field in fields.items() if not field.is_required()}
 
 
 def _modes(config: Config, task: Task) -> tuple[VariantMode, ...]:
@@ -211,6 +298,11 @@ def _modes(config: Config, task: Task) -> tuple[VariantMode, ...]:
         )
     ragged = bool((task.workload.num_samples % task.train.batch_size != 0).any())
     for mode in given:
+        if mode.stacked and not getattr(task.algorithm, "stackable", True):
+            raise ConfigError(
+                f"engine.modes stacks capacity {mode.capacity}, but algorithm {config.algorithm['name']!r} trains"
+                " participants one by one: use auto"
+            )
         if mode.stacked and (not task.workload.supports_stacking or (ragged and not mode.padding)):
             raise ConfigError(
                 f"engine.modes stacks capacity {mode.capacity}, whose batches differ or cannot be stacked: use auto"

@@ -88,7 +88,7 @@ class BlockResult:
     Attributes:
         block: which block.
         payload: ``{name: tensors}``: for each leaf its weighted tree sum [d_sub], None if every row was dropped; where
-            every participant has a window of its own, the weighted rows, [d_sub] each, instead.
+            every participant has a window of its own, the weighted rows, [d_sub] each, instead. [1] for scalars.
         loss: mean training loss of each row, length s.
         finite: whether each row's update was finite, length s; the others are not in the sum.
         private: ``{name: rows [s, d]}``, new client state of algorithms that keep some.

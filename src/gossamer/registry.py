@@ -18,6 +18,13 @@ BUILTIN: dict[str, dict[str, str]] = {
         "fedrolex": "gossamer.algorithms.federated:FedRolex",
         "heterofl": "gossamer.algorithms.federated:HeteroFL",
         "federated-dropout": "gossamer.algorithms.federated:FederatedDropout",
+        "fjord": "gossamer.algorithms.fjord:FjORD",
+        "fedprox": "gossamer.algorithms.fedprox:FedProx",
+        "scaffold": "gossamer.algorithms.scaffold:Scaffold",
+        "fednova": "gossamer.algorithms.fednova:FedNova",
+        "fedadam": "gossamer.algorithms.fedopt:FedAdam",
+        "fedyogi": "gossamer.algorithms.fedopt:FedYogi",
+        "fedadagrad": "gossamer.algorithms.fedopt:FedAdagrad",
         "all-smallest": "gossamer.algorithms.federated:AllSmallest",
         "all-largest": "gossamer.algorithms.federated:AllLargest",
     },
@@ -29,7 +36,10 @@ BUILTIN: dict[str, dict[str, str]] = {
         "magnitude": "gossamer.submodel.ranked:magnitude",
     },
     "engine": {"local": "gossamer.engines.local:LocalEngine"},
-    "workload": {"image-classification": "gossamer.workloads.images:ImageClassification"},
+    "workload": {
+        "image-classification": "gossamer.workloads.images:ImageClassification",
+        "next-character": "gossamer.workloads.text:NextCharacter",
+    },
     "dataset": {
         "digits": "gossamer.workloads.datasets:digits",
         "mnist": "gossamer.workloads.datasets:mnist",
@@ -37,6 +47,11 @@ BUILTIN: dict[str, dict[str, str]] = {
         "cifar10": "gossamer.workloads.datasets:cifar10",
         "cifar100": "gossamer.workloads.datasets:cifar100",
         "synthetic": "gossamer.workloads.datasets:synthetic",
+        "spoken-digits": "gossamer.workloads.spoken:spoken_digits",
+    },
+    "text": {
+        "shakespeare": "gossamer.workloads.texts:shakespeare",
+        "synthetic": "gossamer.workloads.texts:synthetic",
     },
     "model": {
         "softmax": "gossamer.workloads.models:Softmax",
@@ -44,6 +59,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "cnn": "gossamer.workloads.models:CNN",
         "preact-resnet18": "gossamer.workloads.resnet:PreActResNet18",
     },
+    "text-model": {"transformer": "gossamer.workloads.transformer:Transformer"},
     "partition": {
         "iid": "gossamer.workloads.partitions:iid",
         "dirichlet": "gossamer.workloads.partitions:dirichlet",

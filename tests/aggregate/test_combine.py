@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -87,6 +89,41 @@ class TestSum:
         assert inbox["x"]["w"].tolist() == [[2.0] * 3] * 4
         assert inbox["count"]["w"].tolist() == [[2.0] * 3] * 4
         assert inbox["held"] is None
+
+
+class TestScalars:
+    def test_mean_over_all_parts(self) -> None:
+        """Whatever they hold, and whichever labels they own."""
+        labels = torch.tensor([1.0, 0.0])
+        parts = [
+            replace(part(capacity, 0.0, weight, labels), sums={"tau": torch.tensor([weight * value])})
+            for capacity, weight, value in [(0.5, 3.0, 2.0), (0.25, 1.0, 6.0)]
+        ]
+        inbox = combine(LAYOUT, {"tau": "mean"}, parts, scalars=("tau",))
+        assert inbox["held"] is None
+        assert inbox["tau"] is not None
+        assert inbox["tau"].tolist() == [3.0]
+
+    def test_sum(self) -> None:
+        parts = [replace(part(capacity, 0.0, 7.0), sums={"n": torch.tensor([2.5])}) for capacity in (0.5, 1.0)]
+        inbox = combine(LAYOUT, {"n": "sum"}, parts, scalars=("n",))
+        assert inbox["n"] is not None
+        assert inbox["n"].tolist() == [5.0]
+
+    def test_beside_a_model(self) -> None:
+        """The model's mean has its own holders still."""
+        parts = [part(0.5, 1.0, 3.0), part(0.75, 5.0, 1.0)]
+        both = [replace(one, sums={**one.sums, "tau": torch.tensor([one.weight])}) for one in parts]
+        alone, inbox = (
+            combine(LAYOUT, {"x": "mean"}, parts),
+            combine(LAYOUT, {"tau": "mean", "x": "mean"}, both, {"tau"}),
+        )
+        assert alone["x"] is not None
+        assert inbox["x"] is not None
+        assert torch.equal(alone["x"], inbox["x"])
+        assert inbox["tau"] is not None
+        assert inbox["tau"].tolist() == [1.0]
+        assert [one.sums["tau"].tolist() for one in both] == [[3.0], [1.0]]
 
 
 def test_payloads_are_not_changed() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ class Part:
 
     Attributes:
         cut: their windows.
-        sums: ``{name: tensor [d_sub]}``, weighted where the uplink says "mean".
+        sums: ``{name: tensor [d_sub]}``, [1] of scalars; weighted where the uplink says "mean".
         weight: their total weight.
         label_weights: float32 [num_labels], the same per label, or None where labels are not told apart.
     """
@@ -29,20 +30,26 @@ class Part:
     label_weights: Tensor | None
 
 
-def combine(layout: Layout, uplink: Mapping[str, str], parts: Sequence[Part]) -> dict[str, Tensor | None]:
+def combine(
+    layout: Layout, uplink: Mapping[str, str], parts: Sequence[Part], scalars: Collection[str] = ()
+) -> dict[str, Tensor | None]:
     """Combine parts, in the order given, into an inbox.
 
     Args:
         layout: the whole model's layout.
         uplink: ``{name: "mean" | "sum"}``: a mean divides by the holders of each coordinate, a sum does not.
         parts: at least one.
+        scalars: names among `uplink` that are one number a participant: a mean divides by the weight of all parts.
 
     Returns:
-        ``{name: [d]}``, and ``"held"``: bool [d] of the coordinates that somebody held, or None if all were.
+        ``{name: [d]}``, [1] of scalars, and ``"held"``: bool [d] of the coordinates that somebody held, or None if all
+        were.
     """
     inbox: dict[str, Tensor | None] = {"held": None}
     for name, kind in uplink.items():
-        if kind == "sum":
+        if name in scalars:
+            inbox[name] = _combine_scalar(name, kind, parts)
+        elif kind == "sum":
             total = torch.zeros(layout.d)
             for part in parts:
                 part.cut.add_(total, part.sums[name])
@@ -55,3 +62,10 @@ def combine(layout: Layout, uplink: Mapping[str, str], parts: Sequence[Part]) ->
                 mean.add(part.cut, part.sums[name], part.weight, part.label_weights)
             inbox[name], inbox["held"] = mean.result()
     return inbox
+
+
+def _combine_scalar(name: str, kind: str, parts: Sequence[Part]) -> Tensor:
+    total = torch.zeros(1)
+    for part in parts:
+        total += part.sums[name]
+    return total if kind == "sum" else total / math.fsum(part.weight for part in parts)

@@ -23,7 +23,17 @@ class Algorithm(Protocol):
         downlink: names of the state arrays that a participant receives; None: the participant is the site.
         client_arrays: names of the arrays that `init_client` makes; () if clients keep nothing.
 
-    A class may also have the attributes ``strategy``, ``capacities`` and ``default_label_mask``, see `FedAvg`.
+    A class may also have the attributes ``strategy``, ``capacities``, ``default_label_mask`` and ``default_scaler``,
+    see `FedAvg`, and
+
+    * ``scalars``: names among `uplink` of payloads that are one number a client: rows [s, 1] instead of [s, d]. They
+      are weighted and added up like any other; a mean divides by the weight of all survivors, whatever they hold.
+    * ``whole_models_only``: why the algorithm cannot train sub-models (a sentence's end, after "because"), or None.
+    * ``stackable``: False if participants must be trained one by one.
+    * ``local_loss(task, capacity, params, batch, generator)``: the loss of a local step instead of the workload's own,
+      see `FjORD`; needs ``stackable = False``.
+    * ``mean_passes(capacities, capacity)``: ``{width: expected passes a local step}``, by which FLOPs and memory are
+      counted where a step is not one pass of the client's own width.
     """
 
     uplink: Mapping[str, Uplink]
@@ -49,7 +59,7 @@ class Algorithm(Protocol):
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
-        """Return (payload rows [s, d], new client state) after the local steps; row-wise.
+        """Return (payload rows [s, d], [s, 1] of scalars; new client state) after the local steps; row-wise.
 
         The payload is overwritten later: it may be made from `carry`, but not be `state` or `client_state` itself.
         """
@@ -60,8 +70,14 @@ class Algorithm(Protocol):
 
         Args:
             state: arrays [1, d]; they may be changed in place.
-            inbox: the combined payload under the uplink's names, [d] each; ``inbox["held"]`` is a bool mask [d] of the
-                coordinates that some participant held, or None if all were.
+            inbox: the combined payload under the uplink's names, [1, d] each, [1, 1] of scalars; ``inbox["held"]`` is
+                a bool mask [1, d] of the coordinates that some participant held, or None if all were.
             num_clients: registered clients.
         """
         ...
+
+
+def scalars_of(algorithm: Any) -> tuple[str, ...]:
+    """Return the names of the payloads of an algorithm, or of its class, that are one number a client."""
+    names: tuple[str, ...] = getattr(algorithm, "scalars", ())
+    return names

@@ -33,6 +33,7 @@ class FedAvg:
     strategy: ClassVar[str | None] = None
     capacities: ClassVar[Literal["one", "given", "smallest", "largest"]] = "one"
     default_label_mask: ClassVar[str] = "none"
+    default_scaler: ClassVar[bool] = True
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         self.options = parse_options(FedAvg.Options, options, "algorithm")

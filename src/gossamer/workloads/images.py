@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from gossamer import rng
 from gossamer.errors import ConfigError, DataError
@@ -22,6 +23,7 @@ from gossamer.workloads.augment import crop_flip
 from gossamer.workloads.base import Batch, Params, Sums
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.label_sets import LabelSets, beaten_by
+from gossamer.workloads.modules import ModuleModel
 from gossamer.workloads.partitions import Partition
 
 CACHED_IMAGES = 128  # images that are normalised at a time
@@ -34,7 +36,8 @@ class ImageOptions(Options):
 
     Attributes:
         dataset: name of a data set, or a mapping of ``name`` and its options.
-        model: name of a model, or a mapping of ``name`` and its options.
+        model: name of a model, or a mapping of ``name`` and its options; a `torch.nn.Module` class of your own will do,
+            see `gossamer.workloads.modules.ModuleModel`.
         label_mask: what the training loss does with classes that the client does not hold: ``"none"`` (the default: all
             logits count), ``"zero"`` (their logits become 0, as in HeteroFL's code) or ``"minus-inf"`` (left out).
         augment: ``"none"`` or ``"crop-flip"``.
@@ -114,8 +117,12 @@ class ImageClassification:
         self.num_labels = self.data.num_labels
         _, model_class, params = plug_in("model", self.options.model, "workload.model")
         self.model = _call(model_class, "workload.model", self.data.shape, self.num_labels, **params)
+        if isinstance(self.model, nn.Module):
+            build = partial(model_class, self.data.shape, self.num_labels, **params)
+            self.model = ModuleModel(build, self.data.shape, self.num_labels)
         self.layout = Layout.of(self.model.shapes, self.model.axes)
-        self.has_images = any(len(shape) == 4 for shape in self.model.shapes.values())  # as convolutions see them
+        convolves = any(len(shape) == 4 for shape in self.model.shapes.values())
+        self.has_images = getattr(self.model, "has_images", convolves)  # as convolutions see them
         mixes_samples = bool(self.model.norms)
         self.supports_padding = not mixes_samples
         self.supports_stacking = getattr(self.model, "supports_stacking", True)
@@ -222,10 +229,18 @@ class ImageClassification:
             batch: ``"x"``, ``"y"``, ``"labels"`` and optionally ``"mask"`` of `batch`, without the leading s, and
                 optionally ``"scale"``.
         """
+        return self.loss_of_logits(self.logits(params, batch), batch)
+
+    def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits float32 [b, num_labels] of a training batch, masked as `ImageOptions.label_mask` says."""
         logits: Tensor = self.model.apply(params, batch["x"], scale=batch.get("scale", 1.0))
         if self.options.label_mask != "none":
             absent = 0.0 if self.options.label_mask == "zero" else -torch.inf
             logits = torch.where(batch["labels"].unsqueeze(-2), logits, absent)
+        return logits
+
+    def loss_of_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Return what `loss` does, from the batch's `logits`."""
         # The same as F.cross_entropy, which under vmap is put together from slow parts.
         losses = -F.log_softmax(logits, dim=-1).gather(-1, batch["y"][..., None]).squeeze(-1)
         mask: Tensor | None = batch.get("mask")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.aggregate import Part, TreeSum, combine
-from gossamer.algorithms.base import Arrays
+from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Task
 from gossamer.engines.local.memory import keep_freed_memory, shared_zeros
@@ -20,6 +20,7 @@ from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.local.training import Job
 from gossamer.engines.local.worker import Message, Worker
 from gossamer.records import Block, BlockResult, RoundPlan
+from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums, add_sums
 
@@ -106,9 +107,10 @@ class LocalEngine:
         parts = [part for variant in range(len(plan.capacities)) for part in self._parts(plan, variant, kept)]
         if parts:
             with one_thread():  # memory-bound, and waiting threads would take time from busy workers
-                inbox = combine(self._task.cutter.layout, self._task.algorithm.uplink, parts)
+                algorithm = self._task.algorithm
+                inbox = combine(self._task.cutter.layout, algorithm.uplink, parts, scalars_of(algorithm))
                 views = {name: value[None] if value is not None else None for name, value in inbox.items()}
-                updated = self._task.algorithm.update(self._state, views, self._task.workload.num_clients)
+                updated = algorithm.update(self._state, views, self._task.workload.num_clients)
                 self.write(updated)
         if self._store is not None:
             for block, finite, _ in self._results:
@@ -180,11 +182,14 @@ class LocalEngine:
     def _make_slots(self) -> Tensor:
         """Reserve the workers' slots; pages that are never written take no memory."""
         task, per_slot = self._task, 0
+        num_scalars = len(scalars_of(task.algorithm))
         for variant, capacity in enumerate(task.capacities):
             leaf, leaves = self._block_shape(variant, LARGEST_ROUND)
             num_sums = leaves if task.cutter.shares(capacity) else leaf * leaves
-            num_rows = len(task.algorithm.uplink) * num_sums + 2 * len(task.algorithm.client_arrays) * leaf * leaves
-            per_slot = max(per_slot, num_rows * task.cutter.sub_layout(capacity).d)
+            num_rows = (len(task.algorithm.uplink) - num_scalars) * num_sums
+            num_rows += 2 * len(task.algorithm.client_arrays) * leaf * leaves
+            num_floats = num_rows * task.cutter.sub_layout(capacity).d + num_scalars * num_sums * ALIGNMENT
+            per_slot = max(per_slot, num_floats)
         num_slots = 2 * self._workers + SPARE_SLOTS
         return shared_zeros(num_slots * per_slot).view(num_slots, per_slot)
 

@@ -35,12 +35,13 @@ def choose_modes(task: Task, state: Mapping[str, Tensor]) -> tuple[VariantMode, 
 
 
 def admissible(task: Task) -> list[VariantMode]:
-    """List the modes that the workload supports, the one that is most often quickest first."""
+    """List the modes that workload and algorithm support, the one that is most often quickest first."""
     workload = task.workload
     formats = [True, False] if workload.has_images else [False]
     modes = [VariantMode(channels_last=last) for last in formats]
     ragged = bool((workload.num_samples % task.train.batch_size != 0).any())
-    if workload.supports_stacking and (workload.supports_padding or not ragged):
+    stackable = workload.supports_stacking and getattr(task.algorithm, "stackable", True)
+    if stackable and (workload.supports_padding or not ragged):
         modes.append(VariantMode(stacked=True, padding=ragged))
     return modes
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
-from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
 from gossamer.engines.base import Task
 from gossamer.records import Block, BlockResult
 from gossamer.submodel import Layout
@@ -42,7 +42,7 @@ class Trainer:
     """Trains blocks against resident state arrays [1, d]; keeps the last shared cut."""
 
     def __init__(self, task: Task, state: Mapping[str, Tensor]) -> None:
-        self.task, self._state = task, state
+        self.task, self._state, self._scalars = task, state, scalars_of(task.algorithm)
         self._received_at: tuple[int, int, float] | None = None
         self._received: Arrays = {}
 
@@ -68,7 +68,8 @@ class Trainer:
         for rows in kept.values():
             working.reorder_(rows, layout)
         summed = {name: self._weighted(job, name, rows, finite, shared) for name, rows in payload.items()}
-        for value in (value for parts in summed.values() for value in parts if value is not None):
+        shaped = [parts for name, parts in summed.items() if name not in self._scalars]
+        for value in (value for parts in shaped for value in parts if value is not None):
             working.reorder_(value, layout)
         return BlockResult(job.block, summed, losses, finite, kept)
 
@@ -82,7 +83,8 @@ class Trainer:
         task, (_, layout) = self.task, self._layouts(job)
         if task.algorithm.uplink[name] == "mean":
             weights = torch.from_numpy(job.weight).float()
-            labels = task.workload.client_labels(job.client) * weights[:, None] if task.count_labels else None
+            per_label = task.count_labels and name not in self._scalars
+            labels = task.workload.client_labels(job.client) * weights[:, None] if per_label else None
             for part, chunk in chunks(rows):
                 scale_rows_(layout, chunk, weights[part], None if labels is None else labels[part])
         leaves = [slice(low, low + job.block.leaf) for low in range(0, len(job.client), job.block.leaf)]
@@ -122,8 +124,8 @@ class Trainer:
             leaves = {name: view.detach().requires_grad_() for name, view in views["x"].items()}
             carries = [{name: view[parameter] for name, view in views.items()} for parameter in leaves]
             values = []
-            for batch in self._batches(job, slice(i, i + 1), positions, one_by_one=True):
-                value = self.task.workload.loss(leaves, batch)
+            for step, batch in enumerate(self._batches(job, slice(i, i + 1), positions, one_by_one=True)):
+                value = self._loss(job, i, step, leaves, batch)
                 grads = gradients(value, list(leaves.values()))
                 if self.task.train.clip_norm is not None:
                     grads = clip(grads, self.task.train.clip_norm)
@@ -137,6 +139,19 @@ class Trainer:
                     lists[name].append(row)
             losses.append(float(torch.stack(values).sum()) / num_steps)
         return dict(payload), dict(private), losses
+
+    def _loss(self, job: Job, row: int, step: int, leaves: Arrays, batch: dict[str, Any]) -> Tensor:
+        """Return the loss of one local step of one client: the workload's, unless the algorithm has its own."""
+        task, local_loss = self.task, getattr(self.task.algorithm, "local_loss", None)
+        if local_loss is None:
+            return task.workload.loss(leaves, batch)
+
+        def generator(purpose: str) -> np.random.Generator:
+            """Return the step's own random numbers."""
+            return rng.generator(task.seed, purpose, job.round, job.phase, int(job.client[row]), step)
+
+        loss: Tensor = local_loss(task, job.capacity, leaves, batch, generator)
+        return loss
 
     def _train_stacked(
         self, job: Job, received: list[Arrays], positions: NDArray[np.int64], client_state: Arrays

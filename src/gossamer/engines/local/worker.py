@@ -13,6 +13,7 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Task
 from gossamer.engines.local.training import Job, Trainer
 from gossamer.records import Block, BlockResult
+from gossamer.submodel.layout import ALIGNMENT
 from gossamer.workloads.base import Sums
 
 Message = dict[str, Any]
@@ -91,7 +92,7 @@ class Worker:
             if value is not None:
                 slot[taken : taken + value.numel()].view(value.shape).copy_(value)
                 written.append([name, part, taken, list(value.shape)])
-                taken += value.numel()
+                taken += -(-value.numel() // ALIGNMENT) * ALIGNMENT  # after a scalar, rows still start aligned
         return {
             "variant": message["variant"],
             "first_leaf": message["first_leaf"],
