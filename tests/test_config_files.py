@@ -40,7 +40,14 @@ ENGINES = NAMES | st.fixed_dictionaries(
 @st.composite
 def clients(draw: st.DrawFn) -> dict[str, Any]:
     num = draw(st.integers(1, 1000))
-    optional = {"partition": PLUGINS, "sampler": NAMES, "weighting": st.just("equal"), "quorum": st.floats(0, 1)}
+    optional = {
+        "partition": PLUGINS,
+        "sampler": NAMES,
+        "weighting": st.just("equal"),
+        "quorum": st.floats(0, 1),
+        "deadline_seconds": st.none() | POSITIVE,
+        "over_selection": st.floats(1, 9),
+    }
     section = draw(st.fixed_dictionaries({}, optional=optional))
     return {"num": num, "per_round": draw(st.integers(1, num)), **section}
 
@@ -73,6 +80,21 @@ def submodels(draw: st.DrawFn) -> dict[str, Any]:
     return {"capacities": capacities, **draw(st.fixed_dictionaries({}, optional=optional))}
 
 
+PROFILES = st.sampled_from(["laptop", "phone-low"]) | st.fixed_dictionaries(
+    {},
+    optional={
+        "name": NAMES | st.just("server"),
+        "flops_per_second": POSITIVE,
+        "memory_bytes": st.none() | st.integers(1, 2**40),
+        "availability": st.sampled_from(["always", {"probability": 0.5}, {"trace": [[1, 2.5]]}]),
+    },
+)
+DEVICES = st.fixed_dictionaries({}, optional={"device": PROFILES}) | st.fixed_dictionaries(
+    {
+        "devices": st.none()
+        | st.lists(st.fixed_dictionaries({"profile": PROFILES}, optional={"share": POSITIVE}), min_size=1, max_size=3)
+    }
+)
 CONFIGS = st.fixed_dictionaries(
     {
         "rounds": st.integers(1, 9999),
@@ -88,12 +110,11 @@ CONFIGS = st.fixed_dictionaries(
         "submodel": submodels(),
         "evaluation": st.fixed_dictionaries({}, optional={"every": st.integers(1, 9), "by_capacity": st.booleans()}),
         "checkpoint": st.fixed_dictionaries({"every_seconds": st.floats(0, 99), "keep": st.integers(2, 9)}),
-        "device": st.fixed_dictionaries({"flops_per_second": POSITIVE}),
         "engine": ENGINES,
         "log": st.fixed_dictionaries({"sinks": st.lists(st.sampled_from(["mlflow", "wandb"]))}),
         "methods": st.none() | st.dictionaries(NAMES, st.just({"train.lr": 0.25}), min_size=1, max_size=2),
     },
-)
+).flatmap(lambda config: DEVICES.map(lambda devices: config | devices))
 
 
 @pytest.fixture(scope="module")

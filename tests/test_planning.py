@@ -1,4 +1,4 @@
-"""Plans: canonical order, capacities, schedules, and what a round goes through."""
+"""Plans: canonical order, capacities, schedules, who is in time, and what a round goes through."""
 
 from __future__ import annotations
 
@@ -18,11 +18,34 @@ from numpy.typing import NDArray
 from gossamer import rng
 from gossamer.aggregate import tree_sum
 from gossamer.errors import ConfigError
-from gossamer.planning import Capacities, Planner, ScheduleOptions, apportion, learning_rate, uniform
+from gossamer.planning import (
+    Capacities,
+    Planner,
+    ScheduleOptions,
+    TimedPlan,
+    apportion,
+    assign_devices,
+    devices_of_capacities,
+    first_to_finish,
+    learning_rate,
+    uniform,
+)
+from gossamer.profiling.costs import Costs, VariantCosts
+from gossamer.profiling.devices import DeviceProfile, Devices, DeviceShare, uniform_draws
 from gossamer.records import RoundPlan
 
 SHARES = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any)
 NUM_CLIENTS = 40
+LEVELS = (0.25, 0.5, 1.0)
+# A sample takes 1, 2 or 4 seconds, a download 2, 4 or 8, and an upload 10, 20 or 40.
+DEVICE = DeviceProfile(flops_per_second=1.0, download_bytes_per_second=5.0, upload_bytes_per_second=1.0)
+VARIANTS = [VariantCosts(level, int(10 * level), int(40 * level), int(40 * level), 4 * level, 0) for level in LEVELS]
+
+
+def costs(*profiles: DeviceProfile) -> Costs:
+    """Return simple costs on the given devices, which clients have in equal shares; by default `DEVICE` alone."""
+    entries = [DeviceShare(profile=profile) for profile in profiles or [DEVICE]]
+    return Costs(VARIANTS, assign_devices(entries, "fixed", NUM_CLIENTS, 3))
 
 
 def planner(**changes: Any) -> Planner:
@@ -33,7 +56,8 @@ def planner(**changes: Any) -> Planner:
         "num_samples": np.arange(NUM_CLIENTS) % 20 + 5,
         "per_round": 15,
         "sampler": uniform,
-        "capacities": Capacities([0.25, 0.5, 1.0], [2, 1, 1], "fixed", NUM_CLIENTS, 3),
+        "capacities": Capacities(LEVELS, [2, 1, 1], "fixed", NUM_CLIENTS, 3),
+        "costs": costs(),
         "weighting": "samples",
         "epochs": 2,
         "steps": None,
@@ -233,6 +257,203 @@ class TestSamplesTrained:
         made = planner()
         plan = made.plan(0)
         assert made.samples_trained(plan).tolist() == [2 * (client % 20 + 5) for client in plan.client]
+
+
+def seconds_by_hand(client: int, variant: int) -> float:
+    """Add up what `DEVICE` needs for two epochs of a client of `planner`."""
+    level, samples = LEVELS[variant], 2 * (client % 20 + 5)
+    return 40 * level / 5 + 4 * level * samples + 40 * level
+
+
+class TestFirstToFinish:
+    @given(
+        st.lists(st.sampled_from([0.0, 1.0, 1.5, 2.0, 7.0]), min_size=1, max_size=12),
+        st.integers(1, 12),
+        st.sampled_from([0.5, 1.5, 2.0, math.inf]),
+        st.randoms(use_true_random=False),
+    )
+    @settings(max_examples=150, deadline=None)
+    def test_the_quickest_in_time(self, seconds: list[float], count: int, limit: float, random: Any) -> None:
+        count = min(count, len(seconds))
+        clients = random.sample(range(100), len(seconds))
+        kept, lasted = first_to_finish(np.array(seconds), np.array(clients), count, limit)
+        survivors = {client for client, is_kept in zip(clients, kept, strict=True) if is_kept}
+        finished: list[int] = []
+        for second, client in sorted(zip(seconds, clients, strict=True)):  # as they come in
+            if second <= limit and len(finished) < count:
+                finished.append(client)
+        assert survivors == set(finished)
+        taken = [second for second, is_kept in zip(seconds, kept, strict=True) if is_kept]
+        assert lasted == (max(taken) if len(taken) == count else limit)
+
+
+class TestTimedPlan:
+    def timed(self, now: float = 0.0, round: int = 1, **changes: Any) -> TimedPlan:
+        return planner(**changes).timed_plan(round, now)
+
+    def test_as_long_as_the_slowest(self) -> None:
+        timed = self.timed()
+        expected = [seconds_by_hand(c, v) for c, v in zip(timed.plan.client, timed.plan.variant, strict=True)]
+        assert timed.costs.simulated_seconds == pytest.approx(max(expected))
+        assert len(timed.plan.dropped) == sum(len(clients) for clients in timed.late.values()) == 0
+        assert timed.num_expected == 15
+
+    @given(st.floats(0.1, 300), st.sampled_from([1.0, 1.1, 1.5, 2.0]), st.integers(0, 9))
+    @settings(max_examples=60, deadline=None)
+    def test_late_ones_are_dropped(self, deadline: float, factor: float, round: int) -> None:
+        timed = self.timed(round=round, deadline_seconds=deadline, over_selection=factor)
+        everybody = planner(per_round={1.0: 15, 1.1: 17, 1.5: 23, 2.0: 30}[factor]).plan(round)
+        seconds = {
+            int(c): seconds_by_hand(int(c), int(v)) for c, v in zip(everybody.client, everybody.variant, strict=True)
+        }
+        kept, dropped = set(timed.plan.client.tolist()), set(timed.plan.dropped.tolist())
+        assert kept | dropped == set(seconds)
+        assert not kept & dropped
+        assert len(kept) <= 15
+        assert timed.plan.dropped.tolist() == sorted(dropped)
+        assert set(timed.late["deadline"].tolist()) == {c for c in seconds if seconds[c] > deadline}
+        assert set(timed.late["deadline"].tolist()) | set(timed.late["over-selection"].tolist()) == dropped
+        in_time = {seconds[c] for c in timed.late["over-selection"].tolist()}
+        assert max((seconds[c] for c in kept), default=0) <= min(in_time, default=math.inf)
+        assert len(kept) == 15 or not in_time
+        lasted = max(seconds[c] for c in kept) if len(kept) == 15 else deadline
+        assert timed.costs.simulated_seconds == pytest.approx(lasted)
+        keys = list(zip(timed.plan.variant, -timed.plan.steps, timed.plan.client, strict=True))
+        assert keys == sorted(keys)
+        assert timed.plan.weight.tolist() == [client % 20 + 5 for client in timed.plan.client.tolist()]
+
+    def test_what_a_late_client_costs(self) -> None:
+        """Its whole download, no upload, and what it computed until the round was over."""
+        timed = self.timed(deadline_seconds=60.0)
+        plan, late = timed.plan, timed.late["deadline"]
+        assert len(late) > 0
+        variants = planner().capacities.variants(late, 1)
+        computed = [
+            max(0.0, min(60 - 8 * LEVELS[v], 8 * LEVELS[v] * (c % 20 + 5))) for c, v in zip(late, variants, strict=True)
+        ]
+        finished = [8 * LEVELS[v] * (c % 20 + 5) for c, v in zip(plan.client, plan.variant, strict=True)]
+        everybody = [LEVELS[v] for v in (*plan.variant, *variants)]
+        assert timed.costs.client_flops == pytest.approx(sum(computed) + sum(finished))
+        assert timed.costs.compute_seconds == pytest.approx(sum(computed) + sum(finished))
+        assert timed.costs.bytes_down == sum(40 * level for level in everybody)
+        assert timed.costs.download_seconds == pytest.approx(sum(8 * level for level in everybody))
+        assert timed.costs.bytes_up == sum(40 * LEVELS[v] for v in plan.variant)
+        assert timed.costs.upload_seconds == pytest.approx(sum(40 * LEVELS[v] for v in plan.variant))
+        assert timed.costs.simulated_seconds == 60.0
+
+    @pytest.mark.parametrize(
+        ("factor", "per_round", "chosen"), [(1.1, 10, 11), (1.12, 25, 28), (1.3, 10, 13), (1.25, 10, 13), (9, 15, 40)]
+    )
+    def test_how_many_are_chosen(self, factor: float, per_round: int, chosen: int) -> None:
+        """As many as the product says, rounded up, but never more than there are."""
+        timed = self.timed(over_selection=factor, per_round=per_round)
+        assert len(timed.plan.client) == timed.num_expected == per_round
+        assert len(timed.plan.client) + len(timed.plan.dropped) == chosen
+
+    def test_a_sampler_that_returns_more_keeps_them(self) -> None:
+        timed = self.timed(sampler=lambda *arguments: np.arange(30))
+        assert len(timed.plan.client) == timed.num_expected == 30
+
+    def test_slow_devices_are_late(self) -> None:
+        slow = DEVICE.model_copy(update={"flops_per_second": 0.01})
+        made = planner(costs=costs(DEVICE, slow), deadline_seconds=500.0, per_round=NUM_CLIENTS)
+        plan = made.plan(0)
+        device = made.costs.devices.of(np.arange(NUM_CLIENTS), 0)
+        assert np.bincount(device).tolist() == [20, 20]
+        assert device[plan.client].tolist() == [0] * 20
+        assert device[plan.dropped].tolist() == [1] * 20
+
+    def test_equal_arguments_equal_plans(self) -> None:
+        options: dict[str, Any] = {"deadline_seconds": 100.0, "over_selection": 1.5}
+        on_and_off = DEVICE.model_copy(
+            update={"availability": DeviceShare(profile={"availability": {"trace": [[5, 5]]}}).profile.availability}
+        )
+        first, second = (planner(costs=costs(on_and_off), **options) for _ in range(2))
+        first.plan(7, 3.0)  # whatever was asked before
+        for round in range(4):
+            for now in (0.0, 4.0, 1e6):
+                assert first.plan(round, now).digest() == second.plan(round, now).digest()
+        assert first.plan(0, 0.0).digest() != first.plan(0, 4.0).digest()
+
+
+class TestAvailability:
+    def timed(self, now: float, availability: dict[str, Any], **changes: Any) -> TimedPlan:
+        device = DeviceProfile.model_validate({**DEVICE.model_dump(), "availability": availability})
+        return planner(costs=costs(device), **changes).timed_plan(2, now)
+
+    def test_only_the_available_take_part(self) -> None:
+        timed = self.timed(0.0, {"probability": 0.5})
+        devices = planner(
+            costs=costs(DeviceProfile.model_validate({"availability": {"probability": 0.5}}))
+        ).costs.devices
+        began, available = devices.available(2, 0.0)
+        assert began == 0.0
+        assert 15 < len(available) < 25
+        places = rng.choose(3, "sample-clients", 2, len(available), 15)
+        assert sorted(timed.plan.client.tolist()) == available[places].tolist()
+
+    def test_all_take_part_where_they_are_few(self) -> None:
+        timed = self.timed(0.0, {"probability": 0.1})
+        assert 0 < len(timed.plan.client) < 15
+        assert timed.num_expected == len(timed.plan.client)
+        assert len(timed.plan.dropped) == 0
+
+    def test_waiting_takes_simulated_time(self) -> None:
+        """Two seconds on in a thousand: mostly nobody, and the round begins when the first one wakes up."""
+        timed = self.timed(100.0, {"trace": [[2, 998]]}, per_round=1)
+        shift = uniform_draws(3, "device-phase", 0, np.arange(NUM_CLIENTS))
+        places = (100.0 + 1000 * shift) % 1000
+        assert (places > 2).all()
+        waited = 1000 - places.max()
+        client = int(places.argmax())
+        assert timed.plan.client.tolist() == [client]
+        assert timed.costs.simulated_seconds == pytest.approx(
+            waited + seconds_by_hand(client, int(timed.plan.variant[0]))
+        )
+
+    def test_everybody_always_changes_nothing(self) -> None:
+        assert self.timed(5.0, {"trace": [[7, 0]]}).plan.digest() == planner().plan(2).digest()
+
+
+class TestDevices:
+    def shares(self, *entries: dict[str, Any], assignment: str = "fixed", seed: int = 0) -> Devices:
+        made = [DeviceShare(profile={"name": str(i)}, **entry) for i, entry in enumerate(entries)]
+        return assign_devices(made, assignment, 100, seed)
+
+    def test_by_shares(self) -> None:
+        devices = self.shares({"share": 1}, {"share": 3})
+        everybody = np.arange(100)
+        assert np.bincount(devices.of(everybody, 0)).tolist() == [25, 75]
+        assert devices.of(everybody, 5).tolist() == devices.of(everybody, 0).tolist()
+        other = self.shares({"share": 1}, {"share": 3}, seed=1)
+        assert other.of(everybody, 0).tolist() != devices.of(everybody, 0).tolist()
+        assert np.bincount(self.shares({}, {}).of(everybody, 0)).tolist() == [50, 50]
+
+    @pytest.mark.parametrize("assignment", ["fixed", "dynamic"])
+    def test_by_capacity(self, assignment: str) -> None:
+        """Given in any order, devices follow the capacities, client by client and round by round."""
+        large, small = {"capacity": 1.0, "share": 3}, {"capacity": 0.25, "share": 1}
+        devices = self.shares(large, small, assignment=assignment)
+        capacities = Capacities([0.25, 1.0], [1, 3], assignment, 100, 0)
+        everybody = np.arange(100)
+        for round in range(3):
+            assert devices.of(everybody, round).tolist() == capacities.variants(everybody, round).tolist()
+        assert [profile.name for profile in devices.profiles] == ["1", "0"]
+        assert devices_of_capacities(devices, capacities, 100) == [(0, 0), (1, 1)]
+
+    def test_which_pairs_occur(self) -> None:
+        """Few clients, so that not every pair does."""
+        made = [DeviceShare(profile={}), DeviceShare(profile={})]
+        devices = assign_devices(made, "fixed", 3, 0)
+        capacities = Capacities(LEVELS, [1, 1, 1], "fixed", 3, 0)
+        whole = np.arange(3)
+        expected = set(zip(devices.of(whole, 0).tolist(), capacities.variants(whole, 0).tolist(), strict=True))
+        assert set(devices_of_capacities(devices, capacities, 3)) == expected
+        assert len(expected) < 6
+        drawn = Capacities(LEVELS, [1, 1, 1], "dynamic", 3, 0)
+        assert len(devices_of_capacities(devices, drawn, 3)) == 6
+        alone = assign_devices(made[:1], "fixed", 3, 0)
+        assert devices_of_capacities(alone, drawn, 3) == [(0, 0), (0, 1), (0, 2)]
 
 
 class TestDigest:

@@ -66,7 +66,7 @@ class TestCosts:
             assert record["total_bytes_up"] == expected
 
     def test_two_arrays_cost_twice_as_much(self, tmp_path: Path) -> None:
-        done = run(configure({"algorithm": "scaffold:Scaffold"}), out=tmp_path / "run")
+        done = run(configure({"algorithm": "scaffold"}), out=tmp_path / "run")
         assert done.metrics[0]["total_bytes_up"] == 2 * 5 * 4 * num_parameters(32)
         assert done.metrics[0]["total_bytes_down"] == 2 * 5 * 4 * num_parameters(32)
 
@@ -197,7 +197,7 @@ class TestCommits:
             (ClientStore, "release"),
         ):
             watch(owner, name)
-        run(configure({"algorithm": "scaffold:Scaffold", "rounds": 2}), out=tmp_path / "run")
+        run(configure({"algorithm": "scaffold", "rounds": 2}), out=tmp_path / "run")
         assert len(calls) == 3 * 4
         for number in range(3):
             one = calls[4 * number : 4 * number + 4]

@@ -14,7 +14,7 @@ from gossamer.engines.base import VariantMode
 from gossamer.errors import ConfigError
 from gossamer.options import Options, parse_options
 from gossamer.planning import ScheduleOptions
-from gossamer.profiling.costs import DeviceOptions
+from gossamer.profiling.devices import DeviceProfile, DeviceShare, Profile, check_devices
 from gossamer.submodel.windows import check_capacity
 
 
@@ -74,9 +74,13 @@ class ClientsOptions(Options):
         num: registered clients.
         per_round: participants a round.
         partition: how the data is split.
-        sampler: how participants are chosen.
+        sampler: how participants are chosen among those who are available.
         weighting: aggregation weights: number of samples, or equal.
-        quorum: least share of updates that must be usable.
+        quorum: least share of the updates that a round waits for (`per_round`, or all who were available where these
+            were fewer) which must be in time and usable.
+        deadline_seconds: simulated seconds after which a round ends; who would take longer does not train. None: never.
+        over_selection: how many times `per_round` clients are chosen (rounded up), of whom the first `per_round` to
+            finish in simulated time take part.
     """
 
     num: int = Field(ge=1)
@@ -85,6 +89,8 @@ class ClientsOptions(Options):
     sampler: str = "uniform"
     weighting: Literal["samples", "equal"] = "samples"
     quorum: float = Field(default=0.5, ge=0, le=1)
+    deadline_seconds: float | None = Field(default=None, gt=0)
+    over_selection: float = Field(default=1.0, ge=1)
 
     @model_validator(mode="after")
     def _enough(self) -> ClientsOptions:
@@ -131,7 +137,7 @@ class SubmodelOptions(Options):
         strategy: window strategy; None: the algorithm's own.
         stride: channels by which a rolling window moves a round.
         offsets: ``{axis: channels}`` by which an axis's windows are moved besides.
-        scaler: multiply a sub-model's activations by 1 / capacity while training.
+        scaler: multiply a sub-model's activations by 1 / capacity while training; None: whatever the algorithm does.
         mask_labels: average label rows over the clients that hold the label; None: whatever suits the algorithm.
     """
 
@@ -141,7 +147,7 @@ class SubmodelOptions(Options):
     strategy: str | None = None
     stride: int = 1
     offsets: dict[str, int] = {}
-    scaler: bool = True
+    scaler: bool | None = None
     mask_labels: bool | None = None
 
     @field_validator("capacities")
@@ -191,7 +197,10 @@ class LogOptions(Options):
 
 
 class Config(Options):
-    """One experiment. `methods` maps a name to overrides; every method runs with every seed."""
+    """One experiment. `methods` maps a name to overrides; every method runs with every seed.
+
+    `device` is what every client has; `devices` lists several, by share or by capacity.
+    """
 
     name: str = "run"
     seed: int = Field(default=0, ge=0)
@@ -204,7 +213,8 @@ class Config(Options):
     submodel: SubmodelOptions = SubmodelOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
-    device: DeviceOptions = DeviceOptions()
+    device: Profile = DeviceProfile()
+    devices: list[DeviceShare] | None = None
     engine: EngineOptions = EngineOptions()
     log: LogOptions = LogOptions()
     methods: dict[str, dict[str, Any]] | None = None
@@ -215,6 +225,21 @@ class Config(Options):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
             raise ValueError("use letters, digits, '.', '_' and '-', because it names a directory")
         return value
+
+    @field_validator("devices")
+    @classmethod
+    def _one_kind_of_devices(cls, value: list[DeviceShare] | None) -> list[DeviceShare] | None:
+        if value is not None:
+            check_devices(value)
+        return value
+
+    @model_validator(mode="after")
+    def _device_or_devices(self) -> Config:
+        if self.devices is not None and self.device != DeviceProfile():
+            raise ValueError(
+                f"device {self.device.name!r} contradicts devices, which give every client one: leave device out"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

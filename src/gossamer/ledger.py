@@ -51,6 +51,7 @@ class Progress:
 def round_record(
     progress: Progress,
     plan: RoundPlan,
+    costs: RoundCosts,
     losses: NDArray[np.float64],
     seconds: float,
     phase_seconds: Mapping[str, float],
@@ -59,7 +60,9 @@ def round_record(
 
     Args:
         progress: totals, this round included.
-        plan: the round's plan.
+        plan: the round's plan; its participants are those that train, its dropped ones those that were late.
+        costs: the round's own; the simulated seconds of transfers and computation are sums over devices, see
+            `RoundCosts`.
         losses: float64 [p], NaN for participants whose update was dropped.
         seconds: wall-clock time of the round.
         phase_seconds: time of each span since the last record.
@@ -70,11 +73,15 @@ def round_record(
         "round_seconds": seconds,
         "phase_seconds": dict(phase_seconds),
         "simulated_seconds": progress.simulated_seconds,
+        "simulated_download_seconds": costs.download_seconds,
+        "simulated_compute_seconds": costs.compute_seconds,
+        "simulated_upload_seconds": costs.upload_seconds,
         "total_bytes_up": progress.total_bytes_up,
         "total_bytes_down": progress.total_bytes_down,
         "total_client_flops": progress.total_client_flops,
         "num_participants": len(plan.client),
         "num_survivors": int(np.isfinite(losses).sum()),
+        "num_dropped": len(plan.dropped),
         "lr": plan.lr,
         "train_loss": float(np.nanmean(losses)),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,12 @@ from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Engine
 from gossamer.errors import Interrupted, QuorumError
 from gossamer.ledger import Observer, Progress, Record, round_record
-from gossamer.planning import Planner
-from gossamer.profiling.costs import Costs
-from gossamer.records import RoundPlan
+from gossamer.planning import Planner, TimedPlan
 from gossamer.runlog import RunLog
 from gossamer.spans import Spans
 from gossamer.workloads.base import Workload
+
+MAX_LISTED = 100  # clients that one event names
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LoopOptions:
 
     Attributes:
         num_rounds: rounds to run in all.
-        quorum: least share of a round's participants whose updates must be usable.
+        quorum: least share of the updates that a round waits for which must be in time and usable.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         evaluate_capacities: sub-model sizes to evaluate besides the whole model.
         commit_every_seconds: least time between commits; 0 commits after every round.
@@ -50,7 +50,6 @@ class Loop:
     engine: Engine
     workload: Workload
     planner: Planner
-    costs: Costs
     log: RunLog
     checkpoints: Checkpoints
     store: ClientStore | None
@@ -80,6 +79,9 @@ class Loop:
             Interrupted: `stop_requested` turned true; the last whole round is committed.
         """
         self._clock = time.perf_counter()
+        if self.committed_round < 0:
+            for variant in self.planner.costs.variants:
+                self.log.log_event("variant", **asdict(variant))
         if self.progress.round == 0:
             self._commit()
         committed_at = time.monotonic()
@@ -96,8 +98,9 @@ class Loop:
 
     def _round(self) -> None:
         began = time.perf_counter()
-        plan = self.planner.plan(self.progress.round)
-        losses = self._train(plan)
+        timed = self.planner.timed_plan(self.progress.round, self.progress.simulated_seconds)
+        plan = timed.plan
+        losses = self._train(timed)
         with self.spans.span("exchange"):
             self.engine.exchange(plan)
         number = self.progress.round + 1
@@ -106,16 +109,21 @@ class Loop:
             with self.spans.span("evaluate"):
                 metrics = self._evaluate(plan.round)
         now = time.perf_counter()
-        costs = self.costs.of_round(plan, self.planner.samples_trained(plan))
-        self.progress.add(costs, now - self._clock)  # training, logging and commits, but no time between runs
+        self.progress.add(timed.costs, now - self._clock)  # training, logging and commits, but no time between runs
         self._clock = now
-        record = round_record(self.progress, plan, losses, now - began, self.spans.take()) | metrics
+        for reason, clients in timed.late.items():
+            if len(clients):
+                listed = clients[:MAX_LISTED].tolist()
+                self.log.log_event("dropped", round=number, reason=reason, num_clients=len(clients), clients=listed)
+        record = round_record(self.progress, plan, timed.costs, losses, now - began, self.spans.take()) | metrics
         self.log.log_metrics(record)
         if self.observer is not None:
             self.observer.on_round(record)
 
-    def _train(self, plan: RoundPlan) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _train(self, timed: TimedPlan) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Train; return the participants' losses, NaN where the update was dropped."""
+        plan = timed.plan
+        self._check_quorum(timed, len(plan.client), "in time", "raise clients.deadline_seconds")
         losses = np.full(len(plan.client), np.nan)
         done = 0
         with self.spans.span("train"):
@@ -132,14 +140,17 @@ class Loop:
                     self.observer.on_block(plan.round, done, len(plan.client))
         if done < len(plan.client) or self.stop_requested():
             raise Interrupted(f"stopped after round {self.progress.round} of {self.options.num_rounds}")
-        usable, needed = int(np.isfinite(losses).sum()), math.ceil(self.options.quorum * len(plan.client))
-        if usable < max(1, needed):
+        self._check_quorum(timed, int(np.isfinite(losses).sum()), "usable", "lower train.lr or set train.clip_norm")
+        return losses
+
+    def _check_quorum(self, timed: TimedPlan, num_left: int, what: str, remedy: str) -> None:
+        needed = max(1, math.ceil(self.options.quorum * timed.num_expected))
+        if num_left < needed:
             raise QuorumError(
-                f"round {plan.round + 1}: only {usable} of {len(plan.client)} updates are usable and clients.quorum"
-                f" asks for {max(1, needed)}: lower train.lr or set train.clip_norm, or lower clients.quorum;"
+                f"round {timed.plan.round + 1}: only {num_left} of {timed.num_expected} updates are {what} and"
+                f" clients.quorum asks for {needed}: {remedy}, or lower clients.quorum;"
                 f" round {self.progress.round} is committed"
             )
-        return losses
 
     def _evaluate(self, round: int) -> Record:
         whole = self.workload.metrics(self.engine.evaluate(1.0, round))
@@ -149,7 +160,7 @@ class Loop:
                 capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(capacity, round))
                 for capacity in self.options.evaluate_capacities
             }
-            for name in ("accuracy", "loss"):
+            for name in whole:
                 metrics[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
         return metrics
 

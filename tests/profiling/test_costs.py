@@ -1,16 +1,21 @@
-"""Costs: FLOPs by hand, bytes by capacity, and the simulated time of the slowest participant."""
+"""Costs: FLOPs and memory by hand, bytes by capacity, and the simulated time of each participant."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from gossamer.algorithms.federated import FedAvg
-from gossamer.profiling.costs import Costs, DeviceOptions, RoundCosts, training_flops_per_sample
-from gossamer.records import RoundPlan
+from gossamer.errors import ConfigError
+from gossamer.planning import assign_devices
+from gossamer.profiling.costs import Costs, RoundCosts, VariantCosts, add_up, carried_bytes, count_step, count_variants
+from gossamer.profiling.devices import DeviceProfile, Devices, DeviceShare
 from gossamer.submodel import Cutter
 from gossamer.submodel.windows import random, rolling
 from gossamer.workloads.images import ImageClassification
@@ -45,47 +50,37 @@ class Talkative(FedAvg):
     uplink = {"x": "mean", "y": "sum", "z": "sum"}
     downlink = ("x", "y")
 
-
-def plan_of(*variants: int) -> RoundPlan:
-    whole = np.arange(len(variants), dtype=np.int64)
-    return RoundPlan(
-        round=0,
-        phase=0,
-        client=whole,
-        site=whole * 0,
-        weight=np.ones(len(variants)),
-        steps=np.ones(len(variants), dtype=np.int32),
-        variant=np.array(variants, dtype=np.int16),
-        base=whole * 0,
-        capacities=CAPACITIES,
-        lr=0.1,
-    )
+    def init(self, x: Tensor) -> dict[str, Tensor]:
+        return {"x": x, "y": x.clone()}
 
 
-def costs_of(of: ImageClassification, plan: RoundPlan, samples: list[int], **changes: Any) -> RoundCosts:
+def costs_of(of: ImageClassification, variants: list[int], samples: list[int], **changes: Any) -> RoundCosts:
+    """Return the costs of participants of the given variants, all of them in time."""
     device = {
         "flops_per_second": FLOPS_PER_SECOND,
         "download_bytes_per_second": DOWN,
         "upload_bytes_per_second": UP,
     } | {name: value for name, value in changes.items() if name != "algorithm"}
-    algorithm = changes.get("algorithm", FedAvg({}))
-    costs = Costs(of, algorithm, Cutter(of.layout, rolling, 1, 0), CAPACITIES, 10, DeviceOptions(**device))
-    trained: NDArray[np.int64] = np.array(samples, dtype=np.int64)
-    return costs.of_round(plan, trained)
+    algorithm, cutter = changes.get("algorithm", FedAvg({})), Cutter(of.layout, rolling, 1, 0)
+    counted = count_variants(of, algorithm, cutter, CAPACITIES, batch_size=10, scaler=True)
+    count = len(variants)
+    costs = Costs(counted, Devices([DeviceProfile(**device)], None, count, 0))
+    efforts = costs.efforts(np.arange(count), np.array(variants, dtype=np.int16), np.array(samples, dtype=np.int64), 0)
+    return add_up(efforts, np.ones(count, dtype=bool), float(efforts.seconds.max(initial=0.0)), 0.0)
 
 
 class TestFlops:
     @pytest.mark.parametrize("batch_size", [1, 4, 1000])
     def test_softmax(self, batch_size: int) -> None:
         model = workload("softmax")
-        assert training_flops_per_sample(model, model.layout, batch_size) == 2 * 2 * INPUTS * LABELS
+        assert count_step(model, model.layout, batch_size).flops_per_sample == 2 * 2 * INPUTS * LABELS
 
     @pytest.mark.parametrize("capacity", [1.0, 0.5, 0.25, 0.01])
     @pytest.mark.parametrize("strategy", [rolling, random])
     def test_perceptron_by_capacity(self, perceptron: ImageClassification, capacity: float, strategy: Any) -> None:
         layout = Cutter(perceptron.layout, strategy, 1, 0).sub_layout(capacity)
         expected = mlp_flops(max(1, int(HIDDEN * capacity)))
-        assert training_flops_per_sample(perceptron, layout, 8) == expected
+        assert count_step(perceptron, layout, 8).flops_per_sample == expected
 
     def test_convolutions(self) -> None:
         model = workload({"name": "cnn", "width": 0.0625})
@@ -93,12 +88,12 @@ class TestFlops:
         second = 2 * 4 * 25 * 4 * 4
         dense = 4 * 2 * 2 * 32 + 32 * LABELS
         expected = 2 * (2 * first + 3 * (second + dense))
-        assert training_flops_per_sample(model, model.layout, 4) == expected
+        assert count_step(model, model.layout, 4).flops_per_sample == expected
 
 
 class TestBytes:
     def test_by_capacity(self, perceptron: ImageClassification) -> None:
-        found = costs_of(perceptron, plan_of(0, 1, 1, 2), [1, 1, 1, 1])
+        found = costs_of(perceptron, [0, 1, 1, 2], [1, 1, 1, 1])
         expected = 4 * (mlp_parameters(4) + 2 * mlp_parameters(8) + mlp_parameters(16))
         assert (found.bytes_up, found.bytes_down) == (expected, expected)
 
@@ -106,9 +101,9 @@ class TestBytes:
         class AtHome(FedAvg):
             downlink = None
 
-        found = costs_of(perceptron, plan_of(2), [1], algorithm=Talkative({}))
+        found = costs_of(perceptron, [2], [1], algorithm=Talkative({}))
         assert (found.bytes_up, found.bytes_down) == (12 * mlp_parameters(16), 8 * mlp_parameters(16))
-        assert costs_of(perceptron, plan_of(2), [1], algorithm=AtHome({})).bytes_down == 0
+        assert costs_of(perceptron, [2], [1], algorithm=AtHome({})).bytes_down == 0
 
 
 class TestSeconds:
@@ -120,28 +115,167 @@ class TestSeconds:
         """A small model with much data may take longer than the whole one with little."""
         small, large = self.seconds(4, 9000), self.seconds(16, 10)
         assert small > large
-        found = costs_of(perceptron, plan_of(0, 2), [9000, 10])
+        found = costs_of(perceptron, [0, 2], [9000, 10])
         assert found.simulated_seconds == pytest.approx(small)
-        assert costs_of(perceptron, plan_of(0, 2), [90, 10]).simulated_seconds == pytest.approx(large)
+        assert costs_of(perceptron, [0, 2], [90, 10]).simulated_seconds == pytest.approx(large)
         assert found.client_flops == 9000 * mlp_flops(4) + 10 * mlp_flops(16)
 
     def test_half_the_bandwidth_takes_twice_as_long(self, perceptron: ImageClassification) -> None:
         size = 4 * mlp_parameters(16)
-        before = costs_of(perceptron, plan_of(2), [10]).simulated_seconds
-        slow_up = costs_of(perceptron, plan_of(2), [10], upload_bytes_per_second=UP / 2).simulated_seconds
-        slow_down = costs_of(perceptron, plan_of(2), [10], download_bytes_per_second=DOWN / 2).simulated_seconds
+        before = costs_of(perceptron, [2], [10]).simulated_seconds
+        slow_up = costs_of(perceptron, [2], [10], upload_bytes_per_second=UP / 2).simulated_seconds
+        slow_down = costs_of(perceptron, [2], [10], download_bytes_per_second=DOWN / 2).simulated_seconds
         assert slow_up - before == pytest.approx(size / UP)
         assert slow_down - before == pytest.approx(size / DOWN)
 
     def test_each_way_at_its_own_bandwidth(self, perceptron: ImageClassification) -> None:
         size = 4 * mlp_parameters(16)
-        found = costs_of(perceptron, plan_of(2), [0], algorithm=Talkative({}))
+        found = costs_of(perceptron, [2], [0], algorithm=Talkative({}))
         assert found.simulated_seconds == pytest.approx(2 * size / DOWN + 3 * size / UP)
 
     def test_half_the_speed(self, perceptron: ImageClassification) -> None:
-        before = costs_of(perceptron, plan_of(2), [10]).simulated_seconds
-        slow = costs_of(perceptron, plan_of(2), [10], flops_per_second=FLOPS_PER_SECOND / 2).simulated_seconds
+        before = costs_of(perceptron, [2], [10]).simulated_seconds
+        slow = costs_of(perceptron, [2], [10], flops_per_second=FLOPS_PER_SECOND / 2).simulated_seconds
         assert slow - before == pytest.approx(10 * mlp_flops(16) / FLOPS_PER_SECOND)
 
     def test_nobody(self, perceptron: ImageClassification) -> None:
-        assert costs_of(perceptron, plan_of(), []) == RoundCosts(0, 0, 0.0, 0.0)
+        assert costs_of(perceptron, [], []) == RoundCosts(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+    def test_latency(self, perceptron: ImageClassification) -> None:
+        before = costs_of(perceptron, [2], [10])
+        later = costs_of(perceptron, [2], [10], latency_seconds=0.5)
+        assert later.simulated_seconds - before.simulated_seconds == pytest.approx(0.5)
+        parts = (later.download_seconds, later.compute_seconds, later.upload_seconds)
+        assert parts == (before.download_seconds, before.compute_seconds, before.upload_seconds)
+        assert sum(parts) + 0.5 == pytest.approx(later.simulated_seconds)
+
+    def test_parts_are_added_up(self, perceptron: ImageClassification) -> None:
+        found = costs_of(perceptron, [0, 2], [30, 10])
+        sizes = 4 * (mlp_parameters(4) + mlp_parameters(16))
+        assert found.download_seconds == pytest.approx(sizes / DOWN)
+        assert found.upload_seconds == pytest.approx(sizes / UP)
+        assert found.compute_seconds == pytest.approx((30 * mlp_flops(4) + 10 * mlp_flops(16)) / FLOPS_PER_SECOND)
+
+    def test_every_device_at_its_own_speed(self) -> None:
+        profiles = [DeviceProfile(flops_per_second=speed, latency_seconds=speed) for speed in (1.0, 10.0)]
+        devices = assign_devices([DeviceShare(profile=profile) for profile in profiles], "fixed", 6, 0)
+        costs = Costs([VariantCosts(1.0, 1, 2, 3, 100.0, 0)], devices)
+        efforts = costs.efforts(np.arange(6), np.zeros(6, dtype=np.int16), np.arange(6), 0)
+        own = devices.of(np.arange(6), 0)
+        assert efforts.compute_seconds.tolist() == [100 * i / (1, 10)[own[i]] for i in range(6)]
+        assert efforts.latency_seconds.tolist() == [(1, 10)[index] for index in own]
+        assert set(own) == {0, 1}
+
+
+class Reporting(FedAvg):
+    """Sends a number beside the model."""
+
+    uplink = {"x": "mean", "loss": "sum"}
+    scalars = ("loss",)
+
+
+class Drawing(FedAvg):
+    """Trains, at each step, one of all smaller widths, and the whole sub-model too."""
+
+    def mean_passes(self, capacities: Any, capacity: float) -> dict[float, float]:
+        smaller = [level for level in capacities if level < capacity]
+        return {capacity: 1.0} | {level: 1.0 / (len(smaller) + 1) for level in smaller}
+
+
+class TestVariants:
+    def of(self, workload: ImageClassification, algorithm: FedAvg, **changes: Any) -> list[VariantCosts]:
+        options = {"batch_size": 8, "scaler": False} | changes
+        return count_variants(workload, algorithm, Cutter(workload.layout, rolling, 1, 0), CAPACITIES, **options)
+
+    def test_a_number_takes_four_bytes(self, perceptron: ImageClassification) -> None:
+        plain, reporting = self.of(perceptron, FedAvg({})), self.of(perceptron, Reporting({}))
+        assert [one.bytes_up + 4 for one in plain] == [one.bytes_up for one in reporting]
+        assert [one.bytes_down for one in plain] == [one.bytes_down for one in reporting]
+
+    def test_facts(self, perceptron: ImageClassification) -> None:
+        for level, one in zip(CAPACITIES, self.of(perceptron, FedAvg({})), strict=True):
+            hidden = int(HIDDEN * level)
+            size = mlp_parameters(hidden)
+            assert (one.capacity, one.num_parameters, one.bytes_up, one.bytes_down) == (level, size, 4 * size, 4 * size)
+            assert one.flops_per_sample == mlp_flops(hidden)
+
+    def test_several_passes_a_step(self, perceptron: ImageClassification) -> None:
+        plain, drawing = self.of(perceptron, FedAvg({})), self.of(perceptron, Drawing({}))
+        flops = [one.flops_per_sample for one in plain]
+        expected = [flops[0], flops[1] + flops[0] / 2, flops[2] + flops[1] / 3 + flops[0] / 3]
+        assert [one.flops_per_sample for one in drawing] == pytest.approx(expected)
+        saved = [count_step(perceptron, perceptron.layout.cut(level), 8).saved_bytes for level in CAPACITIES]
+        more = [after.memory_bytes - before.memory_bytes for before, after in zip(plain, drawing, strict=True)]
+        assert more == [0, saved[0], saved[1]]
+
+
+class TestMemory:
+    def test_softmax_by_hand(self) -> None:
+        """A linear layer keeps its input; the cross entropy keeps log-probabilities and labels."""
+        model = workload("softmax")
+        one, many = (count_step(model, model.layout, size).saved_bytes for size in (1, 11))
+        per_sample = 4 * INPUTS + 4 * LABELS + 8
+        assert many - one == 10 * per_sample
+
+    def test_perceptron_by_hand(self, perceptron: ImageClassification) -> None:
+        """Hidden activations are kept once, though both the activation and the next layer need them."""
+        for level in CAPACITIES:
+            hidden = int(HIDDEN * level)
+            layout = perceptron.layout.cut(level)
+            one, many = (count_step(perceptron, layout, size).saved_bytes for size in (1, 11))
+            assert many - one == 10 * (4 * INPUTS + 4 * hidden + 4 * LABELS + 8)
+
+    def test_as_the_machine_sees_it(self) -> None:
+        """Whatever is saved for the backward pass is let go with the graph."""
+        model = workload({"name": "cnn", "width": 0.0625})
+        seen: dict[int, int] = {}
+        alive: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            alive.append(tensor)
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        merged = self.batch(model, 4)
+        leaves = {name: torch.zeros(shape, requires_grad=True) for name, shape in model.model.shapes.items()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.loss(leaves, merged)
+        parameters = {leaf.untyped_storage().data_ptr() for leaf in leaves.values()}
+        expected = sum(size for address, size in seen.items() if address not in parameters)
+        assert count_step(model, model.layout, 4).saved_bytes == expected > 0
+
+    def batch(self, model: ImageClassification, count: int) -> Mapping[str, Any]:
+        largest = np.array([int(np.argmax(model.num_samples))])
+        batch = model.batch(largest, np.arange(count)[None])
+        return {key: value[0] for key, value in (batch.samples | batch.client).items()}
+
+    @pytest.mark.parametrize(("momentum", "arrays"), [(0.0, 1), (0.9, 2)])
+    def test_carried(self, perceptron: ImageClassification, momentum: float, arrays: int) -> None:
+        layout = perceptron.layout.cut(0.5)
+        assert carried_bytes(FedAvg({}, momentum=momentum), layout) == arrays * 4 * mlp_parameters(8)
+
+    def test_total(self, perceptron: ImageClassification) -> None:
+        cutter = Cutter(perceptron.layout, rolling, 1, 0)
+        algorithm = FedAvg({}, momentum=0.9)
+        found = count_variants(perceptron, algorithm, cutter, CAPACITIES, batch_size=8, scaler=False)
+        for level, one in zip(CAPACITIES, found, strict=True):
+            saved = count_step(perceptron, perceptron.layout.cut(level), 8).saved_bytes
+            assert one.memory_bytes == 3 * 4 * mlp_parameters(int(HIDDEN * level)) + saved
+
+    def test_no_larger_batch_than_there_are_samples(self, perceptron: ImageClassification) -> None:
+        few, many = (count_step(perceptron, perceptron.layout, size) for size in (15, 1000))
+        assert few == many
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        profiles = [DeviceProfile(name="tiny", memory_bytes=1000), DeviceProfile(name="endless")]
+        devices = assign_devices([DeviceShare(profile=profile) for profile in profiles], "fixed", 6, 0)
+        variant = VariantCosts(0.5, 1, 2, 3, 100.0, 1001)
+        costs = Costs([variant, replace(variant, capacity=1.0, memory_bytes=10**9)], devices)
+        costs.check_memory([(1, 0), (1, 1)])
+        with pytest.raises(ConfigError) as caught:
+            costs.check_memory([(1, 1), (0, 0)])
+        message = (
+            "device 'tiny' has memory_bytes = 1000, but training capacity 0.5 needs 1001: give this device a smaller"
+        )
+        assert str(caught.value).startswith(message)
+        Costs([replace(variant, memory_bytes=1000)], devices).check_memory([(0, 0)])

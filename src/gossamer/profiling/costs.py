@@ -1,20 +1,22 @@
-"""What participants compute and send, counted rather than guessed, and the simulated time that this takes."""
+"""What participants compute, send and hold, counted rather than guessed, and the simulated time that this takes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from gossamer.algorithms.base import Algorithm
-from gossamer.options import Options
-from gossamer.records import RoundPlan
+from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
+from gossamer.errors import ConfigError
+from gossamer.profiling.devices import Devices, Floats, Ints
 from gossamer.submodel import Cutter, Layout
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Workload
@@ -22,53 +24,195 @@ from gossamer.workloads.base import Workload
 BYTES_PER_FLOAT = 4
 
 
-class DeviceOptions(Options):
-    """The one device that all participants are assumed to be; the defaults are assumptions, not measurements."""
+@dataclass(frozen=True)
+class VariantCosts:
+    """What one participant of a capacity costs.
 
-    flops_per_second: float = Field(default=1e10, gt=0)
-    download_bytes_per_second: float = Field(default=2.5e6, gt=0)
-    upload_bytes_per_second: float = Field(default=1.25e6, gt=0)
+    Attributes:
+        capacity: the capacity.
+        num_parameters: of its sub-model.
+        bytes_up, bytes_down: what it sends and receives a round.
+        flops_per_sample: of one training sample, forward and backward.
+        memory_bytes: what training holds at once: parameters, gradients, what else the algorithm carries from step to
+            step (such as momentum), and what a batch saves for the backward pass, its own samples included. What was
+            received counts no second time: it becomes the parameters.
+    """
+
+    capacity: float
+    num_parameters: int
+    bytes_up: int
+    bytes_down: int
+    flops_per_sample: float
+    memory_bytes: int
 
 
 @dataclass(frozen=True)
 class RoundCosts:
-    """Totals of one round; seconds are those of the slowest participant."""
+    """What one round costs.
+
+    Attributes:
+        bytes_up, bytes_down, client_flops: sums over all that were chosen. A late one counts its whole download, its
+            FLOPs up to the end of the round, and no upload.
+        simulated_seconds: by how much simulated time advances: waiting for somebody to be available, and the round,
+            which lasts as long as its slowest survivor, or its deadline where fewer survive than it waits for.
+        download_seconds, compute_seconds, upload_seconds: simulated seconds that devices spend so, added up like the
+            bytes; latency is in none of them.
+    """
 
     bytes_up: int
     bytes_down: int
     client_flops: float
     simulated_seconds: float
+    download_seconds: float
+    compute_seconds: float
+    upload_seconds: float
+
+
+class Efforts(NamedTuple):
+    """What each of p participants has to do in a round, and how long its device takes: float64 [p] each."""
+
+    bytes_up: Floats
+    bytes_down: Floats
+    flops: Floats
+    latency_seconds: Floats
+    download_seconds: Floats
+    compute_seconds: Floats
+    upload_seconds: Floats
+
+    @property
+    def seconds(self) -> Floats:
+        """Simulated seconds from the beginning of the round to the last byte received; float64 [p]."""
+        return self.latency_seconds + self.download_seconds + self.compute_seconds + self.upload_seconds
 
 
 class Costs:
-    """Costs of participants by capacity."""
+    """Costs of participants by capacity and device."""
 
-    def __init__(
-        self,
-        workload: Workload,
-        algorithm: Algorithm,
-        cutter: Cutter,
-        capacities: tuple[float, ...],
-        batch_size: int,
-        device: DeviceOptions,
-    ) -> None:
-        self._device = device
-        sizes = np.array([cutter.sub_layout(c).num_parameters * BYTES_PER_FLOAT for c in capacities], dtype=np.int64)
-        self._bytes_up = sizes * len(algorithm.uplink)
-        self._bytes_down = sizes * len(algorithm.downlink or ())
-        layouts = [cutter.sub_layout(capacity) for capacity in capacities]
-        self._flops = np.array([training_flops_per_sample(workload, layout, batch_size) for layout in layouts])
+    def __init__(self, variants: Sequence[VariantCosts], devices: Devices) -> None:
+        """Bind the costs of each capacity, ascending, to the devices that bear them."""
+        self.variants, self.devices = tuple(variants), devices
 
-    def of_round(self, plan: RoundPlan, samples_trained: NDArray[np.int64]) -> RoundCosts:
-        """Add up a plan's costs; samples_trained int64 [p] is what each participant's steps go through."""
-        up, down = self._bytes_up[plan.variant], self._bytes_down[plan.variant]
-        flops = self._flops[plan.variant] * samples_trained
-        seconds = (
-            down / self._device.download_bytes_per_second
-            + flops / self._device.flops_per_second
-            + up / self._device.upload_bytes_per_second
+    def efforts(self, clients: Ints, variant: NDArray[np.int16], samples_trained: Ints, round: int) -> Efforts:
+        """Return what participants have to do and how long it takes them.
+
+        Args:
+            clients: int64 [p].
+            variant: int16 [p], their capacities.
+            samples_trained: int64 [p], samples that each one's local steps go through.
+            round: the round, by which devices may be drawn.
+        """
+        device = self.devices.of(clients, round)
+
+        def of_variant(name: str) -> Floats:
+            return np.array([getattr(costs, name) for costs in self.variants], dtype=np.float64)[variant]
+
+        def of_device(name: str) -> Floats:
+            return np.array([getattr(profile, name) for profile in self.devices.profiles], dtype=np.float64)[device]
+
+        up, down = of_variant("bytes_up"), of_variant("bytes_down")
+        flops = of_variant("flops_per_sample") * samples_trained
+        return Efforts(
+            bytes_up=up,
+            bytes_down=down,
+            flops=flops,
+            latency_seconds=of_device("latency_seconds"),
+            download_seconds=down / of_device("download_bytes_per_second"),
+            compute_seconds=flops / of_device("flops_per_second"),
+            upload_seconds=up / of_device("upload_bytes_per_second"),
         )
-        return RoundCosts(int(up.sum()), int(down.sum()), float(flops.sum()), float(seconds.max(initial=0.0)))
+
+    def check_memory(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Check that every sub-model fits the devices that train it.
+
+        Args:
+            pairs: (device, variant) that occur.
+
+        Raises:
+            ConfigError: one does not fit.
+        """
+        for device, variant in pairs:
+            profile, costs = self.devices.profiles[device], self.variants[variant]
+            if profile.memory_bytes is not None and costs.memory_bytes > profile.memory_bytes:
+                raise ConfigError(
+                    f"device {profile.name!r} has memory_bytes = {profile.memory_bytes}, but training capacity"
+                    f" {costs.capacity:g} needs {costs.memory_bytes}: give this device a smaller capacity, lower"
+                    " train.batch_size, or choose a device with more memory"
+                )
+
+
+def add_up(efforts: Efforts, kept: NDArray[np.bool_], round_seconds: float, waited_seconds: float) -> RoundCosts:
+    """Add up the costs of a round.
+
+    Args:
+        efforts: of all p that were chosen.
+        kept: bool [p], who is in time.
+        round_seconds: simulated seconds from the round's beginning to its end.
+        waited_seconds: simulated seconds before it began, when nobody was available.
+    """
+    left = round_seconds - efforts.latency_seconds - efforts.download_seconds
+    computed = np.where(kept, efforts.compute_seconds, np.clip(left, 0.0, efforts.compute_seconds))
+    share = np.divide(computed, efforts.compute_seconds, out=np.ones_like(computed), where=efforts.compute_seconds > 0)
+    return RoundCosts(
+        bytes_up=int(efforts.bytes_up[kept].sum()),
+        bytes_down=int(efforts.bytes_down.sum()),
+        client_flops=float((efforts.flops * share).sum()),
+        simulated_seconds=waited_seconds + round_seconds,
+        download_seconds=float(efforts.download_seconds.sum()),
+        compute_seconds=float(computed.sum()),
+        upload_seconds=float(efforts.upload_seconds[kept].sum()),
+    )
+
+
+def count_variants(
+    workload: Workload,
+    algorithm: Algorithm,
+    cutter: Cutter,
+    capacities: Sequence[float],
+    *,
+    batch_size: int,
+    scaler: bool,
+) -> list[VariantCosts]:
+    """Count what a participant of each capacity costs, by training one batch of the largest client.
+
+    Args:
+        scaler: whether a sub-model's activations are multiplied by 1 / capacity while training.
+    """
+    scales = {capacity: 1.0 / capacity if scaler else 1.0 for capacity in capacities}
+    steps = {c: count_step(workload, cutter.sub_layout(c), batch_size, scale) for c, scale in scales.items()}
+    found = []
+    for capacity in capacities:
+        layout = cutter.sub_layout(capacity)
+        size, names = layout.num_parameters * BYTES_PER_FLOAT, scalars_of(algorithm)
+        passes = _passes(algorithm, capacities, capacity)
+        # At worst a step goes through the whole sub-model and then, if it makes two passes, through the next smaller.
+        widest = sorted(passes, reverse=True)[: 1 if sum(passes.values()) < 1.5 else 2]
+        found.append(
+            VariantCosts(
+                capacity=capacity,
+                num_parameters=layout.num_parameters,
+                bytes_up=sum(BYTES_PER_FLOAT if name in names else size for name in algorithm.uplink),
+                bytes_down=size * len(algorithm.downlink or ()),
+                flops_per_sample=sum(steps[width].flops_per_sample * times for width, times in passes.items()),
+                memory_bytes=size + carried_bytes(algorithm, layout) + sum(steps[w].saved_bytes for w in widest),
+            )
+        )
+    return found
+
+
+def _passes(algorithm: Algorithm, capacities: Sequence[float], capacity: float) -> dict[float, float]:
+    """Return the mean number of passes of a local step by the width that they go through: one, of the sub-model."""
+    mean_passes: Callable[..., dict[float, float]] | None = getattr(algorithm, "mean_passes", None)
+    return {capacity: 1.0} if mean_passes is None else mean_passes(capacities, capacity)
+
+
+def carried_bytes(algorithm: Algorithm, layout: Layout) -> int:
+    """Return the bytes of what local steps work on: the model, and momentum or whatever else `begin` makes."""
+    x = torch.zeros(1, layout.d)
+    state = algorithm.init(x)
+    received: Arrays = {name: state[name] for name in (state if algorithm.downlink is None else algorithm.downlink)}
+    carry = algorithm.begin(received, algorithm.init_client(x))
+    floats = (layout.num_parameters if row.shape[-1] == layout.d else row.numel() for row in carry.values())
+    return BYTES_PER_FLOAT * sum(floats)
 
 
 class FlopCounter(TorchDispatchMode):
@@ -95,19 +239,53 @@ class FlopCounter(TorchDispatchMode):
         return result
 
 
-def training_flops_per_sample(workload: Workload, layout: Layout, batch_size: int) -> float:
-    """Count the matrix and convolution FLOPs of one training sample: forward and backward of one batch, divided.
+class StepCosts(NamedTuple):
+    """What one batch costs: FLOPs of matrix products and convolutions per sample, bytes saved for the backward pass."""
+
+    flops_per_sample: float
+    saved_bytes: int
+
+
+class SavedBytes:
+    """Counts the memory that autograd keeps for the backward pass: every storage once, parameters left out."""
+
+    def __init__(self, parameters: Tensor) -> None:
+        own = parameters.untyped_storage()
+        self._sizes = {own.data_ptr(): 0}
+        self._alive: list[Tensor] = []  # so that no address is used twice
+
+    @property
+    def total(self) -> int:
+        """Bytes so far."""
+        return sum(self._sizes.values())
+
+    def watching(self) -> AbstractContextManager[Any]:
+        """Return a context in which what is saved is counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda saved: saved)
+
+    def _pack(self, saved: Tensor) -> Tensor:
+        self._alive.append(saved.detach())
+        storage = saved.untyped_storage()
+        self._sizes.setdefault(storage.data_ptr(), storage.nbytes())
+        return saved
+
+
+def count_step(workload: Workload, layout: Layout, batch_size: int, scale: float = 1.0) -> StepCosts:
+    """Count what one local step costs, by doing one of the largest client.
 
     Args:
         layout: of the (sub-)model that is trained.
+        scale: factor of hidden activations, see `Workload.loss`.
     """
     client = np.array([int(np.argmax(workload.num_samples))], dtype=np.int64)
     count = int(min(batch_size, workload.num_samples[client[0]]))
     batch = workload.batch(client, np.arange(count, dtype=np.int64)[None])
     merged = {key: value[0] for key, value in (batch.samples | batch.client).items() if key != "mask"}
-    leaves = {name: view.requires_grad_() for name, view in layout.views(torch.zeros(layout.d)).items()}
-    counter = FlopCounter()
+    row = torch.zeros(layout.d)
+    leaves = {name: view.requires_grad_() for name, view in layout.views(row).items()}
+    counter, saved = FlopCounter(), SavedBytes(row)
     with one_thread(), counter:
-        loss = workload.loss(leaves, merged | {"scale": 1.0})
+        with saved.watching():
+            loss = workload.loss(leaves, merged | {"scale": scale})
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return float(counter.total) / count
+    return StepCosts(float(counter.total) / count, saved.total)
