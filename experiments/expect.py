@@ -1,0 +1,142 @@
+"""Sum up the runs of an experiment, and hold them against what theory and publications say.
+
+    python experiments/expect.py RUNS experiments/NAME/expected.json [--write --command "..."]
+
+Prints a table: mean and extent over the seeds of what every method reached, and what it cost. Ends with exit code 1 if
+an entry of "theory" or "published" does not hold. With --write, "measured" is replaced by the table; it is not checked.
+
+Entries of "theory" and "published" that a run can break look like this (source: where that is said):
+
+    {"what": "...", "source": "...", "metric": "accuracy", "larger": "all-large", "smaller": "all-small"}
+    {"what": "...", "source": "...", "metric": "accuracy", "method": "rolling", "value": 0.69, "tolerance": 0.02}
+
+The first holds if the worst seed of one method beats the best seed of the other: beyond the seeds' band. Entries with
+"comparable": false are printed beside what was measured and not judged: another setting, or a figure that nobody has
+checked against its source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from gossamer.curves import SingleRun, find_runs, group
+from gossamer.errors import GossamerError
+
+Values = dict[str, dict[str, Any]]
+COSTS = ("total_client_flops", "simulated_seconds", "wall_seconds")
+
+
+def last_values(run: SingleRun) -> dict[str, float]:
+    """Return a run's final numbers: the metrics of its last evaluation and the totals of its last round."""
+    final = run.records[-1]
+    found = {key: value for key, value in final.items() if "accuracy" in key or "bits_per" in key or "unigram" in key}
+    found["loss"] = final.get("loss", float("nan"))
+    found |= {key: final[key] for key in COSTS if key in final}
+    found["total_bytes"] = final["total_bytes_up"] + final["total_bytes_down"]
+    return found
+
+
+def summarize(directory: Path) -> tuple[Values, list[int]]:
+    """Return ``{method: {metric: {mean, lowest, highest}}}`` and the seeds."""
+    values: Values = {}
+    seeds: set[int] = set()
+    for curve in group(find_runs([directory])):
+        finals = [last_values(run) for run in curve.runs]
+        seeds |= {int(run.config["seed"]) for run in curve.runs}
+        values[curve.label] = {
+            key: {
+                "mean": significant(statistics.mean(one[key] for one in finals)),
+                "lowest": significant(min(one[key] for one in finals)),
+                "highest": significant(max(one[key] for one in finals)),
+            }
+            for key in finals[0]
+            if all(key in one for one in finals)
+        }
+    return values, sorted(seeds)
+
+
+def significant(value: float) -> float:
+    """Round to four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def judge(entry: dict[str, Any], values: Values) -> tuple[bool | None, str]:
+    """Say whether an entry holds (None: it is not judged), and in which numbers."""
+    metric = entry.get("metric", "accuracy")
+    if "larger" in entry:
+        larger, smaller = values[entry["larger"]][metric], values[entry["smaller"]][metric]
+        told = f"{entry['larger']} {larger['lowest']} .. {larger['highest']}"
+        told += f", {entry['smaller']} {smaller['lowest']} .. {smaller['highest']}"
+        return bool(larger["lowest"] > smaller["highest"]), told
+    method = values.get(entry["method"])
+    if method is None or metric not in method:
+        return None, "not measured"
+    told = f"{entry['method']}: {entry['value']} there, {method[metric]['mean']} here"
+    if entry.get("comparable", True) is False:
+        return None, told
+    return abs(method[metric]["mean"] - entry["value"]) <= entry["tolerance"], told
+
+
+def table(values: Values) -> str:
+    """Return one line a method: accuracies, and costs."""
+    keys = [key for key in next(iter(values.values())) if not key.endswith("_seconds") or key == "simulated_seconds"]
+    lines = []
+    for method, found in values.items():
+        lines.append(method)
+        for key in keys:
+            if key in found:
+                extent = found[key]
+                lines.append(f"  {key:<36} {extent['mean']:>10.4g}  {extent['lowest']:.4g} .. {extent['highest']:.4g}")
+    return "\n".join(lines)
+
+
+def current_commit() -> str:
+    """Return the short name of the commit that is checked out."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> int:
+    """Read, print, judge; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, help="directory that 'gossamer run' made")
+    parser.add_argument("expected", type=Path, help="expected.json of the experiment")
+    parser.add_argument("--write", action="store_true", help="replace 'measured' by these runs")
+    parser.add_argument("--command", default="", help="the command that made the runs, to be written beside them")
+    parser.add_argument("--commit", help="the commit that made them; else the current one")
+    arguments = parser.parse_args()
+    try:
+        values, seeds = summarize(arguments.runs)
+    except GossamerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    expected = json.loads(arguments.expected.read_text()) if arguments.expected.exists() else {}
+    print(table(values))
+    failed = False
+    for kind in ("theory", "published"):
+        for entry in expected.get(kind, []):
+            holds, told = judge(entry, values)
+            verdict = {True: "holds", False: "DOES NOT HOLD", None: "not judged"}[holds]
+            print(f"{kind}: {entry['what']}: {verdict} ({told})")
+            failed |= holds is False
+    if arguments.write:
+        expected["measured"] = {
+            "command": arguments.command,
+            "commit": arguments.commit or current_commit(),
+            "machine": f"{platform.machine()}, CPU",
+            "seeds": seeds,
+            "values": values,
+        }
+        arguments.expected.write_text(json.dumps(expected, indent=1) + "\n")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
