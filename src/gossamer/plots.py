@@ -61,6 +61,7 @@ class PanelOptions(Options):
         x: what stands on the x axis.
         title: text above the panel.
         y_min, y_max: ends of the y axis; None: those of the data.
+        reference: key of a number that every record has, such as unigram_bits, drawn as a dotted line.
     """
 
     metric: str | None = None
@@ -68,6 +69,7 @@ class PanelOptions(Options):
     title: str | None = None
     y_min: float | None = None
     y_max: float | None = None
+    reference: str | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> PanelOptions:
@@ -175,6 +177,8 @@ def draw(curves: Sequence[Curve], options: FigureOptions) -> Figure:
         if not any(lines):
             raise _nothing_to_draw(curves, metric, panel.x)
         _draw_panel(ax, panel, metric, dict(zip(labels, lines, strict=True)))
+        if panel.reference is not None:
+            _draw_reference(ax, curves, panel.reference)
     notes = _notes(curves, options, metrics, drawn)
     if notes:
         figure.supxlabel(textwrap.fill("; ".join(notes), int(size[0] * NOTE_CHARACTERS)), fontsize=7, color="0.35")
@@ -205,6 +209,18 @@ def _draw_panel(ax: Axes, panel: PanelOptions, metric: str, lines: Mapping[str, 
             ax.fill_between(line.x / factor, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
     ax.set(xlabel=X_AXES[panel.x].label + unit, title=panel.title or "")
     _format_axes(ax, metric, panel)
+
+
+def _draw_reference(ax: Axes, curves: Sequence[Curve], name: str) -> None:
+    """Draw the mean of a logged number as a horizontal line.
+
+    Raises:
+        ConfigError: no record has it.
+    """
+    values = [record[name] for curve in curves for run in curve.runs for record in run.records if name in record]
+    if not values:
+        raise ConfigError(f"no record has the reference {name!r}{nearest(name, _logged(curves))}: leave it out")
+    ax.axhline(sum(values) / len(values), color="0.3", linestyle=":", linewidth=1.2, label=name.replace("_", " "))
 
 
 def _notes(curves: Sequence[Curve], options: FigureOptions, metrics: Sequence[str], drawn: Lines) -> list[str]:

@@ -74,7 +74,7 @@ def plug_in(kind: str, spec: Any, where: str) -> tuple[str, Callable[..., Any], 
     return name, resolve(kind, name), {key: value for key, value in spec.items() if key != "name"}
 
 
-def _call(function: Callable[..., Any], where: str, *args: Any, **params: Any) -> Any:
+def call_plug_in(function: Callable[..., Any], where: str, *args: Any, **params: Any) -> Any:
     """Call a plug-in, first checking that it takes these options.
 
     Raises:
@@ -116,7 +116,7 @@ class ImageClassification:
         self.num_samples = self.partition.num_samples
         self.num_labels = self.data.num_labels
         _, model_class, params = plug_in("model", self.options.model, "workload.model")
-        self.model = _call(model_class, "workload.model", self.data.shape, self.num_labels, **params)
+        self.model = call_plug_in(model_class, "workload.model", self.data.shape, self.num_labels, **params)
         if isinstance(self.model, nn.Module):
             build = partial(model_class, self.data.shape, self.num_labels, **params)
             self.model = ModuleModel(build, self.data.shape, self.num_labels)
@@ -139,7 +139,7 @@ class ImageClassification:
 
     def _load_data(self) -> ImageData:
         name, function, params = plug_in("dataset", self.options.dataset, "workload.dataset")
-        data = _call(function, "workload.dataset", params)
+        data = call_plug_in(function, "workload.dataset", params)
         if not isinstance(data, ImageData):
             raise DataError(
                 f"data set {name!r} returned {type(data).__name__}: return gossamer.workloads.datasets.ImageData"
@@ -150,7 +150,7 @@ class ImageClassification:
         name, function, params = plug_in("partition", spec, "clients.partition")
         labels = self.data.train_labels.numpy()
         owner = None if self.data.owner is None else self.data.owner.numpy()
-        made = _call(
+        made = call_plug_in(
             function, "clients.partition", labels, self.num_clients, self.data.num_labels, self.seed, owner, **params
         )
         if not isinstance(made, Partition):

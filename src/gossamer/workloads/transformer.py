@@ -1,0 +1,199 @@
+"""A small causal transformer as pure functions of named parameters, cut by whole heads or inside every head.
+
+Which dimensions a capacity below 1 shortens:
+
+- ``cut="heads"``: whole heads, one axis a block; what a head computes, and its softmax, stay as they are.
+- ``cut="head-dim"``: every head keeps some of its channels, the same ones in all heads of a block; queries share theirs
+  with keys (one axis) and values with the output projection (another). The softmax keeps the full model's scale.
+- the hidden width of every feed-forward layer, an axis of its own.
+- ``cut_stream=True``: also the residual stream, one axis for embedding, positions, normalisations and projections.
+
+Characters and positions are never cut. With a whole stream, a sub-model computes what the full model would compute with
+all other channels set to zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from gossamer.options import parse_options
+from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
+from gossamer.submodel.windows import window_length
+from gossamer.workloads.models import WHERE, ModelOptions, Record, default_init, rescale
+
+STREAM = "stream"
+
+
+class TransformerOptions(ModelOptions):
+    """Options of `Transformer`; `width` (in (0, 1]) makes a model of its own with the shapes of such a sub-model.
+
+    Attributes:
+        stream: channels of the residual stream; a head has ``stream / num_heads`` of them.
+        num_blocks: attention and feed-forward layers.
+        num_heads: heads of each attention layer.
+        hidden: hidden units of each feed-forward layer.
+        cut: whether a capacity drops whole heads or channels of every head.
+        cut_stream: whether a capacity cuts the residual stream, too.
+        tied: whether the output layer is the embedding; it has no bias then.
+    """
+
+    stream: int = Field(64, ge=1)
+    num_blocks: int = Field(2, ge=1)
+    num_heads: int = Field(4, ge=1)
+    hidden: int = Field(256, ge=1)
+    cut: Literal["heads", "head-dim"] = "heads"
+    cut_stream: bool = False
+    tied: bool = False
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TransformerOptions:
+        if self.stream % self.num_heads:
+            raise ValueError(
+                f"stream {self.stream} cannot be divided among num_heads {self.num_heads}: make it a multiple of them"
+            )
+        return self
+
+
+class Transformer:
+    """Causal transformer with pre-normalisation (Vaswani et al., arXiv 1706.03762; Radford et al., 2019).
+
+    Characters and learned positions are embedded; every block adds multi-head attention to the stream, then a
+    perceptron with GELU, each of the normalised stream; a normalisation and a linear layer end it. No dropout.
+
+    While training, the scaler (HeteroFL, arXiv 2010.01264) multiplies what a sum over a cut width receives, so that the
+    sum over a share of the channels is about as large as the whole one.
+
+    Attributes:
+        Options: the options that the constructor takes as keywords.
+        norms: empty: no layer mixes samples.
+        shapes: ``{parameter: shape}`` in the order in which they lie in a row.
+        axes: ``{parameter: (axis name | Dim | None, ...)}``.
+        blocks: names of the blocks.
+        head_dim: channels of a head; the softmax's scale is ``head_dim ** -0.5``, of every sub-model, too.
+    """
+
+    Options = TransformerOptions
+    norms: tuple[str, ...] = ()
+
+    def __init__(self, context: int, num_labels: int, **params: Any) -> None:
+        """Declare the parameters.
+
+        Args:
+            context: most characters in a row.
+            num_labels: characters of the vocabulary.
+            params: see `TransformerOptions`.
+
+        Raises:
+            ConfigError: an unknown or wrong option.
+        """
+        self.options = options = parse_options(TransformerOptions, params, WHERE)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.axes: dict[str, tuple[AxisSpec, ...]] = {}
+        self.blocks = tuple(f"block{i}" for i in range(options.num_blocks))
+        self.head_dim, self.num_heads = options.stream // options.num_heads, options.num_heads
+        if options.cut == "heads":
+            self.num_heads = window_length(self.num_heads, options.width)
+        else:
+            self.head_dim = window_length(self.head_dim, options.width)
+        hidden = window_length(options.hidden, options.width)
+        size, axis = (
+            (window_length(options.stream, options.width), STREAM) if options.cut_stream else (options.stream, None)
+        )
+        self._add("embedding", (num_labels, size), (LABEL_AXIS, axis), bias=False)
+        self._add("positions", (context, size), (None, axis), bias=False)
+        for block in self.blocks:
+            self._add(f"{block}.norm0", (size,), (axis,))
+            self._add_attention(block, size, axis)
+            self._add(f"{block}.norm1", (size,), (axis,))
+            self._add(f"{block}.expand", (hidden, size), (f"{block}.hidden", axis))
+            self._add(f"{block}.contract", (size, hidden), (axis, f"{block}.hidden"))
+        self._add("norm", (size,), (axis,))
+        if not options.tied:
+            self._add("output", (num_labels, size), (LABEL_AXIS, axis))
+
+    def _add(self, layer: str, shape: tuple[int, ...], axes: tuple[AxisSpec, ...], bias: bool = True) -> None:
+        """Declare ``<layer>.weight`` and, if asked, ``<layer>.bias`` along its first dimension."""
+        self.shapes[f"{layer}.weight"], self.axes[f"{layer}.weight"] = shape, axes
+        if bias:
+            self.shapes[f"{layer}.bias"], self.axes[f"{layer}.bias"] = shape[:1], axes[:1]
+
+    def _add_attention(self, block: str, size: int, axis: str | None) -> None:
+        """Declare the four projections; their inner dimension runs over heads, and in each over its channels."""
+        inner = self.num_heads * self.head_dim
+        if self.options.cut == "heads":
+            matched = mixed = Dim(f"{block}.heads", inner=self.head_dim)
+        else:
+            matched, mixed = (Dim(f"{block}.{pair}", outer=self.num_heads) for pair in ("query-key", "value-output"))
+        self._add(f"{block}.query", (inner, size), (matched, axis))
+        self._add(f"{block}.key", (inner, size), (matched, axis))
+        self._add(f"{block}.value", (inner, size), (mixed, axis))
+        self._add(f"{block}.project", (size, inner), (axis, mixed))
+
+    def init(self, source: np.random.Generator) -> dict[str, Tensor]:
+        """Return initial parameters, see `default_init`; embeddings are drawn like the rows of a linear layer."""
+        return default_init(self.shapes, source)
+
+    def apply(
+        self,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        scale: float | Tensor = 1.0,
+        statistics: Mapping[str, Tensor] | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """Return logits of the next character at every place, float32 [b, n, num_labels].
+
+        Args:
+            params: parameters of the model or of a sub-model.
+            x: int64 [b, n], n at most the context; place i depends on the characters 0 .. i alone.
+            scale: the scaler's factor, 1.0 when evaluating.
+            statistics, record: not used, as there is no BatchNorm.
+        """
+        wide = scale if self.options.cut_stream else 1.0
+        stream = F.embedding(x, params["embedding.weight"]) + params["positions.weight"][: x.shape[-1]]
+        for block in self.blocks:
+            normal = rescale(_normalised(params, f"{block}.norm0", stream), wide)
+            stream = stream + self._attention(params, block, normal, scale)
+            normal = rescale(_normalised(params, f"{block}.norm1", stream), wide)
+            hidden = rescale(F.gelu(_linear(params, f"{block}.expand", normal)), scale)
+            stream = stream + _linear(params, f"{block}.contract", hidden)
+        normal = rescale(_normalised(params, "norm", stream), wide)
+        return F.linear(normal, params["embedding.weight"]) if self.options.tied else _linear(params, "output", normal)
+
+    def _attention(self, params: Mapping[str, Tensor], block: str, x: Tensor, scale: float | Tensor) -> Tensor:
+        """Return what causal attention adds to the stream.
+
+        Written with plain products, which `torch.vmap` and the counting of FLOPs understand.
+
+        Args:
+            x: float32 [b, n, stream], normalised.
+            scale: the scaler's factor; it also reaches the scores where these are sums over a cut width.
+        """
+        split = (-1, self.head_dim) if self.options.cut == "heads" else (self.num_heads, -1)
+        query, key, value = (
+            _linear(params, f"{block}.{name}", x).reshape(*x.shape[:-1], *split).transpose(-3, -2)
+            for name in ("query", "key", "value")
+        )
+        if self.options.cut == "head-dim":
+            query = rescale(query, scale)
+        scores = (query * (1 / math.sqrt(self.head_dim))) @ key.transpose(-1, -2)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
+        return _linear(params, f"{block}.project", rescale(mixed.transpose(-3, -2).flatten(-2), scale))
+
+
+def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
+    return F.linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"])
+
+
+def _normalised(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], params[f"{layer}.weight"], params[f"{layer}.bias"])
