@@ -262,6 +262,13 @@ class TestSpec:
         assert figure.get_size_inches().tolist() == [7, 2]
         assert len(figure.legends) == 1
 
+    def test_a_reference_line(self, tmp_path: Path) -> None:
+        runs = [write_run(tmp_path / str(n), [record(1, 0.5, chance=0.1 * n)], seed=n) for n in (1, 3)]
+        (ax,) = draw(curves_of(*runs), FigureOptions(panels=[PanelOptions(reference="chance")])).axes
+        assert ax.lines[-1].get_ydata()[0] == pytest.approx(0.2)
+        with pytest.raises(ConfigError, match="no record has the reference 'chanse'; did you mean 'chance'"):
+            draw(curves_of(*runs), FigureOptions(panels=[PanelOptions(reference="chanse")]))
+
     def test_from_a_file(self, tmp_path: Path) -> None:
         drawn = self.draw_spec(
             tmp_path, {"title": "t", "size": [2, 2], "panels": [{"metric": "train_loss", "x": "flops"}]}

@@ -3,6 +3,7 @@
 from gossamer.submodel.cut import Cut, Cutter, count_shapes
 from gossamer.submodel.extract import SubModel, cut_of, extract, layout_of
 from gossamer.submodel.layout import LABEL_AXIS, Axes, Dim, Layout
+from gossamer.submodel.tracing import trace_axes
 from gossamer.submodel.windows import Strategy, Window, window
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "cut_of",
     "extract",
     "layout_of",
+    "trace_axes",
     "window",
 ]

@@ -27,6 +27,8 @@ from gossamer.workloads.base import Sums, add_sums
 STACKED_BLOCK_FLOATS = 1 << 20  # weights of one stacked block: a few MB, to stay in cache
 MAX_BLOCK_ROWS = 64
 MAX_BLOCK_ROWS_ONE_BY_ONE = 8
+BLOCKS_PER_WORKER = 8
+SMALL_BLOCK_FLOATS = 1 << 18  # weights of a block of participants trained one by one, below which it is made larger
 SPARE_SLOTS = 16
 LARGEST_ROUND = 1 << 40  # participants: more only make more blocks, not larger ones
 
@@ -168,8 +170,11 @@ class LocalEngine:
             return self._block_size, 1
         share = math.ceil(num_rows / max(1, self._workers))
         if not self._task.modes[variant].stacked:
-            share = max(1, share // 8)  # several blocks a worker, to even out the load
-            return min(1 << (share.bit_length() - 1), MAX_BLOCK_ROWS_ONE_BY_ONE), 1
+            # Several blocks a worker even out the load, but a block of next to no work costs more than it evens out.
+            parts = BLOCKS_PER_WORKER if self._workers > 1 else 1
+            least = SMALL_BLOCK_FLOATS // self._task.cutter.sub_layout(self._task.capacities[variant]).d
+            rows = max(1, share // parts, min(share, least))
+            return min(1 << (rows.bit_length() - 1), MAX_BLOCK_ROWS_ONE_BY_ONE), 1
         fitting = min(self._fitting(variant), MAX_BLOCK_ROWS)
         num_blocks = max(1, math.ceil(share / fitting))  # no row of this variant may be in the round
         leaf = min(4, 1 << (fitting.bit_length() - 1))

@@ -1,0 +1,374 @@
+"""Plain modules as models: against the models that are declared here, on sub-models, in federations, and refused."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import reference_modules as reference
+from contract import check_workload
+from federation import assert_same, configure, modes
+from gossamer.errors import ConfigError
+from gossamer.experiment import run
+from gossamer.submodel import Cutter, Dim, Layout, extract
+from gossamer.submodel.windows import rolling
+from gossamer.workloads.images import ImageClassification
+from gossamer.workloads.models import CNN, MLP
+from gossamer.workloads.modules import ModuleModel
+from gossamer.workloads.resnet import PreActResNet18
+
+SHAPE, NUM_LABELS = (2, 9, 8), 4
+DATA = {"name": "synthetic", "num_train": 75, "num_test": 30, "num_labels": 4, "shape": [2, 8, 8]}
+TWINS = {
+    "mlp": (partial(reference.MLP, SHAPE, NUM_LABELS, (12, 10)), MLP(SHAPE, NUM_LABELS, hidden=[12, 10])),
+    "cnn": (partial(reference.CNN, SHAPE, NUM_LABELS), CNN(SHAPE, NUM_LABELS)),
+    "resnet": (
+        partial(reference.PreActResNet18, SHAPE, NUM_LABELS, (4, 8, 16, 32)),
+        PreActResNet18(SHAPE, NUM_LABELS, width=1 / 16),
+    ),
+}
+
+
+def wrapped(build: Any, **options: Any) -> ModuleModel:
+    return ModuleModel(build, SHAPE, NUM_LABELS, **options)
+
+
+def of_layers(*layers: Any, **options: Any) -> ModuleModel:
+    """Wrap a sequence of layers; functions among them stand for layers without parameters."""
+
+    class Between(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(x)
+
+    def build() -> nn.Module:
+        made = [layer() if isinstance(layer, partial) else Between(layer) for layer in layers]
+        return nn.Sequential(*made)
+
+    return wrapped(build, **options)
+
+
+def inputs(*lead: int, seed: int = 0) -> Tensor:
+    return torch.randn(*lead, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def initial(model: Any, seed: int = 0) -> dict[str, Tensor]:
+    return model.init(np.random.default_rng(seed))
+
+
+HEAD = partial(nn.Linear, 144, 6)
+TAIL = partial(nn.Linear, 6, 4)
+FLAT = partial(nn.Flatten)
+
+
+class TestTwins:
+    """A traced module and the model that is declared in gossamer compute the same."""
+
+    @pytest.mark.parametrize("name", TWINS)
+    @pytest.mark.parametrize(("capacity", "scale"), [(1.0, 1.0), (0.5, 1.0), (0.5, 2.0)])
+    def test_logits_and_gradients(self, name: str, capacity: float, scale: float) -> None:
+        build, declared = TWINS[name]
+        model = wrapped(build)
+        params = extract(initial(declared), declared.axes, capacity, round=3).params
+        mine = {n: params[n].clone().requires_grad_() for n in model.shapes}
+        theirs = {n: params[n].clone().requires_grad_() for n in model.shapes}
+        if name == "resnet" and scale != 1.0:
+            scale = 1.0  # its scaler stands before the BatchNorm layers instead
+        found, expected = model.apply(mine, inputs(5), scale=scale), declared.apply(theirs, inputs(5), scale=scale)
+        assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        for n in params:
+            assert torch.allclose(mine[n].grad, theirs[n].grad, atol=1e-3, rtol=1e-3), n
+
+    def test_the_scaler_does_something(self) -> None:
+        model = wrapped(TWINS["cnn"][0])
+        params = initial(model)
+        assert not torch.allclose(model.apply(params, inputs(2), scale=2.0), model.apply(params, inputs(2)))
+
+    def test_static_batch_norm(self) -> None:
+        build, declared = TWINS["resnet"]
+        model, params = wrapped(build), initial(TWINS["resnet"][1])
+        mine: dict[str, Tensor] = {}
+        theirs: dict[str, Tensor] = {}
+        model.apply(params, inputs(7), record=mine)
+        declared.apply(params, inputs(7), record=theirs)
+        assert set(model.norms) == set(declared.norms)
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert mine[name].dtype == torch.float64
+            assert torch.allclose(mine[name], value, rtol=1e-4, atol=1e-4), name
+        found = model.apply(params, inputs(3, seed=1), statistics=mine)
+        assert torch.allclose(found, declared.apply(params, inputs(3, seed=1), statistics=theirs), atol=1e-4)
+        alone = model.apply(params, inputs(3, seed=1)[:1], statistics=mine)
+        assert torch.allclose(found[:1], alone, atol=1e-5)
+
+    def test_a_full_window_is_the_identity(self) -> None:
+        model = wrapped(TWINS["cnn"][0])
+        params = initial(model)
+        full = extract(params, model.axes, 1.0, round=5).params
+        assert torch.equal(model.apply(full, inputs(2)), model.apply(params, inputs(2)))
+
+
+class TestMended:
+    """Layers whose attributes hold sizes that are cut."""
+
+    def test_layer_norms_and_root_mean_square_norms(self) -> None:
+        model = of_layers(FLAT, HEAD, partial(nn.LayerNorm, 6), partial(nn.RMSNorm, 6), TAIL)
+        params = extract(initial(model), model.axes, 0.5, round=1).params
+        x = F.linear(inputs(2).flatten(1), params["1.weight"], params["1.bias"])
+        x = F.rms_norm(F.layer_norm(x, (3,), params["2.weight"], params["2.bias"]), (3,), params["3.weight"])
+        assert torch.allclose(model.apply(params, inputs(2)), F.linear(x, params["4.weight"], params["4.bias"]))
+
+    def test_grouped_convolutions(self) -> None:
+        layers = (
+            partial(nn.Conv2d, 2, 6, 1),
+            partial(nn.Conv2d, 6, 12, 3, groups=6),
+            partial(nn.Conv2d, 12, 8, 1, groups=2),
+        )
+        model = of_layers(*layers, lambda x: x.mean((2, 3)), partial(nn.Linear, 8, 4))
+        params = extract(initial(model), model.axes, 0.5, round=0, strategy="static").params
+        assert model.axes["1.weight"][0] == Dim("0", outer=2, inner=2)
+        assert params["1.weight"].shape == (4, 1, 3, 3)
+        x = F.conv2d(inputs(2), params["0.weight"], params["0.bias"])
+        x = F.conv2d(x, params["1.weight"], params["1.bias"], groups=2)
+        x = F.conv2d(x, params["2.weight"], params["2.bias"], groups=2).mean((2, 3))
+        assert torch.allclose(
+            model.apply(params, inputs(2)), F.linear(x, params["4.weight"], params["4.bias"]), atol=1e-6
+        )
+
+    def test_attention_and_what_is_kept(self) -> None:
+        tokens = lambda x: x.flatten(2)  # noqa: E731
+        model = of_layers(
+            tokens,
+            partial(nn.Linear, 72, 16),
+            partial(reference.Attention, 16, 4, "head-dim"),
+            lambda x: x.mean(1),
+            partial(nn.Linear, 16, 4),
+            attention="head-dim",
+            keep=["1", "2.project"],
+        )
+        assert Layout.of(model.shapes, model.axes).cut_axes == ("2.qkv.head-dim",)
+
+
+class Encoder(nn.Module):
+    """PyTorch's own transformer layer between linear ones, with a causal mask and one padded place."""
+
+    def __init__(self, batch_first: bool = True, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.before, self.after = nn.Linear(16, 12), nn.Linear(12, 4)
+        self.layer = nn.TransformerEncoderLayer(12, 3, 8, dropout, batch_first=batch_first, norm_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x.reshape(len(x), 9, 16))
+        mask = nn.Transformer.generate_square_subsequent_mask(9)
+        padding = (torch.arange(9) == 4).expand(len(x), -1)
+        x = x if self.batch_first else x.transpose(0, 1)
+        x = self.layer(x, mask, torch.zeros(padding.shape).masked_fill(padding, -torch.inf))
+        return self.after(x.mean(1 if self.batch_first else 0))
+
+
+class TestAttention:
+    """`torch.nn.MultiheadAttention`, whose code divides fixed sizes."""
+
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("attention", ["heads", "head-dim"])
+    def test_sub_models_are_masked_models(self, attention: Any, batch_first: bool) -> None:
+        model = wrapped(partial(Encoder, batch_first), attention=attention, keep=["before"])
+        params = initial(model)
+        layout = Layout.of(model.shapes, model.axes)
+        assert layout.cut_axes == (f"layer.self_attn.in_proj.{attention}", "layer.linear1")
+        cut = Cutter(layout, rolling, 1, 0).cut(0.7, 2, 0)
+        assert not cut.is_full
+        row = cut.read(layout.flatten(params), torch.zeros(cut.sub.d))
+        whole = torch.zeros(layout.d)
+        cut.add_(whole, row)
+        found = model.apply(cut.sub.views(row), inputs(3))
+        assert torch.allclose(found, model.apply(layout.views(whole), inputs(3)), atol=1e-6)
+        assert not torch.allclose(found, model.apply(params, inputs(3)), atol=1e-2)
+
+    @pytest.mark.parametrize("attention", ["heads", "head-dim"])
+    def test_the_scaler_makes_up_for_equal_channels(self, attention: Any) -> None:
+        """Where all channels and heads are alike, half of them, scaled by 2, are worth the whole."""
+
+        class Attending(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.attend, self.hidden, self.output = reference.Attending(16, 4), HEAD(), TAIL()
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = x.reshape(len(x), 9, 16).transpose(0, 1)
+                x = self.attend(x).transpose(0, 1).flatten(1)
+                return self.output(F.relu(self.hidden(x)))
+
+        model = wrapped(Attending, attention=attention)
+        layout = Layout.of(model.shapes, model.axes)
+        params = {name: torch.full(shape, 0.2 / len(shape)) for name, shape in model.shapes.items()}
+        half = extract(params, model.axes, 0.5, round=0).params
+        cut_axes = (f"attend.attention.in_proj.{attention}", "attend.attention.out_proj", "hidden")
+        assert layout.cut_axes == cut_axes
+        expected = model.apply(params, inputs(3))
+        assert torch.allclose(model.apply(half, inputs(3), scale=2.0), expected, atol=1e-5)
+        assert not torch.allclose(model.apply(half, inputs(3)), expected, atol=1e-3)
+
+    def test_the_full_model_is_what_pytorch_computes(self) -> None:
+        model = wrapped(Encoder)
+        params = initial(model)
+        expected = torch.func.functional_call(Encoder(), params, (inputs(3),))
+        assert torch.allclose(model.apply(params, inputs(3)), expected, atol=1e-6)
+        assert model.supports_stacking
+
+    @pytest.mark.parametrize("options", [{"dropout": 0.1}, {"add_bias_kv": True}, {"add_zero_attn": True}])
+    def test_what_it_cannot_do_is_refused(self, options: Any) -> None:
+        class Attending(nn.MultiheadAttention):
+            def forward(self, x: Tensor) -> Tensor:
+                x = x.reshape(len(x), 9, 16)
+                return super().forward(x, x, x)[0].mean(1)[:, :4]
+
+        with pytest.raises(ConfigError, match="build it without them"):
+            wrapped(partial(Attending, 16, 4, batch_first=True, **options))
+
+
+class TestModes:
+    def test_what_works_is_found_out(self) -> None:
+        model = wrapped(TWINS["cnn"][0])
+        assert (model.has_images, model.supports_stacking) == (True, True)
+        assert not wrapped(TWINS["mlp"][0]).has_images
+
+    def test_a_module_that_needs_contiguous_images(self) -> None:
+        convolution, tail = partial(nn.Conv2d, 2, 3, 3), partial(nn.Linear, 3 * 42, 4)
+        assert of_layers(convolution, lambda x: x.flatten(1), tail).has_images
+        assert not of_layers(convolution, lambda x: x.view(len(x), -1), tail).has_images
+
+    def test_a_module_that_cannot_be_stacked(self) -> None:
+        decide = lambda x: x if bool(torch.isfinite(x.detach().sum())) else x * 0  # noqa: E731
+        assert not of_layers(FLAT, HEAD, TAIL, decide).supports_stacking
+
+
+class TestInit:
+    def test_depends_on_the_source_alone(self) -> None:
+        model = wrapped(TWINS["cnn"][0])
+        torch.manual_seed(1)
+        first = initial(model, 3)
+        torch.manual_seed(2)
+        state = torch.get_rng_state()
+        again, other = initial(model, 3), initial(model, 4)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert list(first) == list(model.shapes)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        assert not any(torch.equal(first[name], other[name]) for name in first)
+
+    def test_is_the_modules_own(self) -> None:
+        model = wrapped(TWINS["resnet"][0])
+        params = initial(model)
+        assert torch.equal(params["norm.weight"], torch.ones(32))
+        assert torch.equal(params["norm.bias"], torch.zeros(32))
+        assert params["output.weight"].abs().max() <= 32**-0.5
+
+
+class Counting(nn.Linear):
+    """A layer that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Table(nn.Linear):
+    """A layer with a constant buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 4)
+        self.register_buffer("table", torch.arange(6.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.table)
+
+
+REFUSED = {
+    "dropout": ((FLAT, HEAD, partial(nn.Dropout, 0.2), TAIL), "'2' draws dropout masks"),
+    "noise": ((FLAT, HEAD, lambda x: F.dropout(x, 0.5), TAIL), "draws random numbers"),
+    "buffer": ((FLAT, HEAD, partial(Counting)), "changes the buffer '2.calls'"),
+    "float64": ((FLAT, partial(nn.Linear, 144, 4, dtype=torch.float64)), "'1.weight' is torch.float64"),
+    "nothing": ((lambda x: x.flatten(1)[:, :4],), "has no parameters"),
+    "input": ((FLAT, partial(nn.Linear, 9, 4)), r"fails on a batch of shape \(3, 2, 9, 8\)"),
+    "labels": ((FLAT, partial(nn.Linear, 144, 7)), r"returns \(3, 7\): return one tensor of logits, here \(3, 4\)"),
+    "tuple": ((FLAT, HEAD, TAIL, lambda x: (x, x)), "returns tuple"),
+    "weightless": ((FLAT, HEAD, partial(nn.BatchNorm1d, 6, affine=False), TAIL), "'2' has no weight"),
+    "unknown": ((FLAT, HEAD, lambda x: torch.cdist(x, x), partial(nn.Linear, 3, 4)), "_cdist_forward"),
+    "sizes": (
+        (FLAT, HEAD, lambda x: x.view(-1, 2, 3).flatten(1), TAIL),
+        "half its width.*take sizes from tensors.*1.heads",
+    ),
+}
+
+
+class TestRefused:
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_with_the_reason(self, name: str) -> None:
+        layers, message = REFUSED[name]
+        with pytest.raises(ConfigError, match=message):
+            of_layers(*layers)
+
+    def test_what_is_fine(self) -> None:
+        assert of_layers(FLAT, HEAD, partial(nn.Dropout, 0.0), partial(Table)).axes["1.bias"] == (None,)
+        assert of_layers(FLAT, HEAD, lambda x: x.unflatten(1, (-1, 3)).flatten(1), TAIL).axes["1.bias"] == (
+            Dim("1.heads", inner=3),
+        )
+
+
+class TestWorkload:
+    @pytest.mark.parametrize("name", ["TinyNet", "TinyPerceptron", "Unusual"])
+    def test_contract(self, name: str) -> None:
+        options = {
+            "dataset": DATA,
+            "model": f"reference_modules:{name}",
+            "evaluation_chunk": 11,
+            "statistics_chunk": 40,
+        }
+        check_workload(ImageClassification(options, num_clients=4, partition={"name": "n-classes", "n": 2}, seed=0))
+
+    def test_options_reach_the_module(self) -> None:
+        model = {"name": "reference_modules:TinyNet", "width": 5}
+        workload = ImageClassification({"dataset": DATA, "model": model}, num_clients=4, partition="iid", seed=0)
+        assert workload.layout.widths == {"stem": 5, "body.0": 10, "label": 4}
+        with pytest.raises(ConfigError, match="does not take these options"):
+            ImageClassification(
+                {"dataset": DATA, "model": model | {"depth": 2}}, num_clients=4, partition="iid", seed=0
+            )
+
+
+class TestFederation:
+    CHANGES = {
+        "workload.dataset": {"name": "synthetic", "num_train": 150, "num_test": 40, "num_labels": 4, "noise": 0.3},
+        "workload.model": "reference_modules:TinyNet",
+        "algorithm": "fedrolex",
+        "submodel": {"capacities": [1.0, 0.5]},
+        "clients.per_round": 8,
+        "train.lr": 0.2,
+        "train.epochs": 2,
+        "rounds": 3,
+    } | modes([1.0, 0.5])
+
+    def test_learns_alike_with_any_number_of_workers(self, tmp_path: Path) -> None:
+        done = run(configure(self.CHANGES), out=tmp_path / "a")
+        losses = [record["loss"] for record in done.metrics if "loss" in record]
+        accuracies = [record["accuracy"] for record in done.metrics if "accuracy" in record]
+        assert losses[-1] < 0.5 * losses[0]
+        assert accuracies[-1] > 0.8
+        assert_same(done, run(configure(self.CHANGES | {"engine.workers": 2}), out=tmp_path / "b"))
