@@ -7,7 +7,11 @@ TORCH_INDEX ?=
 JOBS ?= auto
 DEMO_OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint format rivals bench clean
+# make experiment NAME=fedrolex-mnist: run it, draw it, hold it against what theory and publications say
+NAME ?= quickstart
+OUT ?= runs/$(NAME)-$(shell date +%Y%m%d-%H%M%S)
+
+.PHONY: demo test lint format experiment rivals bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gossamer run experiments/quickstart/config.yaml --out $(DEMO_OUT)
@@ -15,6 +19,11 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed lint
 	$(BIN)/pytest -n $(JOBS)
+
+experiment: $(VENV)/.installed
+	$(BIN)/gossamer run experiments/$(NAME)/config.yaml --out $(OUT)
+	$(BIN)/gossamer plot $(OUT) --spec experiments/$(NAME)/plot.yaml -o $(OUT)/convergence.png
+	$(BIN)/python experiments/expect.py $(OUT) experiments/$(NAME)/expected.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
