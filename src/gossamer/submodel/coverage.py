@@ -23,6 +23,7 @@ class Coverage:
         self._held = {
             name: torch.zeros(shape, dtype=torch.bool) for name, shape in zip(layout.names, shapes, strict=True)
         }
+        self._counts = dict.fromkeys(self._held, 0)
         self._channels = {axis: torch.zeros(layout.widths[axis], dtype=torch.bool) for axis in layout.cut_axes}
         self._seen: set[tuple[tuple[tuple[int, int], ...], ...]] = set()
 
@@ -37,10 +38,11 @@ class Coverage:
                 self._channels[axis][start:stop] = True
         for piece in cut.count_pieces:
             held = self._held[piece.name]
-            if piece.mesh is not None:
-                held[piece.mesh] = True
-            for where, _ in piece.rectangles:
-                held[where] = True
+            regions = [piece.mesh] if piece.mesh is not None else [where for where, _ in piece.rectangles]
+            for region in regions:
+                part = held[region]
+                self._counts[piece.name] += part.numel() - int(torch.count_nonzero(part))
+                held[region] = True
 
     @property
     def channels(self) -> float:
@@ -51,10 +53,9 @@ class Coverage:
     @property
     def weights(self) -> float:
         """Share of all parameters that some window held."""
-        held = 0.0
+        held = 0
         for name, shape in zip(self._layout.names, self._layout.shapes, strict=True):
-            mask = self._held[name]
-            held += int(mask.sum()) * (math.prod(shape) / mask.numel())
+            held += self._counts[name] * (math.prod(shape) // self._held[name].numel())
         return held / self._layout.num_parameters
 
     def mask(self, name: str) -> torch.Tensor:
