@@ -5,14 +5,17 @@
 Prints a table: mean and extent over the seeds of what every method reached, and what it cost. Ends with exit code 1 if
 an entry of "theory" or "published" does not hold. With --write, "measured" is replaced by the table; it is not checked.
 
-Entries of "theory" and "published" that a run can break look like this (source: where that is said):
+Entries of "theory" and "published" look like these, each with "what" is claimed and the "source" that says so:
 
-    {"what": "...", "source": "...", "metric": "accuracy", "larger": "all-large", "smaller": "all-small"}
-    {"what": "...", "source": "...", "metric": "accuracy", "method": "rolling", "value": 0.69, "tolerance": 0.02}
+    {"metric": "accuracy", "larger": "all-large", "smaller": "all-small"}
+    {"metric": "accuracy", "larger": "federated", "smaller_mean": ["local-0", "local-1"]}
+    {"metric": "bits_per_character", "method": "rolling", "below": "unigram_bits"}
+    {"metric": "accuracy", "method": "rolling", "value": 0.69, "tolerance": 0.02}
 
-The first holds if the worst seed of one method beats the best seed of the other: beyond the seeds' band. Entries with
-"comparable": false are printed beside what was measured and not judged: another setting, or a figure that nobody has
-checked against its source.
+The first holds if the worst seed of one method beats the best seed of the other: beyond the seeds' band. The second
+holds if that worst seed beats the mean of several methods, the third if the worst seed stays below another metric.
+Entries with "comparable": false are printed beside what was measured and not judged: another setting, or a figure that
+nobody has checked against its source.
 """
 
 from __future__ import annotations
@@ -69,19 +72,30 @@ def significant(value: float) -> float:
 
 def judge(entry: dict[str, Any], values: Values) -> tuple[bool | None, str]:
     """Say whether an entry holds (None: it is not judged), and in which numbers."""
-    metric = entry.get("metric", "accuracy")
+    metric = entry["metric"]
+    named = [entry[key] for key in ("method", "larger", "smaller") if key in entry] + entry.get("smaller_mean", [])
+    if any(metric not in values.get(method, {}) for method in named):
+        return None, f"not all of {', '.join(named)} are measured"
+    if "below" in entry:
+        highest, level = values[entry["method"]][metric]["highest"], values[entry["method"]][entry["below"]]["mean"]
+        return bool(highest < level), f"{metric} at most {highest}, {entry['below']} {level}"
+    if "smaller_mean" in entry:
+        worst = values[entry["larger"]][metric]["lowest"]
+        mean = statistics.mean(values[method][metric]["mean"] for method in entry["smaller_mean"])
+        return bool(worst > mean), f"{entry['larger']} at least {worst}, mean of the others {significant(mean)}"
     if "larger" in entry:
         larger, smaller = values[entry["larger"]][metric], values[entry["smaller"]][metric]
         told = f"{entry['larger']} {larger['lowest']} .. {larger['highest']}"
         told += f", {entry['smaller']} {smaller['lowest']} .. {smaller['highest']}"
-        return bool(larger["lowest"] > smaller["highest"]), told
-    method = values.get(entry["method"])
-    if method is None or metric not in method:
-        return None, "not measured"
-    told = f"{entry['method']}: {entry['value']} there, {method[metric]['mean']} here"
+        holds = bool(larger["lowest"] > smaller["highest"])
+        if entry.get("comparable", True) is False:
+            return None, f"{'so it is' if holds else 'not so'} here: {told}"
+        return holds, told
+    mean = values[entry["method"]][metric]["mean"]
+    told = f"{entry['method']}: {entry['value']} there, {mean} here"
     if entry.get("comparable", True) is False:
         return None, told
-    return abs(method[metric]["mean"] - entry["value"]) <= entry["tolerance"], told
+    return abs(mean - entry["value"]) <= entry["tolerance"], told
 
 
 def table(values: Values) -> str:
