@@ -84,6 +84,11 @@ class TestCommand:
         assert output.splitlines()[-1] == str(image)
         assert image.read_bytes().startswith(b"\x89PNG")
 
+    def test_an_image_of_no_known_format_is_refused_first(self, tmp_path: Path) -> None:
+        result = CliRunner().invoke(app, ["coverage", "no-such-file.yaml", "-o", str(tmp_path / "coverage.gif")])
+        assert result.exit_code == 2
+        assert "coverage.gif': let its name end in .png" in result.output
+
     def test_json(self, experiment: Path) -> None:
         found = json.loads(self.run(experiment, "--json", "--rounds", 4))["methods"]
         assert set(found) == {"rolling", "covering"}

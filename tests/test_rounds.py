@@ -139,7 +139,9 @@ class TestEvaluation:
         for level in LEVELS:
             sub = extract(done.params, AXES, level, round=2)
             assert last["accuracy_by_capacity"][f"{level:g}"] == pytest.approx(self.accuracy(sub.params))
-        assert last["accuracy_by_capacity"]["1"] == last["accuracy"]
+        for name in ("accuracy", "loss", "local_accuracy", "worst_client_accuracy"):
+            assert last[f"{name}_by_capacity"]["1"] == last[name]
+            assert list(last[f"{name}_by_capacity"]) == ["0.25", "0.5", "1"]
 
     def test_evaluation_changes_no_training(self, tmp_path: Path) -> None:
         often = run(configure(mixed("fedrolex") | {"evaluation.by_capacity": True}), out=tmp_path / "often")

@@ -111,6 +111,8 @@ def coverage(
     """Show which channels and weights the windows of an experiment will reach, without running it."""
     from gossamer import coverage
 
+    if output is not None:
+        coverage.require_image(output)
     found = coverage.examine(file, overrides or (), rounds)
     typer.echo(coverage.render(found, as_json))
     if output is not None:

@@ -202,6 +202,16 @@ def _after(rounds: int | None) -> str:
     return "never" if rounds is None else f"round {rounds}"
 
 
+def require_image(output: Path) -> None:
+    """Check that `output` names an image.
+
+    Raises:
+        ConfigError: its ending is no format that is supported.
+    """
+    if output.suffix.removeprefix(".").lower() not in FORMATS:
+        raise ConfigError(f"cannot tell the format of {str(output)!r}: let its name end in .png, .svg or .pdf")
+
+
 def draw(found: Sequence[MethodCoverage], output: Path) -> Path:
     """Draw for every method the share of weights reached over the rounds, and the marks of its largest matrix.
 
@@ -212,8 +222,7 @@ def draw(found: Sequence[MethodCoverage], output: Path) -> Path:
         ConfigError: the ending of `output` is no image format that is supported.
         StorageError: it cannot be written.
     """
-    if output.suffix.removeprefix(".") not in FORMATS:
-        raise ConfigError(f"{str(output)!r} does not end in {', '.join('.' + name for name in FORMATS)}: rename it")
+    require_image(output)
     import matplotlib
 
     matplotlib.use("Agg")

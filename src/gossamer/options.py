@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from gossamer.errors import ConfigError, nearest
 
@@ -15,6 +15,16 @@ class Options(BaseModel):
     """Base of every configuration section: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is meant; pydantic reads them as 1 and 0."""
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            if not {bool, Any} & _members(annotation) and {int, float} & _members(annotation):
+                raise ValueError("give a number, not true or false")
+        return value
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -49,6 +59,11 @@ def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str
     if isinstance(first["input"], Mapping) and len(first["input"]) > 1:  # the message names the values that clash
         return f"{path or 'the configuration'}: {message[0].lower()}{message[1:]}"
     return f"{path or 'the configuration'} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _members(annotation: Any) -> set[Any]:
+    """Return the types that an annotation is a union of."""
+    return {annotation} | {member for part in get_args(annotation) for member in _members(part)}
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
