@@ -262,6 +262,11 @@ class TestSpec:
         assert figure.get_size_inches().tolist() == [7, 2]
         assert len(figure.legends) == 1
 
+    def test_a_logarithmic_axis(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run", [record(n, 0.1 * n) for n in (1, 2)])
+        scales = [figure_of(run, x="bytes", log_x=log).axes[0].get_xscale() for log in (False, True)]
+        assert scales == ["linear", "log"]
+
     def test_a_reference_line(self, tmp_path: Path) -> None:
         runs = [write_run(tmp_path / str(n), [record(1, 0.5, chance=0.1 * n)], seed=n) for n in (1, 3)]
         (ax,) = draw(curves_of(*runs), FigureOptions(panels=[PanelOptions(reference="chance")])).axes

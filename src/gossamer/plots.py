@@ -60,6 +60,7 @@ class PanelOptions(Options):
         metric: key of the records, dotted where nested; None: accuracy if it is logged, else train_loss.
         x: what stands on the x axis.
         title: text above the panel.
+        log_x: whether the x axis is logarithmic.
         y_min, y_max: ends of the y axis; None: those of the data.
         reference: key of a number that every record has, such as unigram_bits, drawn as a dotted line.
     """
@@ -67,6 +68,7 @@ class PanelOptions(Options):
     metric: str | None = None
     x: Literal["round", "seconds", "simulated", "bytes", "flops"] = "round"
     title: str | None = None
+    log_x: bool = False
     y_min: float | None = None
     y_max: float | None = None
     reference: str | None = None
@@ -288,7 +290,9 @@ def _format_axes(ax: Axes, metric: str, panel: PanelOptions) -> None:
     ax.set_ylim(panel.y_min, panel.y_max)
     ax.grid(True)
     ax.margins(x=0.02)
-    if panel.x == "round":
+    if panel.log_x:
+        ax.set_xscale("log")
+    elif panel.x == "round":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
