@@ -33,6 +33,7 @@ class TestDirectory:
         done = run(configure({"rounds": 2}), out=tmp_path / "deep" / "run")
         assert done.directory == tmp_path / "deep" / "run"
         assert sorted(path.name for path in done.directory.iterdir()) == [
+            ".lock",
             "checkpoints",
             "config.yaml",
             "environment.json",

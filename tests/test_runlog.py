@@ -53,12 +53,30 @@ def test_create_writes_what_it_promises(tmp_path: Path) -> None:
         "trace",
         "checkpoints",
         "plots",
+        ".lock",
     }
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["engine"] == "local"
     assert environment["versions"]["torch"].startswith("2.")
     assert environment["started"].endswith("+00:00")
     assert environment["num_cpus"] == os.cpu_count()
+
+
+def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
+    create(tmp_path).close()
+    ready, go = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:  # holds the run until it is told to go
+        log = RunLog.open(tmp_path)
+        os.write(ready[1], b"x")
+        os.read(go[0], 1)
+        os._exit(0 if log.offsets() else 1)
+    assert os.read(ready[0], 1) == b"x"
+    with pytest.raises(ConfigError, match="another process works on the run in"):
+        RunLog.open(tmp_path)
+    os.write(go[1], b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    RunLog.open(tmp_path).close()
 
 
 def test_config_comes_back_with_its_key_order(tmp_path: Path) -> None:

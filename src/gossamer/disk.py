@@ -1,7 +1,8 @@
-"""Forcing onto the disk what must outlive a crash."""
+"""What the file system is asked for beyond reading and writing: durability, and keeping others away."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -17,3 +18,30 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(path: Path) -> int | None:
+    """Hold the file `path`, which is made if need be, against other processes.
+
+    The kernel lets go of it when this process dies, and forked workers do not inherit it.
+
+    Returns:
+        a descriptor; closing it lets go. None where the system or the disk knows no such locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: the file cannot be made.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path)) from None
+        return None
+    return descriptor

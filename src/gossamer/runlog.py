@@ -27,7 +27,7 @@ from typing import Any, Protocol, Self
 
 import yaml
 
-from gossamer.disk import sync
+from gossamer.disk import lock, sync
 from gossamer.errors import CheckpointError, ConfigError, DataError, storage_errors
 
 CONFIG = "config.yaml"
@@ -35,6 +35,7 @@ EXPERIMENT = "experiment.yaml"  # beside the directories of several runs: what t
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+LOCK = ".lock"
 LOGS = (METRICS, EVENTS)
 FOLDERS = ("trace", "checkpoints", "plots")
 
@@ -59,11 +60,19 @@ class RunLog:
         """Open the logs of `directory`, which `create` or `open` has prepared.
 
         Raises:
+            ConfigError: another process has them open.
             StorageError: a log cannot be opened for writing.
         """
         self.directory = directory
         self._sinks = list(sinks)
         self._descriptors: dict[str, int] = {}
+        with storage_errors(directory):
+            try:
+                self._lock = lock(directory / LOCK)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another process works on the run in {str(directory)!r}: wait for it, or stop it, and try again"
+                ) from None
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         for name in LOGS:
             with storage_errors(directory / name):
@@ -117,8 +126,9 @@ class RunLog:
             StorageError: the disk refuses a write.
         """
         directory = _require_run(directory)
+        log = cls(directory, sinks)
         repair(directory)
-        return cls(directory, sinks)
+        return log
 
     def log_metrics(self, record: Mapping[str, Any]) -> None:
         """Append one round's metrics; non-finite numbers become null, arrays and tensors become lists.
@@ -183,6 +193,9 @@ class RunLog:
         self._sinks.clear()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> Self:
         return self
