@@ -43,6 +43,7 @@ class Trainer:
 
     def __init__(self, task: Task, state: Mapping[str, Tensor]) -> None:
         self.task, self._state, self._scalars = task, state, scalars_of(task.algorithm)
+        self._local_loss = getattr(task.algorithm, "local_loss", None)
         self._received_at: tuple[int, int, float] | None = None
         self._received: Arrays = {}
 
@@ -122,11 +123,12 @@ class Trainer:
             carry = algorithm.begin(received[i], mine)
             views = {name: layout.views(value[0]) for name, value in carry.items()}
             leaves = {name: view.detach().requires_grad_() for name, view in views["x"].items()}
+            parameters = list(leaves.values())
             carries = [{name: view[parameter] for name, view in views.items()} for parameter in leaves]
             values = []
             for step, batch in enumerate(self._batches(job, slice(i, i + 1), positions, one_by_one=True)):
                 value = self._loss(job, i, step, leaves, batch)
-                grads = gradients(value, list(leaves.values()))
+                grads = gradients(value, parameters)
                 if self.task.train.clip_norm is not None:
                     grads = clip(grads, self.task.train.clip_norm)
                 for carried, grad in zip(carries, grads, strict=True):
@@ -142,15 +144,15 @@ class Trainer:
 
     def _loss(self, job: Job, row: int, step: int, leaves: Arrays, batch: dict[str, Any]) -> Tensor:
         """Return the loss of one local step of one client: the workload's, unless the algorithm has its own."""
-        task, local_loss = self.task, getattr(self.task.algorithm, "local_loss", None)
-        if local_loss is None:
+        task = self.task
+        if self._local_loss is None:
             return task.workload.loss(leaves, batch)
 
         def generator(purpose: str) -> np.random.Generator:
             """Return the step's own random numbers."""
             return rng.generator(task.seed, purpose, job.round, job.phase, int(job.client[row]), step)
 
-        loss: Tensor = local_loss(task, job.capacity, leaves, batch, generator)
+        loss: Tensor = self._local_loss(task, job.capacity, leaves, batch, generator)
         return loss
 
     def _train_stacked(
