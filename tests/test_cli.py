@@ -176,7 +176,8 @@ class TestHelp:
     def test_commands_and_nothing_else(self) -> None:
         done = invoke("--help")
         assert done.exit_code == 0
-        assert re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE) == ["run", "resume", "plot", "coverage", "doctor"]
+        commands = ["run", "resume", "plot", "coverage", "doctor", "topology"]
+        assert re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE) == commands
         assert "completion" not in done.stdout
 
     def test_nothing_heavy_is_loaded(self) -> None:

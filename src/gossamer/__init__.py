@@ -9,11 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gossamer import aggregate, submodel
+    from gossamer import aggregate, submodel, topology
     from gossamer.experiment import Run, resume, run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "aggregate", "resume", "run", "submodel"]
+__all__ = ["Run", "__version__", "aggregate", "resume", "run", "submodel", "topology"]
 
 _HOMES = {"run": "gossamer.experiment", "resume": "gossamer.experiment", "Run": "gossamer.experiment"}
 
@@ -21,6 +21,6 @@ _HOMES = {"run": "gossamer.experiment", "resume": "gossamer.experiment", "Run": 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in ("aggregate", "submodel"):
+    if name in ("aggregate", "submodel", "topology"):
         return importlib.import_module(f"gossamer.{name}")
     raise AttributeError(f"module 'gossamer' has no attribute {name!r}")

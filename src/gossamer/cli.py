@@ -1,4 +1,4 @@
-"""The command line: ``gossamer run | resume | plot | coverage | doctor``.
+"""The command line: ``gossamer run | resume | plot | coverage | topology | doctor``.
 
 Results go to standard output, everything else to standard error; progress is drawn on a terminal only.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gossamer import topology_cli
 from gossamer.errors import GossamerError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train one model over many machines that do not share their data.",
 )
+
+app.add_typer(topology_cli.app, name="topology")
 
 Directories = Annotated[list[Path], typer.Argument(metavar="DIR", help="Run directories, or directories of runs.")]
 

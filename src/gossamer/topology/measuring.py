@@ -1,0 +1,65 @@
+"""Watching a topology bring random numbers to their mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gossamer import rng
+from gossamer.errors import ConfigError
+from gossamer.topology.base import Floats
+from gossamer.topology.topology import Topology
+
+TOLERANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What happened to one random number a peer.
+
+    Attributes:
+        rounds: after which the distance was first at most the tolerance; None: not within the rounds allowed.
+        rate: mean factor a round, ``(last distance / first)^(1 / rounds)``.
+        mean_drift: how far the mean has moved, in units of the first distance a peer; 0 but for rounding unless the
+            mixing is only row-stochastic.
+        distances: float64, ``||x_r - mean(x_r)|| / ||x_0 - mean(x_0)||`` for r = 0, 1, ...
+    """
+
+    rounds: int | None
+    rate: float
+    mean_drift: float
+    distances: Floats
+
+
+def measure(
+    topology: Topology, num_rounds: int = 1000, start_seed: int = 0, tolerance: float = TOLERANCE
+) -> Measurement:
+    """Mix a normal random vector of mean 0 round after round, in float64, until all peers agree.
+
+    Args:
+        num_rounds: most rounds.
+        start_seed: of the vector; the topology has its own.
+        tolerance: of the relative distance.
+
+    Raises:
+        ConfigError: num_rounds is below 1.
+    """
+    if num_rounds < 1:
+        raise ConfigError(f"rounds = {num_rounds} is below 1: give how many rounds to mix at most")
+    start = rng.generator(start_seed, "topology-start").standard_normal((topology.n, 1))
+    start -= start.mean()
+    state = topology.mixing(0).start(start)
+    first = float(np.linalg.norm(start))
+    distances, values, rounds = [1.0], start, None
+    for round in range(num_rounds):
+        mixing = topology.mixing(round)
+        state = mixing.apply(state)
+        values = mixing.read(state)
+        distances.append(float(np.linalg.norm(values - values.mean())) / first)
+        if distances[-1] <= tolerance:
+            rounds = round + 1
+            break
+    drift = abs(float(values.mean())) * np.sqrt(topology.n) / first
+    rate = float(distances[-1] ** (1.0 / (len(distances) - 1)))
+    return Measurement(rounds, rate, float(drift), np.array(distances))

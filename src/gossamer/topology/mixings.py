@@ -1,0 +1,251 @@
+"""Mixings that are cheaper than a sparse matrix: shifts, matchings and block averages.
+
+Sparse and joint mixings stand in `sparse.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gossamer.topology.base import Edges, Floats, Integers, Mixing, check_num_edges, sorted_edges
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shift(Mixing):
+    """A circulant: peer j sends to j + u for every offset u, modulo n.
+
+    Attributes:
+        offsets: ascending, distinct, each in 1..n-1.
+        weights: what the receiver gives to what comes over each offset; the rest, 1 - sum, it gives to itself.
+    """
+
+    kind = "shift"
+    n: int
+    offsets: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def self_weight(self) -> float:
+        """The diagonal of W, the same for all."""
+        return 1.0 - sum(self.weights)
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether each offset has a mirror image of equal weight."""
+        pairs = dict(zip(self.offsets, self.weights, strict=True))
+        return all(pairs.get(self.n - u) == w for u, w in pairs.items())
+
+    @property
+    def max_degree(self) -> int:
+        """The number of offsets."""
+        return len(self.offsets)
+
+    def first_column(self) -> Floats:
+        """Return column 0 of W, float64 [n], whose Fourier transform is the spectrum."""
+        column = np.zeros(self.n)
+        column[list(self.offsets)] = self.weights
+        column[0] = self.self_weight
+        return column
+
+    def edges(self) -> Edges:
+        """Return n edges for each offset."""
+        check_num_edges(self.n * len(self.offsets))
+        receiver = np.repeat(np.arange(self.n), len(self.offsets))
+        sender = (receiver - np.tile(np.array(self.offsets, dtype=np.int64), self.n)) % self.n
+        return sorted_edges(receiver, sender, np.tile(np.array(self.weights, dtype=np.float64), self.n))
+
+    def recv_ranks(self, i: int) -> list[int]:
+        """Return i - u for every offset u."""
+        return sorted((self._check_peer(i) - u) % self.n for u in self.offsets)
+
+    def send_ranks(self, i: int) -> list[int]:
+        """Return i + u for every offset u."""
+        return sorted((self._check_peer(i) + u) % self.n for u in self.offsets)
+
+    def lazy(self, share: float = 0.5) -> Shift:
+        """Scale the weights."""
+        return replace(self, weights=tuple(w * share for w in self.weights))
+
+    def transposed(self) -> Shift:
+        """Turn the offsets round."""
+        pairs = sorted(((self.n - u, w) for u, w in zip(self.offsets, self.weights, strict=True)))
+        return replace(self, offsets=tuple(u for u, _ in pairs), weights=tuple(w for _, w in pairs))
+
+    def _apply(self, x: Tensor) -> Tensor:
+        import torch
+
+        if len(self.offsets) == 1:
+            (u,), (w,) = self.offsets, self.weights
+            mixed = torch.empty_like(x)
+            torch.lerp(x[u:], x[:-u], w, out=mixed[u:])
+            torch.lerp(x[:u], x[-u:], w, out=mixed[:u])
+            return mixed
+        mixed = x * self.self_weight
+        for u, w in zip(self.offsets, self.weights, strict=True):
+            mixed[u:].add_(x[:-u], alpha=w)
+            mixed[:u].add_(x[-u:], alpha=w)
+        return mixed
+
+    def _rows(self, x: Tensor, lo: int, hi: int) -> Tensor:
+        import torch
+
+        places = torch.arange(lo, hi, device=x.device)
+        if len(self.offsets) == 1:
+            return torch.lerp(x[lo:hi], x[(places - self.offsets[0]) % self.n], self.weights[0])
+        mixed = x[lo:hi] * self.self_weight
+        for u, w in zip(self.offsets, self.weights, strict=True):
+            mixed.add_(x[(places - u) % self.n], alpha=w)
+        return mixed
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.offsets, self.weights
+
+
+@dataclass(frozen=True, eq=False)
+class Matching(Mixing):
+    """Pairs of peers that move towards each other; who has no partner idles.
+
+    Attributes:
+        partner: int64 [n], an involution; ``partner[i] == i`` where i has none.
+        weight: what each gives to its partner's row.
+    """
+
+    kind = "matching"
+    is_symmetric = True
+    partner: Integers
+    weight: float
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        """Number of peers."""
+        return len(self.partner)
+
+    @property
+    def max_degree(self) -> int:
+        """1, or 0 if nobody has a partner."""
+        return int(bool((self.partner != np.arange(self.n)).any()))
+
+    def edges(self) -> Edges:
+        """Return both directions of each pair."""
+        receiver = np.flatnonzero(self.partner != np.arange(self.n))
+        return Edges(receiver, self.partner[receiver], np.full(len(receiver), self.weight))
+
+    def recv_ranks(self, i: int) -> list[int]:
+        """Return the partner, if there is one."""
+        partner = int(self.partner[self._check_peer(i)])
+        return [] if partner == i else [partner]
+
+    def send_ranks(self, i: int) -> list[int]:
+        """Return the partner, if there is one."""
+        return self.recv_ranks(i)
+
+    def lazy(self, share: float = 0.5) -> Matching:
+        """Scale the weight."""
+        return replace(self, weight=self.weight * share)
+
+    def transposed(self) -> Matching:
+        """Return this mixing, which is symmetric."""
+        return self
+
+    def _apply(self, x: Tensor) -> Tensor:
+        import torch
+
+        return torch.lerp(x, x[torch.from_numpy(self.partner).to(x.device)], self.weight)
+
+    def _rows(self, x: Tensor, lo: int, hi: int) -> Tensor:
+        import torch
+
+        return torch.lerp(x[lo:hi], x[torch.from_numpy(self.partner[lo:hi]).to(x.device)], self.weight)
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.partner, self.weight
+
+
+@dataclass(frozen=True)
+class BlockAverage(Mixing):
+    """Peers that differ only in one mixed-radix digit average fully: peer = (outer digit, digit of size, inner digit).
+
+    Attributes:
+        outer, size, inner: with outer * size * inner = n.
+        weight: share of the average in the new row; 1 averages, less is a lazy version.
+    """
+
+    kind = "block"
+    is_symmetric = True
+    outer: int
+    size: int
+    inner: int
+    weight: float = 1.0
+
+    @property
+    def n(self) -> int:  # type: ignore[override]
+        """Number of peers."""
+        return self.outer * self.size * self.inner
+
+    @property
+    def max_degree(self) -> int:
+        """All others of the group."""
+        return self.size - 1
+
+    @cached_property
+    def _strides(self) -> Integers:
+        return np.arange(self.size, dtype=np.int64) * self.inner
+
+    def _group(self, i: int | Integers) -> Any:
+        """Return the first member of the group of peer i."""
+        return i - (i // self.inner % self.size) * self.inner
+
+    def edges(self) -> Edges:
+        """Return all pairs of each group."""
+        check_num_edges(self.n * (self.size - 1))
+        everyone = np.arange(self.n, dtype=np.int64)
+        sender = (self._group(everyone)[:, None] + self._strides[None, :]).reshape(-1)
+        receiver = np.repeat(everyone, self.size)
+        others = sender != receiver
+        receiver, sender = receiver[others], sender[others]
+        return Edges(receiver, sender, np.full(len(receiver), self.weight / self.size))
+
+    def recv_ranks(self, i: int) -> list[int]:
+        """Return the others of the group."""
+        members: list[int] = (self._group(self._check_peer(i)) + self._strides).tolist()
+        return [j for j in members if j != i]
+
+    def send_ranks(self, i: int) -> list[int]:
+        """Return the others of the group."""
+        return self.recv_ranks(i)
+
+    def self_weights(self) -> Floats:
+        """Return the diagonal, without listing the edges."""
+        return np.full(self.n, 1.0 - self.weight + self.weight / self.size)
+
+    def lazy(self, share: float = 0.5) -> BlockAverage:
+        """Scale the weight."""
+        return replace(self, weight=self.weight * share)
+
+    def transposed(self) -> BlockAverage:
+        """Return this mixing, which is symmetric."""
+        return self
+
+    def _apply(self, x: Tensor) -> Tensor:
+        import torch
+
+        blocks = x.view(self.outer, self.size, self.inner, x.shape[1])
+        return torch.lerp(blocks, blocks.mean(1, keepdim=True), self.weight).view(x.shape)
+
+    def _rows(self, x: Tensor, lo: int, hi: int) -> Tensor:
+        import torch
+
+        groups, place = np.unique(self._group(np.arange(lo, hi, dtype=np.int64)), return_inverse=True)
+        members = torch.from_numpy(groups[:, None] + self._strides[None, :]).to(x.device)
+        means = x[members.reshape(-1)].view(len(groups), self.size, x.shape[1]).mean(1)
+        return torch.lerp(x[lo:hi], means[torch.from_numpy(place).to(x.device)], self.weight)
+
+    def _identity(self) -> tuple[Any, ...]:
+        return self.outer, self.size, self.inner, self.weight

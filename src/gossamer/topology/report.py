@@ -1,0 +1,134 @@
+"""What can be said about topologies in a table: all that there are, one of them, and one of them at work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gossamer.errors import ConfigError
+from gossamer.registry import names, resolve
+from gossamer.topology.measuring import TOLERANCE, measure
+from gossamer.topology.topology import Topology, build, load
+
+Answer = TypeVar("Answer")
+
+
+def find(name: str, n: int | None, seed: int | None, parameters: Mapping[str, Any]) -> Topology:
+    """Build the topology that a user names: a short name, a YAML file of `TopologySpec`, or a GraphML file.
+
+    Raises:
+        ConfigError: see `build` and `load`.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return load(name, n, seed, **parameters)
+    if name.endswith(".graphml"):
+        return build("file", n, seed or 0, **{"path": Path(name), **parameters})
+    return build(name, n, seed or 0, **parameters)
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """Return one row for each topology known: name, kind, degree, minimum_n, rate, options, source."""
+    rows = []
+    for name in names("topology"):
+        family = resolve("topology", name)
+        rows.append(
+            {
+                "name": name,
+                "kind": family.kind,
+                "degree": family.degree,
+                "minimum_n": family.minimum,
+                "rate": family.rate,
+                "parameters": sorted(family.options.model_fields),
+                "source": family.source,
+            }
+        )
+    return rows
+
+
+def describe(topology: Topology) -> dict[str, Any]:
+    """Return the facts of a topology, ready for JSON; None stands for what does not apply or is too large to compute.
+
+    Its degree, stochasticity, symmetry and edges are those of round 0 where rounds differ, the degree the largest of a
+    cycle.
+    """
+    cycle = topology.schedule.cycle
+    first = topology.mixing(0)
+    given = topology.options.model_dump(mode="json", exclude_none=True, exclude={"graph"})
+    return {
+        "topology": topology.name,
+        "kind": topology.kind,
+        "n": topology.n,
+        "seed": topology.seed,
+        "parameters": {**given, **topology.facts},
+        "mixing": first.kind,
+        "stochasticity": first.stochasticity,
+        "symmetric": first.is_symmetric,
+        "max_degree": max(topology.mixing(round).max_degree for round in range(cycle or 1)),
+        "period": topology.period,
+        "consensus_rate": _if_possible(topology.consensus_rate),
+        "bound": topology.bound,
+        "least_real_part": _if_possible(topology.least_real_part),
+        "resamples": topology.resamples,
+        "digest_of_round_0": first.digest(),
+    }
+
+
+def measured(topology: Topology, num_rounds: int, start_seed: int) -> dict[str, Any]:
+    """Return `describe` with what `measure` found.
+
+    Raises:
+        ConfigError: num_rounds is below 1.
+    """
+    found = measure(topology, num_rounds, start_seed)
+    return {
+        **describe(topology),
+        "tolerance": TOLERANCE,
+        "rounds_to_tolerance": found.rounds,
+        "rounds_mixed": len(found.distances) - 1,
+        "rate_measured": found.rate,
+        "final_distance": float(found.distances[-1]),
+        "mean_drift": found.mean_drift,
+    }
+
+
+def _if_possible(compute: Callable[[], Answer]) -> Answer | None:
+    try:
+        return compute()
+    except ConfigError:
+        return None
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """Return one line a fact."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name.replace('_', ' '):<{width}}  {_text(value)}" for name, value in facts.items())
+
+
+def render_catalogue(rows: list[dict[str, Any]]) -> str:
+    """Return a table with one line a topology."""
+    columns = {
+        "name": "name",
+        "kind": "kind",
+        "degree": "degree",
+        "minimum_n": "least n",
+        "rate": "consensus rate",
+        "source": "source",
+    }
+    cells = [list(columns.values()), *([str(row[key]) for key in columns] for row in rows)]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} = {_text(each)}" for key, each in value.items()) or "-"
+    return str(value)

@@ -1,0 +1,125 @@
+"""The command line of topologies: ``gossamer topology list | show | measure``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gossamer.errors import ConfigError, storage_errors
+
+if TYPE_CHECKING:
+    from gossamer.topology import Topology
+
+app = typer.Typer(no_args_is_help=True, help="Graphs on which peers mix: which there are, what they are, how they do.")
+
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="A topology's name, a file of topologies/*.yaml, or a GraphML file.")
+]
+Peers = Annotated[int | None, typer.Option("-n", metavar="N", help="Number of peers; not needed with a file.")]
+Parameters = Annotated[
+    list[str] | None, typer.Option("-p", metavar="KEY=VALUE", help="A parameter, such as -p M=9; may be repeated.")
+]
+TopologySeed = Annotated[int | None, typer.Option("--seed", metavar="S", help="Of all draws; 0 if not given.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command("list")
+def list_topologies(as_json: Json = False) -> None:
+    """List all topologies with kind, degree, least n and consensus rate."""
+    from gossamer.topology import report
+
+    rows = report.catalogue()
+    typer.echo(_json(rows) if as_json else report.render_catalogue(rows))
+
+
+@app.command()
+def show(
+    name: Name,
+    n: Peers = None,
+    parameters: Parameters = None,
+    seed: TopologySeed = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also draw this .png, .svg or .pdf.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell the facts of a topology: degree, symmetry, consensus rate and bound, period, spectrum; and draw it."""
+    from gossamer.topology import report
+
+    topology = report.find(name, n, seed, _parse(parameters))
+    if output is not None:
+        _require_format(output)
+    facts = report.describe(topology)
+    typer.echo(_json(facts) if as_json else report.render(facts))
+    if output is not None:
+        _draw(topology, output)
+        typer.echo(output, err=as_json)
+
+
+@app.command()
+def measure(
+    name: Name,
+    n: Peers = None,
+    parameters: Parameters = None,
+    rounds: Annotated[int, typer.Option(metavar="R", help="Most rounds to mix.")] = 1000,
+    seed: TopologySeed = None,
+    as_json: Json = False,
+) -> None:
+    """Mix a random vector until all peers agree to 1e-10, and set the rate beside the bound."""
+    from gossamer.topology import report
+
+    topology = report.find(name, n, seed, _parse(parameters))
+    facts = report.measured(topology, rounds, start_seed=topology.seed)
+    typer.echo(_json(facts) if as_json else report.render(facts))
+
+
+def _parse(parameters: list[str] | None) -> dict[str, Any]:
+    """Return ``KEY=VALUE`` words as a mapping, values read as YAML.
+
+    Raises:
+        ConfigError: a word is not of this form.
+    """
+    import yaml
+
+    parsed: dict[str, Any] = {}
+    for word in parameters or ():
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"parameter {word!r} is not of the form KEY=VALUE: write -p M=9")
+        try:
+            parsed[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"the value of parameter {word!r} is not YAML: write -p M=9") from None
+    return parsed
+
+
+def _json(found: Any) -> str:
+    import json
+
+    return json.dumps(found, indent=2)
+
+
+def _require_format(output: Path) -> None:
+    from gossamer.plots import FORMATS
+
+    if output.suffix.removeprefix(".").lower() not in FORMATS:
+        raise ConfigError(f"{str(output)!r} does not end in {', '.join('.' + name for name in FORMATS)}: rename it")
+
+
+def _draw(topology: Topology, output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from gossamer.plots import STYLE
+    from gossamer.topology import drawing
+
+    with matplotlib.rc_context(STYLE):
+        figure = drawing.draw(topology)
+        with storage_errors(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(output, dpi=150)
+        plt.close(figure)
