@@ -154,7 +154,7 @@ class TestTheRules:
 
 class TestImports:
     def test_gossamer_costs_torch_at_most(self) -> None:
-        public = ["gossamer", "gossamer.submodel", "gossamer.aggregate"]
+        public = ["gossamer", "gossamer.submodel", "gossamer.aggregate", "gossamer.topology"]
         more = run(IMPORTS.format(names=public))
         assert "gossamer.aggregate.selective" in more
         assert packages(more) & LAZY == set()

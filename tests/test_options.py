@@ -96,7 +96,9 @@ class TestWrongValues:
     def test_path_value_and_reason(self, data: dict[str, Any], message: str) -> None:
         assert error_of(data).startswith(message)
 
-    @pytest.mark.parametrize("data", [{"rate": True}, {"rate": 1, "count": False}, {"rate": 1, "inner": {"size": True}}])
+    @pytest.mark.parametrize(
+        "data", [{"rate": True}, {"rate": 1, "count": False}, {"rate": 1, "inner": {"size": True}}]
+    )
     def test_truth_values_are_no_numbers(self, data: dict[str, Any]) -> None:
         assert "give a number, not true or false" in error_of(data)
 
