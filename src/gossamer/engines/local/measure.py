@@ -16,7 +16,7 @@ from gossamer.records import Block
 from gossamer.threads import one_thread
 
 MAX_STEPS = 5
-NUM_REPEATS = 3
+NUM_REPEATS = 2
 MAX_CLIENTS = 16
 TRIAL_SECONDS = 0.05
 STACKED_BLOCK_FLOATS = 1 << 20

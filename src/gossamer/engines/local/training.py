@@ -47,12 +47,14 @@ class Trainer:
         self._received_at: tuple[int, int, float] | None = None
         self._received: Arrays = {}
 
-    def train(self, job: Job, client_state: Arrays) -> BlockResult:
+    def train(self, job: Job, client_state: Arrays, target: Tensor | None = None) -> BlockResult:
         """Train one block.
 
         Args:
             job: the block.
             client_state: ``{name: [s, d]}`` rows of the algorithm's client arrays.
+            target: memory that may hold weighted rows of the first payload, row i from float i * d_sub on, where that
+                spares a copy.
         """
         task = self.task
         shared = task.cutter.shares(job.capacity)
@@ -68,7 +70,11 @@ class Trainer:
         kept = {name: rows.clone() if isinstance(rows, Tensor) else torch.cat(rows) for name, rows in private.items()}
         for rows in kept.values():
             working.reorder_(rows, layout)
-        summed = {name: self._weighted(job, name, rows, finite, shared) for name, rows in payload.items()}
+        targets = [target] + [None] * (len(payload) - 1)
+        summed = {
+            name: self._weighted(job, name, rows, finite, shared, memory)
+            for (name, rows), memory in zip(payload.items(), targets, strict=True)
+        }
         shaped = [parts for name, parts in summed.items() if name not in self._scalars]
         for value in (value for parts in shaped for value in parts if value is not None):
             working.reorder_(value, layout)
@@ -79,15 +85,22 @@ class Trainer:
         layout = self.task.cutter.sub_layout(job.capacity)
         return layout, layout.as_channels_last if self.task.modes[job.block.variant].channels_last else layout
 
-    def _weighted(self, job: Job, name: str, rows: Rows, finite: list[bool], shared: bool) -> list[Tensor | None]:
+    def _weighted(
+        self, job: Job, name: str, rows: Rows, finite: list[bool], shared: bool, target: Tensor | None
+    ) -> list[Tensor | None]:
         """Weight the rows of one payload and, where they share a window, add them up leaf by leaf."""
         task, (_, layout) = self.task, self._layouts(job)
         if task.algorithm.uplink[name] == "mean":
             weights = torch.from_numpy(job.weight).float()
             per_label = task.count_labels and name not in self._scalars
             labels = task.workload.client_labels(job.client) * weights[:, None] if per_label else None
-            for part, chunk in chunks(rows):
-                scale_rows_(layout, chunk, weights[part], None if labels is None else labels[part])
+            alone = isinstance(rows, list) and name not in self._scalars and (job.block.leaf == 1 or not shared)
+            if target is not None and labels is None and alone:  # no sum will be made, so this is where they may stay
+                places = target[: len(rows) * layout.d].view(len(rows), 1, layout.d)
+                rows = [torch.mul(row, w, out=place) for row, w, place in zip(rows, weights, places, strict=True)]
+            else:
+                for part, chunk in chunks(rows):
+                    scale_rows_(layout, chunk, weights[part], None if labels is None else labels[part])
         leaves = [slice(low, low + job.block.leaf) for low in range(0, len(job.client), job.block.leaf)]
         if shared and isinstance(rows, Tensor) and all(finite):
             return [tree_sum_rows(rows[leaf]) for leaf in leaves]
@@ -318,13 +331,13 @@ def chunks(rows: Rows) -> list[tuple[slice, Tensor]]:
 def finite_rows(payload: dict[str, Rows]) -> list[bool]:
     """Say for each participant whether all of its payload is finite.
 
-    A sum shows every NaN and infinity at memory speed; only where it is not finite are the values looked at one by one,
-    because large finite values may overflow it.
+    A sum of squares shows every NaN and infinity at memory speed; only where it is not finite are the values looked at
+    one by one, because large finite values may overflow it.
     """
     verdicts = []
     for rows in payload.values():
-        quick = torch.cat([torch.isfinite(chunk.sum(1)) for _, chunk in chunks(rows)]).tolist()
         present = [row for _, chunk in chunks(rows) for row in chunk]
+        quick = torch.isfinite(torch.stack([torch.dot(row, row) for row in present])).tolist()
         verdicts.append([ok or bool(torch.isfinite(row).all()) for ok, row in zip(quick, present, strict=True)])
     return [all(verdict) for verdict in zip(*verdicts, strict=True)]
 

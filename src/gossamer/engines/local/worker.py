@@ -79,7 +79,7 @@ class Worker:
         for name in self._task.algorithm.client_arrays:
             client_state[name] = slot[taken : taken + num_rows * d_sub].view(num_rows, d_sub).clone()
             taken += num_rows * d_sub
-        result = self._trainer.train(job, client_state)
+        result = self._trainer.train(job, client_state, slot)
         written: list[list[Any]] = []
         taken = 0
         results: list[tuple[str, int, Tensor | None]] = [
@@ -90,7 +90,9 @@ class Worker:
         results += [(f"private.{name}", 0, value) for name, value in result.private.items()]
         for name, part, value in results:
             if value is not None:
-                slot[taken : taken + value.numel()].view(value.shape).copy_(value)
+                place = slot[taken : taken + value.numel()].view(value.shape)
+                if place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
                 written.append([name, part, taken, list(value.shape)])
                 taken += -(-value.numel() // ALIGNMENT) * ALIGNMENT  # after a scalar, rows still start aligned
         return {
