@@ -41,6 +41,7 @@ rivals: .venv-rivals/.installed
 bench: $(VENV)/.installed rivals
 	$(BIN)/python benchmarks/federated_round.py
 	$(BIN)/python benchmarks/many_small_clients.py
+	$(BIN)/python benchmarks/mixed_capacities.py
 	$(BIN)/python benchmarks/submodel.py
 	$(BIN)/python benchmarks/registered_clients.py
 	$(BIN)/python benchmarks/kill_and_resume.py
