@@ -104,9 +104,11 @@ class Costs:
         device = self.devices.of(clients, round)
 
         def of_variant(name: str) -> Floats:
+            """Return one cost of each participant, by its capacity."""
             return np.array([getattr(costs, name) for costs in self.variants], dtype=np.float64)[variant]
 
         def of_device(name: str) -> Floats:
+            """Return one property of each participant's device."""
             return np.array([getattr(profile, name) for profile in self.devices.profiles], dtype=np.float64)[device]
 
         up, down = of_variant("bytes_up"), of_variant("bytes_down")

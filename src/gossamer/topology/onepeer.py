@@ -53,6 +53,7 @@ def _random_match(n: int, seed: int, options: TopologyOptions) -> Schedule:
     slope = n / (n - 1) if n % 2 == 0 else 1.0
 
     def draw(round: int) -> Mixing:
+        """Return the mixing of a round."""
         order = rng.generator(seed, "topology-round", round).permutation(n).astype(np.int64)
         partner = np.arange(n, dtype=np.int64)
         first, second = order[0 : n - 1 : 2], order[1::2]
@@ -60,6 +61,7 @@ def _random_match(n: int, seed: int, options: TopologyOptions) -> Schedule:
         return Matching(partner, 0.5)
 
     def rate(share: float) -> float:
+        """Return the consensus rate of the mixing, lazy by `share`."""
         weight = 0.5 * share
         return math.sqrt(max(0.0, 1.0 - 2.0 * weight * (1.0 - weight) * slope))
 
@@ -73,6 +75,7 @@ def _ceca(n: int, seed: int, options: TopologyOptions) -> Schedule:
     cycle = ceil_log2(n)
 
     def draw(round: int) -> Mixing:
+        """Return the mixing of a round."""
         place = round % cycle
         others = (n - 1) >> (cycle - place)
         return Joint(n, others, (n - 1) >> (cycle - place - 1) & 1)  # type: ignore[arg-type]
@@ -89,12 +92,14 @@ def _el_oracle(n: int, seed: int, options: EpidemicOptions) -> Schedule:
     check_regular(n, degree)
 
     def draw(round: int) -> Mixing:
+        """Return the mixing of a round."""
         source = rng.generator(seed, "topology-round", round)
         first, second = regular_edges(n, degree, source)
         names = source.permutation(n)  # whatever the graph's law, no peer is special
         return symmetric(n, names[first], names[second], np.full(len(first), 1.0 / (degree + 1)))
 
     def rate(share: float) -> float:
+        """Return the consensus rate of the mixing, lazy by `share`."""
         trace = n * ((1.0 - share) ** 2 + (2.0 * share * (1.0 - share) + share**2) / (degree + 1))
         return math.sqrt(max(0.0, (trace - 1.0) / (n - 1)))
 
@@ -108,6 +113,7 @@ def _el_local(n: int, seed: int, options: EpidemicOptions) -> Schedule:
         raise ConfigError(f"el-local.degree = {degree} is not below n = {n}: nobody has so many others")
 
     def draw(round: int) -> Mixing:
+        """Return the mixing of a round."""
         source = rng.generator(seed, "topology-round", round)
         sender = np.repeat(np.arange(n, dtype=np.int64), degree)
         receiver = _distinct_others(n, degree, source)

@@ -98,12 +98,14 @@ def _norm_by_iteration(n: int, mixings: Sequence[Mixing]) -> float:
     symmetric = len(mixings) == 1 and mixings[0].is_symmetric
 
     def through(x: Floats, steps: Sequence[Mixing]) -> Floats:
+        """Mix the deviations of x [n] from its mean by all steps in turn."""
         x = x - x.mean()
         for each in steps:
             x = each.apply(x)
         return np.asarray(x - x.mean())
 
     def times(x: Floats) -> Floats:
+        """Apply the deviations' mixing, if need be with its transpose, so that it is symmetric."""
         x = np.asarray(x, dtype=np.float64).reshape(n)
         return through(x, mixings) if symmetric else through(through(x, mixings), back)
 

@@ -66,6 +66,7 @@ def fastest(n: int, first: Integers, second: Integers) -> Floats:
         )
 
     def smoothed(weight: Floats, sharpness: float) -> tuple[float, Floats]:
+        """Return the smoothed norm and its gradient."""
         matrix = np.full((n, n), -1.0 / n)
         matrix[first, second] += weight
         matrix[second, first] += weight
