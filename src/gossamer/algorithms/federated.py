@@ -36,7 +36,7 @@ class FedAvg:
     default_scaler: ClassVar[bool] = True
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        self.options = parse_options(FedAvg.Options, options, "algorithm")
+        self.options = parse_options(type(self).Options, options, "algorithm")
         self.momentum, self.weight_decay = momentum, weight_decay
 
     def init(self, x: Tensor) -> Arrays:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gossamer.algorithms.base import Arrays, Uplink
 from gossamer.algorithms.fedprox import FedProx
-from gossamer.options import parse_options
 
 
 class FedNova(FedProx):
@@ -29,16 +28,14 @@ class FedNova(FedProx):
 
         mu: float = Field(default=0.0, ge=0)
 
+    options: FedNova.Options
+
     uplink: Mapping[str, Uplink] = {"x": "mean", "normaliser": "mean"}
     scalars: ClassVar[tuple[str, ...]] = ("normaliser",)
     whole_models_only: ClassVar[str | None] = (
         "the mean number of local steps by which it scales the change is one number, and would differ from coordinate"
         " to coordinate where these have different holders"
     )
-
-    def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        self.options: FedNova.Options = parse_options(FedNova.Options, options, "algorithm")
-        self.momentum, self.weight_decay = momentum, weight_decay
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float

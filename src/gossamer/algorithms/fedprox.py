@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from pydantic import Field
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
 from gossamer.algorithms.federated import FedAvg
-from gossamer.options import parse_options
 
 
 class FedProx(FedAvg):
@@ -26,9 +24,7 @@ class FedProx(FedAvg):
 
         mu: float = Field(default=0.01, ge=0)
 
-    def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        self.options: FedProx.Options = parse_options(FedProx.Options, options, "algorithm")
-        self.momentum, self.weight_decay = momentum, weight_decay
+    options: FedProx.Options
 
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
         """Return what FedAvg works on, and where it started."""

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from gossamer.algorithms.federated import FedAvg
 from gossamer.errors import ConfigError
-from gossamer.options import parse_options
 from gossamer.submodel import Cutter, Layout
 
 Params = Mapping[str, Tensor]
@@ -68,15 +67,13 @@ class FjORD(FedAvg):
         distillation: bool = False
         alpha: float = Field(default=1.0, ge=0)
 
+    options: FjORD.Options
+
     strategy = "static"
     capacities = "given"
     default_label_mask = "zero"
     default_scaler: ClassVar[bool] = False
     stackable: ClassVar[bool] = False  # widths differ from client to client within a step
-
-    def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        self.options: FjORD.Options = parse_options(FjORD.Options, options, "algorithm")
-        self.momentum, self.weight_decay = momentum, weight_decay
 
     def local_loss(
         self,

@@ -22,7 +22,7 @@ from gossamer.submodel.layout import Layout
 from gossamer.workloads.augment import crop_flip
 from gossamer.workloads.base import Batch, Params, Sums
 from gossamer.workloads.datasets import ImageData
-from gossamer.workloads.label_sets import LabelSets, beaten_by
+from gossamer.workloads.label_sets import LabelSets, beaten_by, mask_logits
 from gossamer.workloads.modules import ModuleModel
 from gossamer.workloads.partitions import Partition
 
@@ -234,10 +234,7 @@ class ImageClassification:
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits float32 [b, num_labels] of a training batch, masked as `ImageOptions.label_mask` says."""
         logits: Tensor = self.model.apply(params, batch["x"], scale=batch.get("scale", 1.0))
-        if self.options.label_mask != "none":
-            absent = 0.0 if self.options.label_mask == "zero" else -torch.inf
-            logits = torch.where(batch["labels"].unsqueeze(-2), logits, absent)
-        return logits
+        return mask_logits(logits, batch["labels"].unsqueeze(-2), self.options.label_mask)
 
     def loss_of_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Return what `loss` does, from the batch's `logits`."""

@@ -17,6 +17,18 @@ from torch import Tensor
 MAX_SETS = 512
 
 
+def mask_logits(logits: Tensor, held: Tensor, label_mask: str) -> Tensor:
+    """Return logits [..., num_labels] in which the classes that a client does not hold are as `label_mask` says.
+
+    Args:
+        held: bool, broadcasts to the logits.
+        label_mask: "none" (as they are), "zero" (0, as in HeteroFL's code) or "minus-inf" (left out).
+    """
+    if label_mask == "none":
+        return logits
+    return torch.where(held, logits, 0.0 if label_mask == "zero" else -torch.inf)
+
+
 def beaten_by(logits: Tensor, labels: Tensor) -> Tensor:
     """Tell which classes an argmax would prefer to the right one: bool [b, num_labels].
 

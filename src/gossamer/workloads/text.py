@@ -19,7 +19,7 @@ from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.workloads.base import Batch, Params, Sums
 from gossamer.workloads.images import Spec, call_plug_in, plug_in
-from gossamer.workloads.label_sets import beaten_by
+from gossamer.workloads.label_sets import beaten_by, mask_logits
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.texts import TextData
 
@@ -171,10 +171,7 @@ class NextCharacter:
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits float32 [b, n, num_labels] of a training batch, masked as `TextOptions.label_mask` says."""
         logits: Tensor = self.model.apply(params, batch["x"], scale=batch.get("scale", 1.0))
-        if self.options.label_mask != "none":
-            absent = 0.0 if self.options.label_mask == "zero" else -torch.inf
-            logits = torch.where(batch["labels"], logits, absent)
-        return logits
+        return mask_logits(logits, batch["labels"], self.options.label_mask)
 
     def loss_of_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Return what `loss` does, from the batch's `logits`."""
