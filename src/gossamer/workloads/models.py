@@ -117,11 +117,18 @@ class ImageModel:
         raise NotImplementedError
 
 
+# Where MKL takes half the time for W x^T that it takes for x W^T; the gradients cost the same.
+LARGE_WEIGHT = 1 << 19  # numbers, beyond the second-level cache
+FEW_SAMPLES = range(6, 17)
+
+
 def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
     """Apply a linear layer to x [b, i], or the layers of s clients to x [s, b, i]."""
     weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
     if weight.dim() == 3:
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+    if weight.numel() >= LARGE_WEIGHT and x.dim() == 2 and len(x) in FEW_SAMPLES:
+        return torch.addmm(bias[:, None], weight, x.t()).t()
     return F.linear(x, weight, bias)
 
 
