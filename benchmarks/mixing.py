@@ -11,8 +11,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gossamer import topology
+from gossamer.threads import torch_threads
 from gossamer.topology import Mixing
 from gossamer.topology.panels import mix, mix_
 from harness import goal, machine
@@ -40,17 +40,6 @@ TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-10}
 MOST_ROUNDS = 1_000
 
 Report = dict[str, Any]
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch compute with `count` threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def seconds_of(way: Callable[[], object], threads: int) -> float:

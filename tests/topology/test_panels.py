@@ -86,6 +86,19 @@ def test_bits_depend_on_nothing_but_the_state(
     assert torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("offset", [1, 5, 18, 19, 30, 36])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_shift_walks_in_steps_that_threads_share(offset: int, threads: int) -> None:
+    shift = Shift(37, (offset,), (0.3,))
+    x = random_state(37, 20_011, torch.float32, offset)  # rows long enough for torch to share
+    out = torch.full_like(x, torch.nan)
+    with tiny(3 * 4 * 20_011, 100_000):
+        mix(shift, x, out, threads)
+        assert torch.equal(out, torch.lerp(x, x.roll(offset, 0), 0.3))
+        mix_(shift, x, threads=threads)
+    assert torch.equal(x, out)
+
+
 MIXINGS: list[Mixing] = [
     Shift(12, (5,), (0.3,)),
     Shift(12, (1, 4, 11), (0.2, 0.1, 0.3)),

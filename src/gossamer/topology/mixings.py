@@ -79,6 +79,26 @@ class Shift(Streaming):
         pairs = sorted(((self.n - u, w) for u, w in zip(self.offsets, self.weights, strict=True)))
         return replace(self, offsets=tuple(u for u, _ in pairs), weights=tuple(w for _, w in pairs))
 
+    @property
+    def walks(self) -> bool:  # type: ignore[override]
+        """Whether there is one offset: the row that a peer sends is read again as the row of the next receiver."""
+        return len(self.offsets) == 1
+
+    def _write(self, x: Tensor, out: Tensor, part: int = 0, num_parts: int = 1) -> None:
+        import torch
+
+        step = min(self.offsets[0], self.n - self.offsets[0])
+        most = block_size(x.shape[1] * x.itemsize // torch.get_num_threads())
+        if num_parts > 1 or not self.walks or step < most:
+            super()._write(x, out, part, num_parts)
+            return
+        # From a block to the one that hears of it, which finds its senders in the cache.
+        for first in range(0, step, most):
+            size = min(most, step - first)
+            for start in range(first, self.n, step):
+                stop = min(start + size, self.n)
+                self._write_rows(x, start, stop, out[start:stop])
+
     def _write_rows(self, x: Tensor, lo: int, hi: int, out: Tensor) -> None:
         import torch
 

@@ -24,7 +24,14 @@ CACHE_LINE_BYTES = 64
 
 
 class Streaming(Mixing):
-    """A mixing whose kernel writes into memory that it is given, so that threads can share the work."""
+    """A mixing whose kernel writes into memory that it is given, so that threads can share the work.
+
+    Attributes:
+        walks: whether it pays to go through the rows in an order of the kernel's own; torch's threads then share every
+            step of it, instead of each taking a range of rows.
+    """
+
+    walks = False
 
     @abstractmethod
     def _write_rows(self, x: Tensor, lo: int, hi: int, out: Tensor) -> None:
@@ -64,6 +71,8 @@ def mix(mixing: Mixing, x: Tensor, out: Tensor, threads: int = 1) -> None:
     Raises:
         ConfigError: x and out do not fit each other or the mixing, or threads is below 1.
     """
+    from gossamer.threads import torch_threads
+
     source, target = _flat(mixing, x), _flat(mixing, out)
     if source.shape != target.shape or source.dtype != target.dtype:
         raise ConfigError(f"cannot mix {tuple(x.shape)} {x.dtype} into {tuple(out.shape)} {out.dtype}: give the like")
@@ -71,6 +80,11 @@ def mix(mixing: Mixing, x: Tensor, out: Tensor, threads: int = 1) -> None:
         raise ConfigError(f"cannot mix strides {x.stride()} into {out.stride()}: give contiguous arrays, or use mix_")
     if abs(x.data_ptr() - out.data_ptr()) < x.nbytes:
         raise ConfigError("cannot mix an array into its own memory: use mix_")
+    if isinstance(mixing, Streaming) and mixing.walks:
+        _check_threads(threads)
+        with torch_threads(threads):
+            mixing._write(source, target)
+        return
     _together(lambda part: _write(mixing, source, target, part, threads), threads)
 
 
@@ -161,11 +175,15 @@ def _together(work: Callable[[int], None], threads: int) -> None:
     """Call work(0), ..., work(threads - 1), each in a thread of its own with one torch thread."""
     from gossamer.threads import one_thread
 
-    if threads < 1:
-        raise ConfigError(f"threads = {threads} is below 1: give how many threads to mix with")
+    _check_threads(threads)
     with one_thread():
         if threads == 1:
             work(0)
             return
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(work, range(threads)))
+
+
+def _check_threads(threads: int) -> None:
+    if threads < 1:
+        raise ConfigError(f"threads = {threads} is below 1: give how many threads to mix with")

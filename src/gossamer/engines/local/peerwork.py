@@ -175,7 +175,7 @@ class PeerWorker:
         return algorithm.update(kept, inbox, self._num_peers)
 
     def _apply(self, mixing: Mixing, value: Tensor, rows: slice) -> Tensor:
-        if rows.stop - rows.start == self._num_peers:
+        if rows.stop - rows.start == mixing.n:
             return mixing.apply(value)
         return mixing.rows(value, rows.start, rows.stop)
 
