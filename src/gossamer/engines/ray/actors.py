@@ -38,12 +38,14 @@ class Call(NamedTuple):
         method: of the actor.
         arguments: what it is given; Ray object references are resolved first.
         num_returns: how many objects it returns; more than one stay references.
+        cost: about how long it takes, compared with the others of its batch.
     """
 
     key: Hashable
     method: str
     arguments: tuple[Any, ...]
     num_returns: int = 1
+    cost: float = 1.0
 
 
 @dataclass
@@ -248,17 +250,20 @@ class _Batch:
         self._idle_since = time.monotonic()
 
     def fill(self) -> bool:
-        """Give calls to the actors that answer until each has `AHEAD`, breadth first; False if all is done."""
+        """Give calls to the actors that answer until each has `AHEAD`, to who has least first; False if all is done."""
         slots = self._actors._slots
         busy = {number: 0 for number, slot in enumerate(slots) if slot.starting is None}
+        load = dict.fromkeys(busy, 0.0)
         for attempt in self._current():
             busy[attempt.slot] = AHEAD if attempt.is_doubled else busy[attempt.slot] + 1
+            load[attempt.slot] += attempt.call.cost
         for depth in range(1, AHEAD + 1):
-            for number in busy:
+            for number in sorted(busy, key=load.__getitem__):
                 call = self._next() if busy[number] < depth else None
                 if call is not None:
                     self._send(call, number, is_idle=busy[number] == 0)
                     busy[number] += 1
+                    load[number] += call.cost
         is_waiting = any(attempt.call.key not in self.done for attempt in self.flying.values())
         return is_waiting or bool(self.again) or not self._is_drawn
 

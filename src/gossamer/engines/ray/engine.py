@@ -16,6 +16,7 @@ from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Task
 from gossamer.engines.federation import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine, num_leaves_of
 from gossamer.engines.local.batches import Job
+from gossamer.engines.local.memory import keep_freed_memory
 from gossamer.engines.ray.actors import Actors, Call, start_ray
 from gossamer.engines.ray.host import Host
 from gossamer.engines.ray.peers import RayPeerEngine
@@ -54,6 +55,7 @@ class RayEngine(FederatedEngine):
             EngineError: Ray does not start, or there is no such cluster.
         """
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        keep_freed_memory()
         self._leave = start_ray(address, workers or None)
         self._adapts = not workers
         owned = {name: value.clone() for name, value in state.items()}
@@ -91,11 +93,10 @@ class RayEngine(FederatedEngine):
         capacity = plan.capacities[variant]
         if self._block_size or self._task.modes[variant].stacked or not self._task.cutter.shares(capacity):
             return blocks
-        rows, found, low = plan.variant_rows(variant), list[Block](), 0
-        while low < rows.stop - rows.start:
-            left = rows.stop - rows.start - low
-            share = min(max(1, left // self.num_workers), low & -low or left, MAX_BLOCK_ROWS_ONE_BY_ONE)
-            size = 1 << (share.bit_length() - 1)
+        rows, found, low, size = plan.variant_rows(variant), list[Block](), 0, 1
+        while (left := rows.stop - rows.start - low) > 0:
+            if len(found) % self.num_workers == 0:  # every actor has got one of the size before
+                size = 1 << (min(max(1, left // self.num_workers), MAX_BLOCK_ROWS_ONE_BY_ONE).bit_length() - 1)
             found.append(Block(variant, low // size, size, slice(rows.start + low, rows.start + low + size)))
             low += size
         return found
@@ -107,8 +108,9 @@ class RayEngine(FederatedEngine):
             is_cut = cutter.shares(job.capacity) and cutter.strategy.rank is None
             message = job.message() | {"is_cut": is_cut}
             rows = self._client_state(job.client, cutter.sub_layout(job.capacity).d)
-            received = self._put(job, is_cut=is_cut)
-            yield Call((block.variant, block.rows.start), "train", (json.dumps(message), [received], arrays_of(rows)))
+            arguments = (json.dumps(message), [self._put(job, is_cut=is_cut)], arrays_of(rows))
+            cost = float(job.steps.sum()) * cutter.sub_layout(job.capacity).d
+            yield Call((block.variant, block.rows.start), "train", arguments, cost=cost)
 
     def _put(self, job: Job, *, is_cut: bool) -> Any:
         """Return a reference to what the clients of a capacity start from, put into the object store once a round."""
