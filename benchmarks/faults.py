@@ -12,7 +12,8 @@ end of every span through a pipe; this process draws what to do to it, and when:
 A blow counts if its target was alive. Each run must end with the hash and the metrics of its reference, and of the Rays
 of killed drivers nothing may stay. Prints one JSON object; exits with 1 if anything differs.
 
-With --memory ROUNDS, prints instead how fast the memory of drivers and actors grows over that many calm rounds.
+With --memory ROUNDS, prints instead how fast memory grows over that many calm rounds, after WARM_UP_ROUNDS: private
+memory, of one process only, and apart from it pages of the object store, which count for all who have touched them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ import kill_and_resume
 from gossamer.runlog import read_config, read_events, read_metrics
 
 STRAGGLER_SECONDS = 1.5
+WARM_UP_ROUNDS = 100  # in which caches and allocators fill
 GONE_SECONDS = 150.0  # in which the Ray of a killed driver must be gone
 PHASES = ("train", "exchange", "evaluate", "commit")
 KINDS = ("kill-in-round", "kill-at-boundary", "kill-driver", "stop")
@@ -319,38 +321,47 @@ def left_behind(killed: list[tuple[int, int, str, str]]) -> list[str]:
 
 
 def memory(name: str, num_rounds: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Run calmly; return the slopes of the private memory of driver and actors, in MB per 100 rounds."""
+    """Run calmly; return what every process takes, and how fast that grows once it is warm."""
     model = {"workload": BASE["workload"] | {"model": {"name": "mlp", "hidden": [128]}}}
-    data = configuration(name, seed, {"name": "ray"}) | model | {"rounds": num_rounds}
+    data = configuration(name, seed, {"name": "ray"}) | model | {"rounds": WARM_UP_ROUNDS + num_rounds}
     config = folder / f"{name}-memory.json"
     config.write_text(json.dumps(data))
-    child, taken = Child(folder / f"{name}-memory", config), dict[str, list[tuple[int, float]]]()
+    child, taken = Child(folder / f"{name}-memory", config), dict[str, list[tuple[float, ...]]]()
     while child.next("+train", 2):
-        everyone = [(child.process.pid, "driver")]
-        everyone += [(pid, f"actor {pid}") for pid, _, title, _ in descendants(child.process.pid) if is_actor(title)]
-        for pid, who in everyone:
-            with suppress(OSError):
-                taken.setdefault(who, []).append((len(child.began), private_bytes(pid)))
+        others = [(pid, role(title)) for pid, _, title, _ in descendants(child.process.pid)]
+        for pid, who in [(child.process.pid, "driver"), *others]:
+            with suppress(OSError, KeyError):  # it has just ended
+                if who and len(child.began) > WARM_UP_ROUNDS:
+                    key = f"{who} {pid}" if who == "actor" else who
+                    taken.setdefault(key, []).append((len(child.began), *memory_bytes(pid)))
     child.finish()
-    slopes = {who: _slope(samples) for who, samples in taken.items() if len(samples) > 10}
-    return {
-        "rounds": num_rounds,
-        "driver_mb_per_100_rounds": round(slopes.pop("driver"), 3),
-        "actors_mb_per_100_rounds": [round(slope, 3) for slope in slopes.values()],
-        "driver_mb": round(taken["driver"][-1][1] / 1e6, 1),
-    }
+    grown = {who: growth(np.array(samples).T) for who, samples in taken.items() if len(samples) > 10}
+    return {"warm_up_rounds": WARM_UP_ROUNDS, "rounds": num_rounds, "processes": grown}
 
 
-def private_bytes(pid: int) -> float:
-    """Return the memory that a process shares with nobody; the object store is shared, and bounded."""
+def role(title: str) -> str:
+    """Return what a process does for the run; "": nothing that grows with rounds."""
+    program = title.split(" ")[0].rpartition("/")[2]
+    return "actor" if is_actor(title) else program if program in ("gcs_server", "raylet") else ""
+
+
+def memory_bytes(pid: int) -> tuple[float, float]:
+    """Return the memory that a process shares with nobody, and the pages of the object store that it has touched."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return float(status["RssAnon"].split()[0]) * 1024
+    return float(status["RssAnon"].split()[0]) * 1024, float(status["RssShmem"].split()[0]) * 1024
 
 
-def _slope(samples: list[tuple[int, float]]) -> float:
-    """Return MB per 100 rounds by least squares, of the second half, once warm."""
-    rounds, sizes = np.array(samples[len(samples) // 2 :]).T
-    return float(np.polyfit(rounds, sizes / 1e6, 1)[0] * 100)
+def growth(samples: np.ndarray) -> dict[str, float]:
+    """Return sizes at the end in MB, and slopes by least squares, of rounds, private and shared bytes [3, samples]."""
+    (rounds, private, shared), half = samples / [[1], [1e6], [1e6]], samples.shape[1] // 2
+    found = {
+        "private_mb": private[-1],
+        "private_mb_per_100_rounds": np.polyfit(rounds, private, 1)[0] * 100,
+        "private_mb_per_100_rounds_of_last_half": np.polyfit(rounds[half:], private[half:], 1)[0] * 100,
+        "shared_mb": shared[-1],
+        "shared_mb_per_100_rounds": np.polyfit(rounds, shared, 1)[0] * 100,
+    }
+    return {name: round(float(value), 3) for name, value in found.items()}
 
 
 def main() -> None:

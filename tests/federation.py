@@ -91,15 +91,15 @@ class Injected(Exception):
     """A failure that a test put in."""
 
 
-def failing(name: str, started: bool, number: int) -> Hooks:
-    """Return hooks that raise `Injected` at the start or end of the `number`-th span `name`, counted from 1."""
+def failing(name: str, started: bool, number: int, error: Callable[[str], Exception] = Injected) -> Hooks:
+    """Return hooks that raise an error at the start or end of the `number`-th span `name`, counted from 1."""
     seen = 0
 
     def listen(span: str, starts: bool) -> None:
         nonlocal seen
         seen += (span, starts) == (name, started)
         if (span, starts, seen) == (name, started, number):
-            raise Injected(f"{name} {number}")
+            raise error(f"{name} {number}")
 
     def spans() -> Spans:
         made = Spans()

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,7 +146,7 @@ class TestErrors:
             ["plot", "d"],
             ["plot", "-o", "a.png"],
             ["run", "e.yaml", "--no-such"],
-            ["resume", "a", "b"],
+            ["resume", "a", "--lr", "1"],
         ],
         ids=" ".join,
     )
@@ -170,6 +171,12 @@ class TestErrors:
         assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.startswith(f"error: {message}")
         assert done.stderr.count("\n") == 1
+
+
+class TestVersion:
+    def test_it_is_that_of_the_package(self) -> None:
+        done = invoke("--version")
+        assert (done.exit_code, done.stdout, done.stderr) == (0, f"gossamer {version('gossamer')}\n", "")
 
 
 class TestHelp:
@@ -230,6 +237,27 @@ class TestStreams:
         done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
         os.close(writer)
         assert (done.returncode, done.stderr) == (1, "")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+    @pytest.mark.parametrize("unbuffered", ["", "1"])
+    @pytest.mark.parametrize(
+        "command", [["run", "e.yaml"], ["topology", "list"], ["--help"]], ids=lambda words: words[0]
+    )
+    def test_a_full_device_is_one_sentence(self, command: list[str], unbuffered: str) -> None:
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", FAKE + MAIN, *command],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+                timeout=60,
+                env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            )
+        assert done.returncode == 2
+        assert done.stderr == (
+            "error: cannot write the output (No space left on device): send it where there is space\n"
+        )
 
     def test_a_bug_shows_its_traceback(self) -> None:
         done = python(FAKE + "fake.run = lambda *arguments: 1 / 0\n" + MAIN, "run", "e.yaml")

@@ -52,10 +52,21 @@ class TestParse:
         config = parse(changed(algorithm="fedrolex", engine="local", clients__partition="shards", workload="my:Own"))
         assert (config.algorithm, config.engine.name) == ({"name": "fedrolex"}, "local")
         assert (config.clients.partition, config.workload) == ({"name": "shards"}, {"name": "my:Own"})
+        schedule = parse(load(changed(train__schedule="cosine"), ["train.schedule.warmup_rounds=2"])).train.schedule
+        assert (schedule.name, schedule.warmup_rounds) == ("cosine", 2)
+        assert parse(changed(train__schedule="cosine")).train.schedule.name == "cosine"
 
     def test_steps_alone_leave_epochs_open(self) -> None:
         assert parse(changed(train__steps=5)).train.epochs is None
         assert parse(changed(train__epochs=2)).train.steps is None
+
+    def test_epochs_of_a_file_are_unset_as_the_message_says(self) -> None:
+        data = load(changed(train__epochs=2), ["train.steps=3"])
+        assert "unset it by train.epochs=null or train.steps=null" in error_of(data)
+        train = parse(load(data, ["train.epochs=null"])).train
+        assert (train.epochs, train.steps) == (None, 3)
+        train = parse(load(data, ["train.steps=null"])).train
+        assert (train.epochs, train.steps) == (2, None)
 
     @pytest.mark.parametrize(
         ("changes", "expected"),
@@ -77,6 +88,9 @@ class TestParse:
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"clients__per_round": 5}, "clients.per_round 5 exceeds clients.num 4: sample at most all of them"),
     ({"train__epochs": 1, "train__steps": 2}, "train.epochs = 1 contradicts train.steps = 2: give one of them"),
+    ({"train": 3}, "train = 3: give a mapping of keys to values (known here: batch_size, clip_norm, epochs, lr"),
+    ({"train__schedule": 3}, "train.schedule = 3: give a mapping of keys to values (known here: factor, milestones"),
+    ({"train__schedule": "cosin"}, "train.schedule.name = 'cosin': input should be 'constant', 'multistep' or"),
     ({"submodel__capacities": [0]}, "capacity 0.0 is outside (0, 1]"),
     ({"submodel__capacities": [0.5, 1.5]}, "capacity 1.5 is outside (0, 1]"),
     ({"submodel__capacities": [-0.5]}, "capacity -0.5 is outside (0, 1]"),
@@ -193,7 +207,8 @@ class TestLoad:
         [
             (b"- a\n- b\n", "must hold a mapping of keys to values, not ['a', 'b']"),
             (b"", "must hold a mapping of keys to values, not None"),
-            (b"a: [1\n", "is not valid YAML: "),
+            (b"a: [1\nb: }\n", "but got ':' in \"{path}\", line 2, column 2"),
+            (b"a: \x01\n", 'special characters are not allowed in "{path}", position 3'),
             (b"\xff\xfe\xff", "cannot read configuration file"),
         ],
     )
@@ -202,7 +217,7 @@ class TestLoad:
         path.write_bytes(content)
         with pytest.raises(ConfigError) as caught:
             load(path)
-        assert expected in str(caught.value)
+        assert expected.replace("{path}", str(path)) in str(caught.value)
         assert repr(str(path)) in str(caught.value)
         assert "\n" not in str(caught.value)
 

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 from gossamer import errors
-from gossamer.errors import GossamerError, Interrupted, StorageError, nearest, storage_errors
+from gossamer.errors import (
+    ConfigError,
+    DataError,
+    GossamerError,
+    Interrupted,
+    StorageError,
+    nearest,
+    one_line,
+    plugin_errors,
+    require_attributes,
+    storage_errors,
+)
 
 KINDS = [
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, GossamerError)
@@ -27,6 +38,38 @@ def test_exit_codes(kind: type[GossamerError]) -> None:
 def test_nearest(name: str, hint: str) -> None:
     assert nearest(name, iter(["rolling", "static", "random"])) == hint
     assert nearest(name, []) == ""
+
+
+class TestPlugins:
+    @pytest.mark.parametrize(
+        ("error", "told"),
+        [
+            (ValueError("a\n  b"), "ValueError: a b"),
+            (KeyError("x"), "KeyError: 'x'"),
+            (ZeroDivisionError(), "ZeroDivisionError"),
+        ],
+        ids=repr,
+    )
+    def test_any_error_is_one_line_with_its_place(self, error: Exception, told: str) -> None:
+        assert one_line(error) == told  # raised nowhere
+        with pytest.raises(ConfigError) as caught, plugin_errors("model 'my:Own'"):
+            raise error
+        assert caught.value.__cause__ is error
+        line = error.__traceback__.tb_next.tb_lineno  # below plugin_errors itself
+        place = f"({__file__}, line {line})"
+        assert str(caught.value) == f"model 'my:Own' fails with {told} {place}: correct it, or name another one"
+
+    def test_errors_on_purpose_pass(self) -> None:
+        with pytest.raises(DataError, match=r"^no data$"), plugin_errors("model 'my:Own'"):
+            raise DataError("no data")
+        with pytest.raises(KeyboardInterrupt), plugin_errors("model 'my:Own'"):
+            raise KeyboardInterrupt
+
+    @pytest.mark.parametrize(("found", "kind"), [(dict, "dict"), ({}, "dict"), (None, "NoneType")])
+    def test_attributes(self, found: object, kind: str) -> None:
+        with pytest.raises(ConfigError, match=rf"^model 'x' is a {kind} without layout, loss: correct it, or name"):
+            require_attributes("model 'x'", found, ["layout", "__class__", "loss"])
+        require_attributes("model 'x'", found, ["__class__"])
 
 
 class TestStorageErrors:

@@ -97,6 +97,15 @@ class TestRefusals:
             ({"engine": "lokal"}, "unknown engine 'lokal'; did you mean 'local'"),
             ({"engine.modes": []}, "engine.modes names capacities"),
             ({"clients.sampler": "unifrom"}, "unknown sampler 'unifrom'"),
+            ({"workload": "json:loads"}, "workload {'name': 'json:loads'} on partition 'iid' fails with TypeError"),
+            ({"workload": "builtins:print"}, "'num_clients' is an invalid keyword argument for print()"),
+            ({"workload.dataset": "json:loads"}, "'json:loads'"),
+            ({"workload.model": "builtins:print"}, "'builtins:print'"),
+            ({"clients.partition": "builtins:dict"}, "'builtins:dict'"),
+            ({"algorithm": "json:loads"}, "algorithm 'json:loads' fails with TypeError: "),
+            ({"algorithm": "builtins:dict"}, "algorithm 'builtins:dict' is a dict without uplink, downlink, "),
+            ({"submodel.strategy": "math:pi"}, "submodel.strategy 'math:pi' is a float without choose, rank: correct"),
+            ({"engine": "math:pi"}, "engine 'math:pi' is a float without train, exchange, "),
             ({"log": {"sinks": ["tensorbord"]}}, "unknown entry 'tensorbord' in log.sinks; did you mean 'tensorboard'"),
             ({"methods": {"a": {"train.lr": -1}}}, "train.lr = -1"),
         ],
@@ -118,6 +127,11 @@ class TestRefusals:
             assert message in str(caught.value)
             assert caught.value.exit_code == 2
             assert [path for path in tmp_path.rglob("*") if path != tmp_path / "runs"] == []
+
+    @pytest.mark.parametrize(("name", "reason"), [("json:loads", "loads"), ("builtins:print", "int")])
+    def test_a_sampler_that_fails(self, tmp_path: Path, name: str, reason: str) -> None:
+        with pytest.raises(ConfigError, match=rf"^clients.sampler '{name}' fails with TypeError: {reason}\(\) "):
+            run(configure({"clients.sampler": name}), out=tmp_path / "run")
 
     def test_an_empty_directory_is_welcome(self, tmp_path: Path) -> None:
         assert run(configure({"rounds": 1}), out=tmp_path).directory == tmp_path

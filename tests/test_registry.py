@@ -55,6 +55,17 @@ class TestModuleAttribute:
         assert repr(name) in str(caught.value)
         assert caught.value.__cause__ is not None
 
+    def test_a_module_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "plug_in_that_fails.py").write_text("\nthing = {}['x']\n")
+        (tmp_path / "plug_in_in_parts.py").write_text("def half(\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(
+            ConfigError, match=r"^model 'plug_in_that_fails:M' fails with KeyError: 'x' \(.*py, line 2\): "
+        ):
+            registry.resolve("model", "plug_in_that_fails:M")
+        with pytest.raises(ConfigError, match=r"fails with SyntaxError: .*\(plug_in_in_parts.py, line 1\)"):
+            registry.resolve("model", "plug_in_in_parts:M")
+
     @pytest.mark.parametrize("name", [":Thing", ".relative:Thing", ":"])
     def test_without_a_module_the_name_is_unknown(self, name: str) -> None:
         with pytest.raises(RegistryError, match="unknown algorithm"):

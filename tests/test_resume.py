@@ -33,7 +33,7 @@ from federation import (
 from gossamer import checkpoint, clientstore, resume, run
 from gossamer.checkpoint import Checkpoints
 from gossamer.cli import app
-from gossamer.errors import CheckpointError, StorageError
+from gossamer.errors import CheckpointError, ConfigError, StorageError
 from gossamer.experiment import Run
 from gossamer.runlog import read_metrics
 
@@ -99,9 +99,12 @@ class TestEveryPhase:
     def test_with_other_workers(self, tmp_path: Path, undisturbed: Callable[[str], Run], kind: str) -> None:
         """The number of workers changes no bits, before or after."""
         interrupted(kind, tmp_path / "run", "exchange", True, 2, **{"engine.workers": 2})
-        path = tmp_path / "run/config.yaml"
-        path.write_text(path.read_text().replace("workers: 2", "workers: 0"))
-        assert_same(resume(tmp_path / "run"), undisturbed(kind))
+        assert_same(resume(tmp_path / "run", overrides=["engine.workers=0", "engine.block_size=1"]), undisturbed(kind))
+
+    def test_only_what_changes_no_bits_can_be_changed(self, tmp_path: Path) -> None:
+        interrupted("stateless", tmp_path / "run", "exchange", True, 2)
+        with pytest.raises(ConfigError, match=r"'train.lr=1': a run that has begun can only change engine.name, .*"):
+            resume(tmp_path / "run", overrides=["engine.workers=2", "train.lr=1"])
 
     @EACH_KIND
     def test_nothing_left_to_do(self, tmp_path: Path, undisturbed: Callable[[str], Run], kind: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from federation import LEVELS, configure, digest, mixed, modes, without_clocks
-from gossamer import run
+from federation import LEVELS, assert_same, configure, digest, events, failing, mixed, modes, without_clocks
+from gossamer import resume, run
 from gossamer.build import build
 from gossamer.checkpoint import Checkpoints
 from gossamer.clientstore import ClientStore
 from gossamer.config import parse
+from gossamer.errors import StateLost
 from gossamer.experiment import Hooks
 from gossamer.runlog import RunLog
+from gossamer.spans import Spans
 from gossamer.submodel import extract
 from slow import AXES, evaluation_samples, initial_model, perceptron, training_samples
+from slow_peers import decentralized
 
 ALL_EIGHT = {"workload.dataset.num_train": 160, "clients": {"num": 8, "per_round": 8}}  # 20 samples each
 COSTS = ("total_bytes_up", "total_bytes_down", "total_client_flops", "simulated_seconds")
@@ -155,6 +158,45 @@ class TestEvaluation:
         assert record["accuracy"] < record["local_accuracy"]  # two classes are easier to tell apart than ten
         off = run(configure(changes | {"workload.local_evaluation": False}), out=tmp_path / "off").metrics[0]
         assert set(record) - set(off) == {"local_accuracy", "worst_client_accuracy"}
+
+
+class TestLostState:
+    """An engine whose sites lose what they hold goes on from the last commit."""
+
+    @pytest.mark.parametrize("make", [configure, decentralized])
+    @pytest.mark.parametrize(("every_seconds", "back_to"), [(0, 2), (1000, 0)])
+    @pytest.mark.parametrize(("span", "started"), [("train", True), ("exchange", True), ("exchange", False)])
+    def test_same_bits(
+        self, tmp_path: Path, make: Callable[..., Any], every_seconds: float, back_to: int, span: str, started: bool
+    ) -> None:
+        config = make({"rounds": 4, "checkpoint.every_seconds": every_seconds})
+        whole = run(config, out=tmp_path / "whole")
+        lossy = run(config, out=tmp_path / "lossy", hooks=failing(span, started, 3, StateLost))
+        assert_same(lossy, whole)
+        assert events(lossy.directory, "state-lost") == [
+            {"round": 2, "back_to": back_to, "times": 1, "reason": f"{span} 3"}
+        ]
+        assert [record["round"] for record in lossy.metrics] == [1, 2, 3, 4]
+
+    def test_again_and_again(self, tmp_path: Path) -> None:
+        """Three losses without a commit in between are borne, the fourth is told."""
+
+        def spans() -> Spans:
+            def listen(span: str, starts: bool) -> None:
+                if span == "exchange" and (losses or Checkpoints(path).latest().round == 2):  # type: ignore[union-attr]
+                    losses.append(span)
+                    raise StateLost("all gone")
+
+            made = Spans()
+            made.listeners.append(listen)
+            return made
+
+        losses, path = list[str](), tmp_path / "run" / "checkpoints"
+        with pytest.raises(StateLost, match=r"^all gone$"):
+            run(configure({"rounds": 5}), out=tmp_path / "run", hooks=Hooks(spans=spans))
+        assert len(losses) == 4
+        assert [event["times"] for event in events(tmp_path / "run", "state-lost")] == [3]  # the log goes back, too
+        assert_same(resume(tmp_path / "run"), run(configure({"rounds": 5}), out=tmp_path / "whole"))
 
 
 class TestCommits:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from gossamer.config import Config, parse
 from gossamer.engines.base import Task, TrainOptions, VariantMode
 from gossamer.engines.local.measure import choose_modes
 from gossamer.engines.local.peerwork import column_sums
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, plugin_errors, require_attributes
 from gossamer.peerplanning import PeerPlanner
 from gossamer.planning import Capacities, Planner, assign_devices, devices_of_capacities
 from gossamer.profiling.costs import Costs, count_variants
@@ -37,6 +38,10 @@ from gossamer.topology import Topology
 from gossamer.workloads.base import Workload
 
 MERGED_COLUMNS = 1 << 10  # that are summed at a time
+ENGINE = ("train", "exchange", "evaluate", "read", "write", "close")
+ALGORITHM = ("uplink", "downlink", "client_arrays", "init", "begin", "step", "end", "update")
+STRATEGY = ("choose", "rank")
+WORKLOAD = ("layout", "num_samples", "init", "batch", "loss", "evaluate", "metrics")
 
 
 @dataclass(frozen=True)
@@ -111,13 +116,17 @@ class Parts:
         return (sums / len(x)).to(x.dtype)
 
 
-def build(config: Config) -> Parts:
+def build(config: Config, data: Any = None) -> Parts:
     """Load data, make the model, and settle everything that the configuration leaves open.
+
+    Args:
+        data: that the workload of the same configuration loaded elsewhere, see `Workload`; None: it is loaded.
 
     Raises:
         GossamerError: an unknown plug-in, contradictory options, missing or malformed data.
     """
     engine_class = resolve("engine", config.engine.name)
+    require_attributes(f"engine {config.engine.name!r}", engine_class, ENGINE)
     algorithm_name, algorithm_options = split(config.algorithm)
     algorithm_class = resolve("algorithm", algorithm_name)
     require_population(config, algorithm_class)
@@ -127,28 +136,28 @@ def build(config: Config) -> Parts:
     if topology is not None and config.peers is not None:
         config = config.model_copy(update={"peers": config.peers.model_copy(update={"num": topology.n})})
     train, sub = config.train, config.submodel
-    algorithm = algorithm_class(algorithm_options, momentum=train.momentum, weight_decay=train.weight_decay)
+    with plugin_errors(f"algorithm {algorithm_name!r}"):
+        algorithm = algorithm_class(algorithm_options, momentum=train.momentum, weight_decay=train.weight_decay)
+    require_attributes(f"algorithm {algorithm_name!r}", algorithm, ALGORITHM)
     require_whole_models(config, algorithm)
     warnings = check_peers(config, algorithm, topology) if topology is not None else ()
-    workload_name, workload_options = split(config.workload)
-    num_clients = num_participants(config)
-    workload: Workload = resolve("workload", workload_name)(
-        workload_options, num_clients=num_clients, partition=config.population.partition, seed=config.seed
-    )
+    workload, num_clients = load_workload(config, data), num_participants(config)
     if algorithm.client_arrays and workload.init(config.seed).dtype != torch.float32:
         raise ConfigError(
-            f"algorithm {algorithm_name!r} keeps private state in float32, but workload {workload_name!r} trains in"
-            " float64: set workload.precision to single"
+            f"algorithm {algorithm_name!r} keeps private state in float32, but workload"
+            f" {config.workload['name']!r} trains in float64: set workload.precision to single"
         )
     levels = sorted(zip(sub.capacities, sub.shares or [1.0] * len(sub.capacities), strict=True))
     capacities = Capacities([c for c, _ in levels], [s for _, s in levels], sub.assignment, num_clients, config.seed)
     assert sub.strategy is not None
     assert sub.mask_labels is not None
     assert sub.scaler is not None
+    strategy = resolve("strategy", sub.strategy)
+    require_attributes(f"submodel.strategy {sub.strategy!r}", strategy, STRATEGY)
     task = Task(
         workload=workload,
         algorithm=algorithm,
-        cutter=Cutter(workload.layout, resolve("strategy", sub.strategy), sub.stride, config.seed, sub.offsets),
+        cutter=Cutter(workload.layout, strategy, sub.stride, config.seed, sub.offsets),
         train=TrainOptions(train.batch_size, train.clip_norm),
         seed=config.seed,
         capacities=capacities.levels,
@@ -164,9 +173,25 @@ def build(config: Config) -> Parts:
     return Parts(config, workload, algorithm, task, planner, engine_class, warnings)
 
 
-def task_of(config: Mapping[str, Any]) -> Task:
-    """Rebuild the task of a resolved configuration, elsewhere."""
-    return build(parse(config)).task
+def task_of(config: Mapping[str, Any], data: Any = None) -> Task:
+    """Rebuild the task of a resolved configuration elsewhere, with data that need not be loaded again, see `build`."""
+    return build(parse(config), data).task
+
+
+def load_workload(config: Config, data: Any = None) -> Workload:
+    """Make the workload, with `data` that were loaded elsewhere, see `build`.
+
+    Raises:
+        GossamerError: its options are wrong, its data missing or malformed, or one of its plug-ins fails.
+    """
+    (name, options), partition = split(config.workload), config.population.partition
+    loaded = {} if data is None else {"data": data}
+    with plugin_errors(f"workload {config.workload} on partition {partition['name']!r}"):
+        workload: Workload = resolve("workload", name)(
+            options, num_clients=num_participants(config), partition=partition, seed=config.seed, **loaded
+        )
+    require_attributes(f"workload {name!r}", workload, WORKLOAD)
+    return workload
 
 
 def make_planner(config: Config, task: Task, capacities: Capacities) -> Planner | PeerPlanner:
@@ -190,12 +215,19 @@ def make_planner(config: Config, task: Task, capacities: Capacities) -> Planner 
             final_merge=peers.final_merge,
         )
     assert clients is not None
+    found = resolve("sampler", clients.sampler)
+
+    def sampler(seed: int, round: int, num_clients: int, count: int) -> Any:
+        """Return what the sampler does, as integers."""
+        with plugin_errors(f"clients.sampler {clients.sampler!r}"):
+            return np.asarray(found(seed, round, num_clients, count), dtype=np.int64)
+
     return Planner(
         seed=config.seed,
         num_rounds=config.rounds,
         num_samples=task.workload.num_samples,
         per_round=clients.per_round,
-        sampler=resolve("sampler", clients.sampler),
+        sampler=sampler,
         capacities=capacities,
         costs=costs,
         weighting=clients.weighting,

@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error; progress is dr
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -45,6 +46,24 @@ app = typer.Typer(
 
 app.add_typer(topology_cli.app, name="topology")
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from gossamer import __version__
+
+        typer.echo(f"gossamer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
+
+
 Directories = Annotated[list[Path], typer.Argument(metavar="DIR", help="Run directories, or directories of runs.")]
 
 
@@ -69,13 +88,22 @@ def run(
 @app.command()
 def resume(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run or an experiment that was stopped.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Where to go on, such as engine.workers=4.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where to train from now on; short for engine.name=NAME.")
+    ] = None,
 ) -> None:
     """Continue a run from its last commit, or all unfinished runs of an experiment."""
     from gossamer import experiment
     from gossamer.runlog import EXPERIMENT
 
+    changes = [*(overrides or ()), *([f"engine.name={engine}"] if engine is not None else ())]
     whole = directory / EXPERIMENT
-    _follow(lambda hooks: experiment.resume(directory, hooks), lambda: _num_runs(whole) if whole.exists() else 1)
+    _follow(
+        lambda hooks: experiment.resume(directory, hooks, changes), lambda: _num_runs(whole) if whole.exists() else 1
+    )
 
 
 @app.command()
@@ -182,7 +210,15 @@ def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
 def main() -> None:
     """Entry point of the console script; plug-ins are also looked for in the current folder, as with ``python -m``."""
     sys.path.insert(0, os.getcwd())
-    app(prog_name="gossamer")
+    try:
+        app(prog_name="gossamer")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        typer.echo(f"error: cannot write the output ({error.strerror}): send it where there is space", err=True)
+        # What Python still holds back is written as it ends: nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     else:
         path = Path(source)
         try:
-            data = yaml.safe_load(path.read_text())
+            with path.open() as file:  # not its text, so that errors name it
+                data = yaml.safe_load(file)
         except FileNotFoundError:
             raise ConfigError(f"no configuration file {str(path)!r}: give the path of a YAML file") from None
         except (OSError, UnicodeDecodeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,10 @@ class EngineError(GossamerError):
     """An engine cannot start, or lost a worker that it cannot replace."""
 
 
+class StateLost(EngineError):
+    """What the sites hold is gone; the last commit has it."""
+
+
 class RoundAborted(EngineError):
     """A round cannot be finished; the state before it is committed."""
 
@@ -61,6 +66,40 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return a hint such as ``; did you mean 'rolling'?`` for a misspelt `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's type, message and the place where it was raised, such as ``KeyError: 'x' (a.py, line 3)``."""
+    told = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    return f"{told} ({places[-1].filename}, line {places[-1].lineno})" if places else told
+
+
+@contextmanager
+def plugin_errors(plugin: str) -> Iterator[None]:
+    """Turn any error but gossamer's own, raised inside, into a `ConfigError` that names `plugin`.
+
+    Raises:
+        ConfigError: the plug-in fails.
+    """
+    try:
+        yield
+    except GossamerError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{plugin} fails with {one_line(error)}: correct it, or name another one") from error
+
+
+def require_attributes(plugin: str, found: object, names: Iterable[str]) -> None:
+    """Check that what a plug-in is, or makes, has the attributes `names`.
+
+    Raises:
+        ConfigError: it lacks some.
+    """
+    missing = [name for name in names if not hasattr(found, name)]
+    if missing:
+        kind = found.__name__ if isinstance(found, type) else type(found).__name__
+        raise ConfigError(f"{plugin} is a {kind} without {', '.join(missing)}: correct it, or name another one")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from gossamer import config as configuration
 from gossamer.build import Parts, build
 from gossamer.checkpoint import Checkpoint, Checkpoints
 from gossamer.config import Config
-from gossamer.errors import ConfigError, GossamerError, Interrupted, nearest, storage_errors
+from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, nearest, storage_errors
 from gossamer.ledger import Observer
 from gossamer.runlog import CONFIG, EXPERIMENT, RunLog, Sink, new_directory, read_config, read_metrics
 from gossamer.settle import check
@@ -40,6 +40,10 @@ class Run:
     metrics: list[dict[str, Any]]
     params: dict[str, Tensor]
     runs: list[Run] = field(default_factory=list)
+
+
+# Where a run that has begun may go on: what changes no bits.
+MOVABLE = tuple(f"engine.{key}" for key in ("name", "workers", "block_size", "address", "straggler_seconds"))
 
 
 @dataclass
@@ -91,19 +95,29 @@ def run(
         raise
 
 
-def resume(directory: str | Path, hooks: Hooks | None = None) -> Run:
+def resume(directory: str | Path, hooks: Hooks | None = None, overrides: Sequence[str] = ()) -> Run:
     """Continue a run from its last commit, or all unfinished runs of an experiment.
 
+    Args:
+        directory: of the run or the experiment.
+        hooks: see `Hooks`.
+        overrides: ``key=value`` strings, for this time; the keys are those of `MOVABLE`, which change no bits.
+
     Raises:
-        ConfigError: the directory holds no run.
+        ConfigError: the directory holds no run, or an override is of another key.
         CheckpointError: no commit is valid.
     """
     directory = Path(directory)
+    for override in overrides:
+        if override.partition("=")[0] not in MOVABLE:
+            raise ConfigError(
+                f"override {override!r}: a run that has begun can only change {', '.join(MOVABLE)}: start another run"
+            )
     if not (directory / EXPERIMENT).exists():
         read_config(directory)  # says so where this is no run directory
-        return _run_all(directory, {"": {}}, hooks or Hooks())
+        return _run_all(directory, {"": {}}, hooks or Hooks(), overrides=overrides)
     data = configuration.load(directory / EXPERIMENT)
-    return _run_all(directory, configuration.expand(data), hooks or Hooks())
+    return _run_all(directory, configuration.expand(data), hooks or Hooks(), overrides=overrides)
 
 
 def _run_all(
@@ -111,13 +125,15 @@ def _run_all(
     singles: Mapping[str, Mapping[str, Any]],
     hooks: Hooks,
     before_writing: Callable[[], None] = lambda: None,
+    overrides: Sequence[str] = (),
 ) -> Run:
     """Run or resume every single run below `directory`, in order."""
     runs = []
     with stop_on_signals() as stop_requested:
         for name, data in singles.items():
             where = directory / name if name else directory
-            config = configuration.parse(read_config(where) if (where / CONFIG).exists() else data)
+            begun = read_config(where) if (where / CONFIG).exists() else data
+            config = configuration.parse(configuration.load(begun, overrides))
             try:
                 runs.append(_run_single(config, where, name or config.name, hooks, stop_requested, before_writing))
             except Interrupted as stop:
@@ -186,7 +202,12 @@ def _run_rounds(
             log.truncate(dict.fromkeys(log.offsets(), 0))
             if store is not None:
                 store.restore({})
-        loop.run()
+        try:
+            loop.run()
+        except EngineError as error:
+            for note in getattr(error, "__notes__", ()):  # the traceback of a worker
+                log.log_event("worker-failed", message=str(error), traceback=note)
+            raise
         return parts.final_model(engine.read())
 
 

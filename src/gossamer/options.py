@@ -55,6 +55,9 @@ def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str
         return f"unknown key {path!r}{nearest(location[-1], known)} (known here: {', '.join(sorted(known))})"
     if first["type"] == "missing":
         return f"missing key {path!r}: add it"
+    if first["type"] == "model_type":
+        known = _fields_at(model, location)
+        return f"{path} = {first['input']!r}: give a mapping of keys to values (known here: {', '.join(sorted(known))})"
     message = first["msg"].removeprefix("Value error, ")
     if isinstance(first["input"], Mapping) and len(first["input"]) > 1:  # the message names the values that clash
         return f"{path or 'the configuration'}: {message[0].lower()}{message[1:]}"

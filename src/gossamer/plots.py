@@ -159,7 +159,8 @@ def _options(x: str | None, metric: str | None, spec: str | Path | None) -> Figu
     if x is not None or metric is not None:
         raise ConfigError(f"{str(spec)!r} names the axes of its panels: give either a spec, or x and metric")
     try:
-        data = yaml.safe_load(Path(spec).read_text(encoding="utf-8"))
+        with Path(spec).open(encoding="utf-8") as file:
+            data = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"cannot read the plot's spec {str(spec)!r} ({error}): give the path of a YAML file"

@@ -10,7 +10,7 @@ import importlib
 from importlib.metadata import entry_points
 from typing import Any
 
-from gossamer.errors import RegistryError, nearest
+from gossamer.errors import RegistryError, nearest, plugin_errors
 
 BUILTIN: dict[str, dict[str, str]] = {
     "algorithm": {
@@ -126,6 +126,7 @@ def resolve(kind: str, name: str) -> Any:
 
     Raises:
         RegistryError: the name is unknown, or its module or attribute cannot be imported.
+        ConfigError: its module fails on being imported.
     """
     target = BUILTIN.get(kind, {}).get(name)
     if target is None and ":" in name and name[0] not in ".:":
@@ -140,10 +141,11 @@ def resolve(kind: str, name: str) -> Any:
             f"unknown {kind} {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give 'module:attribute')"
         )
     module_name, _, attribute = target.partition(":")
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise RegistryError(f"cannot load {kind} {name!r} from {target!r}: {error}") from error
+    with plugin_errors(f"{kind} {name!r}"):
+        try:
+            found: Any = importlib.import_module(module_name)
+            for part in attribute.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError) as error:
+            raise RegistryError(f"cannot load {kind} {name!r} from {target!r}: {error}") from error
     return found

@@ -14,7 +14,7 @@ import torch
 from gossamer.checkpoint import Checkpoint, Checkpoints
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Engine
-from gossamer.errors import Interrupted, QuorumError, RoundAborted
+from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
 from gossamer.ledger import Observer, Progress, Record, round_record
 from gossamer.peerplanning import PeerPlanner
 from gossamer.planning import Planner, TimedPlan
@@ -23,6 +23,7 @@ from gossamer.spans import Spans
 from gossamer.workloads.base import Workload
 
 MAX_LISTED = 100  # clients that one event names
+MOST_LOSSES = 3  # of the state in a row, without a commit in between
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ class Loop:
         self.committed_round = checkpoint.round
 
     def run(self) -> None:
-        """Run all rounds that are left.
+        """Run all rounds that are left; where the engine loses the state, go back to the last commit.
 
         Raises:
+            StateLost: the engine lost the state again and again.
             QuorumError: too few usable updates; the state before that round is committed.
             Interrupted: `stop_requested` turned true; the last whole round is committed.
         """
@@ -90,6 +92,29 @@ class Loop:
                 self.log.log_event("warning", message=message)
         if self.progress.round == 0:
             self._commit()
+        losses, lost_at = 0, -1
+        while True:
+            try:
+                return self._run_rounds()
+            except StateLost as error:
+                losses = losses + 1 if self.committed_round == lost_at else 1
+                lost_at = self.committed_round
+                if losses > MOST_LOSSES:
+                    raise
+                self._go_back(error, losses)
+
+    def _go_back(self, error: StateLost, times: int) -> None:
+        """Take up the last commit, and note why; the time that passed has passed."""
+        checkpoint, wall_seconds = self.checkpoints.latest(), self.progress.wall_seconds
+        if checkpoint is None:
+            raise error
+        lost = self.progress.round
+        self.restore(checkpoint)
+        self.spans.take()
+        self.progress.wall_seconds = wall_seconds
+        self.log.log_event("state-lost", round=lost, back_to=checkpoint.round, times=times, reason=str(error))
+
+    def _run_rounds(self) -> None:
         committed_at = time.monotonic()
         while self.progress.round < self.options.num_rounds:
             try:

@@ -269,7 +269,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = _require_run(directory) / CONFIG
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            config = yaml.safe_load(file)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(path)!r} is no valid YAML ({' '.join(str(error).split())}): restore it") from error
     if not isinstance(config, dict):

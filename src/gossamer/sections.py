@@ -50,7 +50,7 @@ class EngineOptions(Options):
         modes: how each capacity is trained.
         address: of a Ray cluster, "auto" for the one on this machine; None: a Ray of the run's own.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
-            long after that the actor is replaced. None: never.
+            long after that the actor is replaced. None: many times the longest answer so far, a minute at least.
     """
 
     name: str = "local"
@@ -139,7 +139,7 @@ class TrainConfig(Options):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=None, gt=0)
-    schedule: ScheduleOptions = ScheduleOptions()
+    schedule: Annotated[ScheduleOptions, BeforeValidator(as_mapping)] = ScheduleOptions()
 
     @model_validator(mode="before")
     @classmethod
@@ -151,7 +151,10 @@ class TrainConfig(Options):
     @model_validator(mode="after")
     def _not_both(self) -> TrainConfig:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError(f"train.epochs = {self.epochs} contradicts train.steps = {self.steps}: give one of them")
+            raise ValueError(
+                f"train.epochs = {self.epochs} contradicts train.steps = {self.steps}: give one of them, and leave the"
+                " other out or unset it by train.epochs=null or train.steps=null"
+            )
         return self
 
 

@@ -92,7 +92,8 @@ def read_profile(name: str) -> dict[str, Any]:
         )
     path = Path(name) if is_path else resources.files("gossamer.profiling") / "profiles" / f"{name}.yaml"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            data = yaml.safe_load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"cannot read device profile {name!r} ({reason}): give the path of a YAML file") from error

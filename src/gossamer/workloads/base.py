@@ -38,6 +38,9 @@ class Workload(Protocol):
     of them starts from, [num_clients, d], where that is not `init` for all; and ``peer_metrics(rows)``, which returns
     further metrics (``{name: number}``) given the models of all peers, [num_clients, d].
 
+    If a class takes the argument ``data``, it is what the attribute ``data`` of an equal workload holds, a dataclass
+    that another process loaded and several share: its tensors must not be written to.
+
     Attributes:
         layout: how the model lies in a flat row.
         num_clients: registered clients.

@@ -82,6 +82,8 @@ def call_plug_in(function: Callable[..., Any], where: str, *args: Any, **params:
     """
     try:
         inspect.signature(function).bind(*args, **params)
+    except ValueError:  # some built-in types tell no signature
+        pass
     except TypeError as error:
         raise ConfigError(f"{where} does not take these options: {error}") from error
     return function(*args, **params)
@@ -98,7 +100,13 @@ class ImageClassification:
     Options = ImageOptions
 
     def __init__(
-        self, options: Mapping[str, Any], *, num_clients: int, partition: Mapping[str, Any] | str, seed: int
+        self,
+        options: Mapping[str, Any],
+        *,
+        num_clients: int,
+        partition: Mapping[str, Any] | str,
+        seed: int,
+        data: ImageData | None = None,
     ) -> None:
         """Load the data, divide it and lay out the model.
 
@@ -107,11 +115,12 @@ class ImageClassification:
             num_clients: how many clients share the training data.
             partition: name of a partition, or a mapping of ``name`` and its parameters.
             seed: of the partition and of augmentation.
+            data: if it is loaded already.
         """
         self.options = parse_options(ImageOptions, options, "workload")
         self.num_clients = num_clients
         self.seed = seed
-        self.data = self._load_data()
+        self.data = self._load_data() if data is None else data
         self.partition = self._divide(partition)
         self.num_samples = self.partition.num_samples
         self.num_labels = self.data.num_labels

@@ -69,7 +69,13 @@ class NextCharacter:
     num_statistics_chunks = 0
 
     def __init__(
-        self, options: Mapping[str, Any], *, num_clients: int, partition: Mapping[str, Any] | str, seed: int
+        self,
+        options: Mapping[str, Any],
+        *,
+        num_clients: int,
+        partition: Mapping[str, Any] | str,
+        seed: int,
+        data: TextData | None = None,
     ) -> None:
         """Load the texts, divide them and lay out the model.
 
@@ -78,10 +84,11 @@ class NextCharacter:
             num_clients: how many clients share the training texts.
             partition: name of a partition, or a mapping of ``name`` and its parameters.
             seed: of the partition.
+            data: if it is loaded already.
         """
         self.options = parse_options(TextOptions, options, "workload")
         self.num_clients = num_clients
-        self.data = self._load_data()
+        self.data = self._load_data() if data is None else data
         self.num_labels = len(self.data.vocabulary)
         context = self.options.context
         self._train, owner = _tiled([self.data.encode(text) for text in self.data.train], context)

@@ -195,8 +195,12 @@ class TestWorkers:
     @pytest.mark.parametrize(
         ("error", "kind", "message"),
         [
-            (ValueError("no"), EngineError, r"a worker process failed: no \(engine.workers=0 trains.*Traceback"),
-            (KeyError(), EngineError, "a worker process failed: KeyError "),
+            (
+                ValueError("no\nway"),
+                EngineError,
+                r"^worker process \d+ failed with ValueError: no way \(.*test_pool.py, l",
+            ),
+            (KeyError(), EngineError, r"failed with KeyError \(.*, line \d+\): correct it; engine.workers=0 trains in"),
             (DataError("no data: add some"), GossamerError, "^no data: add some$"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -205,8 +209,13 @@ class TestWorkers:
         def handler(_: Message) -> Message:
             raise error
 
-        with pytest.raises(kind, match=f"(?s){message}"):
+        with pytest.raises(kind, match=message) as caught:
             list(make_pool(2, handler).map([{}, {}], never))
+        assert "\n" not in str(caught.value)
+        notes = getattr(caught.value, "__notes__", [])
+        assert [note.startswith("Traceback (most recent call last)") for note in notes] == [True] * (
+            kind is EngineError
+        )
 
     @pytest.mark.parametrize("code", [1, 3])
     def test_death(self, make_pool: MakePool, code: int) -> None:

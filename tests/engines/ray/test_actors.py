@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import tempfile
@@ -201,6 +202,17 @@ class TestFaults:
         with acting(1, straggler_seconds=0.5, on_event=told) as actors:
             assert_squares(list(actors.map(squares(4, faults))), 4)
         assert told.count("actor-replaced", "hung") == 1
+
+    def test_hangs_without_a_limit_being_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Many times the longest answer so far is long enough."""
+        monkeypatch.setattr("gossamer.engines.ray.actors.LEAST_PATIENCE_SECONDS", 0.5)
+        told, faults = Told(), {1: ("stop", str(tmp_path / "flag"))}
+        with acting(2, on_event=told) as actors:
+            assert actors.limit_seconds("work") == math.inf
+            assert_squares(list(actors.map(squares(2))), 2)
+            assert 0.5 <= actors.limit_seconds("work") < math.inf
+            assert_squares(list(actors.map(squares(4, faults))), 4)
+        assert told.count("retry", "straggler") >= 1
 
     def test_a_late_result_is_dropped(self, tmp_path: Path) -> None:
         """A stopped actor is let go when another one has done its work, and answers while the batch goes on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import yaml
 
 from federation import (
+    LEVELS,
     SCAFFOLD,
     SINGLY,
     STACKED,
@@ -27,8 +29,13 @@ from federation import (
     wait_for,
 )
 from gossamer import resume, run
+from gossamer.build import build
+from gossamer.config import parse
+from gossamer.engines.local.batches import Job
+from gossamer.engines.ray.host import Host
 from gossamer.errors import DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
+from gossamer.records import Block
 from gossamer.runlog import read_metrics
 from gossamer.spans import Spans
 from slow_peers import decentralized
@@ -41,7 +48,7 @@ CNN = {"workload.model": {"name": "cnn", "width": 0.125}, "submodel.scaler": Fal
 CASES: dict[str, dict[str, Any]] = {
     "rolling": mixed("fedrolex", **STACKED) | {"evaluation": {"by_capacity": True}},
     "random": mixed("fedavg", **SINGLY) | {"submodel.strategy": "random"},
-    "magnitude": mixed("fedavg", **STACKED) | {"submodel.strategy": "magnitude"},
+    "magnitude": mixed("fedavg", **STACKED) | {"submodel.strategy": "magnitude", "evaluation.by_capacity": True},
     "windows of each client's own": mixed("federated-dropout"),
     "private state": SCAFFOLD | {"clients.num": 4},
     "channels last": mixed("fedrolex", (0.5, 1.0), **SINGLY, channels_last=True) | CNN,
@@ -88,10 +95,27 @@ def test_resumed_on_the_other_engine(tmp_path: Path, case: str, engines: tuple[s
     first = config | {"rounds": 2, "engine": config["engine"] | {"name": engines[0], "workers": 2}}
     started = run(first, out=tmp_path / "part")
     path = started.directory / "config.yaml"
-    resolved = yaml.safe_load(path.read_text()) | {"rounds": 4}
-    resolved["engine"]["name"] = engines[1]
-    path.write_text(yaml.safe_dump(resolved))
-    assert_same(resume(started.directory), whole)
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"rounds": 4}))
+    assert_same(resume(started.directory, overrides=[f"engine.name={engines[1]}", "engine.workers=1"]), whole)
+
+
+@SHARED
+def test_an_actor_that_trained_nothing_evaluates_the_windows_of_the_round() -> None:
+    """Channels are ranked by the model before the round, whoever asks for them after it."""
+    import ray
+
+    parts = build(parse(configure(CASES["magnitude"])))
+    recipe = {"factory": "gossamer.build:task_of", "config": parts.config.model_dump(mode="json"), "paths": []}
+    before, after = ({"x": parts.workload.init(seed)[None].numpy()} for seed in (1, 2))
+    plan = parts.planner.plan(3)
+    first = (values[:1] for values in (plan.client, plan.weight, plan.steps))
+    job = Job(3, 0, Block(0, 0, 1, slice(0, 1)), LEVELS[0], *first, 0.1)
+    trained, idle, other = (Host(json.dumps(recipe), []) for _ in range(3))
+    trained.train(json.dumps(job.message() | {"is_cut": False}), [ray.put(before)], {})
+    message = json.dumps({"kind": "evaluate", "capacity": LEVELS[0], "round": 3, "chunk": 0, "statistics": {}})
+    expected = trained.handle(message, after, [ray.put(before)])
+    assert idle.handle(message, after, [ray.put(before)]) == expected
+    assert other.handle(message, after, [ray.put(after)]) != expected  # the comparison could fail
 
 
 class TestErrors:

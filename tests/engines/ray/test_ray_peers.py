@@ -12,7 +12,9 @@ import pytest
 
 from federation import LEVELS, STACKED, assert_same, events, modes
 from gossamer import resume, run
+from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.experiment import Hooks
+from gossamer.records import RoundPlan
 from gossamer.spans import Spans
 from slow_peers import LEAST_SQUARES, decentralized
 
@@ -88,3 +90,25 @@ def test_resumed_on_the_other_engine(tmp_path: Path) -> None:
     path = started.directory / "config.yaml"
     path.write_text(path.read_text().replace("rounds: 2", "rounds: 4").replace("name: ray", "name: local"))
     assert_same(resume(started.directory), whole)
+
+
+@pytest.mark.filterwarnings("ignore:`free` is a deprecated")
+def test_rows_that_are_lost_with_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run goes on from the last commit, with actors that have to be given everything anew."""
+    from ray._private.internal_api import free
+
+    lost = list[int]()
+    train = RayPeerEngine.train
+
+    def forgetful(self: RayPeerEngine, plan: RoundPlan) -> Any:
+        if plan.round == 2 and not lost:
+            lost.append(len(self._state))
+            free(self._state)
+        return train(self, plan)
+
+    monkeypatch.setattr(RayPeerEngine, "train", forgetful)
+    changes = {"rounds": 4, "checkpoint.every_seconds": 0}
+    there = run(decentralized(changes | RAY), out=tmp_path / "ray")
+    assert lost
+    assert [(event["round"], event["back_to"]) for event in events(there.directory, "state-lost")] == [(2, 2)]
+    assert_same(there, run(decentralized(changes), out=tmp_path / "local"))

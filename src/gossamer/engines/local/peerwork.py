@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,8 @@ class PeerWorker:
         self._scalars = scalars_of(task.algorithm)
         self._num_peers = task.workload.num_clients
         self._trainer = Trainer(task, peers.state)
-        self._mixing = lru_cache(maxsize=2)(self._make_mixing)
+        # Of a method of its own it would be a cycle, and keep the peers' rows until the garbage is collected.
+        self._mixing = lru_cache(maxsize=2)(partial(_mixing_of, task))
 
     def handle(self, message: Message) -> Message:
         """Do one job and return its reply, both plain JSON values."""
@@ -179,15 +180,6 @@ class PeerWorker:
             return mixing.apply(value)
         return mixing.rows(value, rows.start, rows.stop)
 
-    def _make_mixing(self, round: int, kind: str) -> Mixing:
-        """Return what peers do in a round."""
-        topology = self._task.topology
-        assert topology is not None
-        if kind == "mean":
-            return BlockAverage(1, topology.n, 1)
-        mixing = topology.mixing(round)
-        return mixing.lazy() if getattr(self._task.algorithm, "lazy", False) else mixing
-
     # ---- measure and evaluate
 
     def measure(self, message: Message) -> Message:
@@ -223,6 +215,15 @@ class PeerWorker:
         if cut.is_full:
             return cut.full.views(row)
         return cut.sub.views(cut.read(row, row.new_zeros(cut.sub.d)))
+
+
+def _mixing_of(task: Task, round: int, kind: str) -> Mixing:
+    """Return what peers do in a round."""
+    assert task.topology is not None
+    if kind == "mean":
+        return BlockAverage(1, task.topology.n, 1)
+    mixing = task.topology.mixing(round)
+    return mixing.lazy() if getattr(task.algorithm, "lazy", False) else mixing
 
 
 def _consecutive(peers: NDArray[np.int64]) -> slice | Tensor:

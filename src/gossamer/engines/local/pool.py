@@ -17,11 +17,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
-from gossamer.errors import EngineError, GossamerError
+from gossamer.errors import EngineError, GossamerError, one_line
 
 Message = dict[str, Any]
 Handler = Callable[[Message], Message]
@@ -56,7 +57,7 @@ class WorkerPool:
         `jobs` is drawn from lazily. When `stop` turns true, no more replies are waited for and `StopIteration` follows.
 
         Raises:
-            EngineError: a worker died, or its handler failed (the message carries its traceback).
+            EngineError: a worker died, or its handler failed (its traceback is a note of the error).
             GossamerError: the handler raised one; it is raised again here.
         """
         source, in_flight = iter(jobs), {id(c): deque[None]() for c in self._connections}
@@ -113,14 +114,19 @@ class WorkerPool:
         if "error" in reply:
             if reply["gossamer"]:
                 raise GossamerError(reply["error"])
-            raise EngineError(
-                f"a worker process failed: {reply['error']} (engine.workers=0 trains in this process, for a debugger)"
-                f"\n{reply['traceback']}"
+            failed = EngineError(
+                f"worker process {self._process_of(connection).pid} failed with {reply['error']}: correct it;"
+                " engine.workers=0 trains in this process, for a debugger"
             )
+            failed.add_note(reply["traceback"])
+            raise failed
         return reply
 
+    def _process_of(self, connection: Connection) -> BaseProcess:
+        return self._processes[self._connections.index(connection)]
+
     def _died(self, connection: Connection) -> None:
-        process = self._processes[self._connections.index(connection)]
+        process = self._process_of(connection)
         process.join(timeout=5)
         raise EngineError(
             f"worker process {process.pid} died with exit code {process.exitcode} (-9: often out of memory):"
@@ -150,9 +156,7 @@ def _work(
         try:
             reply = handler(json.loads(message))
         except Exception as error:
-            reply = {
-                "error": str(error) or type(error).__name__,
-                "gossamer": isinstance(error, GossamerError),
-                "traceback": traceback.format_exc(),
-            }
+            is_ours = isinstance(error, GossamerError)
+            told = str(error) if is_ours else one_line(error)
+            reply = {"error": told, "gossamer": is_ours, "traceback": traceback.format_exc()}
         connection.send_bytes(json.dumps(reply).encode())

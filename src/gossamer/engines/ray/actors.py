@@ -6,28 +6,22 @@ it must not change anything but its own result.
 
 from __future__ import annotations
 
-import logging
-import os
-import secrets
-import signal
-import socket
-import sys
-import threading
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gossamer.errors import EngineError, GossamerError, RoundAborted
+from gossamer.errors import EngineError, GossamerError, RoundAborted, StateLost, one_line
 
 AHEAD = 2  # calls that an actor has at once, so that it need not wait for the next
 POLL_SECONDS = 0.2
 MOST_FAILURES = 3  # of each actor in a row, on average, without a single result
 START_SECONDS = 120.0  # in which one actor at least must have come up
-CONNECT_SECONDS = 10.0  # in which a cluster must answer
-HUNG = 3  # times straggler_seconds without an answer: the first actor of a place is replaced; every next waits twice
+HUNG = 3  # times that limit without an answer: the first actor of a place is replaced; every next waits twice
+PATIENCE = 20  # times the longest answer so far, the limit where straggler_seconds is not given
+LEAST_PATIENCE_SECONDS = 60.0
 
 
 class Call(NamedTuple):
@@ -74,64 +68,6 @@ class _Attempt:
     is_doubled: bool = False
 
 
-def start_ray(address: str | None, num_cpus: int | None) -> Callable[[], None]:
-    """Start a Ray of our own on this machine, or join a cluster; return what stops or leaves it.
-
-    Args:
-        address: None for a Ray of our own, else "auto" or the address of a cluster.
-        num_cpus: of a Ray of our own; None: all.
-
-    Raises:
-        EngineError: there is no such cluster, or Ray does not start.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address is None:  # seconds that Ray's agents look for a head that was killed with us, before they go too
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
-        if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
-            # Ray listens to other machines, and runs what they send; it reads these when it is imported.
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    import ray
-
-    if ray.is_initialized():
-        return lambda: None
-    given: dict[str, Any] = {"address": address or "local"}  # "local" where another Ray runs here, too
-    if address is None:
-        given |= {"num_cpus": num_cpus, "include_dashboard": False}
-    try:
-        _require_answer(address)
-        with _same_sigterm():
-            ray.init(**given, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if address is None:
-            raise EngineError(f"cannot start Ray ({reason}): look at what gossamer doctor says") from None
-        raise EngineError(
-            f"cannot join the Ray cluster at {address!r} ({reason}): start it with ray start --head, or leave"
-            " engine.address out"
-        ) from None
-    return ray.shutdown
-
-
-def _require_answer(address: str | None) -> None:
-    """Raise an `OSError` unless somebody listens at ``host:port``, because Ray would wait for hours."""
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-
-
-@contextmanager
-def _same_sigterm() -> Iterator[None]:
-    """Keep who handles SIGTERM: Ray would exit at once, where a run stops politely."""
-    is_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if is_main and callable(before):
-            signal.signal(signal.SIGTERM, before)
-
-
 READY = Call("ready", "ready", ())
 
 
@@ -152,13 +88,15 @@ class Actors:
         Args:
             make: starts one actor and returns its handle.
             straggler_seconds: wall-clock seconds without an answer of an actor after which its calls are done again
-                elsewhere, as soon as another one has time; long after that it is replaced. None: never.
+                elsewhere, as soon as another one has time; long after that it is replaced. None: `PATIENCE` times the
+                longest time that an answer to the same method has taken, a minute at least.
             start_seconds: in which one actor at least must have come up.
             on_event: is told of every retry and replacement.
         """
         self._make, self._straggler_seconds, self.on_event = make, straggler_seconds, on_event
         self._start_seconds = start_seconds
         self._slots: list[_Slot] = []
+        self._longest: dict[str, float] = {}
         self.resize(num_actors)
 
     def __len__(self) -> int:
@@ -195,18 +133,32 @@ class Actors:
             try:
                 result = _result(attempt)
             except _lost() as error:
-                batch.again.append(attempt.call)
+                if not attempt.is_doubled:
+                    batch.again.append(attempt.call)
                 self._lost_one(attempt, type(error).__name__, batch)
                 continue
             batch.failures = 0
             batch.done.add(attempt.call.key)
             yield attempt.call.key, result
-        for attempt in batch.flying.values():  # it still works on what another one has done
-            self._replace(attempt, "straggler")
+        for attempt in batch.flying.values():
+            if attempt.is_doubled:  # it still works on what another one has done
+                self._replace(attempt, "straggler")
 
     def stop(self) -> None:
         """Kill the actors."""
         self.resize(0)
+
+    def note_seconds(self, method: str, seconds: float) -> None:
+        """Take down how long an answer took."""
+        self._longest[method] = max(seconds, self._longest.get(method, 0.0))
+
+    def limit_seconds(self, method: str) -> float:
+        """Return how long a call may stay without an answer before it is made elsewhere, too."""
+        if self._straggler_seconds is not None:
+            return self._straggler_seconds
+        if method not in self._longest:
+            return math.inf
+        return max(LEAST_PATIENCE_SECONDS, PATIENCE * self._longest[method])
 
     # ---- inside
 
@@ -290,6 +242,7 @@ class _Batch:
             return None
         attempt = self.flying.pop(ready[0])
         if slots[attempt.slot].generation == attempt.generation:
+            self._actors.note_seconds(attempt.call.method, now - slots[attempt.slot].heard)
             slots[attempt.slot].heard = now
         return attempt
 
@@ -334,11 +287,9 @@ class _Batch:
 
     def _do_again(self, now: float) -> None:
         """Give the calls of actors that do not answer to others, and replace those that never will."""
-        limit, slots = self._actors._straggler_seconds, self._actors._slots
-        if limit is None:
-            return
+        slots = self._actors._slots
         for attempt in self._current():
-            silent = now - slots[attempt.slot].heard
+            silent, limit = now - slots[attempt.slot].heard, self._actors.limit_seconds(attempt.call.method)
             if silent > limit and not attempt.is_doubled and attempt.call.key not in self.done:
                 attempt.is_doubled = True
                 self.again.append(attempt.call)
@@ -360,6 +311,11 @@ def _result(attempt: _Attempt) -> Any:
         first = ray.get(attempt.refs[0])
     except ray.exceptions.RayTaskError as error:
         raise _own_error(error) from None
+    except ray.exceptions.RayError as error:
+        if isinstance(error, _lost()):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise EngineError(f"Ray fails ({reason}): look at its logs, then resume") from None
     return first if attempt.call.num_returns == 1 else (first, *attempt.refs[1:])
 
 
@@ -370,11 +326,13 @@ def _own_error(error: Any) -> GossamerError:
     if isinstance(cause, GossamerError):
         return type(cause)(*cause.args)
     if isinstance(cause, ObjectLostError):  # no other actor could do it either
-        return EngineError(
+        return StateLost(
             f"the cluster lost what a call was to be given, as with a node ({type(cause).__name__}): resume from the"
             " last commit"
         )
-    return EngineError(f"a Ray actor failed: {type(cause).__name__}: {cause}\n{error}")
+    failed = EngineError(f"a Ray actor failed with {one_line(cause)}: correct it")
+    failed.add_note(str(error))
+    return failed
 
 
 def _lost() -> tuple[type[Exception], ...]:

@@ -17,10 +17,11 @@ from gossamer.engines.base import Task
 from gossamer.engines.federation import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine, num_leaves_of
 from gossamer.engines.local.batches import Job
 from gossamer.engines.local.memory import keep_freed_memory
-from gossamer.engines.ray.actors import Actors, Call, start_ray
+from gossamer.engines.ray.actors import Actors, Call
 from gossamer.engines.ray.host import Host
 from gossamer.engines.ray.peers import RayPeerEngine
-from gossamer.engines.ray.placing import arrays_of, make_actor, num_cpus
+from gossamer.engines.ray.placing import arrays_of, make_actor, num_cpus, put_data
+from gossamer.engines.ray.starting import start_ray
 from gossamer.records import Block, BlockResult, RoundPlan
 from gossamer.workloads.base import Sums
 
@@ -61,7 +62,7 @@ class RayEngine(FederatedEngine):
         owned = {name: value.clone() for name, value in state.items()}
         super().__init__(task, owned, store, num_workers=workers or num_cpus(), block_size=block_size)
         self._actors = Actors(
-            make_actor(Host, json.dumps(recipe)),
+            make_actor(Host, json.dumps(recipe), put_data(task.workload)),
             self.num_workers,
             straggler_seconds=straggler_seconds,
             on_event=lambda kind, **fields: self.report(kind, **fields),
@@ -79,9 +80,14 @@ class RayEngine(FederatedEngine):
         self._received = {}
         self._leave()
 
-    def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
+    def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
+        """Train on as many actors as there are CPUs by now, and cut blocks for them, see `FederatedEngine`."""
         if self._adapts:
             self._actors.resize(num_cpus())
+            self.num_workers = len(self._actors)
+        return super().train(plan)
+
+    def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
         self._received = {}
         by_key = {(block.variant, block.rows.start): block for block in blocks}
         for key, (reply, arrays) in self._actors.map(self._calls(plan, blocks), self.stop_requested):
@@ -146,6 +152,10 @@ class RayEngine(FederatedEngine):
         import ray
 
         state = ray.put(arrays_of(self._state))
-        calls = (Call(chunk, "handle", (json.dumps({**message, "chunk": chunk}), state)) for chunk in range(num_chunks))
+        ranked = [self._received[None]] if self._task.cutter.strategy.rank is not None else []
+        calls = (
+            Call(chunk, "handle", (json.dumps({**message, "chunk": chunk}), state, ranked))
+            for chunk in range(num_chunks)
+        )
         sums = {key: json.loads(reply)["sums"] for key, reply in self._actors.map(calls)}
         return [{name: np.array(v, dtype=np.float64) for name, v in sums[chunk].items()} for chunk in range(num_chunks)]

@@ -20,37 +20,40 @@ from gossamer.engines.local.batches import Job
 from gossamer.engines.local.memory import keep_freed_memory
 from gossamer.engines.local.training import Trainer
 from gossamer.engines.local.worker import Worker, named_arrays
+from gossamer.engines.ray.placing import get_data
 from gossamer.registry import resolve
 
 Received = Mapping[str, NDArray[Any]]
 
 
-def prepare(recipe: str) -> Task:
+def prepare(recipe: str, data: list[Any]) -> Task:
     """Set this process up for training, and rebuild a task.
 
     Args:
         recipe: JSON with ``factory`` (``module:function``), its argument ``config``, and ``paths`` where modules of the
             user's own may lie.
+        data: the workload's, see `put_data`.
     """
     warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
     torch.set_num_threads(1)
     keep_freed_memory()
     described = json.loads(recipe)
     sys.path += [path for path in described["paths"] if path not in sys.path]
-    task: Task = resolve("task", described["factory"])(described["config"])
+    task: Task = resolve("task", described["factory"])(described["config"], get_data(data))
     return task
 
 
 class Host:
     """Trains and evaluates blocks of a federation; one torch thread."""
 
-    def __init__(self, recipe: str) -> None:
+    def __init__(self, recipe: str, data: list[Any]) -> None:
         """Rebuild the task, see `prepare`."""
-        self._task = prepare(recipe)
+        self._task = prepare(recipe, data)
         self._state: Arrays = {}
         self._trainer = Trainer(self._task, self._state)
         self._worker = Worker(self._task, self._state, torch.zeros(0, 0))
         self._received_at: Any = None
+        self._ranked_at: int | None = None
 
     def ready(self) -> bool:
         """Answer, once the task is built."""
@@ -76,10 +79,22 @@ class Host:
         reply = {"loss": result.loss, "finite": result.finite, "arrays": [[name, part] for name, part, _ in present]}
         return json.dumps(reply), [value.numpy() for _, _, value in present]
 
-    def handle(self, message: str, state: Received) -> str:
-        """Return the sums of one chunk of data, see `Worker.handle`; `state` is the whole one."""
+    def handle(self, message: str, state: Received, ranked: list[Any]) -> str:
+        """Return the sums of one chunk of data, see `Worker.handle`.
+
+        Args:
+            message: JSON.
+            state: the whole one.
+            ranked: a reference to the state by which the round's channels were ranked, if they were; in a list, so that
+                it is fetched by those actors only that have trained nothing in this round.
+        """
+        described = json.loads(message)
+        if ranked and described["round"] != self._ranked_at:
+            import ray
+
+            self._rank(tensors(ray.get(ranked[0])), described["round"])
         self._replace(state)
-        return json.dumps(self._worker.handle(json.loads(message)))
+        return json.dumps(self._worker.handle(described))
 
     def _receive(self, job: Job, reference: list[Any], *, is_cut: bool) -> None:
         address = (job.round, job.phase, job.capacity if is_cut else None)
@@ -93,7 +108,11 @@ class Host:
             self._trainer.receive(job, tensors(received))
             return
         self._replace(received)
-        self._task.cutter.rank_(self._state["x"][0])
+        self._rank(self._state, job.round)
+
+    def _rank(self, state: Arrays, round: int) -> None:
+        self._task.cutter.rank_(state["x"][0])
+        self._ranked_at = round
 
     def _replace(self, state: Received) -> None:
         self._state.clear()

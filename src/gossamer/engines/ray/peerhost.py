@@ -7,6 +7,8 @@ repeats it gets the same.
 from __future__ import annotations
 
 import json
+import math
+import mmap
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -27,9 +29,9 @@ HOLDERS = "holders"  # travels with the payloads where windows differ
 class PeerHost:
     """Trains and mixes blocks of peers; one torch thread."""
 
-    def __init__(self, recipe: str) -> None:
+    def __init__(self, recipe: str, data: list[Any]) -> None:
         """Rebuild the task, see `prepare`."""
-        self._task = prepare(recipe)
+        self._task = prepare(recipe, data)
         self._scalars = scalars_of(self._task.algorithm)
         self._needs = lru_cache(maxsize=4)(self._make_needs)
         empty = PeerState({}, {}, None, torch.zeros(1, self._task.workload.layout.d))
@@ -99,8 +101,7 @@ class PeerHost:
         own = {name.removeprefix("sent."): value for name, value in block.items() if name.startswith("sent.")}
         sent: Arrays = {}
         for name, rows in own.items():
-            # Pages of rows that nobody writes take no memory, and what `rows` does not hear from is not read.
-            everyone = np.zeros((self._task.workload.num_clients, rows.shape[1]), dtype=rows.dtype)
+            everyone = _sparse_zeros((self._task.workload.num_clients, rows.shape[1]), rows.dtype)
             everyone[low:high] = rows
             for piece in pieces:
                 if piece is not None:
@@ -154,3 +155,12 @@ def _piece(sent: Mapping[str, Tensor], peers: NDArray[np.int64], low: int) -> di
     """Return the rows of some peers of a block that begins with peer `low`."""
     places = torch.from_numpy(peers - low)
     return {"peers": peers} | {name: value[places].numpy() for name, value in sent.items()}
+
+
+def _sparse_zeros(shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Return zeros of which only the pages that are written take memory, until nobody holds the array.
+
+    An allocator that keeps freed memory (`keep_freed_memory`) would clear it all anew, and keep it.
+    """
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
+    return np.frombuffer(pages, dtype).reshape(shape)

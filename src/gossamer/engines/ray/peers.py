@@ -19,15 +19,17 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Record, Task
 from gossamer.engines.local.batches import sample_bytes
 from gossamer.engines.local.peers import distance_record, job_message, peers_record, rows_of_block
-from gossamer.engines.ray.actors import Actors, Call, start_ray
+from gossamer.engines.ray.actors import Actors, Call
 from gossamer.engines.ray.peerhost import PeerHost
-from gossamer.engines.ray.placing import make_actor, num_cpus
-from gossamer.errors import EngineError
+from gossamer.engines.ray.placing import make_actor, num_cpus, put_data
+from gossamer.engines.ray.starting import start_ray
+from gossamer.errors import StateLost
 from gossamer.records import Block, BlockResult, RoundPlan
 from gossamer.topology.panels import panels
 from gossamer.workloads.base import Sums, add_sums
 
 BLOCKS_PER_ACTOR = 2
+READ_SECONDS = 600.0  # in which all rows must have come to the driver
 
 
 class RayPeerEngine:
@@ -61,7 +63,7 @@ class RayPeerEngine:
         self.report: Callable[..., None] = lambda kind, **fields: None
         num_actors = workers or num_cpus()
         self._actors = Actors(
-            make_actor(PeerHost, json.dumps(recipe)),
+            make_actor(PeerHost, json.dumps(recipe), put_data(task.workload)),
             num_actors,
             straggler_seconds=straggler_seconds,
             on_event=lambda kind, **fields: self.report(kind, **fields),
@@ -146,9 +148,9 @@ class RayPeerEngine:
 
         self._require_state()
         try:
-            blocks = ray.get(self._state)
+            blocks = ray.get(self._state, timeout=READ_SECONDS)
         except ray.exceptions.RayError as error:
-            raise EngineError(
+            raise StateLost(
                 f"the cluster lost rows of peers, as with a node ({type(error).__name__}): resume from the last commit"
             ) from None
         return {name: torch.from_numpy(np.concatenate([block[name] for block in blocks])) for name in blocks[0]}

@@ -1,0 +1,75 @@
+"""A host of peers holds no rows between calls: neither in cycles, nor in memory that its allocator would keep."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from federation import STACKED, modes
+from gossamer.build import build
+from gossamer.config import parse
+from gossamer.engines.local.memory import keep_freed_memory
+from gossamer.engines.local.peers import job_message
+from gossamer.engines.local.peerwork import PeerState
+from gossamer.engines.ray import peerhost
+from gossamer.records import Block
+from slow_peers import decentralized
+
+BOUNDS = [[0, 4], [4, 8]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
+    """What a host is asked in a round, while nobody collects garbage."""
+    parts = build(parse(decentralized({"algorithm": "dsgt", "peers.topology": "random-match"} | modes(**STACKED))))
+    monkeypatch.setattr(peerhost, "prepare", lambda *arguments: parts.task)
+    host = peerhost.PeerHost("", [])
+    plan = parts.planner.timed_plan(0, 0.0).plan
+    described = {"round": 0, "mixing": plan.mixing, "bounds": BOUNDS, "block": 0}
+    job = job_message(plan, Block(0, 0, 4, slice(0, 4)))
+    state = host.init(0, 4)[1]
+    question = {"kind": "evaluate", "peers": [0], "capacity": 1.0, "round": 0, "statistics": [{}], "chunk": 0}
+    train = json.dumps(described | {"jobs": [job]})
+    block = host.train(train, state)[1]
+    mix = json.dumps(described | {"lr": 0.1})
+    gc.collect()
+    gc.disable()
+    yield [
+        lambda: host.train(train, state),
+        lambda: host.mix(mix, block, None, None),
+        lambda: host.evaluate(json.dumps(question), state["x"][:1]),
+    ]
+    gc.enable()
+
+
+def num_states() -> int:
+    """Return how many sets of peers' rows there are in memory."""
+    return sum(type(one) is PeerState for one in gc.get_objects())
+
+
+def test_no_call_leaves_rows_in_a_cycle(calls: list[Callable[[], Any]]) -> None:
+    before = num_states()
+    for call in calls:
+        call()
+        assert num_states() == before
+
+
+def test_zeros_take_the_memory_of_what_is_written_and_give_it_back() -> None:
+    def private_mb() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) / 1024
+
+    keep_freed_memory()  # as in an actor
+    before = private_mb()
+    rows = peerhost._sparse_zeros((1 << 10, 1 << 16), np.dtype(np.float32))  # 256 MiB
+    rows[:128] = 1.0
+    assert 24 < private_mb() - before < 48
+    assert not rows[128].any()
+    del rows
+    assert private_mb() - before < 16
