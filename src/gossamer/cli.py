@@ -81,7 +81,7 @@ def run(
     """Run an experiment; the last line of the output is its directory."""
     from gossamer import experiment
 
-    changes = [*(overrides or ()), *([f"engine.name={engine}"] if engine is not None else ())]
+    changes = _changes(overrides, engine)
     _follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: _num_runs(file, changes))
 
 
@@ -99,7 +99,7 @@ def resume(
     from gossamer import experiment
     from gossamer.runlog import EXPERIMENT
 
-    changes = [*(overrides or ()), *([f"engine.name={engine}"] if engine is not None else ())]
+    changes = _changes(overrides, engine)
     whole = directory / EXPERIMENT
     _follow(
         lambda hooks: experiment.resume(directory, hooks, changes), lambda: _num_runs(whole) if whole.exists() else 1
@@ -199,6 +199,10 @@ def _follow(start: Callable[[Hooks], Run], count_runs: Callable[[], int]) -> Non
     with display as shown:
         finished = start(Hooks() if shown is None else Hooks(observer=shown.observer))
     typer.echo(finished.directory)
+
+
+def _changes(overrides: list[str] | None, engine: str | None) -> list[str]:
+    return [*(overrides or ()), *([f"engine.name={engine}"] if engine is not None else ())]
 
 
 def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
