@@ -87,7 +87,7 @@ class Shift(Streaming):
     def _write(self, x: Tensor, out: Tensor, part: int = 0, num_parts: int = 1) -> None:
         import torch
 
-        step = min((min(u, self.n - u) for u in self.offsets), default=0)
+        step = min(self.offsets[0], self.n - self.offsets[0])
         most = block_size(x.shape[1] * x.itemsize // torch.get_num_threads())
         if num_parts > 1 or not self.walks or step < most:
             super()._write(x, out, part, num_parts)
