@@ -26,7 +26,8 @@ RING = Shift(4, (1, 3), (0.25, 0.25))
 def tiny(block_bytes: int, panel_bytes: int) -> Iterator[None]:
     """Cut even small states into many blocks and panels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(panels, "BLOCK_BYTES", block_bytes)
+        for name in ("BLOCK_BYTES", "WALK_BYTES", "STREAM_BYTES"):
+            patch.setattr(panels, name, block_bytes)
         patch.setattr(panels, "PANEL_BYTES", panel_bytes)
         patch.setattr(panels, "LEAST_PANEL_BYTES_PER_ROW", 64)
         yield

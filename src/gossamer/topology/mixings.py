@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gossamer.topology import panels
 from gossamer.topology.base import Edges, Floats, Integers, check_num_edges, sorted_edges
 from gossamer.topology.panels import Streaming, arrivals, block_size, row_blocks, share
 
@@ -85,10 +86,8 @@ class Shift(Streaming):
         return len(self.offsets) == 1
 
     def _write(self, x: Tensor, out: Tensor, part: int = 0, num_parts: int = 1) -> None:
-        import torch
-
         step = min(self.offsets[0], self.n - self.offsets[0])
-        most = block_size(x.shape[1] * x.itemsize // torch.get_num_threads())
+        most = block_size(x.shape[1] * x.itemsize, panels.WALK_BYTES)
         if num_parts > 1 or not self.walks or step < most:
             super()._write(x, out, part, num_parts)
             return
@@ -127,6 +126,7 @@ class Matching(Streaming):
 
     kind = "matching"
     is_symmetric = True
+    walks = True
     partner: Integers
     weight: float
 
@@ -166,7 +166,7 @@ class Matching(Streaming):
         import torch
 
         partner = torch.from_numpy(self.partner).to(x.device)
-        for a, b in row_blocks(x, lo, hi):
+        for a, b in row_blocks(x, lo, hi, panels.STREAM_BYTES if out.is_contiguous() else None):
             mixed = out[a - lo : b - lo]
             torch.index_select(x, 0, partner[a:b], out=mixed)
             torch.lerp(x[a:b], mixed, self.weight, out=mixed)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_BYTES = 512 * 1024  # rows that a kernel works on at a time: a few such blocks fit a core's second-level cache
+WALK_BYTES = 4 * 1024 * 1024  # rows that all threads work on together, from a block to the next that needs it
+STREAM_BYTES = 32 * 1024 * 1024  # the same where what is read again lies in the last-level cache: long runs pay more
 PANEL_BYTES = 8 * 1024 * 1024  # a panel's copy: it and the result stay in the last-level cache
 LEAST_PANEL_BYTES_PER_ROW = 256  # shorter pieces of rows waste memory bandwidth
 CACHE_LINE_BYTES = 64
@@ -27,8 +29,8 @@ class Streaming(Mixing):
     """A mixing whose kernel writes into memory that it is given, so that threads can share the work.
 
     Attributes:
-        walks: whether it pays to go through the rows in an order of the kernel's own; torch's threads then share every
-            step of it, instead of each taking a range of rows.
+        walks: whether it pays to go through the rows in an order of the kernel's own or in long runs; torch's threads
+            then share every step of it, instead of each taking a range of rows.
     """
 
     walks = False
@@ -132,14 +134,14 @@ def share(total: int, part: int, num_parts: int) -> tuple[int, int]:
     return total * part // num_parts, total * (part + 1) // num_parts
 
 
-def block_size(num_bytes: int) -> int:
-    """Return how many things of `num_bytes` make up a block."""
-    return max(1, BLOCK_BYTES // max(1, num_bytes))
+def block_size(num_bytes: int, block_bytes: int | None = None) -> int:
+    """Return how many things of `num_bytes` make up a block of `block_bytes`; None: BLOCK_BYTES."""
+    return max(1, (block_bytes or BLOCK_BYTES) // max(1, num_bytes))
 
 
-def row_blocks(x: Tensor, lo: int, hi: int) -> Iterator[tuple[int, int]]:
+def row_blocks(x: Tensor, lo: int, hi: int, block_bytes: int | None = None) -> Iterator[tuple[int, int]]:
     """Cut the rows lo, ..., hi - 1 of x [rows, d] into blocks that fit the cache; an accelerator takes them whole."""
-    num_rows = block_size(x.shape[1] * x.itemsize) if x.device.type == "cpu" else max(1, hi - lo)
+    num_rows = block_size(x.shape[1] * x.itemsize, block_bytes) if x.device.type == "cpu" else max(1, hi - lo)
     return ((start, min(start + num_rows, hi)) for start in range(lo, hi, num_rows))
 
 
