@@ -21,9 +21,14 @@ from gossamer.algorithms.federated import (
     HeteroFL,
 )
 from gossamer.errors import ConfigError
+from gossamer.registry import BUILTIN, resolve
 from gossamer.submodel import Layout, cut_of
 from gossamer.submodel.windows import Window
 
+PLAIN = (
+    *("fedavg", "fedrolex", "heterofl", "federated-dropout", "fjord", "all-smallest", "all-largest"),
+    *("fedadam", "fedyogi", "fedadagrad"),
+)
 SIZE = 16
 LAYOUT = Layout.of({"w": (SIZE,)}, {"w": ("a",)})
 CUT = cut_of(LAYOUT, {"a": Window(SIZE, ((0, SIZE),))})
@@ -141,6 +146,19 @@ class TestLocalSteps:
             pieces = [algorithm.step(p, gradient[:1, 4 * i : 4 * i + 4], 0.3) for i, p in enumerate(pieces)]
         joined = torch.cat([piece["x"] for piece in pieces], dim=1)
         assert torch.allclose(whole["x"], joined.expand(rows, -1), rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("name", BUILTIN["algorithm"])
+    @pytest.mark.parametrize("train", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}], ids=str)
+    def test_are_plain_where_they_say_so(self, name: str, train: dict[str, float]) -> None:
+        try:
+            algorithm = resolve("algorithm", name)({}, **train)
+        except ConfigError:
+            return
+        plain = name in PLAIN and not train
+        assert getattr(algorithm, "is_plain_sgd", False) == plain
+        if plain:
+            x, grad = torch.randn(1, 5), torch.randn(1, 5)
+            assert torch.equal(algorithm.step({"x": x.clone()}, grad, 0.3)["x"], x.sub(grad, alpha=0.3))
 
     def test_gradients_are_left_alone(self) -> None:
         algorithm, gradient = make(momentum=0.9, weight_decay=0.1), start(1)

@@ -52,6 +52,11 @@ class FedAvg:
         x = state["x"].clone()
         return {"x": x} | ({"momentum": torch.zeros_like(x)} if self.momentum else {})
 
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether a step is that of SGD without momentum and weight decay."""
+        return type(self).step is FedAvg.step and not self.momentum and not self.weight_decay
+
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """One step of SGD, as `torch.optim.SGD` takes it with the same momentum and weight decay."""
         if self.weight_decay:

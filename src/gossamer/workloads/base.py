@@ -6,7 +6,7 @@ A workload of your own is any object with the attributes of `Workload`; name it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +17,25 @@ from gossamer.submodel.layout import Layout
 
 Params = Mapping[str, Tensor]
 Sums = dict[str, NDArray[np.float64]]
+
+
+class Leaves(dict[str, Tensor]):
+    """The parameters that are being trained; where they are `factored`, a large gradient need not be made.
+
+    A layer may then leave a weight [o, i] out of the graph and append (left [o, b], right [b, i]) to its `products`
+    while gradients are computed: ``left @ right`` is added to whatever else that weight's gradient is.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], *, factored: bool = False) -> None:
+        """Take the parameters, each of which requires a gradient."""
+        super().__init__(params)
+        self.factored = factored
+        self.products: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def take_products(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield (weight's name, left, right) of all products, and forget them."""
+        products, self.products = self.products, {}
+        return ((name, left, right) for name, found in products.items() for left, right in found)
 
 
 class Batch(NamedTuple):

@@ -20,6 +20,7 @@ from gossamer.errors import ConfigError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
+from gossamer.workloads.base import Leaves
 
 WHERE = "workload.model"
 Record = dict[str, Tensor]
@@ -117,9 +118,8 @@ class ImageModel:
         raise NotImplementedError
 
 
-# Where MKL takes half the time for W x^T that it takes for x W^T; the gradients cost the same.
 LARGE_WEIGHT = 1 << 19  # numbers, beyond the second-level cache
-FEW_SAMPLES = range(6, 17)
+FEW_SAMPLES = range(6, 17)  # for which MKL takes half the time for W x^T that it takes for x W^T
 
 
 def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
@@ -127,9 +127,30 @@ def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
     weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
     if weight.dim() == 3:
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
-    if weight.numel() >= LARGE_WEIGHT and x.dim() == 2 and len(x) in FEW_SAMPLES:
-        return torch.addmm(bias[:, None], weight, x.t()).t()
-    return F.linear(x, weight, bias)
+    if weight.numel() < LARGE_WEIGHT or x.dim() != 2 or len(x) not in FEW_SAMPLES:
+        return F.linear(x, weight, bias)
+    if isinstance(params, Leaves) and params.factored:
+        products = params.products.setdefault(f"{layer}.weight", [])
+        return _FactoredLinear.apply(weight.detach(), bias, x, products).t()  # type: ignore[no-untyped-call,no-any-return]
+    return torch.addmm(bias[:, None], weight, x.t()).t()
+
+
+class _FactoredLinear(torch.autograd.Function):
+    """A linear layer, [o, b], whose weight's gradient is left in two factors, see `Leaves`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, bias: Tensor, x: Tensor, products: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return weight x^T + bias."""
+        ctx.save_for_backward(weight, x)
+        ctx.products = products
+        return torch.addmm(bias[:, None], weight, x.t())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
+        """Return the gradients by bias and x."""
+        weight, x = ctx.saved_tensors
+        ctx.products.append((grad, x.detach()))
+        return None, grad.sum(1), grad.t() @ weight if ctx.needs_input_grad[2] else None, None
 
 
 class Softmax(ImageModel):

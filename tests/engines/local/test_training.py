@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from federation import LEVELS, MLP, SINGLY, STACKED, configure, digest, mixed, m
 from gossamer import run
 from gossamer.build import Parts, build
 from gossamer.config import parse
+from gossamer.engines.local import training
 from gossamer.planning import learning_rate
 from gossamer.submodel import extract
+from gossamer.workloads import models
 from slow import AXES, initial_model, perceptron, sample_order, training_samples
 
 SUB_MODEL_METHODS = {"fedrolex": "rolling", "heterofl": "static", "federated-dropout": "random"}
@@ -118,6 +121,30 @@ def test_slow_version_with_options(tmp_path: Path, changes: dict[str, Any], mode
     """The last one leaves coordinates that nobody holds."""
     config = configure(mixed("fedrolex", changes.get("submodel.capacities", LEVELS), **mode) | SKEWED | changes)
     assert relative_error(run(config, out=tmp_path / "run").params, slow_federation(config)) < 1e-5
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedrolex"])
+def test_gradients_that_are_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
+    """Where weights are large and steps plain, a step is taken by the two factors of the gradient."""
+    levels = LEVELS if algorithm == "fedrolex" else (1.0,)
+    config = configure(mixed(algorithm, levels, **SINGLY) | SKEWED | {"engine.workers": 1})
+    usual, slow = run(config, out=tmp_path / "usual").params, slow_federation(config)
+    monkeypatch.setattr(models, "LARGE_WEIGHT", 1)
+    monkeypatch.setattr(models, "FEW_SAMPLES", range(1, 99))
+    monkeypatch.setattr(training, "step_in_place", only_biases(training.step_in_place))
+    factored = run(config, out=tmp_path / "factored").params
+    assert relative_error(factored, slow) < 1e-5
+    assert relative_error(factored, usual) < 1e-5
+
+
+def only_biases(step: Callable[..., None]) -> Callable[..., None]:
+    """Forbid steps by the gradient of a matrix."""
+
+    def checked(algorithm: Any, carry: dict[str, Tensor], grad: Tensor, lr: float) -> None:
+        assert grad.dim() == 1
+        step(algorithm, carry, grad, lr)
+
+    return checked
 
 
 def test_server_options(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from gossamer.engines.base import Task
 from gossamer.engines.local.batches import Batches, Job, local_positions
 from gossamer.records import BlockResult
 from gossamer.submodel import Layout
+from gossamer.workloads.base import Leaves
 
 Rows = Tensor | list[Tensor]  # [s, d], or s tensors [1, d]
 
@@ -30,6 +31,7 @@ class Trainer:
         self.task, self._state, self._scalars = task, state, scalars_of(task.algorithm)
         self._local_loss = getattr(task.algorithm, "local_loss", None)
         self._batches = Batches(task)
+        self._factored = getattr(task.algorithm, "is_plain_sgd", False) and task.train.clip_norm is None
         self._received_at: tuple[int, int, float] | None = None
         self._received: Arrays = {}
 
@@ -183,17 +185,19 @@ class Trainer:
             mine = {name: rows[i : i + 1] for name, rows in client_state.items()}
             carry = algorithm.begin(received[i], mine)
             views = {name: layout.views(value[0]) for name, value in carry.items()}
-            leaves = {name: view.detach().requires_grad_() for name, view in views["x"].items()}
-            parameters = list(leaves.values())
-            carries = [{name: view[parameter] for name, view in views.items()} for parameter in leaves]
+            trained = {name: view.detach().requires_grad_() for name, view in views["x"].items()}
+            leaves = Leaves(trained, factored=self._factored)
+            carries = {parameter: {name: view[parameter] for name, view in views.items()} for parameter in leaves}
             values = []
             for step, batch in enumerate(self._batches.of(job, slice(i, i + 1), positions, one_by_one=True)):
                 value = self._loss(job, i, step, leaves, batch)
-                grads = gradients(value, parameters)
+                grads = gradients(value, leaves)
                 if self.task.train.clip_norm is not None:
                     grads = clip(grads, self.task.train.clip_norm)
-                for carried, grad in zip(carries, grads, strict=True):
-                    step_in_place(algorithm, carried, grad, job.lr)
+                for name, grad in grads.items():
+                    step_in_place(algorithm, carries[name], grad, job.lr)
+                for name, left, right in leaves.take_products():
+                    carries[name]["x"].addmm_(left, right, alpha=-job.lr)
                 values.append(value.detach())
             num_steps = int(job.steps[i])
             ended = algorithm.end(received[i], mine, carry, num_steps, job.lr)
@@ -236,12 +240,12 @@ class Trainer:
         for step, batch in enumerate(self._batches.of(job, slice(0, len(job.client)), positions, one_by_one=False)):
             active = int(np.count_nonzero(job.steps > step))
             computed = slice(0, max(active, 2))
-            leaves = {name: view[computed].detach().requires_grad_() for name, view in views["x"].items()}
-            values = losses_of(leaves, {key: value[computed] for key, value in batch.items() if key != "scale"})
-            grads = gradients(values.sum(), list(leaves.values()))
+            leaves = Leaves({name: view[computed].detach().requires_grad_() for name, view in views["x"].items()})
+            values = losses_of(dict(leaves), {key: value[computed] for key, value in batch.items() if key != "scale"})
+            grads = gradients(values.sum(), leaves)
             if self.task.train.clip_norm is not None:
                 grads = clip_rows(grads, self.task.train.clip_norm)
-            for name, grad in zip(leaves, grads, strict=True):
+            for name, grad in grads.items():
                 now = {key: view[name][:active] for key, view in views.items()}
                 step_in_place(algorithm, now, grad[:active], job.lr)
             loss[:active] += values.detach()[:active]
@@ -274,10 +278,15 @@ class Trainer:
         return payload, {name: torch.cat([piece[1][name] for piece in pieces]) for name in pieces[0][1]}
 
 
-def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
-    """Differentiate `loss` by `leaves`; those that it does not depend on get zeros."""
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+def gradients(loss: Tensor, leaves: Leaves) -> Arrays:
+    """Differentiate `loss` by `leaves`; those that it does not depend on get zeros, or nothing if it left a product."""
+    found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
+    missing = {name for name, grad in found.items() if grad is None and not leaves.products.get(name)}
+    return {
+        name: torch.zeros_like(leaves[name]) if grad is None else grad
+        for name, grad in found.items()
+        if grad is not None or name in missing
+    }
 
 
 def step_in_place(algorithm: Algorithm, carry: Arrays, grad: Tensor, lr: float) -> None:
@@ -289,18 +298,19 @@ def step_in_place(algorithm: Algorithm, carry: Arrays, grad: Tensor, lr: float) 
                 carry[name].copy_(value)
 
 
-def clip(grads: list[Tensor], clip_norm: float) -> list[Tensor]:
+def clip(grads: Arrays, clip_norm: float) -> Arrays:
     """Clip one gradient, spread over tensors, to a Euclidean norm of at most `clip_norm`."""
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    spread = list(grads.values())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(spread)))
     factor = (clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
-    return list(torch._foreach_mul(grads, factor))
+    return dict(zip(grads, torch._foreach_mul(spread, factor), strict=True))
 
 
-def clip_rows(grads: list[Tensor], clip_norm: float) -> list[Tensor]:
+def clip_rows(grads: Arrays, clip_norm: float) -> Arrays:
     """Clip each client's gradient, spread over tensors [s, ...], to a Euclidean norm of at most `clip_norm`."""
-    squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0)
+    squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0)
     factor = (clip_norm / squares.sqrt().clamp(min=1e-12)).clamp(max=1.0)
-    return [grad * factor.view(-1, *(1,) * (grad.dim() - 1)) for grad in grads]
+    return {name: grad * factor.view(-1, *(1,) * (grad.dim() - 1)) for name, grad in grads.items()}
 
 
 def equal_runs(steps: NDArray[np.int32]) -> list[tuple[int, int]]:
