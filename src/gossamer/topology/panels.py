@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_BYTES = 512 * 1024  # rows that a kernel works on at a time: a few such blocks fit a core's second-level cache
-WALK_BYTES = 4 * 1024 * 1024  # rows that all threads work on together, from a block to the next that needs it
+WALK_BYTES = 16 * 1024 * 1024  # rows that all threads work on together, from a block to the next that needs it
 STREAM_BYTES = 32 * 1024 * 1024  # the same where what is read again lies in the last-level cache: long runs pay more
 PANEL_BYTES = 8 * 1024 * 1024  # a panel's copy: it and the result stay in the last-level cache
 LEAST_PANEL_BYTES_PER_ROW = 256  # shorter pieces of rows waste memory bandwidth
