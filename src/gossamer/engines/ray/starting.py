@@ -34,6 +34,8 @@ def start_ray(address: str | None, num_cpus: int | None) -> Callable[[], None]:
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
         # Ray's server would keep a record of every call, up to 100,000, for a dashboard that is not there.
         os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
+        # What is freed is soon written again, where its pages are; Ray would wait a second and take fresh ones.
+        os.environ.setdefault("RAY_free_objects_period_milliseconds", "0")
         if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
             # Ray listens to other machines, and runs what they send; it reads these when it is imported.
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
