@@ -354,6 +354,8 @@ def _modes(config: Config, task: Task) -> tuple[VariantMode, ...]:
     if given == "auto":
         state = task.algorithm.init(task.workload.init(config.seed)[None])
         return choose_modes(task, state)
+    if isinstance(given, VariantMode):
+        given = [ModeOptions(capacity=capacity, **given.model_dump()) for capacity in task.capacities]
     by_capacity = {mode.capacity: mode for mode in given}
     if len(given) != len(by_capacity) or set(by_capacity) != set(task.capacities):
         raise ConfigError(

@@ -47,7 +47,8 @@ class EngineOptions(Options):
         name: local, ray, or a plug-in's.
         workers: processes, or Ray actors, that train; "auto": one for each core, of a cluster anew every round.
         block_size: participants that are trained together.
-        modes: how each capacity is trained.
+        modes: how each capacity is trained, or one mode for all of them; "auto": as is measured to be quickest when the
+            run starts, which may differ in the last bits from one run to another.
         address: of a Ray cluster, "auto" for the one on this machine; None: a Ray of the run's own.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least.
@@ -56,7 +57,7 @@ class EngineOptions(Options):
     name: str = "local"
     workers: int | Literal["auto"] = "auto"
     block_size: int | Literal["auto"] = "auto"
-    modes: list[ModeOptions] | Literal["auto"] = "auto"
+    modes: list[ModeOptions] | VariantMode | Literal["auto"] = "auto"
     address: str | None = None
     straggler_seconds: float | None = Field(default=None, gt=0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Record, Task
 from gossamer.engines.local.batches import Job
 from gossamer.records import Block, BlockResult, RoundPlan
+from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums, add_sums
 
@@ -25,6 +26,7 @@ STACKED_BLOCK_FLOATS = 1 << 20  # weights of one stacked block: a few MB, to sta
 MAX_BLOCK_ROWS = 64
 MAX_BLOCK_ROWS_ONE_BY_ONE = 8
 BLOCKS_PER_WORKER = 8
+LARGEST_ROUND = 1 << 40  # participants: more only make more blocks, not larger ones
 SMALL_BLOCK_FLOATS = 1 << 18  # weights of a block of participants trained one by one, below which it is made larger
 
 
@@ -65,6 +67,10 @@ class FederatedEngine(ABC):
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
         """Train blocks somewhere, and yield their results in any order."""
 
+    def _owns(self, value: Tensor | None) -> bool:
+        """Say whether a part of a payload may be overwritten."""
+        return True
+
     @abstractmethod
     def _map_chunks(self, message: dict[str, Any], num_chunks: int) -> list[Sums]:
         """Handle one message per chunk of data, and return the sums in the order of the chunks."""
@@ -99,7 +105,7 @@ class FederatedEngine(ABC):
                                 block.first_leaf + part,
                                 value,
                                 level=block.leaf.bit_length() - 1,
-                                owned=not self.is_remote,
+                                owned=self._owns(value),
                             )
                         elif value is not None:
                             self._window_rows[block.rows.start + part, name] = value.clone()
@@ -163,6 +169,35 @@ class FederatedEngine(ABC):
                 self._state[name].copy_(value)
 
     # ---- inside
+
+    def _block_result(
+        self, plan: RoundPlan, block: Block, reply: Mapping[str, Any], arrays: Iterable[Tensor]
+    ) -> BlockResult:
+        """Put together what came of a block: `arrays` are what ``reply["arrays"]`` names, see `named_arrays`."""
+        shared = self._task.cutter.shares(plan.capacities[block.variant])
+        num_parts = num_leaves_of(block) if shared else block.rows.stop - block.rows.start
+        payload: dict[str, list[Tensor | None]] = {name: [None] * num_parts for name in self._task.algorithm.uplink}
+        private: dict[str, Tensor] = {}
+        for (key, part), value in zip(reply["arrays"], arrays, strict=True):
+            group, name = key.split(".", 1)
+            if group == "private":
+                private[name] = value
+            else:
+                payload[name][part] = value
+        return BlockResult(block, payload, reply["loss"], reply["finite"], private)
+
+    def _floats_of_a_slot(self) -> int:
+        """Return how large a slot for the results of any block must be, client state included."""
+        task, largest = self._task, 0
+        num_scalars = len(scalars_of(task.algorithm))
+        for variant, capacity in enumerate(task.capacities):
+            leaf, leaves = self._block_shape(variant, LARGEST_ROUND)
+            num_sums = leaves if task.cutter.shares(capacity) else leaf * leaves
+            num_rows = (len(task.algorithm.uplink) - num_scalars) * num_sums
+            num_rows += 2 * len(task.algorithm.client_arrays) * leaf * leaves
+            num_floats = num_rows * task.cutter.sub_layout(capacity).d + num_scalars * num_sums * ALIGNMENT
+            largest = max(largest, num_floats)
+        return largest
 
     def _blocks_of(self, plan: RoundPlan, variant: int) -> list[Block]:
         rows = plan.variant_rows(variant)

@@ -17,7 +17,9 @@ from gossamer import run
 from gossamer.build import Parts, build
 from gossamer.config import parse
 from gossamer.engines.local import training
+from gossamer.errors import ConfigError
 from gossamer.planning import learning_rate
+from gossamer.runlog import read_config
 from gossamer.submodel import extract
 from gossamer.workloads import models
 from slow import AXES, initial_model, perceptron, sample_order, training_samples
@@ -175,6 +177,16 @@ def test_stacked_equals_one_by_one(tmp_path: Path, algorithm: str, changes: dict
     assert relative_error(stacked.params, singly.params) < 1e-5
     for record, other in zip(stacked.metrics, singly.metrics, strict=True):
         assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-5)
+
+
+def test_one_mode_for_all_capacities(tmp_path: Path) -> None:
+    config = configure(mixed("fedrolex", **STACKED) | SKEWED)
+    listed = run(config, out=tmp_path / "listed")
+    one = run(configure(mixed("fedrolex") | SKEWED | {"engine.modes": STACKED}), out=tmp_path / "one")
+    assert digest(one.params) == digest(listed.params)
+    assert read_config(one.directory)["engine"] == read_config(listed.directory)["engine"]
+    with pytest.raises(ConfigError, match=r"engine\.modes"):
+        parse(configure({"engine.modes": {"stack": True}}))
 
 
 @EITHER

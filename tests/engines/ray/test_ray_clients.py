@@ -33,6 +33,7 @@ from gossamer.build import build
 from gossamer.config import parse
 from gossamer.engines.local.batches import Job
 from gossamer.engines.ray.host import Host
+from gossamer.engines.ray.nearby import Nearby
 from gossamer.errors import DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
 from gossamer.records import Block
@@ -69,11 +70,24 @@ def on_ray(config: Mapping[str, Any], workers: int = 2, **engine: Any) -> dict[s
 
 @SHARED
 @pytest.mark.parametrize("case", CASES)
-def test_bits_of_the_local_engine(tmp_path: Path, case: str) -> None:
+@pytest.mark.parametrize("is_own", [False, True], ids=["object store", "shared memory"])
+def test_bits_of_the_local_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, is_own: bool) -> None:
     config = configure(CASES[case])
-    here, there = run(config, out=tmp_path / "local"), run(on_ray(config), out=tmp_path / "ray")
+    here = run(config, out=tmp_path / "local")
+    replies = [] if not is_own else recorded(monkeypatch)
+    there = run(on_ray(config), out=tmp_path / "ray")
     assert_same(there, here)
     assert events(there.directory, "retry") == []
+    assert bool(replies) == (is_own and case != "magnitude")  # ranks are made from what was put
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Make engines take the Ray of the tests for one of their own; list what they find in their own memory."""
+    replies: list[Any] = []
+    take_back = Nearby.take_back
+    monkeypatch.setattr("gossamer.engines.ray.engine.is_running", lambda: False)
+    monkeypatch.setattr(Nearby, "take_back", lambda self, reply: replies.append(reply) or take_back(self, reply))
+    return replies
 
 
 @SHARED
@@ -111,8 +125,10 @@ def test_an_actor_that_trained_nothing_evaluates_the_windows_of_the_round() -> N
     first = (values[:1] for values in (plan.client, plan.weight, plan.steps))
     job = Job(3, 0, Block(0, 0, 1, slice(0, 1)), LEVELS[0], *first, 0.1)
     trained, idle, other = (Host(json.dumps(recipe), []) for _ in range(3))
-    trained.train(json.dumps(job.message() | {"is_cut": False}), [ray.put(before)], {})
-    message = json.dumps({"kind": "evaluate", "capacity": LEVELS[0], "round": 3, "chunk": 0, "statistics": {}})
+    trained.train(json.dumps(job.message() | {"is_cut": False, "memory": None, "slot": None}), [ray.put(before)], {})
+    message = json.dumps(
+        {"kind": "evaluate", "capacity": LEVELS[0], "round": 3, "chunk": 0, "statistics": {}, "memory": None}
+    )
     expected = trained.handle(message, after, [ray.put(before)])
     assert idle.handle(message, after, [ray.put(before)]) == expected
     assert other.handle(message, after, [ray.put(after)]) != expected  # the comparison could fail

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -10,22 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import scalars_of
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Task
-from gossamer.engines.federation import FederatedEngine, num_leaves_of
+from gossamer.engines.federation import FederatedEngine
 from gossamer.engines.local.batches import Job
 from gossamer.engines.local.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.local.peers import PeerEngine
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.local.worker import Message, Worker
+from gossamer.engines.slots import Slots, read_arrays
 from gossamer.records import Block, BlockResult, RoundPlan
-from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums
 
 SPARE_SLOTS = 16
-LARGEST_ROUND = 1 << 40  # participants: more only make more blocks, not larger ones
 
 
 class LocalEngine(FederatedEngine):
@@ -56,11 +53,11 @@ class LocalEngine(FederatedEngine):
         num_workers = workers if sys.platform == "linux" else 0
         super().__init__(task, shared, store, num_workers=num_workers, block_size=block_size)
         task.cutter.share_ranks(shared_zeros)
-        self._slots = self._make_slots() if num_workers else torch.zeros(0, 0)
-        self._local = Worker(task, self._state, self._slots)
+        self._slots = Slots(self._make_slots() if num_workers else torch.zeros(0, 0))
+        self._local = Worker(task, self._state, self._slots.memory)
         self._pool: WorkerPool | None = None
         if num_workers:
-            self._pool = WorkerPool(num_workers, lambda: Worker(task, self._state, self._slots).handle)
+            self._pool = WorkerPool(num_workers, lambda: Worker(task, self._state, self._slots.memory).handle)
 
     @staticmethod
     def of_peers(task: Task, x: Tensor, *, workers: int, block_size: int | None = None) -> PeerEngine:
@@ -77,17 +74,8 @@ class LocalEngine(FederatedEngine):
 
     def _make_slots(self) -> Tensor:
         """Reserve the workers' slots; pages that are never written take no memory."""
-        task, per_slot = self._task, 0
-        num_scalars = len(scalars_of(task.algorithm))
-        for variant, capacity in enumerate(task.capacities):
-            leaf, leaves = self._block_shape(variant, LARGEST_ROUND)
-            num_sums = leaves if task.cutter.shares(capacity) else leaf * leaves
-            num_rows = (len(task.algorithm.uplink) - num_scalars) * num_sums
-            num_rows += 2 * len(task.algorithm.client_arrays) * leaf * leaves
-            num_floats = num_rows * task.cutter.sub_layout(capacity).d + num_scalars * num_sums * ALIGNMENT
-            per_slot = max(per_slot, num_floats)
-        num_slots = 2 * self.num_workers + SPARE_SLOTS
-        return shared_zeros(num_slots * per_slot, self._state["x"].dtype).view(num_slots, per_slot)
+        num_slots, num_floats = 2 * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot()
+        return shared_zeros(num_slots * num_floats, self._state["x"].dtype).view(num_slots, num_floats)
 
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
         jobs = (self._job(plan, block) for block in blocks)
@@ -100,40 +88,22 @@ class LocalEngine(FederatedEngine):
                     result = self._local.train(job, self._client_state(job.client, d_sub))
                 yield result
             return
-        free, used = list(range(len(self._slots))), list[int]()
+        self._slots.begin(self._trees.values())
         by_address = {(block.variant, block.first_leaf): block for block in blocks}
-        for reply in self._pool.map((self._message(job, self._slot(free, used)) for job in jobs), self.stop_requested):
-            block, slot = by_address[reply["variant"], reply["first_leaf"]], self._slots[reply["slot"]]
-            shared = self._task.cutter.shares(plan.capacities[block.variant])
-            num_parts = num_leaves_of(block) if shared else block.rows.stop - block.rows.start
-            payload: dict[str, list[Tensor | None]] = {name: [None] * num_parts for name in self._task.algorithm.uplink}
-            private: dict[str, Tensor] = {}
-            for key, part, start, shape in reply["written"]:
-                group, name = key.split(".", 1)
-                value = slot[start : start + math.prod(shape)].view(shape)
-                if group == "private":
-                    private[name] = value
-                else:
-                    payload[name][part] = value
-            used.append(reply["slot"])
-            yield BlockResult(block, payload, reply["loss"], reply["finite"], private)
+        for reply in self._pool.map(map(self._message, jobs), self.stop_requested):
+            block, slot = by_address[reply["variant"], reply["first_leaf"]], self._slots.memory[reply["slot"]]
+            arrays = read_arrays(slot, reply["places"])
+            self._slots.give_back(reply["slot"])
+            yield self._block_result(plan, block, reply, arrays)
 
-    def _slot(self, free: list[int], used: list[int]) -> int:
-        """Return a free slot; if there is none, move partial sums out of the slots that came back."""
-        if not free:
-            for number in used:
-                for tree in self._trees.values():
-                    tree.move_out(self._slots[number])
-            free.extend(used)
-            used.clear()
-        return free.pop()
-
-    def _message(self, job: Job, number: int) -> Message:
-        """Write a job's client state into slot `number` and describe the job."""
+    def _message(self, job: Job) -> Message:
+        """Write a job's client state into a free slot and describe the job."""
+        number = self._slots.take()
+        assert number is not None, "there are more slots than jobs under way"
         d_sub = self._task.cutter.sub_layout(job.capacity).d
         taken = 0
         for rows in self._client_state(job.client, d_sub).values():
-            self._slots[number][taken : taken + rows.numel()].copy_(rows.view(-1))
+            self._slots.memory[number][taken : taken + rows.numel()].copy_(rows.view(-1))
             taken += rows.numel()
         return {"kind": "train", "slot": number} | job.message()
 

@@ -12,8 +12,8 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Task
 from gossamer.engines.local.batches import Job
 from gossamer.engines.local.training import Trainer
+from gossamer.engines.slots import write_arrays
 from gossamer.records import BlockResult
-from gossamer.submodel.layout import ALIGNMENT
 from gossamer.workloads.base import Sums
 
 Message = dict[str, Any]
@@ -71,21 +71,15 @@ class Worker:
             client_state[name] = slot[taken : taken + num_rows * d_sub].view(num_rows, d_sub).clone()
             taken += num_rows * d_sub
         result = self._trainer.train(job, client_state, slot)
-        written: list[list[Any]] = []
-        taken = 0
-        for name, part, value in named_arrays(result):
-            place = slot[taken : taken + value.numel()].view(value.shape)
-            if place.data_ptr() != value.data_ptr():
-                place.copy_(value)
-            written.append([name, part, taken, list(value.shape)])
-            taken += -(-value.numel() // ALIGNMENT) * ALIGNMENT  # after a scalar, rows still start aligned
+        present = named_arrays(result)
         return {
             "variant": message["variant"],
             "first_leaf": message["first_leaf"],
             "slot": message["slot"],
             "loss": result.loss,
             "finite": result.finite,
-            "written": written,
+            "arrays": [[name, part] for name, part, _ in present],
+            "places": write_arrays(slot, [value for *_, value in present]),
         }
 
 

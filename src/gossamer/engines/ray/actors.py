@@ -33,6 +33,7 @@ class Call(NamedTuple):
         arguments: what it is given; Ray object references are resolved first.
         num_returns: how many objects it returns; more than one stay references.
         cost: about how long it takes, compared with the others of its batch.
+        again: what it is given when it is made again, on a replacement or beside a straggler; None: the same.
     """
 
     key: Hashable
@@ -40,6 +41,11 @@ class Call(NamedTuple):
     arguments: tuple[Any, ...]
     num_returns: int = 1
     cost: float = 1.0
+    again: tuple[Any, ...] | None = None
+
+    def repeated(self) -> Call:
+        """Return the call as it is made again."""
+        return self if self.again is None else self._replace(arguments=self.again)
 
 
 @dataclass
@@ -134,7 +140,7 @@ class Actors:
                 result = _result(attempt)
             except _lost() as error:
                 if not attempt.is_doubled:
-                    batch.again.append(attempt.call)
+                    batch.again.append(attempt.call.repeated())
                 self._lost_one(attempt, type(error).__name__, batch)
                 continue
             batch.failures = 0
@@ -292,7 +298,7 @@ class _Batch:
             silent, limit = now - slots[attempt.slot].heard, self._actors.limit_seconds(attempt.call.method)
             if silent > limit and not attempt.is_doubled and attempt.call.key not in self.done:
                 attempt.is_doubled = True
-                self.again.append(attempt.call)
+                self.again.append(attempt.call.repeated())
                 self._actors.on_event("retry", reason="straggler", call=str(attempt.call.key))
             if silent > HUNG * limit * 2**attempt.generation:  # the limit may be too short for an honest call
                 self._actors._give_up(attempt, "hung", self)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Task
-from gossamer.engines.federation import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine, num_leaves_of
+from gossamer.engines.federation import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
 from gossamer.engines.local.batches import Job
 from gossamer.engines.local.memory import keep_freed_memory
-from gossamer.engines.ray.actors import Actors, Call
+from gossamer.engines.ray.actors import AHEAD, Actors, Call
 from gossamer.engines.ray.host import Host
+from gossamer.engines.ray.nearby import SPARE_SLOTS, Nearby
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.engines.ray.placing import arrays_of, make_actor, num_cpus, put_data
-from gossamer.engines.ray.starting import start_ray
+from gossamer.engines.ray.starting import is_running, start_ray
 from gossamer.records import Block, BlockResult, RoundPlan
 from gossamer.workloads.base import Sums
 
@@ -57,10 +58,15 @@ class RayEngine(FederatedEngine):
         """
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         keep_freed_memory()
+        is_own = address is None and not is_running()
         self._leave = start_ray(address, workers or None)
         self._adapts = not workers
         owned = {name: value.clone() for name, value in state.items()}
         super().__init__(task, owned, store, num_workers=workers or num_cpus(), block_size=block_size)
+        self._nearby: Nearby | None = None
+        if is_own and sys.platform == "linux" and task.cutter.strategy.rank is None:
+            self._nearby = Nearby(owned, AHEAD * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot())
+            self._state = self._nearby.state
         self._actors = Actors(
             make_actor(Host, json.dumps(recipe), put_data(task.workload)),
             self.num_workers,
@@ -79,6 +85,8 @@ class RayEngine(FederatedEngine):
         self._actors.stop()
         self._received = {}
         self._leave()
+        if self._nearby is not None:
+            self._nearby.close()
 
     def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
         """Train on as many actors as there are CPUs by now, and cut blocks for them, see `FederatedEngine`."""
@@ -89,9 +97,17 @@ class RayEngine(FederatedEngine):
 
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
         self._received = {}
+        if self._nearby is not None:
+            self._nearby.begin(self._trees.values())
         by_key = {(block.variant, block.rows.start): block for block in blocks}
         for key, (reply, arrays) in self._actors.map(self._calls(plan, blocks), self.stop_requested):
-            yield self._block_result(plan, by_key[key], json.loads(reply), arrays)  # type: ignore[index]
+            described = json.loads(reply)
+            if "slot" in described:
+                assert self._nearby is not None
+                values = self._nearby.take_back(described)
+            else:
+                values = [torch.from_numpy(array) for array in arrays]
+            yield self._block_result(plan, by_key[key], described, values)  # type: ignore[index]
 
     def _blocks_of(self, plan: RoundPlan, variant: int) -> list[Block]:
         """Cut the last rows of a round finely and the first ones coarsely: every block sends one sum."""
@@ -108,15 +124,18 @@ class RayEngine(FederatedEngine):
         return found
 
     def _calls(self, plan: RoundPlan, blocks: Iterable[Block]) -> Iterator[Call]:
-        cutter = self._task.cutter
+        cutter, nearby = self._task.cutter, self._nearby
         for block in blocks:
             job = self._job(plan, block)
             is_cut = cutter.shares(job.capacity) and cutter.strategy.rank is None
-            message = job.message() | {"is_cut": is_cut}
+            message = job.message() | {"is_cut": is_cut, "memory": nearby and nearby.address, "slot": None}
             rows = self._client_state(job.client, cutter.sub_layout(job.capacity).d)
-            arguments = (json.dumps(message), [self._put(job, is_cut=is_cut)], arrays_of(rows))
+            rest = [] if nearby else [self._put(job, is_cut=is_cut)], arrays_of(rows)
+            first = message | {"slot": nearby and nearby.slots.take()}
             cost = float(job.steps.sum()) * cutter.sub_layout(job.capacity).d
-            yield Call((block.variant, block.rows.start), "train", arguments, cost=cost)
+            key = (block.variant, block.rows.start)
+            # Another attempt gets no slot: the one before may still write to it.
+            yield Call(key, "train", (json.dumps(first), *rest), cost=cost, again=(json.dumps(message), *rest))
 
     def _put(self, job: Job, *, is_cut: bool) -> Any:
         """Return a reference to what the clients of a capacity start from, put into the object store once a round."""
@@ -132,26 +151,15 @@ class RayEngine(FederatedEngine):
             self._received[key] = ray.put(arrays_of(rows))
         return self._received[key]
 
-    def _block_result(
-        self, plan: RoundPlan, block: Block, reply: Mapping[str, Any], arrays: list[NDArray[Any]]
-    ) -> BlockResult:
-        shared = self._task.cutter.shares(plan.capacities[block.variant])
-        num_parts = num_leaves_of(block) if shared else block.rows.stop - block.rows.start
-        payload: dict[str, list[Tensor | None]] = {name: [None] * num_parts for name in self._task.algorithm.uplink}
-        private: dict[str, Tensor] = {}
-        for (key, part), array in zip(reply["arrays"], arrays, strict=True):
-            group, name = key.split(".", 1)
-            value = torch.from_numpy(array)  # in the object store: must not be overwritten
-            if group == "private":
-                private[name] = value
-            else:
-                payload[name][part] = value
-        return BlockResult(block, payload, reply["loss"], reply["finite"], private)
+    def _owns(self, value: Tensor | None) -> bool:
+        """Say whether a part of a payload lies in a slot; what lies in the object store must not be overwritten."""
+        return value is not None and self._nearby is not None and self._nearby.slots.holds(value)
 
     def _map_chunks(self, message: dict[str, Any], num_chunks: int) -> list[Sums]:
         import ray
 
-        state = ray.put(arrays_of(self._state))
+        message["memory"] = self._nearby and self._nearby.address
+        state: Any = {} if self._nearby else ray.put(arrays_of(self._state))
         ranked = [self._received[None]] if self._task.cutter.strategy.rank is not None else []
         calls = (
             Call(chunk, "handle", (json.dumps({**message, "chunk": chunk}), state, ranked))

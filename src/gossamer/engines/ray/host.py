@@ -20,7 +20,9 @@ from gossamer.engines.local.batches import Job
 from gossamer.engines.local.memory import keep_freed_memory
 from gossamer.engines.local.training import Trainer
 from gossamer.engines.local.worker import Worker, named_arrays
+from gossamer.engines.ray.nearby import Attached
 from gossamer.engines.ray.placing import get_data
+from gossamer.engines.slots import write_arrays
 from gossamer.registry import resolve
 
 Received = Mapping[str, NDArray[Any]]
@@ -52,6 +54,7 @@ class Host:
         self._state: Arrays = {}
         self._trainer = Trainer(self._task, self._state)
         self._worker = Worker(self._task, self._state, torch.zeros(0, 0))
+        self._attached = Attached()
         self._received_at: Any = None
         self._ranked_at: int | None = None
 
@@ -63,28 +66,37 @@ class Host:
         """Train one block.
 
         Args:
-            message: JSON, a `Job`, and whether `received` is cut to its capacity.
+            message: JSON, a `Job`; whether `received` is cut to its capacity; ``memory``, where the state lies in the
+                driver's memory, or null; and the number of the ``slot`` there that takes the result, or null.
             received: a reference to the downlink arrays [1, d_sub], or to the whole state [1, d]; in a list, so that it
                 is fetched for the first block of a round only.
             client_state: rows [s, d_sub] of the algorithm's client arrays.
 
         Returns:
-            JSON of losses, who was finite, and the names of the arrays that follow.
+            JSON of losses, who was finite, and the names of the arrays that follow, or their places in the slot.
         """
         described = json.loads(message)
         job = Job.of_message(described)
-        self._receive(job, received, is_cut=described["is_cut"])
-        result = self._trainer.train(job, tensors(client_state))
+        if described["memory"] is not None:
+            self._replace(self._attached.state(described["memory"]))
+        else:
+            self._receive(job, received, is_cut=described["is_cut"])
+        number = described["slot"]
+        slot = None if number is None else self._attached.slot(described["memory"], number)
+        result = self._trainer.train(job, tensors(client_state), slot)
         present = named_arrays(result)
+        arrays = [value for *_, value in present]
         reply = {"loss": result.loss, "finite": result.finite, "arrays": [[name, part] for name, part, _ in present]}
-        return json.dumps(reply), [value.numpy() for _, _, value in present]
+        if slot is None:
+            return json.dumps(reply), [value.numpy() for value in arrays]
+        return json.dumps(reply | {"slot": number, "places": write_arrays(slot, arrays)}), []
 
     def handle(self, message: str, state: Received, ranked: list[Any]) -> str:
         """Return the sums of one chunk of data, see `Worker.handle`.
 
         Args:
-            message: JSON.
-            state: the whole one.
+            message: JSON, with ``memory`` as in `train`.
+            state: the whole one, if there is no such memory.
             ranked: a reference to the state by which the round's channels were ranked, if they were; in a list, so that
                 it is fetched by those actors only that have trained nothing in this round.
         """
@@ -93,7 +105,8 @@ class Host:
             import ray
 
             self._rank(tensors(ray.get(ranked[0])), described["round"])
-        self._replace(state)
+        memory = described["memory"]
+        self._replace(tensors(state) if memory is None else self._attached.state(memory))
         return json.dumps(self._worker.handle(described))
 
     def _receive(self, job: Job, reference: list[Any], *, is_cut: bool) -> None:
@@ -107,16 +120,16 @@ class Host:
         if is_cut:
             self._trainer.receive(job, tensors(received))
             return
-        self._replace(received)
+        self._replace(tensors(received))
         self._rank(self._state, job.round)
 
     def _rank(self, state: Arrays, round: int) -> None:
         self._task.cutter.rank_(state["x"][0])
         self._ranked_at = round
 
-    def _replace(self, state: Received) -> None:
+    def _replace(self, state: Arrays) -> None:
         self._state.clear()
-        self._state.update(tensors(state))
+        self._state.update(state)
 
 
 def tensors(arrays: Received) -> Arrays:

@@ -61,6 +61,12 @@ def start_ray(address: str | None, num_cpus: int | None) -> Callable[[], None]:
     return ray.shutdown
 
 
+def is_running() -> bool:
+    """Say whether this process has started or joined a Ray already."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
 def _require_answer(address: str | None) -> None:
     """Raise an `OSError` unless somebody listens at ``host:port``, because Ray would wait for hours."""
     meant = os.environ.get("RAY_ADDRESS") if address == "auto" else address
