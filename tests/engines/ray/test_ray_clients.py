@@ -197,7 +197,8 @@ class TestInterrupted:
         """A terminal interrupts all processes of the group, Ray's too; a scheduler asks only ours to stop."""
         config = configure({"rounds": 100_000, "evaluation": {"every": 1000}, "checkpoint.every_seconds": 1000})
         process = gossamer("run", write(tmp_path, on_ray(config)), "--out", tmp_path / "run")
-        wait_for(lambda: len(list_metrics(tmp_path / "run")) >= 3, 120)
+        wait_for(lambda: process.poll() is not None or len(list_metrics(tmp_path / "run")) >= 3, 120)
+        assert process.poll() is None, process.communicate()
         if number == signal.SIGINT:
             os.killpg(process.pid, number)
         else:
