@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from pydantic import field_validator
 from torch import Tensor
 
 from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.errors import ConfigError, one_line
 from gossamer.options import Options
 from gossamer.records import BlockResult, RoundPlan
 from gossamer.submodel import Cutter
@@ -25,11 +28,27 @@ class VariantMode(Options):
         stacked: all rows of a block in one batched computation (vmap), instead of one after another.
         channels_last: images in channels-last order.
         padding: short batches are padded and masked (stacked only).
+        device: where torch computes their gradients, as "cpu" or "cuda". Sums and evaluation stay on processors.
     """
 
     stacked: bool = False
     channels_last: bool = False
     padding: bool = False
+    device: str = "cpu"
+
+    @field_validator("device")
+    @classmethod
+    def _is_a_device(cls, value: str) -> str:
+        try:
+            torch.device(value)
+        except RuntimeError:
+            raise ValueError("give a device as torch names it, such as cpu or cuda") from None
+        return value
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether gradients are computed elsewhere than on a processor."""
+        return torch.device(self.device).type != "cpu"
 
 
 @dataclass(frozen=True)
@@ -113,3 +132,15 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop workers and free memory."""
         ...
+
+
+def require_devices(task: Task) -> None:
+    """Raise a `ConfigError` if a mode names a device that this machine lacks."""
+    for capacity, mode in zip(task.capacities, task.modes, strict=True):
+        try:
+            torch.zeros(0, device=mode.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ConfigError(
+                f"engine.modes trains capacity {capacity} on device {mode.device!r}, which this machine does not have"
+                f" ({one_line(error)[:120]}): use cpu, or engine ray on a cluster that has it"
+            ) from None

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from federation import wait_for
-from gossamer.engines.ray.actors import AHEAD, MOST_FAILURES, Actors, Call
+from gossamer.engines.ray.actors import AHEAD, CPU, GPU, MOST_FAILURES, READY, Actors, Call
 from gossamer.errors import DataError, EngineError, RoundAborted
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
@@ -158,6 +158,39 @@ class TestWithoutFaults:
             assert (len(actors), len(more)) == (1, 3)
             assert set(pids(actors)) == first < more
             wait_for(lambda: not any(is_alive(pid) for pid in more - first))
+
+
+class TestKinds:
+    def test_every_call_goes_to_its_kind(self, tmp_path: Path) -> None:
+        """Also after an actor of either kind died, and while one kind has nothing left to do."""
+        import ray
+
+        remote = ray.remote(num_cpus=1, max_restarts=0)(tiny())
+        told = Told()
+        with acting(2, on_event=told, others={GPU: (remote.remote, 1)}) as actors:
+            assert len(actors) == 2
+            wait_for(lambda: bool(list(actors.map({GPU: [READY], CPU: [READY]}))) and not starting(actors))
+            for kinds in ({CPU: 6, GPU: 2}, {CPU: 1, GPU: 7}, {GPU: 3}, {CPU: 4}):
+                calls = {kind: [Call((kind, i), "pid", ()) for i in range(count)] for kind, count in kinds.items()}
+                found = list(actors.map(calls))
+                assert Counter(kind for (kind, _), _ in found) == kinds
+                processes = {kind: {pid for (one, _), pid in found if one == kind} for kind in kinds}
+                assert len(processes.get(GPU, {0})) == 1
+                assert not processes.get(GPU, set()) & processes.get(CPU, set())
+            faults = {
+                kind: [Call((kind, i), "work", (i, *(["kill", str(tmp_path / kind)] * (i == 1)))) for i in range(4)]
+                for kind in (CPU, GPU)
+            }
+            assert dict(actors.map(faults)) == {(kind, i): i**2 for kind in (CPU, GPU) for i in range(4)}
+            assert told.count("actor-replaced", "ActorDiedError") == 2
+            assert sorted(slot.kind for slot in actors._slots) == [CPU, CPU, GPU]
+            actors.resize(1)
+            assert sorted(slot.kind for slot in actors._slots) == [CPU, GPU]
+        assert actors._slots == []
+
+
+def starting(actors: Actors) -> bool:
+    return any(slot.starting is not None for slot in actors._slots)
 
 
 def is_alive(pid: int) -> bool:

@@ -34,7 +34,7 @@ from gossamer.config import parse
 from gossamer.engines.local.batches import Job
 from gossamer.engines.ray.host import Host
 from gossamer.engines.ray.nearby import Nearby
-from gossamer.errors import DataError, EngineError, GossamerError, Interrupted
+from gossamer.errors import ConfigError, DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
 from gossamer.records import Block
 from gossamer.runlog import read_metrics
@@ -88,6 +88,44 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr("gossamer.engines.ray.engine.is_running", lambda: False)
     monkeypatch.setattr(Nearby, "take_back", lambda self, reply: replies.append(reply) or take_back(self, reply))
     return replies
+
+
+MIXED = """
+import sys, yaml, ray
+from federation import digest
+from gossamer import run
+from gossamer.engines.base import VariantMode
+from gossamer.engines.ray.actors import Actors
+ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, logging_level="ERROR")
+# The device is the processor, but the engine takes it for a GPU's.
+VariantMode.is_on_gpu = property(lambda self: self.device == "cpu:0")
+inner, seen = Actors.map, []
+def noted(self, calls, *rest):
+    yield from inner(self, calls, *rest)
+    seen.append((sorted(slot.kind for slot in self._slots), ray.available_resources().get("GPU", 0)))
+Actors.map = noted
+done = run(yaml.safe_load(open(sys.argv[1])), out=sys.argv[2])
+print(seen[-1])
+print(digest(done.params))
+"""
+
+
+def test_actors_with_and_without_gpus_in_one_run(tmp_path: Path) -> None:
+    """Ray counts GPUs that it is told of, so that who trains what can be tested without any."""
+    ways = [{"capacity": level, **SINGLY} | ({"device": "cpu:0"} if level >= 0.5 else {}) for level in LEVELS]
+    config = configure(mixed("fedrolex", **SINGLY) | {"engine.modes": ways, "clients.per_round": 8})
+    command = [sys.executable, "-c", MIXED, str(write(tmp_path, on_ray(config))), str(tmp_path / "ray")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    here = run(config, out=tmp_path / "local")
+    assert done.stdout.split("\n")[-3:-1] == ["(['cpu', 'cpu', 'gpu', 'gpu'], 0)", digest(here.params)]
+
+
+@SHARED
+def test_gpus_that_are_not_there(tmp_path: Path) -> None:
+    config = configure({"engine.modes": [{"capacity": 1.0, "device": "cuda"}]})
+    with pytest.raises(ConfigError, match="Ray finds no GPU"):
+        run(on_ray(config), out=tmp_path / "clients")
 
 
 @SHARED

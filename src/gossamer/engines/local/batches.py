@@ -86,6 +86,7 @@ class Batches:
             else:  # the last batch of an epoch may be short; every row is equally short
                 samples.pop("mask", None)
                 lengths = (wanted[0].reshape(-1, size) >= 0).sum(axis=1).tolist()
+            samples, constants = on(mode.device, samples), on(mode.device, constants)
             merged: dict[str, Any] = {"scale": 1.0 / job.capacity if task.scaler else 1.0, **constants}
             if one_by_one:
                 samples = {key: value[0] for key, value in samples.items()}
@@ -93,6 +94,11 @@ class Batches:
             for step, length in enumerate(lengths):
                 part = slice(step * size, step * size + length)
                 yield merged | {key: v[part] if one_by_one else v[:, part] for key, v in samples.items()}
+
+
+def on(device: str, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors on a device; those that are there already are the same ones."""
+    return {name: value.to(device) for name, value in arrays.items()}
 
 
 def sample_bytes(workload: Workload) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.clientstore import ClientStore
-from gossamer.engines.base import Task
+from gossamer.engines.base import Task, require_devices
 from gossamer.engines.federation import FederatedEngine
 from gossamer.engines.local.batches import Job
 from gossamer.engines.local.memory import keep_freed_memory, shared_zeros
@@ -46,6 +46,7 @@ class LocalEngine(FederatedEngine):
             block_size: participants a block (a power of two), or None for a size that suits. Changes no bits.
         """
         keep_freed_memory()
+        require_devices(task)
         shared = {
             name: shared_zeros(value.numel(), value.dtype).view(value.shape).copy_(value)
             for name, value in state.items()
@@ -62,6 +63,7 @@ class LocalEngine(FederatedEngine):
     @staticmethod
     def of_peers(task: Task, x: Tensor, *, workers: int, block_size: int | None = None) -> PeerEngine:
         """Return the engine of a task that has a topology instead of a server."""
+        require_devices(task)
         return PeerEngine(task, x, workers=workers, block_size=block_size)
 
     def close(self) -> None:

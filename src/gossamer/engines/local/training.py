@@ -16,7 +16,7 @@ from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
 from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
 from gossamer.engines.base import Task
-from gossamer.engines.local.batches import Batches, Job, local_positions
+from gossamer.engines.local.batches import Batches, Job, local_positions, on
 from gossamer.records import BlockResult
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Leaves
@@ -110,14 +110,20 @@ class Trainer:
         Args:
             received: what each participant starts from: arrays [1, d] of one each, or arrays [s, d] of all.
         """
-        positions = local_positions(self.task, job)
-        if self.task.modes[job.block.variant].stacked:
+        positions, mode = local_positions(self.task, job), self.task.modes[job.block.variant]
+        client_state = on(mode.device, client_state)
+        if mode.stacked:
             if isinstance(received, list):
                 received = {name: stack_rows([one[name] for one in received]) for name in received[0]}
-            return self._train_stacked(job, received, positions, client_state)
-        if not isinstance(received, list):
-            received = [{name: value[i : i + 1] for name, value in received.items()} for i in range(len(job.client))]
-        return self._train_singly(job, received, positions, client_state)
+            ended = self._train_stacked(job, on(mode.device, received), positions, client_state)
+        else:
+            if not isinstance(received, list):
+                received = [
+                    {name: value[i : i + 1] for name, value in received.items()} for i in range(len(job.client))
+                ]
+            moved = {id(one): on(mode.device, one) for one in received}  # a shared cut is moved once
+            ended = self._train_singly(job, [moved[id(one)] for one in received], positions, client_state)
+        return ended if not mode.is_on_gpu else (on_processor(ended[0]), on_processor(ended[1]), ended[2])
 
     def _layouts(self, job: Job) -> tuple[Layout, Layout]:
         """Return the sub-model's layout, and the one in whose order in memory it is trained."""
@@ -204,7 +210,7 @@ class Trainer:
             for lists, arrays in zip((payload, private), ended, strict=True):
                 for name, row in arrays.items():
                     lists[name].append(row)
-            losses.append(float(torch.stack(values).sum()) / num_steps)
+            losses.append(numbers(torch.stack(values).sum()) / num_steps)
         return dict(payload), dict(private), losses
 
     def _loss(self, job: Job, row: int, step: int, leaves: Arrays, batch: dict[str, Any]) -> Tensor:
@@ -250,12 +256,12 @@ class Trainer:
                 step_in_place(algorithm, now, grad[:active], job.lr)
             loss[:active] += values.detach()[:active]
         payload, private = self._end_rows(rows, client_state, carry, job)
-        mean_loss = loss / torch.from_numpy(job.steps).to(loss.dtype)
+        mean_loss = loss / torch.from_numpy(job.steps).to(loss)
         own = slice(0, s)
         return (
             {name: value[own] for name, value in payload.items()},
             {name: value[own] for name, value in private.items()},
-            mean_loss[own].tolist(),
+            numbers(mean_loss[own]),
         )
 
     def _end_rows(self, rows: Arrays, client_state: Arrays, carry: Arrays, job: Job) -> tuple[Arrays, Arrays]:
@@ -276,6 +282,18 @@ class Trainer:
             return pieces[0]
         payload = {name: torch.cat([piece[0][name] for piece in pieces]) for name in pieces[0][0]}
         return payload, {name: torch.cat([piece[1][name] for piece in pieces]) for name in pieces[0][1]}
+
+
+def numbers(values: Tensor) -> Any:
+    """Return a number, or a list of them."""
+    return values.tolist()
+
+
+def on_processor(arrays: Mapping[str, Rows]) -> dict[str, Rows]:
+    """Return rows in this process's own memory."""
+    return {
+        name: rows.cpu() if isinstance(rows, Tensor) else [row.cpu() for row in rows] for name, rows in arrays.items()
+    }
 
 
 def gradients(loss: Tensor, leaves: Leaves) -> Arrays:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,10 +57,12 @@ class _Slot:
         starting: what its first answer comes under; None once it is there.
         generation: how many had the place before.
         heard: when it last answered, or was given work while it had none.
+        kind: of actor.
     """
 
     actor: Any
     starting: Any
+    kind: str
     generation: int = 0
     heard: float = 0.0
 
@@ -74,6 +76,8 @@ class _Attempt:
     is_doubled: bool = False
 
 
+CPU, GPU = "cpu", "gpu"  # kinds of actors
+Calls = Iterable[Call] | Mapping[str, Iterable[Call]]
 READY = Call("ready", "ready", ())
 
 
@@ -88,48 +92,53 @@ class Actors:
         straggler_seconds: float | None = None,
         start_seconds: float = START_SECONDS,
         on_event: Callable[..., None] = lambda kind, **fields: None,
+        others: Mapping[str, tuple[Callable[[], Any], int]] | None = None,
     ) -> None:
         """Start actors.
 
         Args:
-            make: starts one actor and returns its handle.
+            make: starts one actor of kind `CPU` and returns its handle.
+            num_actors: of that kind.
             straggler_seconds: wall-clock seconds without an answer of an actor after which its calls are done again
                 elsewhere, as soon as another one has time; long after that it is replaced. None: `PATIENCE` times the
                 longest time that an answer to the same method has taken, a minute at least.
             start_seconds: in which one actor at least must have come up.
             on_event: is told of every retry and replacement.
+            others: how actors of further kinds are started, and how many of them.
         """
-        self._make, self._straggler_seconds, self.on_event = make, straggler_seconds, on_event
-        self._start_seconds = start_seconds
-        self._slots: list[_Slot] = []
+        self._make = {CPU: make} | {kind: one for kind, (one, _) in (others or {}).items()}
+        self._straggler_seconds, self.on_event, self._start_seconds = straggler_seconds, on_event, start_seconds
+        self._slots = [self._started(kind) for kind, (_, number) in (others or {}).items() for _ in range(number)]
         self._longest: dict[str, float] = {}
+        self._num_others = len(self._slots)
         self.resize(num_actors)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._slots) - self._num_others
 
     def resize(self, num_actors: int) -> None:
-        """Start further actors, or stop the last ones; only between two calls of `map`."""
+        """Start further actors of kind `CPU`, or stop the last ones; only between two calls of `map`."""
         import ray
 
-        while len(self._slots) > num_actors:
+        while len(self) > num_actors:
             ray.kill(self._slots.pop().actor)
-        while len(self._slots) < num_actors:
-            actor = self._make()
-            self._slots.append(_Slot(actor, actor.ready.remote()))
+        while len(self) < num_actors:
+            self._slots.append(self._started(CPU))
 
-    def map(self, calls: Iterable[Call], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Hashable, Any]]:
+    def map(self, calls: Calls, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Hashable, Any]]:
         """Yield (key, result) of all calls, in the order in which they are done; a batch of few is spread evenly.
 
-        `calls` is drawn from lazily. When `stop` turns true no more results are waited for. Of a call with several
-        returned objects the first is fetched, the others stay references.
+        `calls` are for actors of kind `CPU`, or ``{kind: calls}``; they are drawn from lazily. When `stop` turns true
+        no more results are waited for. Of a call with several returned objects the first is fetched, the others stay
+        references.
 
         Raises:
             RoundAborted: actors died again and again, or none came up, and no call got through.
             EngineError: a call failed by an error of its own.
             GossamerError: a call raised one.
         """
-        batch = _Batch(self, iter(calls))
+        sources = calls if isinstance(calls, Mapping) else {CPU: calls}
+        batch = _Batch(self, {kind: iter(of_kind) for kind, of_kind in sources.items()})
         while batch.fill():
             attempt = batch.wait()
             if stop():
@@ -140,7 +149,7 @@ class Actors:
                 result = _result(attempt)
             except _lost() as error:
                 if not attempt.is_doubled:
-                    batch.again.append(attempt.call.repeated())
+                    batch.again[self._slots[attempt.slot].kind].append(attempt.call.repeated())
                 self._lost_one(attempt, type(error).__name__, batch)
                 continue
             batch.failures = 0
@@ -152,6 +161,7 @@ class Actors:
 
     def stop(self) -> None:
         """Kill the actors."""
+        self._num_others = 0
         self.resize(0)
 
     def note_seconds(self, method: str, seconds: float) -> None:
@@ -167,6 +177,10 @@ class Actors:
         return max(LEAST_PATIENCE_SECONDS, PATIENCE * self._longest[method])
 
     # ---- inside
+
+    def _started(self, kind: str, generation: int = 0) -> _Slot:
+        actor = self._make[kind]()
+        return _Slot(actor, actor.ready.remote(), kind, generation)
 
     def _lost_one(self, attempt: _Attempt, reason: str, batch: _Batch) -> None:
         self.on_event("retry", reason=reason, call=str(attempt.call.key))
@@ -189,8 +203,7 @@ class Actors:
         if slot.generation != attempt.generation:
             return False
         ray.kill(slot.actor)
-        actor = self._make()
-        self._slots[attempt.slot] = _Slot(actor, actor.ready.remote(), slot.generation + 1)
+        self._slots[attempt.slot] = self._started(slot.kind, slot.generation + 1)
         self.on_event("actor-replaced", reason=reason, slot=attempt.slot)
         return True
 
@@ -198,13 +211,12 @@ class Actors:
 class _Batch:
     """What `Actors.map` has under way."""
 
-    def __init__(self, actors: Actors, source: Iterator[Call]) -> None:
-        self._actors, self._source = actors, source
-        self.again: deque[Call] = deque()
+    def __init__(self, actors: Actors, sources: dict[str, Iterator[Call]]) -> None:
+        self._actors, self._sources = actors, sources
+        self.again: dict[str, deque[Call]] = {kind: deque() for kind in sources}
         self.flying: dict[Any, _Attempt] = {}
         self.done: set[Hashable] = set()
         self.failures = 0
-        self._is_drawn = False
         self._idle_since = time.monotonic()
 
     def fill(self) -> bool:
@@ -217,13 +229,13 @@ class _Batch:
             load[attempt.slot] += attempt.call.cost
         for depth in range(1, AHEAD + 1):
             for number in sorted(busy, key=load.__getitem__):
-                call = self._next() if busy[number] < depth else None
+                call = self._next(slots[number].kind) if busy[number] < depth else None
                 if call is not None:
                     self._send(call, number, is_idle=busy[number] == 0)
                     busy[number] += 1
                     load[number] += call.cost
         is_waiting = any(attempt.call.key not in self.done for attempt in self.flying.values())
-        return is_waiting or bool(self.again) or not self._is_drawn
+        return is_waiting or any(self.again.values()) or bool(self._sources)
 
     def wait(self) -> _Attempt | None:
         """Wait for a call to end, or an actor to come up, but not long; return the attempt that ended."""
@@ -273,13 +285,15 @@ class _Batch:
         else:
             slot.starting = None
 
-    def _next(self) -> Call | None:
-        while self.again:
-            call = self.again.popleft()
+    def _next(self, kind: str) -> Call | None:
+        again = self.again.get(kind, ())
+        while again:
+            call = again.popleft()
             if call.key not in self.done:
                 return call
-        drawn = next(self._source, None)
-        self._is_drawn |= drawn is None
+        drawn = next(self._sources.get(kind, iter(())), None)
+        if drawn is None:
+            self._sources.pop(kind, None)
         return drawn
 
     def _send(self, call: Call, number: int, *, is_idle: bool) -> None:
@@ -298,7 +312,7 @@ class _Batch:
             silent, limit = now - slots[attempt.slot].heard, self._actors.limit_seconds(attempt.call.method)
             if silent > limit and not attempt.is_doubled and attempt.call.key not in self.done:
                 attempt.is_doubled = True
-                self.again.append(attempt.call.repeated())
+                self.again[slots[attempt.slot].kind].append(attempt.call.repeated())
                 self._actors.on_event("retry", reason="straggler", call=str(attempt.call.key))
             if silent > HUNG * limit * 2**attempt.generation:  # the limit may be too short for an honest call
                 self._actors._give_up(attempt, "hung", self)

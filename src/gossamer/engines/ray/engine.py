@@ -17,12 +17,13 @@ from gossamer.engines.base import Task
 from gossamer.engines.federation import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
 from gossamer.engines.local.batches import Job
 from gossamer.engines.local.memory import keep_freed_memory
-from gossamer.engines.ray.actors import AHEAD, Actors, Call
+from gossamer.engines.ray.actors import AHEAD, CPU, GPU, Actors, Call
 from gossamer.engines.ray.host import Host
 from gossamer.engines.ray.nearby import SPARE_SLOTS, Nearby
 from gossamer.engines.ray.peers import RayPeerEngine
-from gossamer.engines.ray.placing import arrays_of, make_actor, num_cpus, put_data
+from gossamer.engines.ray.placing import arrays_of, make_actor, num_cpus, num_gpus, put_data
 from gossamer.engines.ray.starting import is_running, start_ray
+from gossamer.errors import ConfigError
 from gossamer.records import Block, BlockResult, RoundPlan
 from gossamer.workloads.base import Sums
 
@@ -48,13 +49,16 @@ class RayEngine(FederatedEngine):
 
         Args:
             task, state, store, block_size: as of the local engine.
-            workers: actors, of one CPU each; 0: as many as there are CPUs, anew every round. Changes no bits.
+            workers: actors, of one CPU each; 0: as many as there are CPUs, anew every round. Changes no bits. Where
+                modes name another device than "cpu", there is one more actor for every GPU of the cluster; these alone
+                train the capacities of such modes.
             recipe: how actors rebuild the task, see `Host`.
             address: None: a Ray of our own; else "auto" or the address of a cluster.
             straggler_seconds: see `Actors`.
 
         Raises:
             EngineError: Ray does not start, or there is no such cluster.
+            ConfigError: a capacity is to be trained on a GPU, and the cluster has none.
         """
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         keep_freed_memory()
@@ -62,16 +66,26 @@ class RayEngine(FederatedEngine):
         self._leave = start_ray(address, workers or None)
         self._adapts = not workers
         owned = {name: value.clone() for name, value in state.items()}
-        super().__init__(task, owned, store, num_workers=workers or num_cpus(), block_size=block_size)
+        is_on_gpu = any(mode.is_on_gpu for mode in task.modes)
+        self._num_gpus = num_gpus() if is_on_gpu else 0
+        if is_on_gpu and not self._num_gpus:
+            self._leave()
+            raise ConfigError(
+                "engine.modes trains on another device than cpu, but Ray finds no GPU: join a cluster that has some, or"
+                " use cpu"
+            )
+        super().__init__(task, owned, store, num_workers=workers or self._num_free_cpus(), block_size=block_size)
         self._nearby: Nearby | None = None
         if is_own and sys.platform == "linux" and task.cutter.strategy.rank is None:
             self._nearby = Nearby(owned, AHEAD * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot())
             self._state = self._nearby.state
+        arguments = json.dumps(recipe), put_data(task.workload)
         self._actors = Actors(
-            make_actor(Host, json.dumps(recipe), put_data(task.workload)),
+            make_actor(Host, *arguments),
             self.num_workers,
             straggler_seconds=straggler_seconds,
             on_event=lambda kind, **fields: self.report(kind, **fields),
+            others={GPU: (make_actor(Host, *arguments, num_gpus=1), self._num_gpus)},
         )
         self._received: dict[float | None, Any] = {}
 
@@ -88,10 +102,14 @@ class RayEngine(FederatedEngine):
         if self._nearby is not None:
             self._nearby.close()
 
+    def _num_free_cpus(self) -> int:
+        """Return how many CPUs are left for actors without a GPU; one at least, to evaluate."""
+        return max(1, num_cpus() - self._num_gpus)
+
     def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
         """Train on as many actors as there are CPUs by now, and cut blocks for them, see `FederatedEngine`."""
         if self._adapts:
-            self._actors.resize(num_cpus())
+            self._actors.resize(self._num_free_cpus())
             self.num_workers = len(self._actors)
         return super().train(plan)
 
@@ -100,7 +118,11 @@ class RayEngine(FederatedEngine):
         if self._nearby is not None:
             self._nearby.begin(self._trees.values())
         by_key = {(block.variant, block.rows.start): block for block in blocks}
-        for key, (reply, arrays) in self._actors.map(self._calls(plan, blocks), self.stop_requested):
+        kinds = {variant: GPU if mode.is_on_gpu else CPU for variant, mode in enumerate(self._task.modes)}
+        calls = {
+            kind: self._calls(plan, [block for block in blocks if kinds[block.variant] == kind]) for kind in (GPU, CPU)
+        }
+        for key, (reply, arrays) in self._actors.map(calls, self.stop_requested):
             described = json.loads(reply)
             if "slot" in described:
                 assert self._nearby is not None

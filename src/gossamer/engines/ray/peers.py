@@ -23,7 +23,7 @@ from gossamer.engines.ray.actors import Actors, Call
 from gossamer.engines.ray.peerhost import PeerHost
 from gossamer.engines.ray.placing import make_actor, num_cpus, put_data
 from gossamer.engines.ray.starting import start_ray
-from gossamer.errors import StateLost
+from gossamer.errors import ConfigError, StateLost
 from gossamer.records import Block, BlockResult, RoundPlan
 from gossamer.topology.panels import panels
 from gossamer.workloads.base import Sums, add_sums
@@ -55,6 +55,10 @@ class RayPeerEngine:
             block_size: peers that are trained stacked together, or None for a size that suits. Changes no bits.
         """
         assert task.topology is not None
+        if any(mode.is_on_gpu for mode in task.modes):
+            raise ConfigError(
+                "engine.modes trains peers on another device than cpu, which engine ray does not: use cpu"
+            )
         self._leave = start_ray(address, workers or None)
         self._adapts = not workers
         self._task, self._block_size, self._num_peers = task, block_size, task.topology.n

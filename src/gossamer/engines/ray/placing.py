@@ -16,24 +16,36 @@ from gossamer.engines.base import Record
 from gossamer.registry import resolve
 
 
-def make_actor(cls: type, *arguments: Any) -> Callable[[], Any]:
-    """Return what starts an actor of one CPU; Ray neither restarts it nor repeats its calls, since `Actors` does."""
+def make_actor(cls: type, *arguments: Any, num_gpus: int = 0) -> Callable[[], Any]:
+    """Return what starts an actor of one CPU, with GPUs of its own if told so.
+
+    Ray neither restarts it nor repeats its calls, since `Actors` does.
+    """
 
     def make() -> Any:
         """Start one."""
         import ray
 
-        return ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(cls).remote(*arguments)
+        return ray.remote(num_cpus=1, num_gpus=num_gpus, max_restarts=0, max_task_retries=0)(cls).remote(*arguments)
 
     return make
 
 
 def num_cpus() -> int:
     """Return the number of CPUs of the cluster."""
+    return max(1, _resource("CPU"))
+
+
+def num_gpus() -> int:
+    """Return the number of GPUs of the cluster."""
+    return _resource("GPU")
+
+
+def _resource(name: str) -> int:
     import ray
 
     resources: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return max(1, int(resources.get("CPU", 1)))
+    return int(resources.get(name, 0))
 
 
 def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
