@@ -186,6 +186,8 @@ class TestKinds:
             assert sorted(slot.kind for slot in actors._slots) == [CPU, CPU, GPU]
             actors.resize(1)
             assert sorted(slot.kind for slot in actors._slots) == [CPU, GPU]
+            with pytest.raises(EngineError, match="no Ray actor of kind tpu"):
+                list(actors.map({"tpu": [READY]}))
         assert actors._slots == []
 
 

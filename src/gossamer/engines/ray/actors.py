@@ -134,10 +134,12 @@ class Actors:
 
         Raises:
             RoundAborted: actors died again and again, or none came up, and no call got through.
-            EngineError: a call failed by an error of its own.
+            EngineError: a call failed by an error of its own, or there is no actor of its kind.
             GossamerError: a call raised one.
         """
         sources = calls if isinstance(calls, Mapping) else {CPU: calls}
+        if missing := set(sources) - {slot.kind for slot in self._slots}:
+            raise EngineError(f"there is no Ray actor of kind {', '.join(sorted(missing))}")
         batch = _Batch(self, {kind: iter(of_kind) for kind, of_kind in sources.items()})
         while batch.fill():
             attempt = batch.wait()

@@ -118,10 +118,10 @@ class RayEngine(FederatedEngine):
         if self._nearby is not None:
             self._nearby.begin(self._trees.values())
         by_key = {(block.variant, block.rows.start): block for block in blocks}
-        kinds = {variant: GPU if mode.is_on_gpu else CPU for variant, mode in enumerate(self._task.modes)}
-        calls = {
-            kind: self._calls(plan, [block for block in blocks if kinds[block.variant] == kind]) for kind in (GPU, CPU)
-        }
+        by_kind: dict[str, list[Block]] = {}
+        for block in blocks:
+            by_kind.setdefault(GPU if self._task.modes[block.variant].is_on_gpu else CPU, []).append(block)
+        calls = {kind: self._calls(plan, of_kind) for kind, of_kind in by_kind.items()}
         for key, (reply, arrays) in self._actors.map(calls, self.stop_requested):
             described = json.loads(reply)
             if "slot" in described:
