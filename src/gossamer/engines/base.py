@@ -135,10 +135,17 @@ class Engine(Protocol):
 
 
 def require_devices(task: Task) -> None:
-    """Raise a `ConfigError` if a mode names a device that this machine lacks."""
+    """Raise a `ConfigError` if a mode names a device that this machine lacks.
+
+    CUDA devices are only counted: once this process had used one, forked workers could not.
+    """
     for capacity, mode in zip(task.capacities, task.modes, strict=True):
+        device = torch.device(mode.device)
         try:
-            torch.zeros(0, device=mode.device)
+            if device.type == "cuda" and torch.cuda.device_count() <= (device.index or 0):
+                raise RuntimeError(f"it has {torch.cuda.device_count()} CUDA devices")
+            if device.type not in ("cpu", "cuda"):
+                torch.zeros(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ConfigError(
                 f"engine.modes trains capacity {capacity} on device {mode.device!r}, which this machine does not have"

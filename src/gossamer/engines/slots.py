@@ -11,6 +11,7 @@ from torch import Tensor
 from gossamer.aggregate import TreeSum
 from gossamer.submodel.layout import ALIGNMENT
 
+SPARE_SLOTS = 16  # beyond those that can be under way, so that partial sums need not move at once
 Place = tuple[int, Sequence[int]]  # where an array begins in its slot, and its shape
 
 

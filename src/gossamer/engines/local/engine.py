@@ -17,12 +17,10 @@ from gossamer.engines.local.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.local.peers import PeerEngine
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.local.worker import Message, Worker
-from gossamer.engines.slots import Slots, read_arrays
+from gossamer.engines.slots import SPARE_SLOTS, Slots, read_arrays
 from gossamer.records import Block, BlockResult, RoundPlan
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums
-
-SPARE_SLOTS = 16
 
 
 class LocalEngine(FederatedEngine):

@@ -19,10 +19,11 @@ from gossamer.engines.local.batches import Job
 from gossamer.engines.local.memory import keep_freed_memory
 from gossamer.engines.ray.actors import AHEAD, CPU, GPU, Actors, Call
 from gossamer.engines.ray.host import Host
-from gossamer.engines.ray.nearby import SPARE_SLOTS, Nearby
+from gossamer.engines.ray.nearby import Nearby
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.engines.ray.placing import arrays_of, make_actor, num_cpus, num_gpus, put_data
 from gossamer.engines.ray.starting import is_running, start_ray
+from gossamer.engines.slots import SPARE_SLOTS
 from gossamer.errors import ConfigError
 from gossamer.records import Block, BlockResult, RoundPlan
 from gossamer.workloads.base import Sums

@@ -13,8 +13,6 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.local.memory import Mappable, attach
 from gossamer.engines.slots import Slots, read_arrays
 
-SPARE_SLOTS = 16
-
 
 class Nearby:
     """The driver's side: the state, and slots for results.
