@@ -27,7 +27,8 @@ from gossamer.submodel.windows import Window
 
 PLAIN = (
     *("fedavg", "fedrolex", "heterofl", "federated-dropout", "fjord", "all-smallest", "all-largest"),
-    *("fedadam", "fedyogi", "fedadagrad"),
+    *("fednova", "fedadam", "fedyogi", "fedadagrad"),
+    *("dsgd", "gossip-pga", "d2", "exact-diffusion", "push-sum", "choco-sgd", "dsgd-ceca"),
 )
 SIZE = 16
 LAYOUT = Layout.of({"w": (SIZE,)}, {"w": ("a",)})

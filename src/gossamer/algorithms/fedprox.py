@@ -31,6 +31,12 @@ class FedProx(FedAvg):
         carry = super().begin(state, client_state)
         return carry | ({"start": state["x"].clone()} if self.options.mu else {})
 
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether a step is that of SGD without pull, momentum and weight decay."""
+        is_sgd = not (self.options.mu or self.momentum or self.weight_decay)
+        return is_sgd and type(self).step is FedProx.step
+
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """One step of SGD on the loss and the proximal term."""
         if self.options.mu:

@@ -6,12 +6,13 @@ A workload of your own is any object with the attributes of `Workload`; name it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gossamer.submodel.layout import Layout
 
@@ -19,23 +20,43 @@ Params = Mapping[str, Tensor]
 Sums = dict[str, NDArray[np.float64]]
 
 
-class Leaves(dict[str, Tensor]):
-    """The parameters that are being trained; where they are `factored`, a large gradient need not be made.
+class Product(NamedTuple):
+    """The gradient of a linear layer by its weight, in two factors: that by its output, and its input.
 
-    A layer may then leave a weight [o, i] out of the graph and append (left [o, b], right [b, i]) to its `products`
-    while gradients are computed: ``left @ right`` is added to whatever else that weight's gradient is.
+    Attributes:
+        weight: name of the parameter, [o, i] or [s, o, i].
+        output: where the gradient by the output arrives.
+        input: [b, i] or [s, b, i].
+        is_transposed: whether the output is [..., b, o], rather than [..., o, b].
+    """
+
+    weight: str
+    output: GradientEdge
+    input: Tensor
+    is_transposed: bool
+
+
+class Leaves(dict[str, Tensor]):
+    """The parameters that are being trained; where they are `factored`, the gradient of a weight need not be made.
+
+    A layer may then keep a weight out of the graph and leave a `Product` instead, which is added to whatever else that
+    weight's gradient is.
     """
 
     def __init__(self, params: Mapping[str, Tensor], *, factored: bool = False) -> None:
         """Take the parameters, each of which requires a gradient."""
         super().__init__(params)
         self.factored = factored
-        self.products: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._products: list[Product] = []
 
-    def take_products(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Yield (weight's name, left, right) of all products, and forget them."""
-        products, self.products = self.products, {}
-        return ((name, left, right) for name, found in products.items() for left, right in found)
+    def leave_product(self, weight: str, output: Tensor, input: Tensor, *, is_transposed: bool) -> None:
+        """Note what a layer made of its input, before anything overwrites it; `output` is no view. See `Product`."""
+        self._products.append(Product(weight, get_gradient_edge(output), input.detach(), is_transposed))
+
+    def take_products(self) -> list[Product]:
+        """Return the products left since the last call."""
+        taken, self._products = self._products, []
+        return taken
 
 
 class Batch(NamedTuple):

@@ -206,7 +206,7 @@ class ImageClassification:
         if self.options.augment == "crop-flip":
             images = crop_flip(images, rows.reshape(-1), self.seed, round)
         samples = {
-            "x": self._normalised(images).view(*rows.shape, *self.data.shape),
+            "x": self._normalised(images, is_own=True).view(*rows.shape, *self.data.shape),
             "y": self.data.train_labels.index_select(0, picked).view(rows.shape),
         }
         if padding.any():
@@ -220,14 +220,21 @@ class ImageClassification:
         """Return bool [s, num_labels]: the classes of each client's training data."""
         return torch.from_numpy(self._histogram[clients] > 0)
 
-    def _normalised(self, images: Tensor, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        """Return float32 images of mean 0 and deviation 1 a channel, made in pieces that stay in the cache."""
+    def _normalised(self, images: Tensor, *, is_own: bool = False, channels_last: bool = False) -> Tensor:
+        """Return float32 images of mean 0 and deviation 1 a channel, made in pieces that stay in the cache.
+
+        Args:
+            is_own: `images` may be overwritten.
+        """
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if self._is_normal and images.dtype == torch.float32:
             return images.contiguous(memory_format=memory_format)
-        normal = torch.empty(images.shape, memory_format=memory_format)
+        in_place = is_own and images.dtype == torch.float32 and images.is_contiguous(memory_format=memory_format)
+        normal = images if in_place else torch.empty(images.shape, memory_format=memory_format)
         for start in range(0, len(images), CACHED_IMAGES):
             part = slice(start, start + CACHED_IMAGES)
-            normal[part].copy_(images[part]).sub_(self._mean).mul_(self._inverse_std)
+            piece = normal[part] if in_place else normal[part].copy_(images[part])
+            piece.sub_(self._mean).mul_(self._inverse_std)
         return normal
 
     def loss(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
@@ -268,7 +275,7 @@ class ImageClassification:
 
     def _forward_only(self, images: Tensor) -> Tensor:
         """Return normalised images in the memory format in which convolutions are quicker without gradients."""
-        return self._normalised(images, torch.channels_last if self.has_images else torch.contiguous_format)
+        return self._normalised(images, channels_last=self.has_images)
 
     @torch.no_grad()
     def evaluate(self, params: Params, statistics: Mapping[str, Tensor], chunk: int) -> Sums:

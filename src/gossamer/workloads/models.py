@@ -122,35 +122,26 @@ LARGE_WEIGHT = 1 << 19  # numbers, beyond the second-level cache
 FEW_SAMPLES = range(6, 17)  # for which MKL takes half the time for W x^T that it takes for x W^T
 
 
+def _leaves_of_products(params: Mapping[str, Tensor], weight: Tensor, x: Tensor) -> Leaves | None:
+    """Return `params` if the gradient by a linear layer's weight may be left in two factors."""
+    return params if isinstance(params, Leaves) and params.factored and x.dim() == weight.dim() else None
+
+
 def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
     """Apply a linear layer to x [b, i], or the layers of s clients to x [s, b, i]."""
-    weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
+    name = f"{layer}.weight"
+    weight, bias = params[name], params[f"{layer}.bias"]
+    leaves = _leaves_of_products(params, weight, x)
+    if leaves is not None:
+        weight = weight.detach()
+    is_flat = x.dim() == 2 and weight.numel() >= LARGE_WEIGHT and len(x) in FEW_SAMPLES
     if weight.dim() == 3:
-        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
-    if weight.numel() < LARGE_WEIGHT or x.dim() != 2 or len(x) not in FEW_SAMPLES:
-        return F.linear(x, weight, bias)
-    if isinstance(params, Leaves) and params.factored:
-        products = params.products.setdefault(f"{layer}.weight", [])
-        return _FactoredLinear.apply(weight.detach(), bias, x, products).t()  # type: ignore[no-untyped-call,no-any-return]
-    return torch.addmm(bias[:, None], weight, x.t()).t()
-
-
-class _FactoredLinear(torch.autograd.Function):
-    """A linear layer, [o, b], whose weight's gradient is left in two factors, see `Leaves`."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor, x: Tensor, products: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return weight x^T + bias."""
-        ctx.save_for_backward(weight, x)
-        ctx.products = products
-        return torch.addmm(bias[:, None], weight, x.t())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor | None, None]:
-        """Return the gradients by bias and x."""
-        weight, x = ctx.saved_tensors
-        ctx.products.append((grad, x.detach()))
-        return None, grad.sum(1), grad.t() @ weight if ctx.needs_input_grad[2] else None, None
+        output = torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+    else:
+        output = torch.addmm(bias[:, None], weight, x.t()) if is_flat else F.linear(x, weight, bias)
+    if leaves is not None:
+        leaves.leave_product(name, output, x, is_transposed=not is_flat)
+    return output.t() if is_flat else output
 
 
 class Softmax(ImageModel):
@@ -175,8 +166,13 @@ class Softmax(ImageModel):
 
         Written as W x^T, so that the gradient by W of many stacked clients is the quicker of the two batched products.
         """
-        product = params["output.weight"] @ x.flatten(-3).transpose(-1, -2)
-        return product.transpose(-1, -2) + params["output.bias"].unsqueeze(-2)
+        weight, x = params["output.weight"], x.flatten(-3)
+        leaves = _leaves_of_products(params, weight, x)
+        product = (weight if leaves is None else weight.detach()) @ x.transpose(-1, -2)
+        logits = product.transpose(-1, -2) + params["output.bias"].unsqueeze(-2)
+        if leaves is not None:
+            leaves.leave_product("output.weight", logits, x, is_transposed=True)
+        return logits
 
 
 class MLPOptions(ModelOptions):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from federation import LEVELS, MLP, SINGLY, STACKED, configure, digest, mixed, modes, relative_error
 from gossamer import run
+from gossamer.algorithms.federated import FedAvg
 from gossamer.build import Parts, build
 from gossamer.config import parse
 from gossamer.engines.local import training
@@ -125,25 +126,32 @@ def test_slow_version_with_options(tmp_path: Path, changes: dict[str, Any], mode
     assert relative_error(run(config, out=tmp_path / "run").params, slow_federation(config)) < 1e-5
 
 
+@EITHER
+@pytest.mark.parametrize("large", [1, models.LARGE_WEIGHT])
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedrolex"])
-def test_gradients_that_are_never_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
-    """Where weights are large and steps plain, a step is taken by the two factors of the gradient."""
+def test_gradients_that_are_never_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, large: int, mode: dict[str, bool]
+) -> None:
+    """Where steps are plain, a step of a matrix is taken by the two factors of its gradient."""
     levels = LEVELS if algorithm == "fedrolex" else (1.0,)
-    config = configure(mixed(algorithm, levels, **SINGLY) | SKEWED | {"engine.workers": 1})
-    usual, slow = run(config, out=tmp_path / "usual").params, slow_federation(config)
-    monkeypatch.setattr(models, "LARGE_WEIGHT", 1)
+    config = configure(mixed(algorithm, levels, **mode) | SKEWED | {"engine.workers": 1})
+    slow = slow_federation(config)
+    monkeypatch.setattr(models, "LARGE_WEIGHT", large)
     monkeypatch.setattr(models, "FEW_SAMPLES", range(1, 99))
-    monkeypatch.setattr(training, "step_in_place", only_biases(training.step_in_place))
+    with monkeypatch.context() as context:
+        context.setattr(FedAvg, "is_plain_sgd", False)
+        usual = run(config, out=tmp_path / "usual").params
+    monkeypatch.setattr(training, "step_in_place", only_biases(training.step_in_place, stacked=mode["stacked"]))
     factored = run(config, out=tmp_path / "factored").params
     assert relative_error(factored, slow) < 1e-5
     assert relative_error(factored, usual) < 1e-5
 
 
-def only_biases(step: Callable[..., None]) -> Callable[..., None]:
+def only_biases(step: Callable[..., None], *, stacked: bool) -> Callable[..., None]:
     """Forbid steps by the gradient of a matrix."""
 
     def checked(algorithm: Any, carry: dict[str, Tensor], grad: Tensor, lr: float) -> None:
-        assert grad.dim() == 1
+        assert grad.dim() == 1 + stacked
         step(algorithm, carry, grad, lr)
 
     return checked

@@ -145,6 +145,11 @@ class PeerSGD:
         """Return copies of the model and of the momentum."""
         return {name: state[name].clone() for name in ("x", "momentum") if name in state}
 
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether a step is that of SGD without momentum and weight decay."""
+        return type(self).step is PeerSGD.step and not self.momentum and not self.weight_decay
+
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """One step of SGD, as `torch.optim.SGD` takes it with the same momentum and weight decay."""
         grad = self.decayed(carry, grad)

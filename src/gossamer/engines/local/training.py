@@ -14,9 +14,10 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
-from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
+from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.engines.base import Task
 from gossamer.engines.local.batches import Batches, Job, local_positions, on
+from gossamer.engines.local.steps import add_product_, clip, clip_rows, gradients, step_in_place
 from gossamer.records import BlockResult
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Leaves
@@ -197,13 +198,13 @@ class Trainer:
             values = []
             for step, batch in enumerate(self._batches.of(job, slice(i, i + 1), positions, one_by_one=True)):
                 value = self._loss(job, i, step, leaves, batch)
-                grads = gradients(value, leaves)
+                grads, factors = gradients(value, leaves)
                 if self.task.train.clip_norm is not None:
                     grads = clip(grads, self.task.train.clip_norm)
                 for name, grad in grads.items():
                     step_in_place(algorithm, carries[name], grad, job.lr)
-                for name, left, right in leaves.take_products():
-                    carries[name]["x"].addmm_(left, right, alpha=-job.lr)
+                for name, left, right in factors:
+                    add_product_(views["x"][name], left, right, -job.lr)
                 values.append(value.detach())
             num_steps = int(job.steps[i])
             ended = algorithm.end(received[i], mine, carry, num_steps, job.lr)
@@ -238,22 +239,21 @@ class Trainer:
             )
         carry = algorithm.begin(rows, client_state)
         views = {name: layout.views(value) for name, value in carry.items()}
-        loss = carry["x"].new_zeros(len(job.client))
-        scale, workload = 1.0 / job.capacity if self.task.scaler else 1.0, self.task.workload
-        losses_of = torch.vmap(lambda params, batch: workload.loss(params, batch | {"scale": scale}))
-        if workload.stacks_natively:
-            losses_of = lambda params, batch: workload.loss(params, batch | {"scale": scale})  # noqa: E731
+        loss, leaves, carries, active = carry["x"].new_zeros(len(job.client)), Leaves({}), dict[str, Arrays](), 0
         for step, batch in enumerate(self._batches.of(job, slice(0, len(job.client)), positions, one_by_one=False)):
-            active = int(np.count_nonzero(job.steps > step))
-            computed = slice(0, max(active, 2))
-            leaves = Leaves({name: view[computed].detach().requires_grad_() for name, view in views["x"].items()})
-            values = losses_of(dict(leaves), {key: value[computed] for key, value in batch.items() if key != "scale"})
-            grads = gradients(values.sum(), leaves)
+            count = int(np.count_nonzero(job.steps > step))
+            if count != active:
+                active = count
+                leaves = self._stacked_leaves(views["x"], slice(0, max(active, 2)))
+                carries = {leaf: {name: view[leaf][:active] for name, view in views.items()} for leaf in leaves}
+            values = self._losses(leaves, batch)
+            grads, factors = gradients(values.sum(), leaves)
             if self.task.train.clip_norm is not None:
                 grads = clip_rows(grads, self.task.train.clip_norm)
             for name, grad in grads.items():
-                now = {key: view[name][:active] for key, view in views.items()}
-                step_in_place(algorithm, now, grad[:active], job.lr)
+                step_in_place(algorithm, carries[name], grad[:active], job.lr)
+            for name, left, right in factors:
+                add_product_(views["x"][name], left, right, -job.lr, active)
             loss[:active] += values.detach()[:active]
         payload, private = self._end_rows(rows, client_state, carry, job)
         mean_loss = loss / torch.from_numpy(job.steps).to(loss)
@@ -263,6 +263,21 @@ class Trainer:
             {name: value[own] for name, value in private.items()},
             numbers(mean_loss[own]),
         )
+
+    def _stacked_leaves(self, x: Arrays, rows: slice) -> Leaves:
+        """Return the parameters of some rows, which share the memory of `x`."""
+        trained = {name: view[rows].detach().requires_grad_() for name, view in x.items()}
+        return Leaves(trained, factored=self._factored and self.task.workload.stacks_natively)
+
+    def _losses(self, leaves: Leaves, batch: Mapping[str, Any]) -> Tensor:
+        """Return the losses [s] of the first s clients of a batch, whose parameters are `leaves` [s, ...]."""
+        workload, num_rows = self.task.workload, len(next(iter(leaves.values())))
+        arrays, scale = {key: value[:num_rows] for key, value in batch.items() if key != "scale"}, batch["scale"]
+        if workload.stacks_natively:
+            return workload.loss(leaves, arrays | {"scale": scale})
+        of_one = torch.vmap(lambda params, batch: workload.loss(params, batch | {"scale": scale}))
+        losses: Tensor = of_one(dict(leaves), arrays)
+        return losses
 
     def _end_rows(self, rows: Arrays, client_state: Arrays, carry: Arrays, job: Job) -> tuple[Arrays, Arrays]:
         """Call `end` once for every run of clients with equal step counts."""
@@ -294,41 +309,6 @@ def on_processor(arrays: Mapping[str, Rows]) -> dict[str, Rows]:
     return {
         name: rows.cpu() if isinstance(rows, Tensor) else [row.cpu() for row in rows] for name, rows in arrays.items()
     }
-
-
-def gradients(loss: Tensor, leaves: Leaves) -> Arrays:
-    """Differentiate `loss` by `leaves`; those that it does not depend on get zeros, or nothing if it left a product."""
-    found = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
-    missing = {name for name, grad in found.items() if grad is None and not leaves.products.get(name)}
-    return {
-        name: torch.zeros_like(leaves[name]) if grad is None else grad
-        for name, grad in found.items()
-        if grad is not None or name in missing
-    }
-
-
-def step_in_place(algorithm: Algorithm, carry: Arrays, grad: Tensor, lr: float) -> None:
-    """Take one step on views; what the algorithm returns as new tensors is copied back."""
-    stepped = algorithm.step(carry, grad, lr)
-    if stepped is not carry:
-        for name, value in stepped.items():
-            if value is not carry[name]:
-                carry[name].copy_(value)
-
-
-def clip(grads: Arrays, clip_norm: float) -> Arrays:
-    """Clip one gradient, spread over tensors, to a Euclidean norm of at most `clip_norm`."""
-    spread = list(grads.values())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(spread)))
-    factor = (clip_norm / norm.clamp(min=1e-12)).clamp(max=1.0)
-    return dict(zip(grads, torch._foreach_mul(spread, factor), strict=True))
-
-
-def clip_rows(grads: Arrays, clip_norm: float) -> Arrays:
-    """Clip each client's gradient, spread over tensors [s, ...], to a Euclidean norm of at most `clip_norm`."""
-    squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0)
-    factor = (clip_norm / squares.sqrt().clamp(min=1e-12)).clamp(max=1.0)
-    return {name: grad * factor.view(-1, *(1,) * (grad.dim() - 1)) for name, grad in grads.items()}
 
 
 def equal_runs(steps: NDArray[np.int32]) -> list[tuple[int, int]]:
