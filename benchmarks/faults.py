@@ -1,8 +1,9 @@
 """Strike at runs on Ray at random, and compare what comes out with runs of the local engine that nobody touched.
 
-Three experiments on made-up images: FedRolex with mixed capacities and gradient tracking of peers, each on a Ray of its
-own, and SCAFFOLD on a cluster of two nodes. A child process runs one, commits every round, and reports the start and
-end of every span through a pipe; this process draws what to do to it, and when:
+Four experiments on made-up images: FedRolex with mixed capacities, gradient tracking of peers, and the same peers that
+hear from each other by gloo, each on a Ray of its own, and SCAFFOLD on a cluster of two nodes. A child process runs
+one, commits every round, and reports the start and end of every span through a pipe; this process draws what to do to
+it, and when:
 
 - kill-in-round: SIGKILL to an actor at a random moment of a round; kill-at-boundary: when a phase starts or ends;
 - stop: SIGSTOP to an actor, and SIGCONT later, sooner or later than the run gives its work to others;
@@ -64,6 +65,7 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "engine": BASE["engine"] | {"modes": [{"capacity": level} for level in LEVELS]},
     },
     "peers": {"algorithm": "dsgt", "peers": {"num": 12, "topology": "random-match"}},
+    "gloo": {"algorithm": "dsgt", "peers": {"num": 12, "topology": "random-match"}},
     "cluster": {"algorithm": "scaffold", "clients": {"num": 12, "per_round": 8}},
 }
 
@@ -200,6 +202,7 @@ class Trial:
         resolved = read_config(reference)
         engine = {"name": "ray", "workers": 2, "straggler_seconds": STRAGGLER_SECONDS}
         engine |= {"address": self.nodes.address} if self.nodes is not None else {}
+        engine |= {"collective": "gloo"} if name == "gloo" else {}
         self.config = folder / f"{name}.json"  # JSON is YAML
         self.config.write_text(json.dumps(resolved | {"engine": resolved["engine"] | engine}))
         self.fired: Counter[str] = Counter()

@@ -19,7 +19,10 @@ SOURCE = Path(gossamer.__file__).parent
 FILES = [str(path.relative_to(SOURCE)) for path in sorted(SOURCE.rglob("*.py"))]
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 50
 NOWHERE = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "ray", "grpc", "torch.distributed"}
-ADAPTERS = {"engines/ray": {"ray"}}  # the one package that each of these may be imported in
+ADAPTERS = {
+    "engines/ray": {"ray"},
+    "engines/collective": {"torch.distributed"},
+}  # the one package that each of these may be imported in
 # Where they are used, these are imported inside a function, so that a short command does not pay for them.
 LAZY = {
     "ray",

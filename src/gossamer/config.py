@@ -95,6 +95,15 @@ class Config(Options):
         assert found is not None
         return found
 
+    @model_validator(mode="after")
+    def _collective_among_actors_of_peers(self) -> Config:
+        if self.engine.collective is not None and (self.peers is None or self.engine.name == "local"):
+            raise ValueError(
+                f"engine.collective = {self.engine.collective!r} lets Ray's actors send peers' rows to each other: use"
+                " it with peers and engine.name ray, or set it to null"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _engine_by_name(cls, data: Any) -> Any:

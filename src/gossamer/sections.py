@@ -52,6 +52,8 @@ class EngineOptions(Options):
         address: of a Ray cluster, "auto" for the one on this machine; None: a Ray of the run's own.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least.
+        collective: gloo, or nccl where each has a GPU: Ray's actors send rows of peers to each other by
+            torch.distributed; None: by Ray's object store. Changes no bits.
     """
 
     name: str = "local"
@@ -60,6 +62,7 @@ class EngineOptions(Options):
     modes: list[ModeOptions] | VariantMode | Literal["auto"] = "auto"
     address: str | None = None
     straggler_seconds: float | None = Field(default=None, gt=0)
+    collective: Literal["gloo", "nccl"] | None = None
 
     @field_validator("workers", "block_size")
     @classmethod

@@ -12,7 +12,10 @@ import pytest
 
 from federation import LEVELS, STACKED, assert_same, events, modes
 from gossamer import resume, run
+from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Meeting
 from gossamer.engines.ray.peers import RayPeerEngine
+from gossamer.engines.ray.together import meeting_host
+from gossamer.errors import ConfigError, RoundAborted
 from gossamer.experiment import Hooks
 from gossamer.records import RoundPlan
 from gossamer.spans import Spans
@@ -21,6 +24,7 @@ from slow_peers import LEAST_SQUARES, decentralized
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
 
 RAY = {"engine.name": "ray", "engine.workers": 3}
+GLOO = {"engine.collective": "gloo"}
 CASES: dict[str, dict[str, Any]] = {
     "a shift, epochs of unequal lengths": {"peers.num": 9, "peers.topology": {"name": "d-equistatic", "M": 3}},
     "a matching, mixed and merged": {
@@ -59,16 +63,23 @@ def test_bits_of_the_local_engine(tmp_path: Path, case: str) -> None:
     here = run(decentralized(changes), out=tmp_path / "local")
     there = run(decentralized(changes | RAY), out=tmp_path / "ray")
     assert_same(there, here)
+    together = run(decentralized(changes | RAY | GLOO), out=tmp_path / "gloo")
+    assert_same(together, here)
+    assert not events(together.directory, "retry")
 
 
-def test_a_killed_actor_costs_no_bits(tmp_path: Path) -> None:
-    """One is killed when the first exchange begins, and has other blocks to mix then."""
+@pytest.mark.parametrize("collective", [{}, GLOO], ids=["store", "gloo"])
+def test_a_killed_actor_costs_no_bits(tmp_path: Path, collective: dict[str, str]) -> None:
+    """One is killed when the second exchange begins, and has other blocks to mix then, or a group that misses it."""
     fired = []
+    begun = []
 
     def listen(span: str, starts: bool) -> None:
-        if (span, starts) == ("exchange", True) and not fired:
-            fired.append(own_actors()[0])
-            os.kill(fired[0], signal.SIGKILL)
+        if (span, starts) == ("exchange", True):
+            begun.append(span)
+            if len(begun) == 2:
+                fired.append(own_actors()[0])
+                os.kill(fired[0], signal.SIGKILL)
 
     def spans() -> Spans:
         made = Spans()
@@ -77,10 +88,43 @@ def test_a_killed_actor_costs_no_bits(tmp_path: Path) -> None:
 
     changes = CASES["a matching, mixed and merged"]
     here = run(decentralized(changes), out=tmp_path / "local")
-    there = run(decentralized(changes | RAY), out=tmp_path / "ray", hooks=Hooks(spans=spans))
+    there = run(decentralized(changes | RAY | collective), out=tmp_path / "ray", hooks=Hooks(spans=spans))
     assert fired
     assert events(there.directory, "actor-replaced")
+    broken = [event for event in events(there.directory, "retry") if event["reason"] == "group-broken"]
+    assert len(broken) == (1 if collective else 0)
     assert_same(there, here)
+
+
+def test_groups_that_break_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The round is given up in one sentence, and what was committed goes on without a group."""
+    monkeypatch.setattr(Meeting, "places", lambda self, size, backend: [None] * size)
+    changes = CASES["codecs"]
+    with pytest.raises(RoundAborted, match=r"5 groups of Ray actors in a row broke \(a member was replaced\)"):
+        run(decentralized(changes | RAY | GLOO), out=tmp_path / "ray")
+    path = tmp_path / "ray" / "config.yaml"
+    path.write_text(path.read_text().replace("collective: gloo", "collective: null"))
+    assert_same(resume(tmp_path / "ray"), run(decentralized(changes), out=tmp_path / "local"))
+
+
+def test_a_gpu_for_each_actor(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="takes a GPU for each of 3 actors, but the cluster has 0"):
+        run(decentralized(RAY | {"engine.collective": "nccl"}), out=tmp_path / "ray")
+
+
+def test_several_machines_need_the_name_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    nodes = [{"NodeManagerAddress": f"10.0.0.{number}", "Alive": True} for number in (1, 2)]
+    monkeypatch.delenv(INTERFACE, raising=False)
+    assert meeting_host() == LOOPBACK
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    with pytest.raises(ConfigError, match=f"name the interface of a private network by the variable {INTERFACE}"):
+        meeting_host()
+    monkeypatch.setenv(INTERFACE, "eth1")
+    assert meeting_host() == ray.util.get_node_ip_address()
+    nodes[1]["Alive"] = False
+    assert meeting_host() == LOOPBACK
 
 
 def test_resumed_on_the_other_engine(tmp_path: Path) -> None:

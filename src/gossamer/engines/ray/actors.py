@@ -116,6 +116,11 @@ class Actors:
     def __len__(self) -> int:
         return len(self._slots) - self._num_others
 
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """How many actors each place has lost; equal as long as all are the same ones."""
+        return tuple(slot.generation for slot in self._slots)
+
     def resize(self, num_actors: int) -> None:
         """Start further actors of kind `CPU`, or stop the last ones; only between two calls of `map`."""
         import ray

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays, scalars_of
+from gossamer.engines.collective.group import Group, GroupBroken, Place
+from gossamer.engines.collective.rows import swap_rows_
 from gossamer.engines.local.peerwork import PeerState, PeerWorker, column_sums, squared_distance
 from gossamer.engines.ray.host import prepare, tensors
 
@@ -36,6 +38,7 @@ class PeerHost:
         self._needs = lru_cache(maxsize=4)(self._make_needs)
         empty = PeerState({}, {}, None, torch.zeros(1, self._task.workload.layout.d))
         self._mixer = PeerWorker(self._task, empty)
+        self._group: Group | None = None
 
     def ready(self) -> bool:
         """Answer, once the task is built."""
@@ -56,7 +59,8 @@ class PeerHost:
 
         Args:
             message: JSON: ``jobs``, as `PeerWorker.train` takes them, of all peers low, ..., high - 1; ``bounds``, of
-                all blocks; ``block``, the number of this one; ``round`` and ``mixing``.
+                all blocks; ``block``, the number of this one; ``round`` and ``mixing``; ``pieces``, whether there are
+                to be any.
             state: rows of the block.
 
         Returns:
@@ -83,7 +87,7 @@ class PeerHost:
         kept = {f"state.{name}": value for name, value in arrays.items() if name not in sent}
         block = {f"sent.{name}": value for name, value in sent.items()} | kept
         pieces = []
-        for number, (first, last) in enumerate(described["bounds"]):
+        for number, (first, last) in enumerate(described["bounds"] if described["pieces"] else ()):
             wanted = self._needed(described, first, last, low, high) if number != described["block"] else None
             pieces.append(None if wanted is None else _piece(sent, wanted, low))
         return json.dumps(replies), {name: value.numpy() for name, value in block.items()}, *pieces
@@ -97,21 +101,77 @@ class PeerHost:
             pieces: what the other blocks' peers send to this one.
         """
         described = json.loads(message)
-        low, high = described["bounds"][described["block"]]
-        own = {name.removeprefix("sent."): value for name, value in block.items() if name.startswith("sent.")}
-        sent: Arrays = {}
-        for name, rows in own.items():
-            everyone = _sparse_zeros((self._task.workload.num_clients, rows.shape[1]), rows.dtype)
-            everyone[low:high] = rows
-            for piece in pieces:
-                if piece is not None:
-                    everyone[piece["peers"]] = piece[name]
-            sent[name] = torch.from_numpy(everyone)
-        holders = sent.pop(HOLDERS, None)
+        bounds = described["bounds"][described["block"]]
+        everyone = self._laid_out([bounds], [block])
+        for piece in pieces:
+            if piece is not None:
+                for name, rows in everyone.items():
+                    rows[torch.from_numpy(piece["peers"])] = torch.from_numpy(piece[name])
+        return "", self._mixed(described, everyone, block, bounds)
+
+    def mix_together(self, message: str, *blocks: Rows) -> Any:
+        """Mix several blocks while other actors mix theirs, and hear from them by a group's messages.
+
+        Args:
+            message: JSON: ``bounds``, ``round``, ``mixing`` and ``lr``, as of `mix`; ``numbers`` of the blocks;
+                ``spans``, see `swap_rows_`; ``place`` in the group, or null: then nothing is done.
+            blocks: what `train` returned for them.
+
+        Returns:
+            "", or why the group broke; the new rows of each block's state, or None.
+        """
+        described = json.loads(message)
+        bounds = [described["bounds"][number] for number in described["numbers"]]
+        everyone = self._laid_out(bounds, blocks)
+        try:
+            group = self._joined(described["place"])
+            swap_rows_(group, described["spans"], everyone, lambda *where: self._needed(described, *where))
+        except GroupBroken as error:
+            self._leave()
+            return str(error), *[None] * len(blocks)
+        mixed = (self._mixed(described, everyone, *each) for each in zip(blocks, bounds, strict=True))
+        return "", *mixed
+
+    def _joined(self, place: list[Any] | None) -> Group:
+        """Return the group of a place, in which this process stays until it is given another.
+
+        Raises:
+            GroupBroken: there is no place for an actor that came late, or the others did not come.
+        """
+        if place is None:
+            raise GroupBroken("a member was replaced")
+        if self._group is None or self._group.place != Place(*place):
+            self._leave()
+            self._group = Group(Place(*place))
+        return self._group
+
+    def _leave(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _laid_out(self, bounds: Sequence[Sequence[int]], blocks: Sequence[Rows]) -> Arrays:
+        """Return arrays of what all peers send, holders included, with the rows of some blocks filled in."""
+        everyone: Arrays = {}
+        for (low, high), block in zip(bounds, blocks, strict=True):
+            for name, rows in block.items():
+                if name.startswith("sent."):
+                    key = name.removeprefix("sent.")
+                    if key not in everyone:
+                        zeros = _sparse_zeros((self._task.workload.num_clients, rows.shape[1]), rows.dtype)
+                        everyone[key] = torch.from_numpy(zeros)
+                    everyone[key][low:high] = torch.from_numpy(rows)
+        return everyone
+
+    def _mixed(
+        self, described: dict[str, Any], everyone: Arrays, block: Rows, bounds: Sequence[int]
+    ) -> dict[str, NDArray[Any]]:
+        """Return the new rows of a block's state, given what its peers and those that they hear from send."""
+        sent = {name: rows for name, rows in everyone.items() if name != HOLDERS}
         state = tensors({n.removeprefix("state."): value for n, value in block.items() if n.startswith("state.")})
-        updated = self._mixer.mix_rows(described, sent, holders, state, slice(low, high))
+        updated = self._mixer.mix_rows(described, sent, everyone.get(HOLDERS), state, slice(*bounds))
         merged = state | {name: value.contiguous() for name, value in updated.items()}
-        return "", {name: value.numpy() for name, value in merged.items()}
+        return {name: value.numpy() for name, value in merged.items()}
 
     def sums(self, block: Rows) -> NDArray[np.float64]:
         """Return the sum of a block's models, float64 [d], see `column_sums`."""

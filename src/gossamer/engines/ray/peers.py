@@ -6,7 +6,7 @@ Only the rows that cross blocks are exchanged. The driver holds references, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,14 @@ from torch import Tensor
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Record, Task
+from gossamer.engines.collective.group import Backend
 from gossamer.engines.local.batches import sample_bytes
 from gossamer.engines.local.peers import distance_record, job_message, peers_record, rows_of_block
 from gossamer.engines.ray.actors import Actors, Call
 from gossamer.engines.ray.peerhost import PeerHost
-from gossamer.engines.ray.placing import make_actor, num_cpus, put_data
+from gossamer.engines.ray.placing import make_actor, num_cpus, num_gpus, put_data
 from gossamer.engines.ray.starting import start_ray
+from gossamer.engines.ray.together import Together
 from gossamer.errors import ConfigError, StateLost
 from gossamer.records import Block, BlockResult, RoundPlan
 from gossamer.topology.panels import panels
@@ -45,6 +47,7 @@ class RayPeerEngine:
         recipe: Mapping[str, Any],
         address: str | None = None,
         straggler_seconds: float | None = None,
+        collective: Backend | None = None,
     ) -> None:
         """Start Ray or join a cluster, start actors, and let them make the peers' initial rows.
 
@@ -53,6 +56,11 @@ class RayPeerEngine:
             x: [d], the initial model, of which actors make their own.
             workers, recipe, address, straggler_seconds: as of `RayEngine`.
             block_size: peers that are trained stacked together, or None for a size that suits. Changes no bits.
+            collective: by what the actors, whose number is fixed then, send rows to each other; None: by the object
+                store.
+
+        Raises:
+            ConfigError: peers shall be trained on GPUs, or sent by them and there are too few; see also `Together`.
         """
         assert task.topology is not None
         if any(mode.is_on_gpu for mode in task.modes):
@@ -60,22 +68,28 @@ class RayPeerEngine:
                 "engine.modes trains peers on another device than cpu, which engine ray does not: use cpu"
             )
         self._leave = start_ray(address, workers or None)
-        self._adapts = not workers
+        self._adapts = not workers and collective is None
         self._task, self._block_size, self._num_peers = task, block_size, task.topology.n
         self.is_whole = True  # what is in the object store stays until the round is over
         self.stop_requested: Callable[[], bool] = lambda: False
         self.report: Callable[..., None] = lambda kind, **fields: None
         num_actors = workers or num_cpus()
-        self._actors = Actors(
-            make_actor(PeerHost, json.dumps(recipe), put_data(task.workload)),
-            num_actors,
-            straggler_seconds=straggler_seconds,
-            on_event=lambda kind, **fields: self.report(kind, **fields),
-        )
         size = 1
         while size * BLOCKS_PER_ACTOR * num_actors < self._num_peers:
             size *= 2  # aligned to powers of two, so that sums over blocks have the bits of sums over rows
         self._bounds = [[low, min(low + size, self._num_peers)] for low in range(0, self._num_peers, size)]
+        self._together: Together | None = None
+        if collective is not None:
+            require_gpus(collective, num_actors)
+            self._together = Together(collective, self._bounds, num_actors)
+        make = make_actor(PeerHost, json.dumps(recipe), put_data(task.workload), num_gpus=int(collective == "nccl"))
+        self._actors = Actors(
+            make,
+            num_actors if self._together is None else 0,
+            straggler_seconds=straggler_seconds,
+            on_event=lambda kind, **fields: self.report(kind, **fields),
+            others=dict.fromkeys(self._together.kinds, (make, 1)) if self._together is not None else None,
+        )
         self._columns = [[one.start, one.stop] for one in panels(self._num_peers, len(x), x.dtype.itemsize)]
         self._dtype, self._sample_bytes = x.dtype, sample_bytes(task.workload)
         self._state: list[Any] = []
@@ -89,40 +103,48 @@ class RayPeerEngine:
         if self._adapts:
             self._actors.resize(num_cpus())
         self._require_state()
-        self._trained = {}
+        self._trained, has_pieces = {}, self._together is None
         jobs = [self._jobs(plan, number) for number in range(len(self._bounds))]
         blocks = {block.rows.start: block for of_block in jobs for block, _ in of_block}
         calls = (
             Call(
                 number,
                 "train",
-                (self._message(plan, number, jobs=[message for _, message in jobs[number]]), self._state[number]),
-                num_returns=2 + len(self._bounds),
+                (
+                    self._message(plan, block=number, jobs=[message for _, message in jobs[number]], pieces=has_pieces),
+                    self._state[number],
+                ),
+                num_returns=2 + has_pieces * len(self._bounds),
             )
             for number in range(len(self._bounds))
         )
-        for number, (replies, *kept) in self._actors.map(calls, self.stop_requested):
-            self._trained[number] = tuple(kept)  # type: ignore[index]
+        for number, (replies, *kept) in self._map(calls, self.stop_requested):
+            self._trained[number] = tuple(kept)
             for reply in json.loads(replies):
                 yield BlockResult(blocks[reply["first"]], {}, reply["loss"], reply["finite"])
 
     def exchange(self, plan: RoundPlan) -> None:
         """Mix and update, block by block."""
-        calls = (
-            Call(
-                number,
-                "mix",
-                (
-                    self._message(plan, number, lr=plan.lr),
-                    self._trained[number][0],
-                    *(self._trained[source][1 + number] for source in range(len(self._bounds))),
-                ),
-                num_returns=2,
+        if self._together is not None:
+            trained = [self._trained[number][0] for number in range(len(self._bounds))]
+            described = self._describe(plan, lr=plan.lr)
+            self._state = self._together.mix(self._actors, described, trained, lambda *a, **k: self.report(*a, **k))
+        else:
+            calls = (
+                Call(
+                    number,
+                    "mix",
+                    (
+                        self._message(plan, block=number, lr=plan.lr),
+                        self._trained[number][0],
+                        *(self._trained[source][1 + number] for source in range(len(self._bounds))),
+                    ),
+                    num_returns=2,
+                )
+                for number in range(len(self._bounds))
             )
-            for number in range(len(self._bounds))
-        )
-        done = dict(self._actors.map(calls))
-        self._state = [done[number][1] for number in range(len(self._bounds))]
+            done = dict(self._map(calls))
+            self._state = [done[number][1] for number in range(len(self._bounds))]
         self._trained, self._merged = {}, None
 
     # ---- evaluation and state
@@ -179,12 +201,18 @@ class RayPeerEngine:
         """Let the actors make the initial rows, unless there are some."""
         if not self._state:
             calls = (Call(number, "init", tuple(bounds), num_returns=2) for number, bounds in enumerate(self._bounds))
-            made = dict(self._actors.map(calls))
+            made = dict(self._map(calls))
             self._state = [made[number][1] for number in range(len(self._bounds))]
 
-    def _message(self, plan: RoundPlan, number: int, **more: Any) -> str:
-        described = {"round": plan.round, "mixing": plan.mixing, "bounds": self._bounds, "block": number}
-        return json.dumps(described | more)
+    def _map(self, calls: Iterable[Call], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Any, Any]]:
+        """Have calls done, by the actors that have the blocks if each has its own."""
+        return self._actors.map(calls if self._together is None else self._together.spread(calls), stop)
+
+    def _describe(self, plan: RoundPlan, **more: Any) -> Record:
+        return {"round": plan.round, "mixing": plan.mixing, "bounds": self._bounds} | more
+
+    def _message(self, plan: RoundPlan, **more: Any) -> str:
+        return json.dumps(self._describe(plan, **more))
 
     def _jobs(self, plan: RoundPlan, number: int) -> list[tuple[Block, dict[str, Any]]]:
         """Return what is trained together within one block, and how it is described."""
@@ -205,7 +233,7 @@ class RayPeerEngine:
             for number, (low, high) in enumerate(self._bounds)
         }
         calls = (Call(number, "rows", (self._state[number], wanted)) for number, wanted in places.items() if wanted)
-        found = dict(self._actors.map(calls))
+        found = dict(self._map(calls))
         return torch.from_numpy(np.concatenate([found[number] for number, wanted in places.items() if wanted]))
 
     def _merge(self) -> tuple[Tensor, float]:
@@ -221,8 +249,8 @@ class RayPeerEngine:
         """Add up what the blocks return, by a tree over blocks."""
         tree = TreeSum(len(self._bounds))
         calls = (Call(number, method, (block, *arguments)) for number, block in enumerate(self._state))
-        for number, found in self._actors.map(calls):
-            tree.add(number, torch.from_numpy(found.copy()))  # type: ignore[arg-type]
+        for number, found in self._map(calls):
+            tree.add(number, torch.from_numpy(found.copy()))
         assert tree.total is not None
         return tree.total
 
@@ -240,7 +268,7 @@ class RayPeerEngine:
             Call(chunk, "evaluate", (json.dumps({**message, "chunk": chunk}), models.numpy()))
             for chunk in range(num_chunks)
         )
-        replies = {key: json.loads(reply)["sums"] for key, reply in self._actors.map(calls)}
+        replies = {key: json.loads(reply)["sums"] for key, reply in self._map(calls)}
         sums = [
             [{name: np.array(value, dtype=np.float64) for name, value in one.items()} for one in replies[chunk]]
             for chunk in range(num_chunks)
@@ -255,3 +283,12 @@ def _runs(clients: NDArray[np.int64], low: int, high: int, size: int) -> Iterato
     for first, last in zip(edges[::2], edges[1::2], strict=True):
         for start in range(first, last, size):
             yield start, min(start + size, last)
+
+
+def require_gpus(collective: Backend, num_actors: int) -> None:
+    """Raise a `ConfigError` if actors shall send by NCCL and not each can have a GPU."""
+    if collective == "nccl" and num_gpus() < num_actors:
+        raise ConfigError(
+            f"engine.collective = 'nccl' takes a GPU for each of {num_actors} actors, but the cluster has {num_gpus()}:"
+            " set engine.workers to as many, or engine.collective to gloo"
+        )

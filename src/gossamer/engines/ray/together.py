@@ -1,0 +1,116 @@
+"""Peers' actors that send rows to each other as a group of torch's, instead of through the object store.
+
+Each has blocks of its own, which it trains, too. The rows stay in the object store as well, so that a group whose
+member is gone costs its messages and nothing else: a new one does the whole exchange again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Meeting, Place
+from gossamer.engines.ray.actors import Actors, Call
+from gossamer.errors import ConfigError, RoundAborted
+
+MOST_GROUPS = 5  # for one exchange
+
+
+class Together:
+    """Which actor has which blocks, and the group that they are in."""
+
+    def __init__(self, backend: Backend, bounds: Sequence[Sequence[int]], num_actors: int) -> None:
+        """Open a meeting, and share out blocks.
+
+        Args:
+            backend: of the group.
+            bounds: [low, high] of each block.
+            num_actors: at most; there are no more than blocks.
+
+        Raises:
+            ConfigError: the cluster has several machines, and which network they shall use is not said.
+        """
+        self._backend, self._bounds, self.size = backend, bounds, min(num_actors, len(bounds))
+        self._rank = [number * self.size // len(bounds) for number in range(len(bounds))]
+        self._numbers = [[n for n, rank in enumerate(self._rank) if rank == one] for one in range(self.size)]
+        self._spans = [[bounds[numbers[0]][0], bounds[numbers[-1]][1]] for numbers in self._numbers]
+        self._meeting = Meeting(meeting_host())
+        self._places: list[Place] = []
+        self._formed_with: tuple[int, ...] = ()
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of actors, of which there is one each."""
+        return [f"rank-{rank}" for rank in range(self.size)]
+
+    def spread(self, calls: Iterable[Call]) -> dict[str, list[Call]]:
+        """Give every call to the actor that has the block of its key; those of `evaluate` to all in turn."""
+        by_kind = defaultdict(list)
+        for number, call in enumerate(calls):
+            rank = number % self.size if call.method == "evaluate" else self._rank[call.key]  # type: ignore[call-overload]
+            by_kind[f"rank-{rank}"].append(call)
+        return dict(by_kind)
+
+    def mix(
+        self, actors: Actors, described: dict[str, Any], trained: Sequence[Any], report: Callable[..., None]
+    ) -> list[Any]:
+        """Mix all blocks.
+
+        Args:
+            actors: one of each kind.
+            described: the message, as of `PeerHost.mix_together`, without blocks, spans and places.
+            trained: references to what was trained, block by block.
+            report: is told of a group that broke.
+
+        Returns:
+            references to the blocks' new state.
+
+        Raises:
+            RoundAborted: one group broke after the other.
+        """
+        reason = ""
+        for _ in range(MOST_GROUPS):
+            if not self._places or self._formed_with != actors.generations:
+                self._places, self._formed_with = self._meeting.places(self.size, self._backend), actors.generations
+            calls = {kind: [self._call(rank, described, trained)] for rank, kind in enumerate(self.kinds)}
+            answers = dict(actors.map(calls))
+            reasons = [answer[0] for answer in answers.values() if answer[0]]
+            if not reasons:
+                return [found for rank in range(self.size) for found in answers[rank][1:]]
+            self._places, reason = [], reasons[0]
+            report("retry", reason="group-broken", call=reason)
+        raise RoundAborted(
+            f"{MOST_GROUPS} groups of Ray actors in a row broke ({reason}): look at the memory and the logs of the"
+            " cluster, or leave engine.collective out, then resume"
+        )
+
+    def _call(self, rank: int, described: dict[str, Any], trained: Sequence[Any]) -> Call:
+        """Return the call of one actor; made again it says that its group is broken."""
+        numbers = self._numbers[rank]
+        message = described | {"numbers": numbers, "spans": self._spans}
+        first, again = (json.dumps(message | {"place": place}) for place in (self._places[rank], None))
+        blocks = [trained[number] for number in numbers]
+        return Call(rank, "mix_together", (first, *blocks), num_returns=1 + len(blocks), again=(again, *blocks))
+
+
+def meeting_host() -> str:
+    """Return at which address of this machine all actors can meet: on loopback, where they all are on it.
+
+    Raises:
+        ConfigError: they are not, and the variable that names a network is not set.
+    """
+    import ray
+
+    nodes: list[Mapping[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    if len({node["NodeManagerAddress"] for node in nodes if node["Alive"]}) <= 1:
+        return LOOPBACK
+    if INTERFACE not in os.environ:
+        raise ConfigError(
+            "engine.collective makes the actors of a cluster listen to each other without authentication: name the"
+            f" interface of a private network by the variable {INTERFACE}, for this command and for ray start on every"
+            " machine, or leave engine.collective out"
+        )
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -1,0 +1,163 @@
+"""Rows that cross ranks, between real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from gossamer.engines.collective.group import INTERFACE, Group, GroupBroken, Meeting, Place
+from gossamer.engines.collective.rows import swap_rows_
+from gossamer.errors import ConfigError
+
+pytestmark = pytest.mark.timeout(120)
+
+NUM_PEERS = 11
+CASES: dict[str, list[list[int]]] = {  # [receiver, sender]
+    "everybody hears everybody": [[i, j] for i in range(NUM_PEERS) for j in range(NUM_PEERS)],
+    "a shift": [[i, (i + 3) % NUM_PEERS] for i in range(NUM_PEERS)],
+    "one way": [[0, 10]],
+    "within ranks only": [[0, 1], [5, 4], [10, 9]],
+    "nobody": [],
+}
+SPANS = [[0, 4], [4, 8], [8, 11]]
+
+
+def arrays(seed: int) -> dict[str, torch.Tensor]:
+    """Rows of all peers, of odd sizes, so that no array begins where the last one's dtype would have it."""
+    source = torch.Generator().manual_seed(seed)
+    return {
+        "holders": torch.randint(0, 2, (NUM_PEERS, 3), generator=source, dtype=torch.uint8),
+        "x": torch.randn(NUM_PEERS, 5, generator=source),
+        "y": torch.randn(NUM_PEERS, 1, generator=source, dtype=torch.float64),
+    }
+
+
+def heard_of(edges: list[list[int]]) -> Callable[[int, int, int, int], NDArray[np.int64] | None]:
+    def heard(first: int, last: int, low: int, high: int) -> NDArray[np.int64] | None:
+        found = sorted({sender for receiver, sender in edges if first <= receiver < last and low <= sender < high})
+        return np.array(found) if found else None
+
+    return heard
+
+
+def member(place: Place, mode: str) -> None:
+    """Be one rank of a group: swap the rows of all cases, or go before it comes to that."""
+    with closing(Group(place, seconds=20)) as group:
+        if mode == "die" and place.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        low, high = SPANS[place.rank]
+        for seed, edges in enumerate(CASES.values()):
+            everyone = arrays(seed)
+            mine = {name: torch.zeros_like(value) for name, value in everyone.items()}
+            for name, value in everyone.items():
+                mine[name][low:high] = value[low:high]
+            try:
+                sent = swap_rows_(group, SPANS, mine, heard_of(edges))
+            except GroupBroken:
+                print("broken")
+                return
+            told = {sender for receiver, sender in edges if low <= receiver < high} | set(range(low, high))
+            for name, value in everyone.items():
+                rows = sorted(told)
+                assert torch.equal(mine[name][rows], value[rows]), (name, seed)
+                others = [peer for peer in range(NUM_PEERS) if peer not in told]
+                assert not mine[name][others].any()
+            print(sent)
+
+
+@pytest.fixture
+def members() -> Iterator[Callable[[list[Place], str], list[list[str]]]]:
+    """Run the ranks of a group, each in a process of its own, and return what they print."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(places: list[Place], mode: str = "") -> list[list[str]]:
+        commands = [[sys.executable, __file__, json.dumps(place), mode] for place in places]
+        started.extend(subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands)
+        ended = [process.communicate(timeout=60)[0].split() for process in started]
+        died = [process.returncode for process in started]
+        assert died == [-signal.SIGKILL if mode == "die" and place.rank == 0 else 0 for place in places]
+        return ended
+
+    yield run
+    for process in started:
+        process.kill()
+
+
+def test_rows_that_others_hear(members: Callable[..., list[list[str]]]) -> None:
+    """What is heard arrives, nothing else, in one message for each pair of ranks; and what was sent is counted."""
+    meeting = Meeting()
+    told = members(meeting.places(3, "gloo"))
+    row_bytes = 3 + 5 * 4 + 8
+    for (low, high), counts in zip(SPANS, told, strict=True):
+        expected = []
+        for edges in CASES.values():
+            messages = [
+                {sender for receiver, sender in edges if low <= sender < high and first <= receiver < last}
+                for first, last in SPANS
+                if [first, last] != [low, high]
+            ]
+            expected.append(sum(map(len, messages)) * row_bytes)
+        assert [int(count) for count in counts] == expected
+
+
+def test_a_member_that_dies(members: Callable[..., list[list[str]]]) -> None:
+    meeting = Meeting()
+    told = members(meeting.places(3, "gloo"), "die")
+    assert told == [[], ["broken"], ["broken"]]
+
+
+def test_members_that_do_not_come() -> None:
+    """One of two waits in vain, and can be in another group afterwards."""
+    meeting = Meeting()
+    with pytest.raises(GroupBroken, match="a group of 2 did not come together"):
+        Group(meeting.places(2, "gloo")[1], seconds=1)
+    with closing(Group(meeting.places(1, "gloo")[0])) as alone:
+        alone.exchange({}, {})
+
+
+def listening() -> set[str]:
+    """Return the addresses, as the kernel writes them, at which this process listens."""
+    sockets = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()}
+    found = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+            found.add(fields[1].partition(":")[0])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's list of sockets")
+def test_loopback_only() -> None:
+    meeting = Meeting()
+    with closing(Group(meeting.places(1, "gloo")[0])):
+        assert listening() == {"0100007F"}
+
+
+def test_no_network_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(INTERFACE, raising=False)
+    meeting = Meeting("127.0.0.2")
+    place = meeting.places(1, "gloo")[0]
+    with pytest.raises(ConfigError, match=f"set {INTERFACE} there to the interface of a private one"):
+        Group(place)
+    monkeypatch.setenv(INTERFACE, "lo")
+    Group(place).close()
+
+
+def main(arguments: list[Any]) -> None:
+    member(Place(*json.loads(arguments[0])), arguments[1])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
