@@ -35,8 +35,8 @@ from gossamer import rng
 from gossamer.build import Parts, build
 from gossamer.config import parse
 from gossamer.engines.federation import STACKED_BLOCK_FLOATS
-from gossamer.engines.local import batches, training
 from gossamer.engines.local.engine import LocalEngine
+from gossamer.engines.training import batches, trainer
 from gossamer.submodel.layout import as_dim
 from gossamer.submodel.windows import window_length
 from harness import goal, machine
@@ -245,21 +245,21 @@ class Clock:
 def clocked(contender: Gossamer) -> Iterator[Clock]:
     """Put clocks around the engine's parts for as long as the context lasts."""
     clock, task, vmap = Clock(), contender.parts.task, torch.vmap
-    trainer, engine = training.Trainer, contender.engine
+    engine = contender.engine
     places: list[tuple[Any, str, str]] = [
         (task.workload, "loss", "gradients"),
-        (training, "gradients", "gradients"),
-        (training, "step_in_place", "gradients"),
-        (training, "add_product_", "gradients"),
+        (trainer, "gradients", "gradients"),
+        (trainer, "step_in_place", "gradients"),
+        (trainer, "add_product_", "gradients"),
         (task.workload, "batch", "assemble batches"),
         (batches, "as_format", "assemble batches"),
-        (training, "local_positions", "shuffle"),
-        (trainer, "_receive", "extract"),
+        (trainer, "local_positions", "shuffle"),
+        (trainer.Trainer, "_receive", "extract"),
         (task.algorithm, "begin", "copy the model"),
         (task.algorithm, "end", "subtract the model"),
-        (training, "stack_rows", "copy the model"),
-        (training, "finite_rows", "check for NaN"),
-        (trainer, "_weighted", "weight and add up"),
+        (trainer, "stack_rows", "copy the model"),
+        (trainer, "finite_rows", "check for NaN"),
+        (trainer.Trainer, "_weighted", "weight and add up"),
         (engine, "exchange", "aggregate"),
     ]
     patches = [patch.object(owner, name, clock.around(label, getattr(owner, name))) for owner, name, label in places]

@@ -20,8 +20,8 @@ from gossamer.checkpoint import Checkpoints
 from gossamer.clientstore import ClientStore
 from gossamer.config import Config, parse
 from gossamer.engines.base import Task, TrainOptions, VariantMode
-from gossamer.engines.local.measure import choose_modes
-from gossamer.engines.local.peerwork import column_sums
+from gossamer.engines.training.measure import choose_modes
+from gossamer.engines.training.peerwork import column_sums
 from gossamer.errors import ConfigError, plugin_errors, require_attributes
 from gossamer.peerplanning import PeerPlanner
 from gossamer.planning import Capacities, Planner, assign_devices, devices_of_capacities

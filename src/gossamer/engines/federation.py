@@ -16,7 +16,7 @@ from gossamer.aggregate import Part, TreeSum, combine
 from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Record, Task
-from gossamer.engines.local.batches import Job
+from gossamer.engines.training.batches import Job
 from gossamer.records import Block, BlockResult, RoundPlan
 from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread

@@ -19,7 +19,7 @@ from gossamer.build import build
 from gossamer.config import parse
 from gossamer.engines.base import Task
 from gossamer.engines.local.peers import PeerEngine
-from gossamer.engines.local.peerwork import PeerState, PeerWorker
+from gossamer.engines.training.peerwork import PeerState, PeerWorker
 from gossamer.errors import ConfigError
 from gossamer.topology import Topology
 from slow_peers import SlowPeers, decentralized, error, mix_held

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer.engines.local.memory import Mappable, attach
+from gossamer.engines.memory import Mappable, attach
 from gossamer.engines.ray.nearby import Attached, Nearby
 from gossamer.engines.slots import write_arrays
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="maps memory by
 
 CHILD = """
 import json, sys
-from gossamer.engines.local.memory import attach
+from gossamer.engines.memory import attach
 tensor = attach(json.loads(sys.argv[1]))
 print(tensor.tolist(), flush=True)
 tensor[1] = 5.0

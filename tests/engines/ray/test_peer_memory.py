@@ -14,10 +14,9 @@ import pytest
 from federation import STACKED, modes
 from gossamer.build import build
 from gossamer.config import parse
-from gossamer.engines.local.memory import keep_freed_memory
-from gossamer.engines.local.peers import job_message
-from gossamer.engines.local.peerwork import PeerState
+from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray import peerhost
+from gossamer.engines.training.peerwork import PeerState, job_message
 from gossamer.records import Block
 from slow_peers import decentralized
 
@@ -31,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
     monkeypatch.setattr(peerhost, "prepare", lambda *arguments: parts.task)
     host = peerhost.PeerHost("", [])
     plan = parts.planner.timed_plan(0, 0.0).plan
-    described = {"round": 0, "mixing": plan.mixing, "bounds": BOUNDS, "block": 0}
+    described = {"round": 0, "mixing": plan.mixing, "pieces": True, "bounds": BOUNDS, "block": 0}
     job = job_message(plan, Block(0, 0, 4, slice(0, 4)))
     state = host.init(0, 4)[1]
     question = {"kind": "evaluate", "peers": [0], "capacity": 1.0, "round": 0, "statistics": [{}], "chunk": 0}

@@ -31,9 +31,9 @@ from federation import (
 from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config import parse
-from gossamer.engines.local.batches import Job
 from gossamer.engines.ray.host import Host
 from gossamer.engines.ray.nearby import Nearby
+from gossamer.engines.training.batches import Job
 from gossamer.errors import ConfigError, DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
 from gossamer.records import Block

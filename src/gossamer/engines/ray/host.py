@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Task
-from gossamer.engines.local.batches import Job
-from gossamer.engines.local.memory import keep_freed_memory
-from gossamer.engines.local.training import Trainer
-from gossamer.engines.local.worker import Worker, named_arrays
+from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.nearby import Attached
 from gossamer.engines.ray.placing import get_data
 from gossamer.engines.slots import write_arrays
+from gossamer.engines.training.batches import Job
+from gossamer.engines.training.trainer import Trainer
+from gossamer.engines.training.worker import Worker, named_arrays
 from gossamer.registry import resolve
 
 Received = Mapping[str, NDArray[Any]]

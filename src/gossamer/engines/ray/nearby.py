@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.local.memory import Mappable, attach
+from gossamer.engines.memory import Mappable, attach
 from gossamer.engines.slots import Slots, read_arrays
 
 

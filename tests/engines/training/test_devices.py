@@ -16,8 +16,8 @@ from federation import SINGLY, STACKED, configure, mixed, modes
 from gossamer import run
 from gossamer.build import build
 from gossamer.config import parse
-from gossamer.engines.local import training
-from gossamer.engines.local.batches import Job
+from gossamer.engines.training import trainer
+from gossamer.engines.training.batches import Job
 from gossamer.errors import ConfigError
 from gossamer.records import Block
 
@@ -48,9 +48,9 @@ def test_nothing_is_left_behind_on_the_processor(
     way = STACKED if stacked else SINGLY
     task = build(parse(configure(mixed(algorithm, levels, device="meta", **way) | CASES[case]))).task
     rows = task.algorithm.init(task.workload.init(0)[None])
-    monkeypatch.setattr(training, "numbers", lambda values: 0.0 if values.dim() == 0 else [0.0] * len(values))
-    monkeypatch.setattr(training, "on_processor", lambda arrays: arrays)
-    trainer = training.Trainer(task, rows)
+    monkeypatch.setattr(trainer, "numbers", lambda values: 0.0 if values.dim() == 0 else [0.0] * len(values))
+    monkeypatch.setattr(trainer, "on_processor", lambda arrays: arrays)
+    hosted = trainer.Trainer(task, rows)
     for variant, capacity in enumerate(task.capacities):
         clients = np.arange(3)
         steps = -(-task.workload.num_samples[clients] // task.train.batch_size)
@@ -68,7 +68,7 @@ def test_nothing_is_left_behind_on_the_processor(
         width = task.cutter.sub_layout(capacity).d
         received = {name: torch.randn(1, width) for name in rows}
         private = task.algorithm.init_client(torch.zeros(3, width))
-        payload, kept, losses = trainer._train_locally(job, [received] * 3, private)
+        payload, kept, losses = hosted._train_locally(job, [received] * 3, private)
         assert len(losses) == 3
         for arrays in (payload, kept):
             for value in arrays.values():

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gossamer.engines.local.steps import add_product_, gradients
+from gossamer.engines.training.steps import add_product_, gradients
 from gossamer.workloads.base import Leaves
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from gossamer.engines.base import Task, VariantMode
-from gossamer.engines.local.batches import Job
-from gossamer.engines.local.memory import keep_freed_memory
-from gossamer.engines.local.training import Trainer
+from gossamer.engines.memory import keep_freed_memory
+from gossamer.engines.training.batches import Job
+from gossamer.engines.training.trainer import Trainer
 from gossamer.records import Block
 from gossamer.threads import one_thread
 

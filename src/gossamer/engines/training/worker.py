@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Task
-from gossamer.engines.local.batches import Job
-from gossamer.engines.local.training import Trainer
 from gossamer.engines.slots import write_arrays
+from gossamer.engines.training.batches import Job
+from gossamer.engines.training.trainer import Trainer
 from gossamer.records import BlockResult
 from gossamer.workloads.base import Sums
 

@@ -16,8 +16,8 @@ from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
 from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.engines.base import Task
-from gossamer.engines.local.batches import Batches, Job, local_positions, on
-from gossamer.engines.local.steps import add_product_, clip, clip_rows, gradients, step_in_place
+from gossamer.engines.training.batches import Batches, Job, local_positions, on
+from gossamer.engines.training.steps import add_product_, clip, clip_rows, gradients, step_in_place
 from gossamer.records import BlockResult
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Leaves

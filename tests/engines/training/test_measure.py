@@ -15,7 +15,7 @@ from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config import parse
 from gossamer.engines.base import VariantMode
-from gossamer.engines.local import measure
+from gossamer.engines.training import measure
 from gossamer.errors import ConfigError
 
 CNN = {"workload.model": {"name": "cnn", "width": 0.125}}

@@ -17,7 +17,7 @@ from gossamer import run
 from gossamer.algorithms.federated import FedAvg
 from gossamer.build import Parts, build
 from gossamer.config import parse
-from gossamer.engines.local import training
+from gossamer.engines.training import trainer
 from gossamer.errors import ConfigError
 from gossamer.planning import learning_rate
 from gossamer.runlog import read_config
@@ -141,7 +141,7 @@ def test_gradients_that_are_never_made(
     with monkeypatch.context() as context:
         context.setattr(FedAvg, "is_plain_sgd", False)
         usual = run(config, out=tmp_path / "usual").params
-    monkeypatch.setattr(training, "step_in_place", only_biases(training.step_in_place, stacked=mode["stacked"]))
+    monkeypatch.setattr(trainer, "step_in_place", only_biases(trainer.step_in_place, stacked=mode["stacked"]))
     factored = run(config, out=tmp_path / "factored").params
     assert relative_error(factored, slow) < 1e-5
     assert relative_error(factored, usual) < 1e-5
