@@ -129,7 +129,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"engine__collective": "mpi"}, "engine.collective = 'mpi': input should be 'gloo' or 'nccl'"),
     (
         {"engine__name": "ray", "engine__collective": "gloo"},
-        "engine.collective = 'gloo' lets Ray's actors send peers' rows to each other: use it with peers",
+        "engine.collective = 'gloo' lets Ray's actors send peers' rows to each other, but there are",
     ),
     ({"engine__modes": [{"stacked": True}]}, "missing key 'engine.modes.0.capacity': add it"),
     ({"checkpoint__keep": 1}, "checkpoint.keep = 1: input should be greater than or equal to 2"),

@@ -75,7 +75,8 @@ class Parts:
         else:
             given["workers"] = default_workers() if options.workers == "auto" else options.workers
         if self.task.topology is not None:
-            given |= {} if options.collective is None else {"collective": options.collective}
+            if options.collective is not None and getattr(self.engine_class, "is_remote", False):
+                given["collective"] = options.collective
             return self.engine_class.of_peers(self.task, x, **given), None
         store = None
         if self.algorithm.client_arrays:

@@ -96,11 +96,11 @@ class Config(Options):
         return found
 
     @model_validator(mode="after")
-    def _collective_among_actors_of_peers(self) -> Config:
-        if self.engine.collective is not None and (self.peers is None or self.engine.name == "local"):
+    def _collective_for_peers(self) -> Config:
+        if self.engine.collective is not None and self.peers is None:
             raise ValueError(
-                f"engine.collective = {self.engine.collective!r} lets Ray's actors send peers' rows to each other: use"
-                " it with peers and engine.name ray, or set it to null"
+                f"engine.collective = {self.engine.collective!r} lets Ray's actors send peers' rows to each other, but"
+                " there are no peers: set it to null"
             )
         return self
 

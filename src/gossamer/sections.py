@@ -53,7 +53,7 @@ class EngineOptions(Options):
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least.
         collective: gloo, or nccl where each has a GPU: Ray's actors send rows of peers to each other by
-            torch.distributed; None: by Ray's object store. Changes no bits.
+            torch.distributed; None: by Ray's object store. Changes no bits; without meaning to engine local.
     """
 
     name: str = "local"

@@ -76,7 +76,8 @@ class Workload(Protocol):
 
     A class may also have two methods that matter to peers only: ``peer_init(seed)``, which returns the model that each
     of them starts from, [num_clients, d], where that is not `init` for all; and ``peer_metrics(rows)``, which returns
-    further metrics (``{name: number}``) given the models of all peers, [num_clients, d].
+    further metrics (``{name: number}``) given the models of all peers, [num_clients, d]. Where ``leaves_products`` is
+    true, `loss` may be given `Leaves` that are factored; otherwise it gets a plain dict.
 
     If a class takes the argument ``data``, it is what the attribute ``data`` of an equal workload holds, a dataclass
     that another process loaded and several share: its tensors must not be written to.

@@ -247,6 +247,11 @@ class ImageClassification:
         """
         return self.loss_of_logits(self.logits(params, batch), batch)
 
+    @property
+    def leaves_products(self) -> bool:
+        """Whether `loss` is this class's own, which asks for no gradient itself."""
+        return type(self).loss is ImageClassification.loss and type(self).logits is ImageClassification.logits
+
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits float32 [b, num_labels] of a training batch, masked as `ImageOptions.label_mask` says."""
         logits: Tensor = self.model.apply(params, batch["x"], scale=batch.get("scale", 1.0))

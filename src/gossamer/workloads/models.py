@@ -124,7 +124,9 @@ FEW_SAMPLES = range(6, 17)  # for which MKL takes half the time for W x^T that i
 
 def _leaves_of_products(params: Mapping[str, Tensor], weight: Tensor, x: Tensor) -> Leaves | None:
     """Return `params` if the gradient by a linear layer's weight may be left in two factors."""
-    return params if isinstance(params, Leaves) and params.factored and x.dim() == weight.dim() else None
+    if isinstance(params, Leaves) and params.factored and x.dim() == weight.dim() and torch.is_grad_enabled():
+        return params
+    return None
 
 
 def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from gossamer.engines.collective.group import INTERFACE, Group, GroupBroken, Meeting, Place
+from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Group, GroupBroken, Meeting, Place, address_of
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.errors import ConfigError
 
@@ -54,7 +55,7 @@ def heard_of(edges: list[list[int]]) -> Callable[[int, int, int, int], NDArray[n
 
 def member(place: Place, mode: str) -> None:
     """Be one rank of a group: swap the rows of all cases, or go before it comes to that."""
-    with closing(Group(place, seconds=20)) as group:
+    with closing(Group(place)) as group:
         if mode == "die" and place.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         low, high = SPANS[place.rank]
@@ -98,7 +99,7 @@ def members() -> Iterator[Callable[[list[Place], str], list[list[str]]]]:
 def test_rows_that_others_hear(members: Callable[..., list[list[str]]]) -> None:
     """What is heard arrives, nothing else, in one message for each pair of ranks; and what was sent is counted."""
     meeting = Meeting()
-    told = members(meeting.places(3, "gloo"))
+    told = members(meeting.places(3, "gloo", 20))
     row_bytes = 3 + 5 * 4 + 8
     for (low, high), counts in zip(SPANS, told, strict=True):
         expected = []
@@ -114,45 +115,64 @@ def test_rows_that_others_hear(members: Callable[..., list[list[str]]]) -> None:
 
 def test_a_member_that_dies(members: Callable[..., list[list[str]]]) -> None:
     meeting = Meeting()
-    told = members(meeting.places(3, "gloo"), "die")
+    told = members(meeting.places(3, "gloo", 20), "die")
     assert told == [[], ["broken"], ["broken"]]
 
 
-def test_members_that_do_not_come() -> None:
-    """One of two waits in vain, and can be in another group afterwards."""
+def test_members_that_do_not_come(members: Callable[..., list[list[str]]]) -> None:
+    """One of three waits in vain, and can be in another group afterwards, with processes that know nothing of it."""
     meeting = Meeting()
-    with pytest.raises(GroupBroken, match="a group of 2 did not come together"):
-        Group(meeting.places(2, "gloo")[1], seconds=1)
-    with closing(Group(meeting.places(1, "gloo")[0])) as alone:
-        alone.exchange({}, {})
+    with pytest.raises(GroupBroken, match="a group of 3 did not come together"):
+        Group(meeting.places(3, "gloo", 1)[1])
+    places = meeting.places(3, "gloo", 20)
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(members, [places[0], places[2]])
+        with closing(Group(places[1])) as group:
+            for seed, edges in enumerate(CASES.values()):
+                swap_rows_(group, SPANS, arrays(seed), heard_of(edges))
+        assert all(len(told) == len(CASES) for told in others.result())
+
+
+def test_a_meeting_that_is_closed() -> None:
+    meeting = Meeting()
+    places = meeting.places(1, "gloo", 2)
+    with closing(Group(places[0])):
+        meeting.close()
+        assert "0100007F" in listening()  # the group's own
+    with pytest.raises(GroupBroken, match="did not come together"):
+        Group(places[0])
 
 
 def listening() -> set[str]:
     """Return the addresses, as the kernel writes them, at which this process listens."""
     sockets = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()}
     found = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-            found.add(fields[1].partition(":")[0])
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                found.add(fields[1].partition(":")[0])
     return found
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's list of sockets")
 def test_loopback_only() -> None:
     meeting = Meeting()
-    with closing(Group(meeting.places(1, "gloo")[0])):
+    with closing(Group(meeting.places(1, "gloo", 20)[0])):
         assert listening() == {"0100007F"}
 
 
 def test_no_network_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(INTERFACE, raising=False)
     meeting = Meeting("127.0.0.2")
-    place = meeting.places(1, "gloo")[0]
+    place = meeting.places(1, "gloo", 20)[0]
     with pytest.raises(ConfigError, match=f"set {INTERFACE} there to the interface of a private one"):
         Group(place)
     monkeypatch.setenv(INTERFACE, "lo")
     Group(place).close()
+    assert address_of("lo") == LOOPBACK
+    with pytest.raises(ConfigError, match=r"'no-such' is no interface with an IPv4 address of .* \(No such device\)"):
+        address_of("no-such")
 
 
 def main(arguments: list[Any]) -> None:

@@ -51,6 +51,7 @@ def test_workers_and_blocks_change_no_bits(tmp_path: Path, algorithm: str, mode:
     "changes",
     [
         {"train.clip_norm": 0.5},
+        {"workload.model": {"name": "mlp", "hidden": [12]}, "train.batch_size": 1},  # products of vectors
         {"train.momentum": 0.9, "train.weight_decay": 0.01},
         {"algorithm": {"name": "fedavg", "server_momentum": 0.9}, "train.epochs": 2},
         {"workload.model": "softmax", "train.steps": 3},

@@ -299,6 +299,6 @@ class TestErrors:
     def test_nobody_comes_up(self) -> None:
         with (
             acting(2, num_cpus=1000, start_seconds=0.5) as actors,
-            pytest.raises(RoundAborted, match=r"none of 2 Ray actors came up in 0.5 seconds: give the cluster"),
+            pytest.raises(RoundAborted, match=r"2 of 2 Ray actors did not come up in 0.5 seconds: give the cluster"),
         ):
             list(actors.map(squares(1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from federation import LEVELS, STACKED, assert_same, events, modes
 from gossamer import resume, run
-from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Meeting
+from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Meeting, Place
+from gossamer.engines.ray import together
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.engines.ray.together import meeting_host
 from gossamer.errors import ConfigError, RoundAborted
@@ -57,54 +59,99 @@ def own_actors() -> list[int]:
     return sorted(found)
 
 
+class Strike:
+    """Sends a signal to an actor when the exchange of that number begins."""
+
+    def __init__(self, exchange: int, number: signal.Signals) -> None:
+        self._exchange, self._number, self._begun, self.fired = exchange, number, 0, list[int]()
+
+    def hooks(self) -> Hooks:
+        """What a run takes to be struck."""
+
+        def spans() -> Spans:
+            made = Spans()
+            made.listeners.append(self._listen)
+            return made
+
+        return Hooks(spans=spans)
+
+    def _listen(self, span: str, starts: bool) -> None:
+        if (span, starts) == ("exchange", True):
+            self._begun += 1
+            if self._begun == self._exchange:
+                self.fired.append(own_actors()[0])
+                os.kill(self.fired[0], self._number)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_bits_of_the_local_engine(tmp_path: Path, case: str) -> None:
     changes = CASES[case]
     here = run(decentralized(changes), out=tmp_path / "local")
     there = run(decentralized(changes | RAY), out=tmp_path / "ray")
     assert_same(there, here)
-    together = run(decentralized(changes | RAY | GLOO), out=tmp_path / "gloo")
-    assert_same(together, here)
-    assert not events(together.directory, "retry")
+    by_gloo = run(decentralized(changes | RAY | GLOO), out=tmp_path / "gloo")
+    assert_same(by_gloo, here)
+    assert not events(by_gloo.directory, "retry")
 
 
+@pytest.mark.parametrize("exchange", [1, 2])
 @pytest.mark.parametrize("collective", [{}, GLOO], ids=["store", "gloo"])
-def test_a_killed_actor_costs_no_bits(tmp_path: Path, collective: dict[str, str]) -> None:
-    """One is killed when the second exchange begins, and has other blocks to mix then, or a group that misses it."""
-    fired = []
-    begun = []
-
-    def listen(span: str, starts: bool) -> None:
-        if (span, starts) == ("exchange", True):
-            begun.append(span)
-            if len(begun) == 2:
-                fired.append(own_actors()[0])
-                os.kill(fired[0], signal.SIGKILL)
-
-    def spans() -> Spans:
-        made = Spans()
-        made.listeners.append(listen)
-        return made
-
+def test_a_killed_actor_costs_no_bits(tmp_path: Path, collective: dict[str, str], exchange: int) -> None:
+    """One is killed when an exchange begins, and has other blocks to mix then, or a group that misses it."""
+    strike = Strike(exchange, signal.SIGKILL)
     changes = CASES["a matching, mixed and merged"]
     here = run(decentralized(changes), out=tmp_path / "local")
-    there = run(decentralized(changes | RAY | collective), out=tmp_path / "ray", hooks=Hooks(spans=spans))
-    assert fired
+    there = run(decentralized(changes | RAY | collective), out=tmp_path / "ray", hooks=strike.hooks())
+    assert strike.fired
     assert events(there.directory, "actor-replaced")
     broken = [event for event in events(there.directory, "retry") if event["reason"] == "group-broken"]
-    assert len(broken) == (1 if collective else 0)
+    assert len(broken) == (1 if collective and exchange > 1 else 0)  # there was none yet in the first
     assert_same(there, here)
 
 
-def test_groups_that_break_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The round is given up in one sentence, and what was committed goes on without a group."""
-    monkeypatch.setattr(Meeting, "places", lambda self, size, backend: [None] * size)
+def test_a_member_that_dies_while_its_group_comes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The survivors and the replacement meet in the next group."""
+    places, fired = Meeting.places, list[int]()
+
+    def strike(self: Meeting, size: int, backend: Backend, seconds: float) -> list[Place]:
+        found = places(self, size, backend, seconds)
+        if not fired:
+            fired.append(own_actors()[0])
+            os.kill(fired[0], signal.SIGKILL)
+        return found
+
+    monkeypatch.setattr(Meeting, "places", strike)
+    monkeypatch.setattr(together, "MEETING_SECONDS", 0.0)  # as little as there may be
     changes = CASES["codecs"]
-    with pytest.raises(RoundAborted, match=r"5 groups of Ray actors in a row broke \(a member was replaced\)"):
-        run(decentralized(changes | RAY | GLOO), out=tmp_path / "ray")
-    path = tmp_path / "ray" / "config.yaml"
-    path.write_text(path.read_text().replace("collective: gloo", "collective: null"))
-    assert_same(resume(tmp_path / "ray"), run(decentralized(changes), out=tmp_path / "local"))
+    there = run(decentralized(changes | RAY | GLOO), out=tmp_path / "ray")
+    assert fired
+    assert [event["reason"] for event in events(there.directory, "retry")][-1] == "group-broken"
+    assert_same(there, run(decentralized(changes), out=tmp_path / "local"))
+
+
+def test_a_member_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It alone is replaced, although the others wait for it."""
+    monkeypatch.setattr(together, "LEAST_MEETING_SECONDS", 3.0)
+    strike, changes = Strike(2, signal.SIGSTOP), CASES["codecs"]
+    quick = {"engine.straggler_seconds": 0.5}
+    there = run(decentralized(changes | RAY | GLOO | quick), out=tmp_path / "ray", hooks=strike.hooks())
+    assert strike.fired
+    assert [event["reason"] for event in events(there.directory, "actor-replaced")] == ["hung"]
+    assert_same(there, run(decentralized(changes), out=tmp_path / "local"))
+
+
+def test_groups_that_break_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The round is given up in one sentence, and what was committed goes on without a group, and elsewhere."""
+    places = Meeting.places
+    monkeypatch.setattr(Meeting, "places", lambda *given: [one._replace(size=9) for one in places(*given)])
+    monkeypatch.setattr(together, "LEAST_MEETING_SECONDS", 0.5)
+    changes, quick = CASES["codecs"], {"engine.straggler_seconds": 0.1}
+    with pytest.raises(RoundAborted, match=r"5 groups of Ray actors in a row broke \(a group of 9 did not"):
+        run(decentralized(changes | RAY | GLOO | quick), out=tmp_path / "ray")
+    shutil.copytree(tmp_path / "ray", tmp_path / "elsewhere")
+    here = run(decentralized(changes), out=tmp_path / "local")
+    assert_same(resume(tmp_path / "ray", overrides=["engine.collective=null"]), here)
+    assert_same(resume(tmp_path / "elsewhere", overrides=["engine.name=local"]), here)
 
 
 def test_a_gpu_for_each_actor(tmp_path: Path) -> None:
@@ -121,8 +168,11 @@ def test_several_machines_need_the_name_of_a_network(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     with pytest.raises(ConfigError, match=f"name the interface of a private network by the variable {INTERFACE}"):
         meeting_host()
-    monkeypatch.setenv(INTERFACE, "eth1")
-    assert meeting_host() == ray.util.get_node_ip_address()
+    monkeypatch.setenv(INTERFACE, "no-such")
+    with pytest.raises(ConfigError, match=f"{INTERFACE} = 'no-such' is no interface"):
+        meeting_host()
+    monkeypatch.setenv(INTERFACE, "lo")
+    assert meeting_host() == LOOPBACK
     nodes[1]["Alive"] = False
     assert meeting_host() == LOOPBACK
 

@@ -70,9 +70,9 @@ class PeerAlgorithm(Protocol):
         Args:
             state: after `end`; scalars are [n, 1].
             inbox: the mixed payload under the uplink's names; ``inbox["sent"]``: each peer's own payload as it was
-                sent, after the codec; ``inbox["lr"]``: the round's learning rate; ``inbox["held"]``: bool [n, slice] of
-                the coordinates that the peer or a neighbour held, or None if all were; the others keep the state, which
-                for payloads in the place of a state array is what was "sent".
+                sent, after the codec, not to be written to; ``inbox["lr"]``: the round's learning rate;
+                ``inbox["held"]``: bool [n, slice] of the coordinates that the peer or a neighbour held, or None if all
+                were; the others keep the state, which for payloads in the place of a state array is what was "sent".
             num_clients: number of peers.
         """
         ...

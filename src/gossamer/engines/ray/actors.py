@@ -34,6 +34,8 @@ class Call(NamedTuple):
         num_returns: how many objects it returns; more than one stay references.
         cost: about how long it takes, compared with the others of its batch.
         again: what it is given when it is made again, on a replacement or beside a straggler; None: the same.
+        waits_seconds: that it may wait for other calls of its batch. Such a call is not made elsewhere meanwhile, and
+            whoever makes it notes how long it takes.
     """
 
     key: Hashable
@@ -42,6 +44,7 @@ class Call(NamedTuple):
     num_returns: int = 1
     cost: float = 1.0
     again: tuple[Any, ...] | None = None
+    waits_seconds: float = 0.0
 
     def repeated(self) -> Call:
         """Return the call as it is made again."""
@@ -256,8 +259,8 @@ class _Batch:
             self._idle_since = now
         elif now - self._idle_since > limit:
             raise RoundAborted(
-                f"none of {len(slots)} Ray actors came up in {limit:g} seconds: give the cluster that many free CPUs,"
-                " or set engine.workers lower"
+                f"{len(starting)} of {len(slots)} Ray actors did not come up in {limit:g} seconds: give the cluster"
+                " that many free CPUs, or set engine.workers lower"
             )
         if not ready:
             self._do_again(now)
@@ -267,7 +270,8 @@ class _Batch:
             return None
         attempt = self.flying.pop(ready[0])
         if slots[attempt.slot].generation == attempt.generation:
-            self._actors.note_seconds(attempt.call.method, now - slots[attempt.slot].heard)
+            if not attempt.call.waits_seconds:
+                self._actors.note_seconds(attempt.call.method, now - slots[attempt.slot].heard)
             slots[attempt.slot].heard = now
         return attempt
 
@@ -317,7 +321,9 @@ class _Batch:
         slots = self._actors._slots
         for attempt in self._current():
             silent, limit = now - slots[attempt.slot].heard, self._actors.limit_seconds(attempt.call.method)
-            if silent > limit and not attempt.is_doubled and attempt.call.key not in self.done:
+            silent -= attempt.call.waits_seconds
+            is_alone = not attempt.call.waits_seconds
+            if is_alone and silent > limit and not attempt.is_doubled and attempt.call.key not in self.done:
                 attempt.is_doubled = True
                 self.again[slots[attempt.slot].kind].append(attempt.call.repeated())
                 self._actors.on_event("retry", reason="straggler", call=str(attempt.call.key))

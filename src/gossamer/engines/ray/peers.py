@@ -17,7 +17,7 @@ from torch import Tensor
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Record, Task
-from gossamer.engines.collective.group import Backend
+from gossamer.engines.collective.group import Backend, has_nccl
 from gossamer.engines.ray.actors import Actors, Call
 from gossamer.engines.ray.peerhost import PeerHost
 from gossamer.engines.ray.placing import make_actor, num_cpus, num_gpus, put_data
@@ -74,14 +74,17 @@ class RayPeerEngine:
         self.stop_requested: Callable[[], bool] = lambda: False
         self.report: Callable[..., None] = lambda kind, **fields: None
         num_actors = workers or num_cpus()
-        size = 1
-        while size * BLOCKS_PER_ACTOR * num_actors < self._num_peers:
-            size *= 2  # aligned to powers of two, so that sums over blocks have the bits of sums over rows
-        self._bounds = [[low, min(low + size, self._num_peers)] for low in range(0, self._num_peers, size)]
+        self._bounds = bounds_of_blocks(self._num_peers, num_actors)
         self._together: Together | None = None
         if collective is not None:
-            require_gpus(collective, num_actors)
-            self._together = Together(collective, self._bounds, num_actors)
+            self._together = Together(
+                collective,
+                self._bounds,
+                num_actors,
+                most_bytes=self._num_peers * x.nbytes * len(task.algorithm.uplink),
+                straggler_seconds=straggler_seconds,
+            )
+            require_gpus(collective, self._together.size)
         make = make_actor(PeerHost, json.dumps(recipe), put_data(task.workload), num_gpus=int(collective == "nccl"))
         self._actors = Actors(
             make,
@@ -192,6 +195,8 @@ class RayPeerEngine:
     def close(self) -> None:
         """Stop the actors, and the Ray that was started for them."""
         self._actors.stop()
+        if self._together is not None:
+            self._together.close()
         self._state, self._trained = [], {}
         self._leave()
 
@@ -285,10 +290,24 @@ def _runs(clients: NDArray[np.int64], low: int, high: int, size: int) -> Iterato
             yield start, min(start + size, last)
 
 
+def bounds_of_blocks(num_peers: int, num_actors: int) -> list[list[int]]:
+    """Return [low, high] of blocks, aligned to powers of two: then sums over them have the bits of sums over rows."""
+    size = 1
+    while size * BLOCKS_PER_ACTOR * num_actors < num_peers:
+        size *= 2
+    return [[low, min(low + size, num_peers)] for low in range(0, num_peers, size)]
+
+
 def require_gpus(collective: Backend, num_actors: int) -> None:
     """Raise a `ConfigError` if actors shall send by NCCL and not each can have a GPU."""
-    if collective == "nccl" and num_gpus() < num_actors:
+    if collective != "nccl":
+        return
+    if num_gpus() < num_actors:
         raise ConfigError(
             f"engine.collective = 'nccl' takes a GPU for each of {num_actors} actors, but the cluster has {num_gpus()}:"
             " set engine.workers to as many, or engine.collective to gloo"
+        )
+    if not has_nccl():
+        raise ConfigError(
+            "engine.collective = 'nccl', but this torch is built without NCCL: use gloo, or another torch"
         )

@@ -8,27 +8,41 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Meeting, Place
-from gossamer.engines.ray.actors import Actors, Call
+from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Meeting, Place, address_of
+from gossamer.engines.ray.actors import HUNG, READY, Actors, Call
 from gossamer.errors import ConfigError, RoundAborted
 
 MOST_GROUPS = 5  # for one exchange
+MEETING_SECONDS = 60.0  # in which members must have come, or a message gone, unless stragglers are given less
+LEAST_MEETING_SECONDS = 10.0
+SLOW_BYTES_PER_SECOND = 10e6  # of a network that is still waited for
 
 
 class Together:
     """Which actor has which blocks, and the group that they are in."""
 
-    def __init__(self, backend: Backend, bounds: Sequence[Sequence[int]], num_actors: int) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        bounds: Sequence[Sequence[int]],
+        num_actors: int,
+        *,
+        most_bytes: int,
+        straggler_seconds: float | None,
+    ) -> None:
         """Open a meeting, and share out blocks.
 
         Args:
             backend: of the group.
             bounds: [low, high] of each block.
             num_actors: at most; there are no more than blocks.
+            most_bytes: that an actor can send in a round.
+            straggler_seconds: as of the engine.
 
         Raises:
             ConfigError: the cluster has several machines, and which network they shall use is not said.
@@ -37,6 +51,8 @@ class Together:
         self._rank = [number * self.size // len(bounds) for number in range(len(bounds))]
         self._numbers = [[n for n, rank in enumerate(self._rank) if rank == one] for one in range(self.size)]
         self._spans = [[bounds[numbers[0]][0], bounds[numbers[-1]][1]] for numbers in self._numbers]
+        patience = MEETING_SECONDS if straggler_seconds is None else HUNG * straggler_seconds
+        self._seconds = max(LEAST_MEETING_SECONDS, patience) + most_bytes / SLOW_BYTES_PER_SECOND
         self._meeting = Meeting(meeting_host())
         self._places: list[Place] = []
         self._formed_with: tuple[int, ...] = ()
@@ -73,27 +89,45 @@ class Together:
         """
         reason = ""
         for _ in range(MOST_GROUPS):
-            if not self._places or self._formed_with != actors.generations:
-                self._places, self._formed_with = self._meeting.places(self.size, self._backend), actors.generations
-            calls = {kind: [self._call(rank, described, trained)] for rank, kind in enumerate(self.kinds)}
+            places = self._places
+            if not places or self._formed_with != actors.generations:
+                # Members wait for each other, but not as long as an actor may take to start.
+                list(actors.map({kind: [READY._replace(key=kind)] for kind in self.kinds}))
+                places = self._meeting.places(self.size, self._backend, self._seconds)
+            self._places, self._formed_with = [], actors.generations  # none, should anything be raised
+            began = time.monotonic()
+            calls = {kind: [self._call(places[rank], described, trained)] for rank, kind in enumerate(self.kinds)}
             answers = dict(actors.map(calls))
             reasons = [answer[0] for answer in answers.values() if answer[0]]
             if not reasons:
+                self._places = places
+                actors.note_seconds("mix_together", time.monotonic() - began)
                 return [found for rank in range(self.size) for found in answers[rank][1:]]
-            self._places, reason = [], reasons[0]
+            reason = reasons[0]
             report("retry", reason="group-broken", call=reason)
         raise RoundAborted(
             f"{MOST_GROUPS} groups of Ray actors in a row broke ({reason}): look at the memory and the logs of the"
             " cluster, or leave engine.collective out, then resume"
         )
 
-    def _call(self, rank: int, described: dict[str, Any], trained: Sequence[Any]) -> Call:
+    def close(self) -> None:
+        """Let nobody meet any more."""
+        self._meeting.close()
+
+    def _call(self, place: Place, described: dict[str, Any], trained: Sequence[Any]) -> Call:
         """Return the call of one actor; made again it says that its group is broken."""
-        numbers = self._numbers[rank]
+        numbers = self._numbers[place.rank]
         message = described | {"numbers": numbers, "spans": self._spans}
-        first, again = (json.dumps(message | {"place": place}) for place in (self._places[rank], None))
+        first, again = (json.dumps(message | {"place": place}) for place in (place, None))
         blocks = [trained[number] for number in numbers]
-        return Call(rank, "mix_together", (first, *blocks), num_returns=1 + len(blocks), again=(again, *blocks))
+        return Call(
+            place.rank,
+            "mix_together",
+            (first, *blocks),
+            num_returns=1 + len(blocks),
+            again=(again, *blocks),
+            waits_seconds=2 * self._seconds,
+        )
 
 
 def meeting_host() -> str:
@@ -113,4 +147,4 @@ def meeting_host() -> str:
             f" interface of a private network by the variable {INTERFACE}, for this command and for ray start on every"
             " machine, or leave engine.collective out"
         )
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return address_of(os.environ[INTERFACE])

@@ -39,10 +39,10 @@ def add_product_(weight: Tensor, left: Tensor, right: Tensor, alpha: float, acti
     """Add ``alpha * left @ right`` to a weight [o, i], or to the first `active` of [s, o, i]; then s >= 2 factors."""
     if weight.dim() == 2:
         weight.addmm_(left, right, alpha=alpha)
-    elif active == len(left):
-        weight[:active].baddbmm_(left, right, alpha=alpha)
-    else:  # a product of one row may round differently from those of two
-        weight[:active] = weight[: len(left)].baddbmm(left, right, alpha=alpha)[:active]
+    else:  # in place whoever is active, because a product of one row, or to other memory, may round differently
+        idle = weight[active : len(left)].clone()
+        weight[: len(left)].baddbmm_(left, right, alpha=alpha)
+        weight[active : len(left)] = idle
 
 
 def step_in_place(algorithm: Algorithm, carry: Arrays, grad: Tensor, lr: float) -> None:

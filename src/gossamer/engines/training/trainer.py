@@ -32,7 +32,7 @@ class Trainer:
         self.task, self._state, self._scalars = task, state, scalars_of(task.algorithm)
         self._local_loss = getattr(task.algorithm, "local_loss", None)
         self._batches = Batches(task)
-        self._factored = getattr(task.algorithm, "is_plain_sgd", False) and task.train.clip_norm is None
+        self._factored = may_leave_products(task)
         self._received_at: tuple[int, int, float] | None = None
         self._received: Arrays = {}
 
@@ -214,17 +214,17 @@ class Trainer:
             losses.append(numbers(torch.stack(values).sum()) / num_steps)
         return dict(payload), dict(private), losses
 
-    def _loss(self, job: Job, row: int, step: int, leaves: Arrays, batch: dict[str, Any]) -> Tensor:
+    def _loss(self, job: Job, row: int, step: int, leaves: Leaves, batch: dict[str, Any]) -> Tensor:
         """Return the loss of one local step of one client: the workload's, unless the algorithm has its own."""
-        task = self.task
+        task, params = self.task, leaves if leaves.factored else dict(leaves)
         if self._local_loss is None:
-            return task.workload.loss(leaves, batch)
+            return task.workload.loss(params, batch)
 
         def generator(purpose: str) -> np.random.Generator:
             """Return the step's own random numbers."""
             return rng.generator(task.seed, purpose, job.round, job.phase, int(job.client[row]), step)
 
-        loss: Tensor = self._local_loss(task, job.capacity, leaves, batch, generator)
+        loss: Tensor = self._local_loss(task, job.capacity, params, batch, generator)
         return loss
 
     def _train_stacked(
@@ -274,7 +274,7 @@ class Trainer:
         workload, num_rows = self.task.workload, len(next(iter(leaves.values())))
         arrays, scale = {key: value[:num_rows] for key, value in batch.items() if key != "scale"}, batch["scale"]
         if workload.stacks_natively:
-            return workload.loss(leaves, arrays | {"scale": scale})
+            return workload.loss(leaves if leaves.factored else dict(leaves), arrays | {"scale": scale})
         of_one = torch.vmap(lambda params, batch: workload.loss(params, batch | {"scale": scale}))
         losses: Tensor = of_one(dict(leaves), arrays)
         return losses
@@ -297,6 +297,13 @@ class Trainer:
             return pieces[0]
         payload = {name: torch.cat([piece[0][name] for piece in pieces]) for name in pieces[0][0]}
         return payload, {name: torch.cat([piece[1][name] for piece in pieces]) for name in pieces[0][1]}
+
+
+def may_leave_products(task: Task) -> bool:
+    """Say whether gradients of linear layers may be left in two factors: nothing but plain steps asks for them."""
+    is_plain = getattr(task.algorithm, "is_plain_sgd", False) and task.train.clip_norm is None
+    losses = [task.workload] + [task.algorithm] * (getattr(task.algorithm, "local_loss", None) is not None)
+    return is_plain and all(getattr(one, "leaves_products", False) for one in losses)
 
 
 def numbers(values: Tensor) -> Any:
