@@ -32,7 +32,7 @@ class Algorithm(Protocol):
     * ``is_plain_sgd``: True if `step` is ``x - lr * grad`` and nothing else; then not every gradient need be made.
     * ``stackable``: False if participants must be trained one by one.
     * ``local_loss(task, capacity, params, batch, generator)``: the loss of a local step instead of the workload's own,
-      see `FjORD`; needs ``stackable = False``. With ``leaves_products`` true it may be given `Leaves` that are factored.
+      see `FjORD`; needs ``stackable = False``. With ``leaves_products`` it may be given `Leaves` that are factored.
     * ``mean_passes(capacities, capacity)``: ``{width: expected passes a local step}``, by which FLOPs and memory are
       counted where a step is not one pass of the client's own width.
     """

@@ -74,6 +74,7 @@ class FjORD(FedAvg):
     default_label_mask = "zero"
     default_scaler: ClassVar[bool] = False
     stackable: ClassVar[bool] = False  # widths differ from client to client within a step
+    leaves_products: ClassVar[bool] = True
 
     def local_loss(
         self,
