@@ -68,6 +68,8 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "gloo": {"algorithm": "dsgt", "peers": {"num": 12, "topology": "random-match"}},
     "cluster": {"algorithm": "scaffold", "clients": {"num": 12, "per_round": 8}},
 }
+ON_RAY: dict[str, dict[str, Any]] = {name: {"name": "ray"} for name in EXPERIMENTS}
+ON_RAY["gloo"] |= {"collective": "gloo"}
 
 
 def configuration(name: str, seed: int, engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,9 +202,8 @@ class Trial:
         self.expected = digest(done), without_clocks(reference)
         self.nodes = TwoNodes() if name == "cluster" else None
         resolved = read_config(reference)
-        engine = {"name": "ray", "workers": 2, "straggler_seconds": STRAGGLER_SECONDS}
+        engine = ON_RAY[name] | {"workers": 2, "straggler_seconds": STRAGGLER_SECONDS}
         engine |= {"address": self.nodes.address} if self.nodes is not None else {}
-        engine |= {"collective": "gloo"} if name == "gloo" else {}
         self.config = folder / f"{name}.json"  # JSON is YAML
         self.config.write_text(json.dumps(resolved | {"engine": resolved["engine"] | engine}))
         self.fired: Counter[str] = Counter()
@@ -326,7 +327,7 @@ def left_behind(killed: list[tuple[int, int, str, str]]) -> list[str]:
 def memory(name: str, num_rounds: int, seed: int, folder: Path) -> dict[str, Any]:
     """Run calmly; return what every process takes, and how fast that grows once it is warm."""
     model = {"workload": BASE["workload"] | {"model": {"name": "mlp", "hidden": [128]}}}
-    data = configuration(name, seed, {"name": "ray"}) | model | {"rounds": WARM_UP_ROUNDS + num_rounds}
+    data = configuration(name, seed, ON_RAY[name]) | model | {"rounds": WARM_UP_ROUNDS + num_rounds}
     config = folder / f"{name}-memory.json"
     config.write_text(json.dumps(data))
     child, taken = Child(folder / f"{name}-memory", config), dict[str, list[tuple[float, ...]]]()
@@ -377,7 +378,9 @@ def main() -> None:
     began, reports, killed = time.monotonic(), dict[str, Any](), list[tuple[int, int, str, str]]()
     with tempfile.TemporaryDirectory() as folder:
         if options.memory:
-            reports = {name: memory(name, options.memory, options.seed, Path(folder)) for name in ("fedrolex", "peers")}
+            reports = {
+                name: memory(name, options.memory, options.seed, Path(folder)) for name in ("fedrolex", "peers", "gloo")
+            }
         else:
             shares = np.diff(np.round(np.linspace(0, options.faults, len(EXPERIMENTS) + 1)).astype(int)).tolist()
             for name, num_faults in zip(EXPERIMENTS, shares, strict=True):
