@@ -78,6 +78,11 @@ class Algorithm(Protocol):
         ...
 
 
+def takes_plain_steps(algorithm: Any, step: Any) -> bool:
+    """Say whether an algorithm's steps are those of the function `step`, without momentum and weight decay."""
+    return type(algorithm).step is step and not algorithm.momentum and not algorithm.weight_decay
+
+
 def scalars_of(algorithm: Any) -> tuple[str, ...]:
     """Return the names of the payloads of an algorithm, or of its class, that are one number a client."""
     names: tuple[str, ...] = getattr(algorithm, "scalars", ())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays
+from gossamer.algorithms.base import Arrays, takes_plain_steps
 from gossamer.algorithms.federated import FedAvg
 
 
@@ -34,8 +34,7 @@ class FedProx(FedAvg):
     @property
     def is_plain_sgd(self) -> bool:
         """Whether a step is that of SGD without pull, momentum and weight decay."""
-        is_sgd = not (self.options.mu or self.momentum or self.weight_decay)
-        return is_sgd and type(self).step is FedProx.step
+        return takes_plain_steps(self, FedProx.step) and not self.options.mu
 
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """One step of SGD on the loss and the proximal term."""

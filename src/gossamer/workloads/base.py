@@ -49,6 +49,11 @@ class Leaves(dict[str, Tensor]):
         self.factored = factored
         self._products: list[Product] = []
 
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """What a loss is given: these where it may leave products, otherwise a plain dict."""
+        return self if self.factored else dict(self)
+
     def leave_product(self, weight: str, output: Tensor, input: Tensor, *, is_transposed: bool) -> None:
         """Note what a layer made of its input, before anything overwrites it; `output` is no view. See `Product`."""
         self._products.append(Product(weight, get_gradient_edge(output), input.detach(), is_transposed))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.aggregate.codecs import Codec
-from gossamer.algorithms.base import Arrays, Uplink
+from gossamer.algorithms.base import Arrays, Uplink, takes_plain_steps
 from gossamer.errors import ConfigError
 from gossamer.options import Options, parse_options
 from gossamer.topology import Mixing, Topology
@@ -148,7 +148,7 @@ class PeerSGD:
     @property
     def is_plain_sgd(self) -> bool:
         """Whether a step is that of SGD without momentum and weight decay."""
-        return type(self).step is PeerSGD.step and not self.momentum and not self.weight_decay
+        return takes_plain_steps(self, PeerSGD.step)
 
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """One step of SGD, as `torch.optim.SGD` takes it with the same momentum and weight decay."""

@@ -131,7 +131,7 @@ class RayPeerEngine:
         if self._together is not None:
             trained = [self._trained[number][0] for number in range(len(self._bounds))]
             described = self._describe(plan, lr=plan.lr)
-            self._state = self._together.mix(self._actors, described, trained, lambda *a, **k: self.report(*a, **k))
+            self._state = self._together.mix(self._actors, described, trained, self.report)
         else:
             calls = (
                 Call(

@@ -24,7 +24,12 @@ SLOW_BYTES_PER_SECOND = 10e6  # of a network that is still waited for
 
 
 class Together:
-    """Which actor has which blocks, and the group that they are in."""
+    """Which actor has which blocks, and the group that they are in.
+
+    Attributes:
+        size: number of actors.
+        kinds: of actors, of which there is one each.
+    """
 
     def __init__(
         self,
@@ -47,27 +52,22 @@ class Together:
         Raises:
             ConfigError: the cluster has several machines, and which network they shall use is not said.
         """
-        self._backend, self._bounds, self.size = backend, bounds, min(num_actors, len(bounds))
+        self._backend, self.size = backend, min(num_actors, len(bounds))
         self._rank = [number * self.size // len(bounds) for number in range(len(bounds))]
         self._numbers = [[n for n, rank in enumerate(self._rank) if rank == one] for one in range(self.size)]
         self._spans = [[bounds[numbers[0]][0], bounds[numbers[-1]][1]] for numbers in self._numbers]
         patience = MEETING_SECONDS if straggler_seconds is None else HUNG * straggler_seconds
         self._seconds = max(LEAST_MEETING_SECONDS, patience) + most_bytes / SLOW_BYTES_PER_SECOND
+        self.kinds = [f"rank-{rank}" for rank in range(self.size)]
         self._meeting = Meeting(meeting_host())
         self._places: list[Place] = []
         self._formed_with: tuple[int, ...] = ()
 
-    @property
-    def kinds(self) -> list[str]:
-        """The kinds of actors, of which there is one each."""
-        return [f"rank-{rank}" for rank in range(self.size)]
-
     def spread(self, calls: Iterable[Call]) -> dict[str, list[Call]]:
-        """Give every call to the actor that has the block of its key; those of `evaluate` to all in turn."""
+        """Give every call to the actor that has the block of its key; keys beyond the blocks begin again."""
         by_kind = defaultdict(list)
-        for number, call in enumerate(calls):
-            rank = number % self.size if call.method == "evaluate" else self._rank[call.key]  # type: ignore[call-overload]
-            by_kind[f"rank-{rank}"].append(call)
+        for call in calls:
+            by_kind[self.kinds[self._rank[call.key % len(self._rank)]]].append(call)  # type: ignore[operator]
         return dict(by_kind)
 
     def mix(

@@ -22,7 +22,7 @@ def gradients(loss: Tensor, leaves: Leaves) -> tuple[Arrays, list[tuple[str, Ten
     sought: list[Any] = [*leaves.values(), *(product.output for product in products)]
     found = torch.autograd.grad(loss, sought, allow_unused=True)
     factored, grads = {product.weight for product in products}, {}
-    for name, grad in zip(leaves, found, strict=False):
+    for name, grad in zip(leaves, found[: len(leaves)], strict=True):
         if grad is not None:
             grads[name] = grad
         elif name not in factored:

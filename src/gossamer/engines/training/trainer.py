@@ -216,15 +216,15 @@ class Trainer:
 
     def _loss(self, job: Job, row: int, step: int, leaves: Leaves, batch: dict[str, Any]) -> Tensor:
         """Return the loss of one local step of one client: the workload's, unless the algorithm has its own."""
-        task, params = self.task, leaves if leaves.factored else dict(leaves)
+        task = self.task
         if self._local_loss is None:
-            return task.workload.loss(params, batch)
+            return task.workload.loss(leaves.params, batch)
 
         def generator(purpose: str) -> np.random.Generator:
             """Return the step's own random numbers."""
             return rng.generator(task.seed, purpose, job.round, job.phase, int(job.client[row]), step)
 
-        loss: Tensor = self._local_loss(task, job.capacity, params, batch, generator)
+        loss: Tensor = self._local_loss(task, job.capacity, leaves.params, batch, generator)
         return loss
 
     def _train_stacked(
@@ -274,9 +274,9 @@ class Trainer:
         workload, num_rows = self.task.workload, len(next(iter(leaves.values())))
         arrays, scale = {key: value[:num_rows] for key, value in batch.items() if key != "scale"}, batch["scale"]
         if workload.stacks_natively:
-            return workload.loss(leaves if leaves.factored else dict(leaves), arrays | {"scale": scale})
+            return workload.loss(leaves.params, arrays | {"scale": scale})
         of_one = torch.vmap(lambda params, batch: workload.loss(params, batch | {"scale": scale}))
-        losses: Tensor = of_one(dict(leaves), arrays)
+        losses: Tensor = of_one(leaves.params, arrays)
         return losses
 
     def _end_rows(self, rows: Arrays, client_state: Arrays, carry: Arrays, job: Job) -> tuple[Arrays, Arrays]:
