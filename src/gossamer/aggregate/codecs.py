@@ -57,6 +57,14 @@ class Identity(Options):
         return 1.0
 
 
+class Bitmap(Identity):
+    """Numbers that are 0 or 1, a bit each."""
+
+    def row_bytes(self, d: int, bytes_per_number: int) -> int:
+        """Return the bytes that d bits fill."""
+        return math.ceil(d / 8)
+
+
 class _Sparse(Options):
     """Options of codecs that keep some entries of a row, and set the others to 0.
 

@@ -33,6 +33,10 @@ class Algorithm(Protocol):
     * ``stackable``: False if participants must be trained one by one.
     * ``local_loss(task, capacity, params, batch, generator)``: the loss of a local step instead of the workload's own,
       see `FjORD`; needs ``stackable = False``. With ``leaves_products`` it may be given `Leaves` that are factored.
+    * ``of_capacity(layout, capacity)``: the algorithm as participants of a capacity run it, where that differs.
+    * ``forward(x, carry)``: what the loss is given instead of ``carry["x"]``, differentiable by x; coordinatewise, as
+      `step` is.
+    * ``evaluated(x)``: what a row [d] is evaluated as, where that is not itself; see `FIARSE` for the three of them.
     * ``mean_passes(capacities, capacity)``: ``{width: expected passes a local step}``, by which FLOPs and memory are
       counted where a step is not one pass of the client's own width.
     """

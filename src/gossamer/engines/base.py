@@ -87,6 +87,12 @@ class Task:
     count_labels: bool
     topology: Topology | None = None
 
+    def algorithm_of(self, capacity: float) -> Algorithm:
+        """Return the algorithm as participants of a capacity run it."""
+        of_capacity = getattr(self.algorithm, "of_capacity", None)
+        bound: Algorithm = self.algorithm if of_capacity is None else of_capacity(self.workload.layout, capacity)
+        return bound
+
 
 class Engine(Protocol):
     """Carries out the two verbs of a phase where the state lives.

@@ -202,7 +202,7 @@ class Cutter:
 
     def sub_layout(self, capacity: float) -> Layout:
         """Return the layout of any sub-model of `capacity`; its shapes do not depend on round or client."""
-        return self._sub_layout(capacity)
+        return self.layout if self.strategy.full_size else self._sub_layout(capacity)
 
     def shares(self, capacity: float) -> bool:
         """Whether all clients of `capacity` have the same cut in a round."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
-from gossamer.algorithms.base import Arrays, scalars_of
+from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
 from gossamer.engines.base import Task
 from gossamer.engines.training.batches import Batches, Job, local_positions, on
 from gossamer.engines.training.steps import add_product_, clip, clip_rows, gradients, step_in_place
@@ -184,7 +184,7 @@ class Trainer:
     def _train_singly(
         self, job: Job, received: list[Arrays], positions: NDArray[np.int64], client_state: Arrays
     ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
-        algorithm, (_, layout) = self.task.algorithm, self._layouts(job)
+        algorithm, (_, layout) = self.task.algorithm_of(job.capacity), self._layouts(job)
         payload: dict[str, list[Tensor]] = defaultdict(list)
         private: dict[str, list[Tensor]] = defaultdict(list)
         losses = []
@@ -197,7 +197,7 @@ class Trainer:
             carries = {parameter: {name: view[parameter] for name, view in views.items()} for parameter in leaves}
             values = []
             for step, batch in enumerate(self._batches.of(job, slice(i, i + 1), positions, one_by_one=True)):
-                value = self._loss(job, i, step, leaves, batch)
+                value = self._loss(job, i, step, given_to_loss(algorithm, leaves, carries), batch)
                 grads, factors = gradients(value, leaves)
                 if self.task.train.clip_norm is not None:
                     grads = clip(grads, self.task.train.clip_norm)
@@ -214,23 +214,23 @@ class Trainer:
             losses.append(numbers(torch.stack(values).sum()) / num_steps)
         return dict(payload), dict(private), losses
 
-    def _loss(self, job: Job, row: int, step: int, leaves: Leaves, batch: dict[str, Any]) -> Tensor:
+    def _loss(self, job: Job, row: int, step: int, params: Arrays, batch: dict[str, Any]) -> Tensor:
         """Return the loss of one local step of one client: the workload's, unless the algorithm has its own."""
         task = self.task
         if self._local_loss is None:
-            return task.workload.loss(leaves.params, batch)
+            return task.workload.loss(params, batch)
 
         def generator(purpose: str) -> np.random.Generator:
             """Return the step's own random numbers."""
             return rng.generator(task.seed, purpose, job.round, job.phase, int(job.client[row]), step)
 
-        loss: Tensor = self._local_loss(task, job.capacity, leaves.params, batch, generator)
+        loss: Tensor = self._local_loss(task, job.capacity, params, batch, generator)
         return loss
 
     def _train_stacked(
         self, job: Job, rows: Arrays, positions: NDArray[np.int64], client_state: Arrays
     ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
-        algorithm, (_, layout), s = self.task.algorithm, self._layouts(job), len(job.client)
+        algorithm, (_, layout), s = self.task.algorithm_of(job.capacity), self._layouts(job), len(job.client)
         if s == 1:  # a ghost: kernels of one row may round differently from those of two
             job = job._replace(client=job.client.repeat(2), weight=job.weight.repeat(2), steps=job.steps.repeat(2))
             positions = positions.repeat(2, axis=0)
@@ -239,23 +239,26 @@ class Trainer:
             )
         carry = algorithm.begin(rows, client_state)
         views = {name: layout.views(value) for name, value in carry.items()}
-        loss, leaves, carries, active = carry["x"].new_zeros(len(job.client)), Leaves({}), dict[str, Arrays](), 0
+        loss, leaves, active = carry["x"].new_zeros(len(job.client)), Leaves({}), 0
+        carries, trained = dict[str, Arrays](), dict[str, Arrays]()
         for step, batch in enumerate(self._batches.of(job, slice(0, len(job.client)), positions, one_by_one=False)):
             count = int(np.count_nonzero(job.steps > step))
             if count != active:
                 active = count
-                leaves = self._stacked_leaves(views["x"], slice(0, max(active, 2)))
-                carries = {leaf: {name: view[leaf][:active] for name, view in views.items()} for leaf in leaves}
-            values = self._losses(leaves, batch)
+                num_rows = max(active, 2)
+                leaves = self._stacked_leaves(views["x"], slice(0, num_rows))
+                carries = {leaf: {name: view[leaf][:num_rows] for name, view in views.items()} for leaf in leaves}
+                trained = {leaf: {name: rows[:active] for name, rows in carries[leaf].items()} for leaf in leaves}
+            values = self._losses(given_to_loss(algorithm, leaves, carries), batch)
             grads, factors = gradients(values.sum(), leaves)
             if self.task.train.clip_norm is not None:
                 grads = clip_rows(grads, self.task.train.clip_norm)
             for name, grad in grads.items():
-                step_in_place(algorithm, carries[name], grad[:active], job.lr)
+                step_in_place(algorithm, trained[name], grad[:active], job.lr)
             for name, left, right in factors:
                 add_product_(views["x"][name], left, right, -job.lr, active)
             loss[:active] += values.detach()[:active]
-        payload, private = self._end_rows(rows, client_state, carry, job)
+        payload, private = end_rows(algorithm, rows, client_state, carry, job)
         mean_loss = loss / torch.from_numpy(job.steps).to(loss)
         own = slice(0, s)
         return (
@@ -269,34 +272,37 @@ class Trainer:
         trained = {name: view[rows].detach().requires_grad_() for name, view in x.items()}
         return Leaves(trained, factored=self._factored and self.task.workload.stacks_natively)
 
-    def _losses(self, leaves: Leaves, batch: Mapping[str, Any]) -> Tensor:
-        """Return the losses [s] of the first s clients of a batch, whose parameters are `leaves` [s, ...]."""
-        workload, num_rows = self.task.workload, len(next(iter(leaves.values())))
+    def _losses(self, params: Arrays, batch: Mapping[str, Any]) -> Tensor:
+        """Return the losses [s] of the first s clients of a batch, whose parameters are `params` [s, ...]."""
+        workload, num_rows = self.task.workload, len(next(iter(params.values())))
         arrays, scale = {key: value[:num_rows] for key, value in batch.items() if key != "scale"}, batch["scale"]
         if workload.stacks_natively:
-            return workload.loss(leaves.params, arrays | {"scale": scale})
+            return workload.loss(params, arrays | {"scale": scale})
         of_one = torch.vmap(lambda params, batch: workload.loss(params, batch | {"scale": scale}))
-        losses: Tensor = of_one(leaves.params, arrays)
+        losses: Tensor = of_one(params, arrays)
         return losses
 
-    def _end_rows(self, rows: Arrays, client_state: Arrays, carry: Arrays, job: Job) -> tuple[Arrays, Arrays]:
-        """Call `end` once for every run of clients with equal step counts."""
-        pieces = []
-        for low, high in equal_runs(job.steps):
-            part = slice(low, high)
-            pieces.append(
-                self.task.algorithm.end(
-                    {name: value[part] for name, value in rows.items()},
-                    {name: value[part] for name, value in client_state.items()},
-                    {name: value[part] for name, value in carry.items()},
-                    int(job.steps[low]),
-                    job.lr,
-                )
-            )
-        if len(pieces) == 1:
-            return pieces[0]
-        payload = {name: torch.cat([piece[0][name] for piece in pieces]) for name in pieces[0][0]}
-        return payload, {name: torch.cat([piece[1][name] for piece in pieces]) for name in pieces[0][1]}
+
+def given_to_loss(algorithm: Algorithm, leaves: Leaves, carries: Mapping[str, Arrays]) -> Arrays:
+    """Return the parameters that a loss is given: the leaves, unless the algorithm puts something in their place."""
+    forward = getattr(algorithm, "forward", None)
+    return leaves.params if forward is None else {name: forward(leaf, carries[name]) for name, leaf in leaves.items()}
+
+
+def end_rows(
+    algorithm: Algorithm, rows: Arrays, client_state: Arrays, carry: Arrays, job: Job
+) -> tuple[Arrays, Arrays]:
+    """Call `end` once for every run of clients with equal step counts."""
+    pieces = []
+    for low, high in equal_runs(job.steps):
+        received, private, trained = (
+            {name: value[low:high] for name, value in arrays.items()} for arrays in (rows, client_state, carry)
+        )
+        pieces.append(algorithm.end(received, private, trained, int(job.steps[low]), job.lr))
+    if len(pieces) == 1:
+        return pieces[0]
+    payload = {name: torch.cat([piece[0][name] for piece in pieces]) for name in pieces[0][0]}
+    return payload, {name: torch.cat([piece[1][name] for piece in pieces]) for name in pieces[0][1]}
 
 
 def may_leave_products(task: Task) -> bool:

@@ -57,6 +57,8 @@ class Worker:
 
     def _params(self, capacity: float, round: int) -> dict[str, Tensor]:
         cut, x = self._task.cutter.cut(capacity, round, 0), self._state["x"][0]
+        evaluated = getattr(self._task.algorithm_of(capacity), "evaluated", None)
+        x = x if evaluated is None else evaluated(x)
         if cut.is_full:
             return cut.full.views(x)
         return cut.sub.views(cut.read(x, x.new_zeros(cut.sub.d)))
