@@ -151,15 +151,12 @@ def build(config: Config, data: Any = None) -> Parts:
         )
     levels = sorted(zip(sub.capacities, sub.shares or [1.0] * len(sub.capacities), strict=True))
     capacities = Capacities([c for c, _ in levels], [s for _, s in levels], sub.assignment, num_clients, config.seed)
-    assert sub.strategy is not None
     assert sub.mask_labels is not None
     assert sub.scaler is not None
-    strategy = resolve("strategy", sub.strategy)
-    require_attributes(f"submodel.strategy {sub.strategy!r}", strategy, STRATEGY)
     task = Task(
         workload=workload,
         algorithm=algorithm,
-        cutter=Cutter(workload.layout, strategy, sub.stride, config.seed, sub.offsets),
+        cutter=make_cutter(config, algorithm, workload),
         train=TrainOptions(train.batch_size, train.clip_norm),
         seed=config.seed,
         capacities=capacities.levels,
@@ -173,6 +170,20 @@ def build(config: Config, data: Any = None) -> Parts:
     modes = [ModeOptions(capacity=c, **dict(mode)) for c, mode in zip(task.capacities, task.modes, strict=True)]
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"modes": modes})})
     return Parts(config, workload, algorithm, task, planner, engine_class, warnings)
+
+
+def make_cutter(config: Config, algorithm: Algorithm, workload: Workload) -> Cutter:
+    """Return what cuts sub-models.
+
+    Raises:
+        GossamerError: the strategy is unknown or lacks something, or an offset's axis is not the model's.
+    """
+    sub = config.submodel
+    assert sub.strategy is not None
+    strategy = resolve("strategy", sub.strategy)
+    require_attributes(f"submodel.strategy {sub.strategy!r}", strategy, STRATEGY)
+    whole = getattr(algorithm, "full_size", False)
+    return Cutter(workload.layout, strategy, sub.stride, config.seed, sub.offsets, full_size=whole)
 
 
 def task_of(config: Mapping[str, Any], data: Any = None) -> Task:

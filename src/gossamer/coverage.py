@@ -98,6 +98,11 @@ def _examine_one(method: str, config: Config, rounds: int | None) -> MethodCover
             f"windows of strategy {parts.config.submodel.strategy!r} follow the model as it is trained: its coverage is"
             " not known before the run"
         )
+    if parts.task.cutter.full_size:
+        raise ConfigError(
+            f"algorithm {config.algorithm['name']!r} masks single weights by the model as it is trained, not channels:"
+            " its coverage is not known before the run"
+        )
     num_rounds = config.rounds if rounds is None else rounds
     if num_rounds < 1:
         raise ConfigError(f"--rounds {num_rounds} is below 1: give how many rounds to follow")

@@ -42,7 +42,6 @@ BUILTIN: dict[str, dict[str, str]] = {
         "rolling": "gossamer.submodel.windows:rolling",
         "static": "gossamer.submodel.windows:static",
         "random": "gossamer.submodel.windows:random",
-        "whole": "gossamer.submodel.windows:whole",
         "covering": "gossamer.submodel.covering:covering",
         "magnitude": "gossamer.submodel.ranked:magnitude",
     },

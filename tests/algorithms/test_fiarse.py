@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,11 +21,14 @@ from gossamer import run
 from gossamer.algorithms.fiarse import FIARSE
 from gossamer.build import Parts, build
 from gossamer.config import parse
+from gossamer.coverage import examine
+from gossamer.errors import ConfigError
 from gossamer.submodel import Layout
 
 WIDTH, LEVELS = 27, (0.3, 0.5, 1.0)
 LENGTH = {0.3: 8, 0.5: 13, 1.0: 27}
 MASKED = ("hidden0.weight", "output.weight")
+SQUARE = Layout.of({"a": (4, 4)}, {"a": ("rows", "columns")})
 SCARCE = {"clients.partition": {"name": "n-classes", "n": 4}}
 
 
@@ -191,7 +195,7 @@ def test_masks_hold_what_a_window_would(rows: int, columns: int, capacity: float
 def test_the_biased_gradient(weights: list[float], theta: float, arriving: float) -> None:
     x = torch.tensor(weights, dtype=torch.float64).requires_grad_()
     threshold = torch.full_like(x, theta)
-    shown = FIARSE({}).forward(x, {"threshold": threshold})
+    shown = FIARSE({}).of_capacity(SQUARE, 0.5).forward(x, {"threshold": threshold})
     (grad,) = torch.autograd.grad(shown, x, torch.full_like(x, arriving))
     for weight, value, found in zip(weights, shown.tolist(), grad.tolist(), strict=True):
         size = abs(weight)
@@ -221,4 +225,45 @@ def test_costs_are_those_of_the_whole_model(tmp_path: Path) -> None:
     assert {event["num_parameters"] for event in variants} == {parameters}
     assert {event["bytes_down"] for event in variants} == {4 * parameters}
     assert {event["bytes_up"] for event in variants} == {4 * parameters + -(-parameters // 8)}
-    assert len({event["memory_bytes"] for event in variants}) == 1
+    # The masked weights of the layer whose input has a gradient are kept for the backward pass besides.
+    memory = {event["capacity"]: event["memory_bytes"] for event in variants}
+    assert memory[0.3] - memory[1.0] == memory[0.5] - memory[1.0] == 4 * done.params["output.weight"].numel()
+
+
+def test_momentum_of_the_server_moves_what_was_reached_only(tmp_path: Path) -> None:
+    small = {"submodel.capacities": [0.3], "rounds": 2, "algorithm": {"name": "fiarse", "server_momentum": 0.9}}
+    config = federation(small | modes((0.3,)))
+    before = slow.initial_model(build(parse(config)))
+    first = run(config | {"rounds": 1}, out=tmp_path / "first").params
+    second = run(config, out=tmp_path / "second").params
+    for name in MASKED:
+        out = before[name].abs() < thresholds(before, 0.3)[name]
+        out &= first[name].abs() < thresholds(first, 0.3)[name]
+        left = first[name].abs() < thresholds(first, 0.3)[name]
+        assert bool(out.any())
+        assert torch.equal(second[name][out], before[name][out])
+        assert torch.equal(second[name][left], first[name][left])
+
+
+def test_binding_leaves_the_algorithm_alone() -> None:
+    algorithm = FIARSE({"server_lr": 0.5}, momentum=0.9)
+    bound = algorithm.of_capacity(SQUARE, 0.5)
+    assert (algorithm.shares, len(bound.shares)) == ((), 1)
+    assert (bound.options, bound.momentum) == (algorithm.options, 0.9)
+
+
+def test_its_coverage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'fiarse' masks single weights by the model as it is trained"):
+        examine(write(tmp_path, federation()))
+
+
+def write(tmp_path: Path, config: Mapping[str, Any]) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(dict(config)))
+    return path
+
+
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    x = torch.full((16,), torch.nan)
+    for capacity in (0.5, 1.0):
+        assert bool(FIARSE({}).of_capacity(SQUARE, capacity).evaluated(x).isnan().all())

@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from gossamer.submodel import Layout
+
 Arrays = dict[str, Tensor]
 Uplink = Literal["mean", "sum"]
 
@@ -33,10 +35,11 @@ class Algorithm(Protocol):
     * ``stackable``: False if participants must be trained one by one.
     * ``local_loss(task, capacity, params, batch, generator)``: the loss of a local step instead of the workload's own,
       see `FjORD`; needs ``stackable = False``. With ``leaves_products`` it may be given `Leaves` that are factored.
+    * ``full_size``: True if everybody holds the whole model, whatever the capacity.
     * ``of_capacity(layout, capacity)``: the algorithm as participants of a capacity run it, where that differs.
     * ``forward(x, carry)``: what the loss is given instead of ``carry["x"]``, differentiable by x; coordinatewise, as
       `step` is.
-    * ``evaluated(x)``: what a row [d] is evaluated as, where that is not itself; see `FIARSE` for the three of them.
+    * ``evaluated(x)``: what a server's model [d] is evaluated as, where that is not itself. See `FIARSE` for these.
     * ``mean_passes(capacities, capacity)``: ``{width: expected passes a local step}``, by which FLOPs and memory are
       counted where a step is not one pass of the client's own width.
     """
@@ -80,6 +83,23 @@ class Algorithm(Protocol):
             num_clients: registered clients.
         """
         ...
+
+
+def of_capacity(algorithm: Any, layout: Layout, capacity: float) -> Any:
+    """Return an algorithm as participants of a capacity run it; `layout` is that of the whole model."""
+    bind = getattr(algorithm, "of_capacity", None)
+    return algorithm if bind is None else bind(layout, capacity)
+
+
+def given_to_loss(algorithm: Any, x: Mapping[str, Tensor], carries: Mapping[str, Arrays]) -> Mapping[str, Tensor]:
+    """Return the parameters that a loss is given: x, unless the algorithm puts something in their place.
+
+    Args:
+        x: ``{parameter: tensor}``.
+        carries: ``{parameter: {name: tensor}}``, what local steps work on.
+    """
+    forward = getattr(algorithm, "forward", None)
+    return x if forward is None else {name: forward(value, carries[name]) for name, value in x.items()}
 
 
 def takes_plain_steps(algorithm: Any, step: Any) -> bool:

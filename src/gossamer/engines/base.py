@@ -10,7 +10,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.algorithms.base import Algorithm, Arrays, of_capacity
 from gossamer.errors import ConfigError, one_line
 from gossamer.options import Options
 from gossamer.records import BlockResult, RoundPlan
@@ -89,8 +89,7 @@ class Task:
 
     def algorithm_of(self, capacity: float) -> Algorithm:
         """Return the algorithm as participants of a capacity run it."""
-        of_capacity = getattr(self.algorithm, "of_capacity", None)
-        bound: Algorithm = self.algorithm if of_capacity is None else of_capacity(self.workload.layout, capacity)
+        bound: Algorithm = of_capacity(self.algorithm, self.workload.layout, capacity)
         return bound
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gossamer.aggregate.codecs import Codec
-from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
+from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss, of_capacity, scalars_of
 from gossamer.errors import ConfigError
 from gossamer.profiling.devices import Devices, Floats, Ints
 from gossamer.submodel import Cutter, Layout
@@ -185,7 +185,8 @@ def count_variants(
         bytes_per_number: of a parameter.
     """
     scales = {capacity: 1.0 / capacity if scaler else 1.0 for capacity in capacities}
-    steps = {c: count_step(workload, cutter.sub_layout(c), batch_size, scale) for c, scale in scales.items()}
+    bound = {capacity: of_capacity(algorithm, cutter.layout, capacity) for capacity in capacities}
+    steps = {c: count_step(workload, cutter.sub_layout(c), batch_size, scales[c], bound[c]) for c in capacities}
     found = []
     for capacity in capacities:
         layout = cutter.sub_layout(capacity)
@@ -228,13 +229,18 @@ def _passes(algorithm: Algorithm, capacities: Sequence[float], capacity: float) 
     return {capacity: 1.0} if mean_passes is None else mean_passes(capacities, capacity)
 
 
-def carried_bytes(algorithm: Algorithm, layout: Layout) -> int:
-    """Return the bytes of what local steps work on: the model, and momentum or whatever else `begin` makes."""
-    x = torch.zeros(1, layout.d)
+def carried(algorithm: Algorithm, layout: Layout, dtype: torch.dtype = torch.float32) -> Arrays:
+    """Return what local steps of one participant work on: a model of zeros, and whatever else `begin` makes."""
+    x = torch.zeros(1, layout.d, dtype=dtype)
     state = algorithm.init(x)
     received: Arrays = {name: state[name] for name in (state if algorithm.downlink is None else algorithm.downlink)}
-    carry = algorithm.begin(received, algorithm.init_client(x))
-    floats = (layout.num_parameters if row.shape[-1] == layout.d else row.numel() for row in carry.values())
+    return algorithm.begin(received, algorithm.init_client(x))
+
+
+def carried_bytes(algorithm: Algorithm, layout: Layout) -> int:
+    """Return the bytes of what local steps work on: the model, and momentum or whatever else `begin` makes."""
+    rows = carried(algorithm, layout).values()
+    floats = (layout.num_parameters if row.shape[-1] == layout.d else row.numel() for row in rows)
     return BYTES_PER_FLOAT * sum(floats)
 
 
@@ -270,11 +276,10 @@ class StepCosts(NamedTuple):
 
 
 class SavedBytes:
-    """Counts the memory that autograd keeps for the backward pass: every storage once, parameters left out."""
+    """Counts the memory that autograd keeps for the backward pass: every storage once, those of `carried` left out."""
 
-    def __init__(self, parameters: Tensor) -> None:
-        own = parameters.untyped_storage()
-        self._sizes = {own.data_ptr(): 0}
+    def __init__(self, carried: Iterable[Tensor]) -> None:
+        self._sizes = {row.untyped_storage().data_ptr(): 0 for row in carried}
         self._alive: list[Tensor] = []  # so that no address is used twice
 
     @property
@@ -293,22 +298,29 @@ class SavedBytes:
         return saved
 
 
-def count_step(workload: Workload, layout: Layout, batch_size: int, scale: float = 1.0) -> StepCosts:
+def count_step(
+    workload: Workload, layout: Layout, batch_size: int, scale: float = 1.0, algorithm: Algorithm | None = None
+) -> StepCosts:
     """Count what one local step costs, by doing one of the largest client.
 
     Args:
         layout: of the (sub-)model that is trained.
         scale: factor of hidden activations, see `Workload.loss`.
+        algorithm: as participants of this capacity run it; None: the loss is given the parameters themselves.
     """
     client = np.array([int(np.argmax(workload.num_samples))], dtype=np.int64)
     count = int(min(batch_size, workload.num_samples[client[0]]))
     batch = workload.batch(client, np.arange(count, dtype=np.int64)[None])
     merged = {key: value[0] for key, value in (batch.samples | batch.client).items() if key != "mask"}
-    row = torch.zeros(layout.d, dtype=workload.init(0).dtype)
-    leaves = {name: view.requires_grad_() for name, view in layout.views(row).items()}
-    counter, saved = FlopCounter(), SavedBytes(row)
+    dtype = workload.init(0).dtype
+    own = {"x": torch.zeros(1, layout.d, dtype=dtype)}
+    carry = own if algorithm is None else carried(algorithm, layout, dtype)
+    leaves = {name: view.requires_grad_() for name, view in layout.views(carry["x"][0]).items()}
+    views = {name: layout.views(value[0]) for name, value in carry.items()}
+    carries = {leaf: {name: view[leaf] for name, view in views.items()} for leaf in leaves}
+    counter, saved = FlopCounter(), SavedBytes(carry.values())
     with one_thread(), counter:
         with saved.watching():
-            loss = workload.loss(leaves, merged | {"scale": scale})
+            loss = workload.loss(given_to_loss(algorithm, leaves, carries), merged | {"scale": scale})
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return StepCosts(float(counter.total) / count, saved.total)

@@ -176,7 +176,14 @@ class Cutter:
     """
 
     def __init__(
-        self, layout: Layout, strategy: Strategy, stride: int, seed: int, offsets: Mapping[str, int] | None = None
+        self,
+        layout: Layout,
+        strategy: Strategy,
+        stride: int,
+        seed: int,
+        offsets: Mapping[str, int] | None = None,
+        *,
+        full_size: bool = False,
     ) -> None:
         """Bind a strategy to a layout.
 
@@ -184,11 +191,13 @@ class Cutter:
             stride: channels by which moving windows move a round.
             seed: of random windows.
             offsets: ``{axis: channels}`` by which an axis's windows are moved besides; 0 for those left out.
+            full_size: whether everybody holds the whole model, whatever the capacity.
 
         Raises:
             ConfigError: an offset for an axis that the layout does not have.
         """
         self.layout, self.strategy, self.stride, self.seed = layout, strategy, stride, seed
+        self.full_size = full_size
         self.offsets = dict.fromkeys(layout.cut_axes, 0) | dict(offsets or {})
         if unknown := [axis for axis in self.offsets if axis not in layout.cut_axes]:
             raise ConfigError(
@@ -202,14 +211,15 @@ class Cutter:
 
     def sub_layout(self, capacity: float) -> Layout:
         """Return the layout of any sub-model of `capacity`; its shapes do not depend on round or client."""
-        return self.layout if self.strategy.full_size else self._sub_layout(capacity)
+        return self._sub_layout(self._held(capacity))
 
     def shares(self, capacity: float) -> bool:
         """Whether all clients of `capacity` have the same cut in a round."""
-        return self.strategy.shared or capacity == 1.0
+        return self.strategy.shared or self._held(capacity) == 1.0
 
     def cut(self, capacity: float, round: int, client: int) -> Cut:
         """Return the cut of `client` in `round`."""
+        capacity = self._held(capacity)
         if self.strategy.rank is not None:
             return self._make(capacity, round, client)
         if self.shares(capacity):
@@ -227,6 +237,10 @@ class Cutter:
         if self.strategy.rank is not None:
             for axis, order in self._ranks.items():
                 self._ranks[axis] = allocate(len(order)).view(torch.int32).copy_(order)
+
+    def _held(self, capacity: float) -> float:
+        """Return the share of every axis that participants of a capacity hold."""
+        return 1.0 if self.full_size else capacity
 
     def _make_groups(self, capacity: float) -> Mapping[str, Hashable]:
         if self.strategy.groups is None:

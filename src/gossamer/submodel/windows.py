@@ -85,14 +85,12 @@ class Strategy:
         rank: ``(layout, x [d]) -> {axis: order}``: all channels of each axis, int64 [width], the most important first,
             by the model at the start of a round; a window then holds the first ones, and `choose` serves only where
             there is no model. None: windows do not depend on the model.
-        full_size: whether every capacity's windows are whole axes, see `whole`.
     """
 
     choose: Chooser
     shared: bool
     groups: Callable[[Layout, float], Mapping[str, Hashable]] | None = None
     rank: Callable[[Layout, Tensor], Mapping[str, Tensor]] | None = None
-    full_size: bool = False
 
 
 def check_capacity(capacity: float) -> float:
@@ -155,17 +153,9 @@ def _random(
     return Window.of_indices(width, np.sort(source.choice(width, size=length, replace=False)))
 
 
-def _whole(
-    width: int, length: int, *, round: int, stride: int, offset: int = 0, seed: int, client: int, group: Hashable
-) -> Window:
-    """All channels, whatever the capacity: for methods that mask single weights of a model of full size."""
-    return Window(width, ((0, width),))
-
-
 rolling = Strategy(_rolling, shared=True)
 static = Strategy(_static, shared=True)
 random = Strategy(_random, shared=False)
-whole = Strategy(_whole, shared=True, full_size=True)
 
 
 def window(
@@ -182,8 +172,7 @@ def window(
     """Return the window that `strategy` gives a client on an axis.
 
     Args:
-        strategy: ``"rolling"``, ``"static"``, ``"random"``, ``"covering"``, ``"magnitude"``, ``"whole"`` or a plug-in's
-            name.
+        strategy: ``"rolling"``, ``"static"``, ``"random"``, ``"covering"``, ``"magnitude"`` or a plug-in's name.
         width: number of channels of the axis, >= 1.
         capacity: share of the channels, in (0, 1].
         round: round number, >= 0.

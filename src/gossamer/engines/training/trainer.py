@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
-from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
+from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss, scalars_of
 from gossamer.engines.base import Task
 from gossamer.engines.training.batches import Batches, Job, local_positions, on
 from gossamer.engines.training.steps import add_product_, clip, clip_rows, gradients, step_in_place
@@ -78,7 +78,7 @@ class Trainer:
             payload and new state, shaped like `rows`; losses; whose update was finite. The other peers idle: what they
             send and keep is that of zero steps.
         """
-        algorithm, (layout, working) = self.task.algorithm, self._layouts(job)
+        algorithm, (layout, working) = self.task.algorithm_of(job.capacity), self._layouts(job)
         if working is not layout:
             rows = self._reordered({name: value.clone() for name, value in rows.items()}, layout, working)
         *ended, losses = self._train_locally(job, rows, {})
@@ -197,7 +197,7 @@ class Trainer:
             carries = {parameter: {name: view[parameter] for name, view in views.items()} for parameter in leaves}
             values = []
             for step, batch in enumerate(self._batches.of(job, slice(i, i + 1), positions, one_by_one=True)):
-                value = self._loss(job, i, step, given_to_loss(algorithm, leaves, carries), batch)
+                value = self._loss(job, i, step, given_to_loss(algorithm, leaves.params, carries), batch)
                 grads, factors = gradients(value, leaves)
                 if self.task.train.clip_norm is not None:
                     grads = clip(grads, self.task.train.clip_norm)
@@ -214,7 +214,7 @@ class Trainer:
             losses.append(numbers(torch.stack(values).sum()) / num_steps)
         return dict(payload), dict(private), losses
 
-    def _loss(self, job: Job, row: int, step: int, params: Arrays, batch: dict[str, Any]) -> Tensor:
+    def _loss(self, job: Job, row: int, step: int, params: Mapping[str, Tensor], batch: dict[str, Any]) -> Tensor:
         """Return the loss of one local step of one client: the workload's, unless the algorithm has its own."""
         task = self.task
         if self._local_loss is None:
@@ -249,7 +249,7 @@ class Trainer:
                 leaves = self._stacked_leaves(views["x"], slice(0, num_rows))
                 carries = {leaf: {name: view[leaf][:num_rows] for name, view in views.items()} for leaf in leaves}
                 trained = {leaf: {name: rows[:active] for name, rows in carries[leaf].items()} for leaf in leaves}
-            values = self._losses(given_to_loss(algorithm, leaves, carries), batch)
+            values = self._losses(given_to_loss(algorithm, leaves.params, carries), batch)
             grads, factors = gradients(values.sum(), leaves)
             if self.task.train.clip_norm is not None:
                 grads = clip_rows(grads, self.task.train.clip_norm)
@@ -272,7 +272,7 @@ class Trainer:
         trained = {name: view[rows].detach().requires_grad_() for name, view in x.items()}
         return Leaves(trained, factored=self._factored and self.task.workload.stacks_natively)
 
-    def _losses(self, params: Arrays, batch: Mapping[str, Any]) -> Tensor:
+    def _losses(self, params: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
         """Return the losses [s] of the first s clients of a batch, whose parameters are `params` [s, ...]."""
         workload, num_rows = self.task.workload, len(next(iter(params.values())))
         arrays, scale = {key: value[:num_rows] for key, value in batch.items() if key != "scale"}, batch["scale"]
@@ -281,12 +281,6 @@ class Trainer:
         of_one = torch.vmap(lambda params, batch: workload.loss(params, batch | {"scale": scale}))
         losses: Tensor = of_one(params, arrays)
         return losses
-
-
-def given_to_loss(algorithm: Algorithm, leaves: Leaves, carries: Mapping[str, Arrays]) -> Arrays:
-    """Return the parameters that a loss is given: the leaves, unless the algorithm puts something in their place."""
-    forward = getattr(algorithm, "forward", None)
-    return leaves.params if forward is None else {name: forward(leaf, carries[name]) for name, leaf in leaves.items()}
 
 
 def end_rows(
