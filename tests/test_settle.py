@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gossamer.build import build
 from gossamer.config import Config, parse, with_value
 from gossamer.errors import ConfigError
 from gossamer.registry import BUILTIN, resolve
@@ -107,6 +108,14 @@ class TestRefused:
         message = error_of("fedavg", submodel=LEVELS)
         assert "algorithm 'fedavg' trains whole models but submodel.capacities = [1.0, 0.5, 0.25]" in message
 
+    def test_offsets_of_prefixes(self) -> None:
+        changes = {"submodel": {"capacities": [1.0, 0.5], "offsets": {"hidden0": 3}}}
+        told = error_of("fjord", **changes)
+        assert told.startswith(
+            "submodel.offsets = {'hidden0': 3} does not go with algorithm 'fjord', because a narrower"
+        )
+        assert settled("heterofl", **changes).submodel.offsets == {"hidden0": 3}
+
     def test_a_workload_whose_model_has_no_width(self) -> None:
         message = error_of("all-smallest", submodel=LEVELS, workload={"name": "my:Own"})
         assert "scales workload.model.width, which workload 'my:Own' does not have" in message
@@ -127,3 +136,20 @@ def test_a_settled_configuration_settles_to_itself(algorithm: str, given: dict[s
     written = parse(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
     assert written == config
     assert settle(written, resolve("algorithm", written.algorithm["name"])) == config
+
+
+@pytest.mark.parametrize("strategy", BUILTIN["strategy"])
+def test_what_windows_do_not_follow_is_told(strategy: str) -> None:
+    """A stride or an offset that changes no window is warned of, and one that does is not."""
+    submodel = {"capacities": [0.5], "strategy": strategy}
+    for option, value in {"stride": 3, "offsets": {"hidden0": 2}}.items():
+        plain, moved = (
+            build(configuration("fedavg", submodel=submodel | extra, engine__modes=[{"capacity": 0.5}]))
+            for extra in ({}, {option: value})
+        )
+        before, after = (
+            [parts.task.cutter.cut(0.5, number, 0).windows for number in range(6)] for parts in (plain, moved)
+        )
+        told = [message for message in moved.warnings if message.startswith(f"submodel.{option} changes nothing")]
+        assert (before == after) == bool(told)
+        assert not plain.warnings

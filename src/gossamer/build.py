@@ -31,7 +31,7 @@ from gossamer.registry import resolve
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.runlog import RunLog
 from gossamer.sections import ModeOptions
-from gossamer.settle import is_topology_file, require_population, require_whole_models, settle, split
+from gossamer.settle import is_topology_file, require_population, require_whole_models, settle, split, unused_options
 from gossamer.submodel import Cutter
 from gossamer.threads import one_thread
 from gossamer.topology import Topology
@@ -144,6 +144,7 @@ def build(config: Config, data: Any = None) -> Parts:
     require_whole_models(config, algorithm)
     warnings = check_peers(config, algorithm, topology) if topology is not None else ()
     workload, num_clients = load_workload(config, data), num_participants(config)
+    warnings += tuple(getattr(workload, "warnings", ())) + unused_options(config, algorithm)
     if algorithm.client_arrays and workload.init(config.seed).dtype != torch.float32:
         raise ConfigError(
             f"algorithm {algorithm_name!r} keeps private state in float32, but workload"

@@ -77,6 +77,11 @@ def settle(config: Config, algorithm: Any) -> Config:
             f"submodel.strategy = {sub.strategy!r} contradicts algorithm {name!r}, which is {fixed!r} by definition:"
             " leave submodel.strategy out, or use algorithm 'fedavg'"
         )
+    reason = getattr(algorithm, "no_offsets", None)
+    if reason is not None and any(sub.offsets.values()):
+        raise ConfigError(
+            f"submodel.offsets = {sub.offsets} does not go with algorithm {name!r}, because {reason}: leave it out"
+        )
     changes: dict[str, Any] = {"strategy": sub.strategy or fixed or "static"}
     workload = dict(config.workload)
     if rule in ("one", "given"):
@@ -163,6 +168,22 @@ def require_whole_models(config: Config, algorithm: Any) -> None:
             f"algorithm {name!r} trains whole models only, because {reason}: set submodel.capacities to [1.0] instead"
             f" of {sub.capacities}"
         )
+
+
+def unused_options(config: Config, algorithm: Any) -> tuple[str, ...]:
+    """Warn of a stride or of offsets that the windows of a strategy do not follow."""
+    sub = config.submodel
+    assert sub.strategy is not None
+    unused = getattr(resolve("strategy", sub.strategy), "unused", ())
+    unused = ("stride", "offsets") if getattr(algorithm, "full_size", False) else unused
+    given = {"stride": sub.stride != 1, "offsets": any(sub.offsets.values())}
+    if tuple(sub.capacities) == (1.0,):
+        return ()
+    return tuple(
+        f"submodel.{option} changes nothing: windows of strategy {sub.strategy!r} do not follow it"
+        for option in unused
+        if given[option]
+    )
 
 
 def _workload_defaults(name: str) -> dict[str, Any]:

@@ -309,11 +309,25 @@ def test_a_model_of_nan_is_never_right() -> None:
 def test_too_many_label_sets_drop_local_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"partition": {"name": "n-classes", "n": 2}, "num_clients": 10}
     assert "local_accuracy" in measured(build(**options), params_of(build(**options)))
-    monkeypatch.setattr(label_sets, "MAX_SETS", 2)
+    assert build(**options).warnings == ()
+    monkeypatch.setattr(label_sets, "MAX_COUNTS", 2)
     few = build(**options)
     assert list(measured(few, params_of(few))) == ["accuracy", "loss"]
+    assert few.warnings[0].startswith("local_accuracy and worst_client_accuracy are not measured")
     off = build(local_evaluation=False)
     assert list(measured(off, params_of(off))) == ["accuracy", "loss"]
+    assert off.warnings == ()
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3, 512])
+def test_label_sets_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
+    source = np.random.default_rng(0)
+    sets = LabelSets.of(source.integers(0, 2, (20, 6)).astype(np.int32))
+    assert sets is not None
+    logits, labels = torch.from_numpy(source.normal(size=(50, 6))), torch.from_numpy(source.integers(0, 6, 50))
+    expected = sets.correct(beaten_by(logits, labels), labels)
+    monkeypatch.setattr(label_sets, "SETS_AT_A_TIME", at_a_time)
+    assert np.array_equal(sets.correct(beaten_by(logits, labels), labels), expected)
 
 
 def test_augmentation_is_addressed() -> None:

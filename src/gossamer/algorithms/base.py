@@ -31,6 +31,7 @@ class Algorithm(Protocol):
     * ``scalars``: names among `uplink` of payloads that are one number a client: rows [s, 1] instead of [s, d]. They
       are weighted and added up like any other; a mean divides by the weight of all survivors, whatever they hold.
     * ``whole_models_only``: why the algorithm cannot train sub-models (a sentence's end, after "because"), or None.
+    * ``no_offsets``: why windows cannot be moved by ``submodel.offsets`` (likewise), or None.
     * ``is_plain_sgd``: True if `step` is ``x - lr * grad`` and nothing else; then not every gradient need be made.
     * ``stackable``: False if participants must be trained one by one.
     * ``local_loss(task, capacity, params, batch, generator)``: the loss of a local step instead of the workload's own,

@@ -73,6 +73,7 @@ class FjORD(FedAvg):
     capacities = "given"
     default_label_mask = "zero"
     default_scaler: ClassVar[bool] = False
+    no_offsets: ClassVar[str] = "a narrower width is made of the first channels of a wider one"
     stackable: ClassVar[bool] = False  # widths differ from client to client within a step
     leaves_products: ClassVar[bool] = True
 

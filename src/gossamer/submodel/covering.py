@@ -152,4 +152,4 @@ def _is_prime(number: int) -> bool:
     return number >= 2 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
-covering = Strategy(_covering, shared=True, groups=columns)
+covering = Strategy(_covering, shared=True, groups=columns, unused=("stride",))

@@ -47,4 +47,4 @@ def _first(
     return wrapped(width, offset, length)
 
 
-magnitude = Strategy(_first, shared=True, rank=by_magnitude)
+magnitude = Strategy(_first, shared=True, rank=by_magnitude, unused=("stride", "offsets"))

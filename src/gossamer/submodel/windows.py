@@ -85,12 +85,14 @@ class Strategy:
         rank: ``(layout, x [d]) -> {axis: order}``: all channels of each axis, int64 [width], the most important first,
             by the model at the start of a round; a window then holds the first ones, and `choose` serves only where
             there is no model. None: windows do not depend on the model.
+        unused: which of "stride" and "offsets" change nothing.
     """
 
     choose: Chooser
     shared: bool
     groups: Callable[[Layout, float], Mapping[str, Hashable]] | None = None
     rank: Callable[[Layout, Tensor], Mapping[str, Tensor]] | None = None
+    unused: tuple[str, ...] = ()
 
 
 def check_capacity(capacity: float) -> float:
@@ -154,8 +156,8 @@ def _random(
 
 
 rolling = Strategy(_rolling, shared=True)
-static = Strategy(_static, shared=True)
-random = Strategy(_random, shared=False)
+static = Strategy(_static, shared=True, unused=("stride",))
+random = Strategy(_random, shared=False, unused=("stride", "offsets"))
 
 
 def window(

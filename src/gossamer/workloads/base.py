@@ -84,6 +84,8 @@ class Workload(Protocol):
     further metrics (``{name: number}``) given the models of all peers, [num_clients, d]. Where ``leaves_products`` is
     true, `loss` may be given `Leaves` that are factored; otherwise it gets a plain dict.
 
+    With ``warnings`` (sentences) it says what is allowed, but hardly meant; they are logged when the run starts.
+
     If a class takes the argument ``data``, it is what the attribute ``data`` of an equal workload holds, a dataclass
     that another process loaded and several share: its tensors must not be written to.
 

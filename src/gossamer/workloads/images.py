@@ -22,11 +22,15 @@ from gossamer.submodel.layout import Layout
 from gossamer.workloads.augment import crop_flip
 from gossamer.workloads.base import Batch, Params, Sums
 from gossamer.workloads.datasets import ImageData
-from gossamer.workloads.label_sets import LabelSets, beaten_by, mask_logits
+from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by, mask_logits
 from gossamer.workloads.modules import ModuleModel
 from gossamer.workloads.partitions import Partition
 
 CACHED_IMAGES = 128  # images that are normalised at a time
+MANY_SETS = (
+    "local_accuracy and worst_client_accuracy are not measured: the clients' distinct sets of classes, times the number"
+    f" of classes, are more than {MAX_COUNTS}; set workload.local_evaluation to false to be spared this warning"
+)
 Ints = NDArray[np.int64]
 Spec = str | dict[str, Any]
 
@@ -145,6 +149,7 @@ class ImageClassification:
         self._is_normal = set(self.data.mean) == {0.0} and set(self.data.std) == {1.0}
         self._histogram = self._count_labels()
         self._label_sets = LabelSets.of(self._histogram) if self.options.local_evaluation else None
+        self.warnings = (MANY_SETS,) if self.options.local_evaluation and self._label_sets is None else ()
 
     def _load_data(self) -> ImageData:
         name, function, params = plug_in("dataset", self.options.dataset, "workload.dataset")
@@ -316,7 +321,7 @@ class ImageClassification:
         Returns:
             ``accuracy`` and ``loss`` on the whole test data; with local evaluation also ``local_accuracy`` and
             ``worst_client_accuracy``, the mean and the least of the clients' accuracies on their own classes. These two
-            are left out where the clients have more than 512 distinct label sets.
+            are left out where distinct label sets are too many, see `warnings`.
         """
         count = float(sums["count"][0])
         found = {"accuracy": float(sums["correct"][0]) / count, "loss": float(sums["loss"][0]) / count}

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MAX_SETS = 512
+MAX_COUNTS = 1 << 18  # of sets and classes, which every chunk of test data returns
+SETS_AT_A_TIME = 512
 
 
 def mask_logits(logits: Tensor, held: Tensor, label_mask: str) -> Tensor:
@@ -60,10 +61,10 @@ class LabelSets:
 
     @classmethod
     def of(cls, histogram: NDArray[np.int32]) -> LabelSets | None:
-        """Group clients by the classes that they hold; None if there are more than `MAX_SETS` sets."""
+        """Group clients by the classes that they hold; None if there are more than `MAX_COUNTS` sets times classes."""
         packed = np.packbits(histogram > 0, axis=1)
         _, first, inverse = np.unique(packed, axis=0, return_index=True, return_inverse=True)
-        if len(first) > MAX_SETS:
+        if len(first) * histogram.shape[1] > MAX_COUNTS:
             return None
         sets = torch.from_numpy((histogram[first] > 0).astype(np.float32))
         return cls(sets, inverse.reshape(-1).astype(np.int64), histogram)
@@ -78,10 +79,14 @@ class LabelSets:
         Returns:
             float64 [sets, num_labels]; zero where the class is not in the set.
         """
-        right = (beaten.to(torch.float32) @ self.sets.T == 0).to(torch.float32)
+        beating = beaten.to(torch.float32)
         of_class = torch.nn.functional.one_hot(labels, beaten.shape[1]).to(torch.float32)
-        counts: NDArray[np.float64] = ((right.T @ of_class) * self.sets).to(torch.float64).numpy()
-        return counts
+        counts = []
+        for start in range(0, len(self.sets), SETS_AT_A_TIME):
+            sets = self.sets[start : start + SETS_AT_A_TIME]
+            right = (beating @ sets.T == 0).to(torch.float32)
+            counts.append((right.T @ of_class) * sets)
+        return np.asarray(torch.cat(counts).numpy(), dtype=np.float64)
 
     def accuracies(self, correct: NDArray[np.float64], tested: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the accuracy of every client, its classes weighted by their share of its training samples.
