@@ -18,6 +18,7 @@ from federation import assert_same, configure, modes
 from gossamer.errors import ConfigError
 from gossamer.experiment import run
 from gossamer.submodel import Cutter, Dim, Layout, extract
+from gossamer.submodel.layout import as_dim
 from gossamer.submodel.windows import rolling
 from gossamer.workloads.images import ImageClassification
 from gossamer.workloads.models import CNN, MLP
@@ -316,6 +317,65 @@ REFUSED = {
         "half its width.*take sizes from tensors.*1.heads",
     ),
 }
+
+
+class Heads(nn.Module):
+    """Attention as it is often written: so many heads, of whatever size."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_labels: int, stream: int = 16, num_heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.embed, self.qkv = nn.Linear(input_shape[-1], stream), nn.Linear(stream, 3 * stream)
+        self.project, self.output = nn.Linear(stream, stream), nn.Linear(stream, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x[:, 0])
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(-2, -1) * 0.5).softmax(-1) @ v
+        return self.output((x + self.project(mixed.transpose(1, 2).flatten(2))).mean(1))
+
+
+class Shuffled(nn.Module):
+    """A channel shuffle (ShuffleNet), which regroups the channels that are left."""
+
+    def __init__(self, input_shape: tuple[int, ...], num_labels: int) -> None:
+        super().__init__()
+        self.stem, self.output = nn.Conv2d(input_shape[0], 8, 3), nn.Linear(8, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        b, c, h, w = x.shape
+        x = x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+        return self.output(x.mean((2, 3)))
+
+
+class TestAnotherFunction:
+    """A sub-model must compute what the whole model does without the rest, or it is refused."""
+
+    def test_heads_of_a_written_number_are_narrowed(self) -> None:
+        model = ModuleModel(lambda: Heads((1, 8, 8), 10), (1, 8, 8), 10)
+        axis = as_dim(model.axes["qkv.weight"][0])
+        assert (axis.axis, axis.outer, axis.inner) == ("qkv.head-dim", 12, 1)
+
+    def test_whole_heads_can_be_asked_for_and_are_refused(self) -> None:
+        with pytest.raises(ConfigError, match="'Heads' is another function at half its width"):
+            ModuleModel(lambda: Heads((1, 8, 8), 10), (1, 8, 8), 10, attention="heads")
+
+    def test_a_channel_shuffle(self) -> None:
+        """Half of either group of channels can be shuffled, one group alone cannot."""
+        model = ModuleModel(lambda: Shuffled((1, 8, 8), 10), (1, 8, 8), 10)
+        assert as_dim(model.axes["stem.weight"][0]) == Dim("stem.head-dim", outer=2)
+        with pytest.raises(ConfigError, match=r"'Shuffled' is another function .* keep some of its axes whole"):
+            ModuleModel(lambda: Shuffled((1, 8, 8), 10), (1, 8, 8), 10, attention="heads")
+
+    def test_a_constant_of_single_precision(self) -> None:
+        class Constant(Heads):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(x @ torch.eye(x.shape[-1]))
+
+        with pytest.raises(ConfigError, match="'Constant' is another function"):
+            ModuleModel(lambda: Constant((1, 8, 8), 10), (1, 8, 8), 10, attention="heads")
+        assert "qkv.head-dim" in str(ModuleModel(lambda: Constant((1, 8, 8), 10), (1, 8, 8), 10).axes)
 
 
 class TestRefused:

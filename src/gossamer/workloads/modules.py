@@ -17,6 +17,7 @@ from gossamer.submodel.layout import Layout, as_dim
 from gossamer.submodel.tracing import Attention, Keep, trace_axes
 from gossamer.threads import one_thread
 from gossamer.workloads.models import Record, rescale
+from gossamer.workloads.silencing import is_same_function
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 CLOSE = 1e-4  # relative; kernels round differently from shape to shape
@@ -34,14 +35,13 @@ class ModuleModel:
     layers of PyTorch, too) take their sizes from weights and inputs; its softmax keeps the scale of full width. Where
     heads of your own are narrowed, give ``F.scaled_dot_product_attention`` its scale, or it will take the sub-model's.
 
-    BatchNorm keeps no running moments: it normalises by the moments of the batch while training, and by pooled ones for
+    BatchNorm keeps no running moments: it normalises by those of the batch while training, and by pooled ones for
     evaluation (static BatchNorm, Diao et al., arXiv 2010.01264). Dropout and other random draws in the forward pass are
     refused, because they would not depend on the seed alone; and so are buffers that the forward pass changes, because
     only parameters are sent and averaged. Buffers that stay as they are built may be used.
 
-    The scaler of HeteroFL (arXiv 2010.01264) multiplies the inputs of every linear layer and convolution that sums over
-    a cut width, which with ReLU is the same as scaling each cut layer's output; it sees only layers that are called as
-    ``F.linear`` and ``F.conv*`` with a parameter, as those of `torch.nn` are.
+    The scaler of HeteroFL multiplies the inputs of linear layers and convolutions (`torch.nn`'s, or ``F.linear`` and
+    ``F.conv*`` of a parameter) that sum over a cut width: with ReLU the same as scaling each cut layer's output.
 
     Attributes:
         shapes, axes, norms: see `gossamer.workloads.base.Model`.
@@ -55,16 +55,15 @@ class ModuleModel:
         input_shape: tuple[int, ...],
         num_labels: int,
         *,
-        attention: Attention = "heads",
+        attention: Attention | None = None,
         keep: Keep = (),
     ) -> None:
         """Build the module once, trace it, and try it on a sub-model.
 
         Args:
-            build: returns a new module of full width with initial parameters, drawn by PyTorch's default generator.
-            input_shape: shape of one sample.
-            num_labels: number of classes; the module returns logits float32 [b, num_labels].
-            attention, keep: see `trace_axes`.
+            build: returns a new module of full width, initialised by PyTorch's default generator.
+            input_shape, num_labels: of one sample; of the logits float32 [b, num_labels] that the module returns.
+            attention, keep: see `trace_axes`; attention None: fewer heads if the module takes them, else narrower ones.
 
         Raises:
             ConfigError: the module cannot be trained as it is; the message says why.
@@ -77,9 +76,13 @@ class ModuleModel:
         self._check_state()
         self._samples = torch.randn(3, *input_shape, generator=torch.Generator().manual_seed(0))
         with one_thread():
-            self._trace(attention, keep)
+            self._trace(attention or "heads", keep)
             self._check_forward(num_labels)
-            self._check_sub_model(num_labels)
+            try:
+                self._check_sub_model(num_labels)
+            except ConfigError:
+                if attention is not None or not self._narrows_heads(num_labels, keep):
+                    raise
             self.supports_stacking = self._agrees(self._stacked)
             convolves = any(len(shape) == 4 for shape in self.shapes.values())
             self.has_images = convolves and self._agrees(self._channels_last)
@@ -180,7 +183,7 @@ class ModuleModel:
             )
 
     def _check_sub_model(self, num_labels: int) -> None:
-        """Run a sub-model of half the width."""
+        """Run a sub-model of half the width, and compare it with the whole model that has nothing else."""
         layout = Layout.of(self.shapes, self.axes)
         sub = layout.cut(0.5)
         views = sub.views(torch.full((sub.d,), 0.01))
@@ -195,6 +198,20 @@ class ModuleModel:
             raise ConfigError(f"model {self._name!r} fails at half its width ({error}): {remedy}") from error
         if shape != (len(self._samples), num_labels):
             raise ConfigError(f"model {self._name!r} returns shape {shape} at half its width: {remedy}")
+        if not is_same_function(self.apply, layout, dict(self._module.named_parameters()), self._samples):
+            raise ConfigError(
+                f"model {self._name!r} is another function at half its width, not the whole one without the rest, as if"
+                f" channels were regrouped: {remedy}"
+            )
+
+    def _narrows_heads(self, num_labels: int, keep: Keep) -> bool:
+        """Say whether the channels in every head can be cut, and leave it so if they can."""
+        try:
+            self._trace("head-dim", keep)
+            self._check_sub_model(num_labels)
+        except ConfigError:
+            return False
+        return True
 
     def _agrees(self, way: Callable[[dict[str, Tensor], Tensor], Tensor]) -> bool:
         """Whether another way to run the module works and gives the same logits."""
