@@ -11,11 +11,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from federation import configure
-from gossamer import coverage
+from federation import configure, modes
+from gossamer import coverage, run
+from gossamer.build import build
 from gossamer.cli import app
+from gossamer.config import parse
 from gossamer.errors import ConfigError
 from gossamer.submodel import window
+from gossamer.submodel.coverage import Coverage
 
 TWO_LAYERS = {"name": "mlp", "hidden": [16, 16]}
 SUBMODEL = {"workload.model": TWO_LAYERS, "submodel": {"capacities": [0.25, 0.5]}, "rounds": 40}
@@ -98,3 +101,35 @@ class TestCommand:
         output = self.run(experiment, "methods=null", "seeds=null", "algorithm=federated-dropout", "--json")
         reaches = json.loads(output)["methods"][""]["reaches"]
         assert 0.25 < reaches[0]["weights"] <= reaches[1]["weights"] <= 1.0
+
+
+def test_participants_are_those_of_the_run(tmp_path: Path) -> None:
+    """Devices that come and go: who takes part depends on the simulated time that the rounds before took."""
+    changes = SUBMODEL | {"rounds": 12, "clients": {"num": 8, "per_round": 3, "quorum": 0}, "algorithm": "fedrolex"}
+    changes |= {
+        "submodel": {"capacities": [0.25, 0.5]},
+        "devices": [
+            {"profile": {"availability": {"trace": [[10, 70]]}}, "capacity": 0.5},
+            {"profile": {"availability": {"trace": [[40, 40]]}, "latency_seconds": 10}, "capacity": 0.25},
+        ],
+    } | modes((0.25, 0.5))
+    data = configure(changes)
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump(data))
+    seen, now = Coverage(build(parse(data)).workload.layout), 0.0
+    parts = build(parse(data))
+    for record in run(data, out=tmp_path / "run").metrics:
+        timed = parts.planner.timed_plan(record["round"] - 1, now)
+        now = record["simulated_seconds"]
+        for client, variant in zip(timed.plan.client, timed.plan.variant, strict=True):
+            capacity = timed.plan.capacities[variant]
+            seen.add(parts.task.cutter.cut(capacity, timed.plan.round, int(client)))
+    (found,) = coverage.examine(path)
+    assert (found.reaches[-1].channels, found.reaches[-1].weights) == (seen.channels, seen.weights)
+    assert found.reaches[-1].curve[-1][0] == 12
+
+
+def test_says_that_label_rows_need_their_label(experiment: Path) -> None:
+    told = "rows of labels count as reached, though only clients that hold a label train its row"
+    assert coverage.render(coverage.examine(experiment, rounds=2), False).endswith(told)
+    assert told not in coverage.render(coverage.examine(experiment, ["submodel.mask_labels=false"], rounds=2), False)

@@ -13,6 +13,7 @@ from gossamer.build import Parts, build
 from gossamer.config import Config
 from gossamer.errors import ConfigError, storage_errors
 from gossamer.plots import COLOURS, FORMATS, STYLE
+from gossamer.records import RoundPlan
 from gossamer.registry import resolve
 from gossamer.sections import EngineOptions
 from gossamer.settle import settle
@@ -60,6 +61,7 @@ class MethodCoverage:
         rounds: how many were looked at.
         reaches: the smallest capacity first, `ALL` last.
         matrix: name of the largest parameter that two axes cut, and its marks for the smallest capacity; None: none.
+        masks_labels: whether rows of labels are averaged over the clients that hold the label only.
     """
 
     method: str
@@ -67,6 +69,7 @@ class MethodCoverage:
     rounds: int
     reaches: list[Reach]
     matrix: tuple[str, Tensor] | None
+    masks_labels: bool
 
 
 def examine(source: str | Path, overrides: Sequence[str] = (), rounds: int | None = None) -> list[MethodCoverage]:
@@ -114,21 +117,27 @@ def _examine_one(method: str, config: Config, rounds: int | None) -> MethodCover
             matrix = _largest_matrix(parts, coverage)
     reaches.append(_follow(parts, num_rounds, None)[0])
     assert parts.config.submodel.strategy is not None
-    return MethodCoverage(method, parts.config.submodel.strategy, num_rounds, reaches, matrix)
+    return MethodCoverage(method, parts.config.submodel.strategy, num_rounds, reaches, matrix, parts.task.count_labels)
 
 
 def _follow(parts: Parts, num_rounds: int, capacity: float | None) -> tuple[Reach, Coverage]:
     """Mark round after round what all participants would hold if they had `capacity`; None: what each of them has."""
     layout, strategy = parts.workload.layout, parts.config.submodel.strategy
-    coverage = Coverage(layout)
+    coverage, now = Coverage(layout), 0.0  # simulated seconds: who is available, and in time, depends on them
+    same_for_all = capacity is not None and parts.task.cutter.shares(capacity)
     points = {round(num_rounds ** (point / NUM_POINTS)) for point in range(NUM_POINTS + 1)}
     curve: list[tuple[int, float, float]] = []
     channels_after = weights_after = None
     channels = weights = 0.0
     for number in range(num_rounds):
         if weights_after is None:
-            for cut in _cuts(parts, number, capacity):
-                coverage.add(cut)
+            if capacity is not None and same_for_all:
+                coverage.add(parts.task.cutter.cut(capacity, number, 0))
+            else:
+                timed = parts.planner.timed_plan(number, now)
+                now += timed.costs.simulated_seconds
+                for cut in _cuts(parts, timed.plan, capacity):
+                    coverage.add(cut)
             channels, weights = coverage.channels, coverage.weights
             channels_after = number + 1 if channels_after is None and channels == 1.0 else channels_after
             weights_after = number + 1 if weights == 1.0 else None
@@ -140,13 +149,9 @@ def _follow(parts: Parts, num_rounds: int, capacity: float | None) -> tuple[Reac
     return Reach(label, channels, weights, channels_after, weights_after, bound, curve), coverage
 
 
-def _cuts(parts: Parts, number: int, capacity: float | None) -> Iterator[Cut]:
-    """Yield the distinct cuts of a round."""
-    cutter = parts.task.cutter
-    if capacity is not None and cutter.shares(capacity):
-        yield cutter.cut(capacity, number, 0)
-        return
-    plan = parts.planner.plan(number)
+def _cuts(parts: Parts, plan: RoundPlan, capacity: float | None) -> Iterator[Cut]:
+    """Yield the distinct cuts of a round's participants."""
+    cutter, number = parts.task.cutter, plan.round
     seen = set()
     for client, variant in zip(plan.client.tolist(), plan.variant.tolist(), strict=True):
         level = plan.capacities[variant] if capacity is None else capacity
@@ -189,9 +194,10 @@ def render(found: Sequence[MethodCoverage], as_json: bool) -> str:
                 f"  {_after(reach.weights_after):>12}  {'-' if reach.bound is None else reach.bound}"
             )
         lines.append("")
-    return "\n".join(
-        [*lines, f"{ALL}: as planned, each with its own capacity; the other rows: if all had that capacity"]
-    )
+    lines.append(f"{ALL}: as planned, each with its own capacity; the other rows: if all had that capacity")
+    if any(one.masks_labels for one in found):
+        lines.append("rows of labels count as reached, though only clients that hold a label train its row")
+    return "\n".join(lines)
 
 
 def _plain(one: MethodCoverage) -> Mapping[str, Any]:
@@ -199,6 +205,7 @@ def _plain(one: MethodCoverage) -> Mapping[str, Any]:
         "method": one.method,
         "strategy": one.strategy,
         "rounds": one.rounds,
+        "masks_labels": one.masks_labels,
         "reaches": [asdict(reach) for reach in one.reaches],
     }
 

@@ -9,34 +9,44 @@ import torch
 from torch import Tensor
 
 from gossamer import rng
-from gossamer.aggregate import SelectiveMean
+from gossamer.aggregate import SelectiveMean, label_dims
 from gossamer.algorithms.federated import FedAvg
 from gossamer.registry import BUILTIN, resolve
 from gossamer.submodel import Cutter, Layout
-from gossamer.workloads.models import CNN, ImageModel
+from gossamer.workloads.models import CNN
 from gossamer.workloads.resnet import PreActResNet18
+from gossamer.workloads.transformer import Transformer
 
 STRATEGIES = sorted(BUILTIN["strategy"])
 CAPACITIES = (0.25, 0.5, 1.0)
 ROUNDS = (0, 1, 2, 7, 31, 100)
 NUM_LABELS = 10
+SMALL: dict[str, Any] = {"stream": 16, "num_heads": 4, "hidden": 24, "num_blocks": 2}
 
 
-def models() -> dict[str, tuple[ImageModel, Tensor]]:
+def models() -> dict[str, tuple[Any, Tensor]]:
     """Return small models and inputs for them."""
     source = torch.Generator().manual_seed(0)
+    characters = torch.randint(NUM_LABELS, (4, 6), generator=source)
     return {
         "cnn": (CNN((1, 28, 28), NUM_LABELS, width=0.25), torch.rand(4, 1, 28, 28, generator=source)),
         "resnet": (PreActResNet18((3, 8, 8), NUM_LABELS, width=0.125), torch.rand(4, 3, 8, 8, generator=source)),
+        "transformer by heads": (Transformer(6, NUM_LABELS, **SMALL), characters),
+        "transformer inside heads": (Transformer(6, NUM_LABELS, cut="head-dim", **SMALL), characters),
+        "transformer with its stream": (Transformer(6, NUM_LABELS, cut_stream=True, **SMALL), characters),
     }
 
 
 MODELS = models()
 
 
-def layout_and_row(model: ImageModel) -> tuple[Layout, Tensor]:
+def layout_and_row(model: Any) -> tuple[Layout, Tensor]:
+    """Return a model that no longer is as it began, with zeros of both signs."""
     layout = Layout.of(model.shapes, model.axes)
-    return layout, layout.flatten(model.init(rng.generator(3, "init-model")))
+    x = layout.flatten(model.init(rng.generator(3, "init-model")))
+    x += 0.02 * torch.randn(layout.d, generator=torch.Generator().manual_seed(1))
+    x[::7], x[3::7] = 0.0, -0.0
+    return layout, layout.flatten(layout.views(x))
 
 
 def cutter_of(layout: Layout, strategy: str, x: Tensor) -> Cutter:
@@ -69,12 +79,10 @@ class TestEveryStrategy:
             for parameter, full in layout.views(x).items():
                 expected = full
                 for position, dim in enumerate(layout.axes[layout.names.index(parameter)]):
-                    if dim.axis in cut.windows and dim.inner == 1:
-                        expected = expected.index_select(position, torch.from_numpy(cut.windows[dim.axis].indices))
-                    elif dim.axis in cut.windows:
-                        block = expected.unflatten(position, (-1, dim.inner))
+                    if dim.axis in cut.windows:
+                        nested = expected.unflatten(position, (dim.outer, -1, dim.inner))
                         channels = torch.from_numpy(cut.windows[dim.axis].indices)
-                        expected = block.index_select(position, channels).flatten(position, position + 1)
+                        expected = nested.index_select(position + 1, channels).flatten(position, position + 2)
                 assert torch.equal(marked[parameter], expected)
 
 
@@ -104,7 +112,6 @@ class TestAggregation:
 
     def test_what_nobody_held_keeps_its_bits(self, name: str, strategy: str) -> None:
         layout, x = layout_and_row(MODELS[name][0])
-        x = torch.where(x == 0, torch.tensor(-0.0), x)
         new, held = changed(layout, strategy, self.ORDER, self.LABELS, x)
         assert not held.all()
         assert torch.equal(new[~held].view(torch.int32), x[~held].view(torch.int32))
@@ -112,9 +119,13 @@ class TestAggregation:
     def test_rows_of_absent_classes_keep_their_bits(self, name: str, strategy: str) -> None:
         layout, x = layout_and_row(MODELS[name][0])
         new, _ = changed(layout, strategy, self.ORDER, self.LABELS, x)
-        before, after = layout.views(x), layout.views(new)
+        before, after = layout.views(x.view(torch.int32)), layout.views(new.view(torch.int32))
         absent = ~self.LABELS[0]
-        for parameter in ("output.weight", "output.bias"):
+        rows = label_dims(layout)
+        assert {"output.weight", "output.bias"} <= set(rows)
+        assert ("embedding.weight" in rows) == name.startswith("transformer")
+        for parameter, position in rows.items():
+            assert position == 0
             assert torch.equal(after[parameter][absent], before[parameter][absent])
             assert not torch.equal(after[parameter][~absent], before[parameter][~absent])
 

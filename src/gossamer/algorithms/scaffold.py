@@ -31,7 +31,10 @@ class Scaffold:
     uplink: Mapping[str, Uplink] = {"x": "mean", "control": "sum"}
     downlink: tuple[str, ...] | None = ("x", "control")
     client_arrays: tuple[str, ...] = ("control",)
-    whole_models_only: ClassVar[str | None] = "a client's control variate belongs to the coordinates of one window"
+    whole_models_only: ClassVar[str | None] = (
+        "the server's control variate is the mean over all registered clients at every coordinate, and windows leave"
+        " clients out"
+    )
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         self.options = parse_options(Scaffold.Options, options, "algorithm")
