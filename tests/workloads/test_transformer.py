@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigError
+from gossamer.registry import BUILTIN, resolve
 from gossamer.submodel import Cut, Cutter, Dim, Layout
 from gossamer.submodel.layout import LABEL_AXIS
-from gossamer.submodel.windows import random, rolling, static
 from gossamer.workloads.models import CNN
 from gossamer.workloads.transformer import Transformer
 
 CONTEXT, NUM_LABELS = 7, 5
 SMALL = {"stream": 8, "num_heads": 2, "hidden": 12}
-STRATEGIES = {"rolling": rolling, "static": static, "random": random}
+STRATEGIES = {name: resolve("strategy", name) for name in BUILTIN["strategy"]}
 KINDS = [
     {"cut": cut, "cut_stream": cut_stream}
     for cut, cut_stream in itertools.product(("heads", "head-dim"), (False, True))
