@@ -23,6 +23,7 @@ from gossamer.experiment import Hooks
 from gossamer.runlog import RunLog
 from gossamer.spans import Spans
 from gossamer.submodel import extract
+from gossamer.workloads.images import ImageClassification
 from slow import AXES, evaluation_samples, initial_model, perceptron, training_samples
 from slow_peers import decentralized
 
@@ -252,3 +253,24 @@ class TestCommits:
         often = run(configure({"checkpoint.every_seconds": 0}), out=tmp_path / "often")
         assert digest(seldom.params) == digest(often.params)
         assert without_clocks(seldom.metrics) == without_clocks(often.metrics)
+
+
+def test_one_pass_of_each_capacity_serves_all_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model, all clients' views of their own classes and the worst of them come from the same logits."""
+    passes: dict[tuple[str, int], int] = {}
+    for name in ("statistics", "evaluate"):
+        original = getattr(ImageClassification, name)
+
+        def counted(self: Any, params: Any, *rest: Any, name: str = name, original: Any = original) -> Any:
+            key = name, sum(value.numel() for value in params.values())
+            passes[key] = passes.get(key, 0) + 1
+            return original(self, params, *rest)
+
+        monkeypatch.setattr(ImageClassification, name, counted)
+    resnet = {"model": {"name": "preact-resnet18", "width": 0.0625}, "evaluation_chunk": 20, "statistics_chunk": 30}
+    data = {"name": "synthetic", "num_train": 90, "num_test": 40, "shape": [3, 8, 8]}
+    changes = mixed("fedrolex", (0.5, 1.0)) | {"workload": {"dataset": data, **resnet}, "rounds": 1}
+    changes |= {"evaluation": {"by_capacity": True}, "clients.partition": {"name": "n-classes", "n": 3}}
+    done = run(configure(changes), out=tmp_path / "run")
+    assert {"accuracy", "local_accuracy", "worst_client_accuracy"} <= set(done.metrics[-1])
+    assert sorted(passes.values()) == [2, 2, 3, 3]  # chunks of test data, of training data; each of two capacities
