@@ -149,5 +149,5 @@ def test_controls_matter(tmp_path: Path) -> None:
 
 def test_whole_models_only(tmp_path: Path) -> None:
     levels = {"submodel": {"capacities": [0.5, 1.0], "strategy": "rolling"}}
-    with pytest.raises(ConfigError, match="trains whole models only, because a client's control variate"):
+    with pytest.raises(ConfigError, match="trains whole models only, because the server's control variate"):
         run(configure(SCAFFOLD | levels), out=tmp_path / "run")
