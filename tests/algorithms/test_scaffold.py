@@ -123,7 +123,7 @@ class TestRefusals:
     @pytest.mark.parametrize("strategy", [None, "rolling", "static"])
     def test_sub_models(self, strategy: str | None) -> None:
         levels = {"submodel": {"capacities": [0.5, 1.0], "strategy": strategy}}
-        with pytest.raises(ConfigError, match="whole models only, because a client's control variate belongs to"):
+        with pytest.raises(ConfigError, match="whole models only, because the server's control variate is the mean"):
             build(parse(configure({"algorithm": "scaffold"} | levels)))
 
     def test_means_per_label(self) -> None:
