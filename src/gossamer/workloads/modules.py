@@ -200,8 +200,8 @@ class ModuleModel:
             raise ConfigError(f"model {self._name!r} returns shape {shape} at half its width: {remedy}")
         if not is_same_function(self.apply, layout, dict(self._module.named_parameters()), self._samples):
             raise ConfigError(
-                f"model {self._name!r} is another function at half its width, not the whole one without the rest, as if"
-                f" channels were regrouped: {remedy}"
+                f"model {self._name!r} is another function at half its width, not the whole one without the rest, as"
+                f" where channels are regrouped or multiplied by what depends on their number: {remedy}"
             )
 
     def _narrows_heads(self, num_labels: int, keep: Keep) -> bool:
