@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import gossamer
-from gossamer.build import build_topology
 from gossamer.config import expand, load, parse
 from gossamer.curves import find_runs
+from gossamer.task import build_topology
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NAMES = ("equitopo-mnist", "base-graph-noniid")

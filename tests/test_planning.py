@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gossamer import rng
 from gossamer.aggregate import tree_sum
 from gossamer.errors import ConfigError
+from gossamer.plan import RoundPlan
 from gossamer.planning import (
     Capacities,
     Planner,
@@ -32,7 +33,6 @@ from gossamer.planning import (
 )
 from gossamer.profiling.costs import Costs, VariantCosts
 from gossamer.profiling.devices import DeviceProfile, Devices, DeviceShare, uniform_draws
-from gossamer.records import RoundPlan
 
 SHARES = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any)
 NUM_CLIENTS = 40

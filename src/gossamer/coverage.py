@@ -12,8 +12,8 @@ from gossamer import config as configuration
 from gossamer.build import Parts, build
 from gossamer.config import Config
 from gossamer.errors import ConfigError, storage_errors
+from gossamer.plan import RoundPlan
 from gossamer.plots import COLOURS, FORMATS, STYLE
-from gossamer.records import RoundPlan
 from gossamer.registry import resolve
 from gossamer.sections import EngineOptions
 from gossamer.settle import settle

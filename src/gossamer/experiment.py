@@ -18,7 +18,7 @@ from gossamer.build import Parts, build
 from gossamer.checkpoint import Checkpoint, Checkpoints
 from gossamer.config import Config
 from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, nearest, storage_errors
-from gossamer.ledger import Observer
+from gossamer.round_record import Observer
 from gossamer.runlog import CONFIG, EXPERIMENT, RunLog, Sink, new_directory, read_config, read_metrics
 from gossamer.settle import check
 from gossamer.sinks import MLflowSink, TensorBoardSink, WandbSink

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gossamer.plan import RoundPlan
 from gossamer.planning import Capacities, ScheduleOptions, TimedPlan, learning_rate
 from gossamer.profiling.costs import Costs, Efforts, RoundCosts
 from gossamer.profiling.devices import Floats, Ints
-from gossamer.records import RoundPlan
 from gossamer.topology import BlockAverage, Edges, Mixing, Topology
 
 MOST_LINKS = 1_000_000  # that are listed one by one

@@ -14,9 +14,9 @@ from pydantic import Field
 from gossamer import rng
 from gossamer.errors import ConfigError
 from gossamer.options import Options
+from gossamer.plan import RoundPlan
 from gossamer.profiling.costs import Costs, RoundCosts, add_up
 from gossamer.profiling.devices import Devices, DeviceShare, Floats, Ints, uniform_draws
-from gossamer.records import RoundPlan
 
 Sampler = Callable[[int, int, int, int], NDArray[np.int64]]
 

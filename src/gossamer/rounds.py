@@ -15,9 +15,9 @@ from gossamer.checkpoint import Checkpoint, Checkpoints
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Engine
 from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
-from gossamer.ledger import Observer, Progress, Record, round_record
 from gossamer.peerplanning import PeerPlanner
 from gossamer.planning import Planner, TimedPlan
+from gossamer.round_record import Observer, Progress, Record, round_record
 from gossamer.runlog import RunLog
 from gossamer.spans import Spans
 from gossamer.workloads.base import Workload

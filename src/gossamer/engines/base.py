@@ -13,7 +13,7 @@ from torch import Tensor
 from gossamer.algorithms.base import Algorithm, Arrays, of_capacity
 from gossamer.errors import ConfigError, one_line
 from gossamer.options import Options
-from gossamer.records import BlockResult, RoundPlan
+from gossamer.plan import BlockResult, RoundPlan
 from gossamer.submodel import Cutter
 from gossamer.topology import Topology
 from gossamer.workloads.base import Sums, Workload

@@ -17,7 +17,7 @@ from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Record, Task
 from gossamer.engines.training.batches import Job
-from gossamer.records import Block, BlockResult, RoundPlan
+from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums, add_sums

@@ -17,7 +17,7 @@ from gossamer.config import parse
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray import peerhost
 from gossamer.engines.training.peerwork import PeerState, job_message
-from gossamer.records import Block
+from gossamer.plan import Block
 from slow_peers import decentralized
 
 BOUNDS = [[0, 4], [4, 8]]

@@ -36,7 +36,7 @@ from gossamer.engines.ray.nearby import Nearby
 from gossamer.engines.training.batches import Job
 from gossamer.errors import ConfigError, DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
-from gossamer.records import Block
+from gossamer.plan import Block
 from gossamer.runlog import read_metrics
 from gossamer.spans import Spans
 from slow_peers import decentralized
@@ -157,7 +157,7 @@ def test_an_actor_that_trained_nothing_evaluates_the_windows_of_the_round() -> N
     import ray
 
     parts = build(parse(configure(CASES["magnitude"])))
-    recipe = {"factory": "gossamer.build:task_of", "config": parts.config.model_dump(mode="json"), "paths": []}
+    recipe = {"factory": "gossamer.task:task_of", "config": parts.config.model_dump(mode="json"), "paths": []}
     before, after = ({"x": parts.workload.init(seed)[None].numpy()} for seed in (1, 2))
     plan = parts.planner.plan(3)
     first = (values[:1] for values in (plan.client, plan.weight, plan.steps))

@@ -19,7 +19,7 @@ from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.engines.ray.together import meeting_host
 from gossamer.errors import ConfigError, RoundAborted
 from gossamer.experiment import Hooks
-from gossamer.records import RoundPlan
+from gossamer.plan import RoundPlan
 from gossamer.spans import Spans
 from slow_peers import LEAST_SQUARES, decentralized
 

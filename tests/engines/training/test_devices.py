@@ -19,7 +19,7 @@ from gossamer.config import parse
 from gossamer.engines.training import trainer
 from gossamer.engines.training.batches import Job
 from gossamer.errors import ConfigError
-from gossamer.records import Block
+from gossamer.plan import Block
 
 pytestmark = pytest.mark.timeout(120)
 

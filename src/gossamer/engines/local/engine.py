@@ -18,7 +18,7 @@ from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.slots import SPARE_SLOTS, Slots, read_arrays
 from gossamer.engines.training.batches import Job
 from gossamer.engines.training.worker import Message, Worker
-from gossamer.records import Block, BlockResult, RoundPlan
+from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums
 

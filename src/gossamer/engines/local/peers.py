@@ -24,7 +24,7 @@ from gossamer.engines.training.peerwork import (
     peers_record,
     rows_of_block,
 )
-from gossamer.records import Block, BlockResult, RoundPlan
+from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.threads import one_thread
 from gossamer.topology.panels import panels
 from gossamer.workloads.base import Sums, add_sums

@@ -25,7 +25,7 @@ from gossamer.engines.ray.starting import is_running, start_ray
 from gossamer.engines.slots import SPARE_SLOTS
 from gossamer.engines.training.batches import Job
 from gossamer.errors import ConfigError
-from gossamer.records import Block, BlockResult, RoundPlan
+from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.workloads.base import Sums
 
 

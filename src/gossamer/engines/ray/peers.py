@@ -26,7 +26,7 @@ from gossamer.engines.ray.together import Together
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.engines.training.peerwork import distance_record, job_message, peers_record, rows_of_block
 from gossamer.errors import ConfigError, StateLost
-from gossamer.records import Block, BlockResult, RoundPlan
+from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.topology.panels import panels
 from gossamer.workloads.base import Sums, add_sums
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.engines.base import Task
-from gossamer.records import Block
+from gossamer.plan import Block
 from gossamer.workloads.base import Workload
 
 FETCH_BYTES = 64 << 20  # samples that are assembled in one go

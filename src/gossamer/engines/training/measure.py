@@ -13,7 +13,7 @@ from gossamer.engines.base import Task, VariantMode
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.training.batches import Job
 from gossamer.engines.training.trainer import Trainer
-from gossamer.records import Block
+from gossamer.plan import Block
 from gossamer.threads import one_thread
 
 MAX_STEPS = 5

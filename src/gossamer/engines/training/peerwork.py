@@ -17,7 +17,7 @@ from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.engines.base import Record, Task
 from gossamer.engines.training.batches import Job
 from gossamer.engines.training.trainer import Trainer
-from gossamer.records import Block, RoundPlan
+from gossamer.plan import Block, RoundPlan
 from gossamer.topology import BlockAverage, Mixing
 
 Message = dict[str, Any]

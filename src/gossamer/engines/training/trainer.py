@@ -18,7 +18,7 @@ from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss, scalars_o
 from gossamer.engines.base import Task
 from gossamer.engines.training.batches import Batches, Job, local_positions, on
 from gossamer.engines.training.steps import add_product_, clip, clip_rows, gradients, step_in_place
-from gossamer.records import BlockResult
+from gossamer.plan import BlockResult
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Leaves
 

@@ -13,7 +13,7 @@ from gossamer.engines.base import Task
 from gossamer.engines.slots import write_arrays
 from gossamer.engines.training.batches import Job
 from gossamer.engines.training.trainer import Trainer
-from gossamer.records import BlockResult
+from gossamer.plan import BlockResult
 from gossamer.workloads.base import Sums
 
 Message = dict[str, Any]

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gossamer.plan import RoundPlan
 from gossamer.profiling.costs import RoundCosts
-from gossamer.records import RoundPlan
 
 Record = dict[str, Any]
 
