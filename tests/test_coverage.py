@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from federation import configure, modes
 from gossamer import coverage, run
 from gossamer.build import build
-from gossamer.cli import app
+from gossamer.cli.main import app
 from gossamer.config import parse
 from gossamer.errors import ConfigError
 from gossamer.submodel import window

@@ -173,7 +173,7 @@ class TestImports:
         assert "torch" not in run(LOADED.format(name="gossamer"))
 
     def test_the_command_line_loads_no_torch(self) -> None:
-        loaded = run(LOADED.format(name="gossamer.cli"))
+        loaded = run(LOADED.format(name="gossamer.cli.main"))
         assert "typer" in loaded
         assert packages(loaded) & ({"torch", "numpy", *LAZY} - {"typer", "rich"}) == set()
 

@@ -32,7 +32,7 @@ from federation import (
 )
 from gossamer import checkpoint, clientstore, resume, run
 from gossamer.checkpoint import Checkpoints
-from gossamer.cli import app
+from gossamer.cli.main import app
 from gossamer.errors import CheckpointError, ConfigError, StorageError
 from gossamer.experiment import Run
 from gossamer.runlog import read_metrics
@@ -222,7 +222,7 @@ class TestFullDisk:
 class TestInterrupt:
     def command(self, *arguments: str, gate: Path) -> subprocess.Popen[str]:
         """Start the command line in a process group of its own, as a terminal does."""
-        program = [sys.executable, "-m", "gossamer.cli", *arguments]
+        program = [sys.executable, "-m", "gossamer.cli.main", *arguments]
         return subprocess.Popen(
             program,
             stdout=subprocess.PIPE,

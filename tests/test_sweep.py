@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import gossamer
 from gossamer import experiment
 from gossamer.checkpoint import Checkpoints
-from gossamer.cli import app
+from gossamer.cli.main import app
 from gossamer.curves import find_runs, group
 from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.runlog import read_config, read_metrics

@@ -251,7 +251,7 @@ class TestInterrupted:
 
 def gossamer(*arguments: Any) -> subprocess.Popen[str]:
     """Start the command line in a group of its own."""
-    command = [sys.executable, "-m", "gossamer.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "gossamer.cli.main", *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment(), start_new_session=True)
 

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gossamer import topology
-from gossamer.cli import app
+from gossamer.cli.main import app
 from gossamer.registry import BUILTIN
 
 FOLDER = Path(__file__).parents[1] / "topologies"

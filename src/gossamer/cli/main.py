@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gossamer import topology_cli
 from gossamer.errors import GossamerError
 
 if TYPE_CHECKING:
+    from gossamer.cli.progress import ProgressDisplay
     from gossamer.experiment import Hooks, Run
-    from gossamer.progress import ProgressDisplay
 
 
 class Commands(TyperGroup):
@@ -180,7 +179,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what is installed, what this machine offers, and what should be changed."""
-    from gossamer.doctor import examine, render
+    from gossamer.cli.doctor import examine, render
 
     typer.echo(render(examine(), as_json))
 
@@ -193,7 +192,7 @@ def _follow(start: Callable[[Hooks], Run], count_runs: Callable[[], int]) -> Non
     if sys.stderr.isatty():
         from rich.console import Console
 
-        from gossamer.progress import ProgressDisplay
+        from gossamer.cli.progress import ProgressDisplay
 
         display = ProgressDisplay(count_runs(), Console(stderr=True))
     with display as shown:

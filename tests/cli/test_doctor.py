@@ -19,10 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from gossamer import doctor
-from gossamer.cli import app
-from gossamer.doctor import Examination, examine, render
-from gossamer.engines.ray.processes import Cluster, find_clusters
+from gossamer.cli.doctor import Examination, examine, render
+from gossamer.cli.main import app, doctor
+from gossamer.cli.ray_clusters import Cluster, find_clusters
 
 
 @pytest.fixture(autouse=True)

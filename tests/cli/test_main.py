@@ -18,7 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from gossamer import experiment
-from gossamer.cli import app
+from gossamer.cli.main import app
 from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, QuorumError
 
 EXPERIMENT = {
@@ -48,7 +48,7 @@ sys.modules["gossamer.experiment"] = fake
 config = sys.modules["gossamer.config"] = types.ModuleType("gossamer.config")
 config.load, config.expand = lambda file, overrides: file, lambda data: [data]
 """
-MAIN = "from gossamer.cli import main; main()"
+MAIN = "from gossamer.cli.main import main; main()"
 
 
 def invoke(*arguments: Any) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gossamer import progress
-from gossamer.progress import ProgressDisplay
+from gossamer.cli.main import progress
+from gossamer.cli.progress import ProgressDisplay
 
 
 class Clock:
