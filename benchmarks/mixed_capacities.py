@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from gossamer import rng
 from gossamer.build import Parts, build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.engines.federation import STACKED_BLOCK_FLOATS
 from gossamer.engines.local.engine import LocalEngine
 from gossamer.engines.training import batches, trainer

@@ -29,7 +29,7 @@ from peers_common import BATCH_SIZE, Options, build_model, make_parser, read_opt
 
 from gossamer import topology
 from gossamer.build import build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.workloads.datasets import ImageData
 from gossamer_round import make_data
 

@@ -50,7 +50,7 @@ def contend() -> None:
     import gossamer_round
     from gossamer import experiment
     from gossamer.build import build
-    from gossamer.config import parse
+    from gossamer.config.loading import parse
     from gossamer.runlog import read_config
 
     sys.modules.setdefault("ray_overhead", sys.modules["__main__"])

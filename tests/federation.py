@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gossamer.config import with_value
+from gossamer.config.loading import with_value
 from gossamer.experiment import Hooks, Run
 from gossamer.runlog import read_events
 from gossamer.spans import Spans

@@ -13,7 +13,7 @@ from torch import Tensor
 from federation import BASE
 from gossamer import rng
 from gossamer.build import Parts, build
-from gossamer.config import parse, with_value
+from gossamer.config.loading import parse, with_value
 from gossamer.planning import learning_rate
 from gossamer.submodel import extract
 from gossamer.topology import Sparse, TopologyOptions

@@ -17,7 +17,7 @@ from federation import SCAFFOLD, SINGLY, STACKED, assert_same, configure, modes,
 from gossamer import run
 from gossamer.build import build
 from gossamer.checkpoint import Checkpoints
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.errors import ConfigError
 from slow import initial_model, perceptron, sample_order, training_samples
 

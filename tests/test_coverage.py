@@ -15,7 +15,7 @@ from federation import configure, modes
 from gossamer import coverage, run
 from gossamer.build import build
 from gossamer.cli.main import app
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.errors import ConfigError
 from gossamer.submodel import window
 from gossamer.submodel.coverage import Coverage

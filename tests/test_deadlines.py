@@ -14,12 +14,13 @@ import yaml
 from federation import Injected, assert_same, configure, digest, events, failing, mixed, without_clocks
 from gossamer import resume, rounds, run
 from gossamer.build import build
-from gossamer.config import Config, parse
+from gossamer.config.loading import parse
+from gossamer.config.resolve import settle
+from gossamer.config.schema import Config
 from gossamer.errors import ConfigError, GossamerError, QuorumError
 from gossamer.experiment import Run
 from gossamer.registry import resolve
 from gossamer.runlog import read_metrics
-from gossamer.settle import settle
 
 SIZE = 4 * (64 * 32 + 32 + 32 * 10 + 10)  # bytes of the whole perceptron
 FLOPS = 2 * (2 * 64 * 32 + 3 * 32 * 10)  # of one sample

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import gossamer
-from gossamer.config import expand, load, parse
+from gossamer.config.loading import expand, load, parse
 from gossamer.curves import find_runs
 from gossamer.task import build_topology
 

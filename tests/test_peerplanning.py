@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from federation import LEVELS, modes
 from gossamer import run, topology
 from gossamer.build import build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.peerplanning import PeerPlanner, Traffic
 from gossamer.planning import Capacities, ScheduleOptions, assign_devices
 from gossamer.profiling.costs import Costs, RoundCosts, VariantCosts

@@ -17,7 +17,7 @@ from gossamer import resume, run
 from gossamer.build import build
 from gossamer.checkpoint import Checkpoints
 from gossamer.clientstore import ClientStore
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.errors import StateLost
 from gossamer.experiment import Hooks
 from gossamer.runlog import RunLog

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Algorithm
-from gossamer.algorithms.decentralized.base import mixings
 from gossamer.checkpoint import Checkpoints
 from gossamer.clientstore import ClientStore
-from gossamer.config import Config
+from gossamer.config.resolve import settle, split
+from gossamer.config.rules import check_peers, require_population, require_whole_models, unused_options
+from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.base import Task, TrainOptions, VariantMode
 from gossamer.engines.training.measure import choose_modes
 from gossamer.engines.training.peerwork import column_sums
@@ -29,8 +30,6 @@ from gossamer.profiling.devices import DeviceShare
 from gossamer.registry import resolve
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.runlog import RunLog
-from gossamer.sections import ModeOptions
-from gossamer.settle import require_population, require_whole_models, settle, split, unused_options
 from gossamer.task import (
     ALGORITHM,
     build_topology,
@@ -40,7 +39,6 @@ from gossamer.task import (
     with_absolute_paths,
 )
 from gossamer.threads import one_thread
-from gossamer.topology import Topology
 from gossamer.workloads.base import Workload
 
 MERGED_COLUMNS = 1 << 10  # that are summed at a time
@@ -221,54 +219,6 @@ def make_planner(config: Config, task: Task, capacities: Capacities) -> Planner 
         deadline_seconds=clients.deadline_seconds,
         over_selection=clients.over_selection,
     )
-
-
-def check_peers(config: Config, algorithm: Any, topology: Topology) -> tuple[str, ...]:
-    """Check what an algorithm asks of the topology and of local training, and return its warnings.
-
-    Raises:
-        ConfigError: theory excludes the combination.
-    """
-    reason, name = getattr(algorithm, "one_step_only", None), config.algorithm["name"]
-    if reason is not None and config.train.steps != 1:
-        given = f"train.epochs = {config.train.epochs}" if config.train.steps is None else ""
-        raise ConfigError(
-            f"algorithm {name!r} takes one local step a round, because {reason}: set train.steps to 1 instead of"
-            f" {given or f'train.steps = {config.train.steps}'}"
-        )
-    peers, no_merge = config.peers, getattr(algorithm, "no_merge", None)
-    if no_merge is not None and peers is not None and (peers.merge_every is not None or peers.final_merge):
-        given = f"merge_every = {peers.merge_every}" if peers.merge_every is not None else "final_merge = True"
-        raise ConfigError(
-            f"algorithm {name!r} does not go with peers.{given}, because {no_merge}: leave it out; the merged model is"
-            " evaluated anyway"
-        )
-    warnings = tuple(algorithm.check(topology))
-    if tuple(config.submodel.capacities) != (1.0,):
-        _check_windows(config, topology)
-    return warnings
-
-
-def _check_windows(config: Config, topology: Topology) -> None:
-    """Refuse what windows of peers cannot be chosen or mixed by.
-
-    Raises:
-        ConfigError: windows by rank, or weights below 0.
-    """
-    strategy = config.submodel.strategy
-    assert strategy is not None
-    if resolve("strategy", strategy).rank is not None:
-        raise ConfigError(
-            f"submodel.strategy = {strategy!r} ranks the channels of one model, which only a server has: choose"
-            " rolling, static or random for peers"
-        )
-    for mixing in mixings(topology):
-        least = min(float(mixing.self_weights().min()), float(mixing.edges().weight.min(initial=0.0)))
-        if least < -1e-9:
-            raise ConfigError(
-                f"topology {topology.name!r} has a negative weight, {least:.3g}, but windows are averaged by the sum of"
-                " their holders' weights: choose weights 'metropolis', or set submodel.capacities to [1.0]"
-            )
 
 
 def count_costs(config: Config, task: Task, capacities: Capacities) -> Costs:

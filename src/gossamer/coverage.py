@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gossamer import config as configuration
 from gossamer.build import Parts, build
-from gossamer.config import Config
+from gossamer.config import loading as configuration
+from gossamer.config.resolve import settle
+from gossamer.config.schema import Config, EngineOptions
 from gossamer.errors import ConfigError, storage_errors
 from gossamer.plan import RoundPlan
 from gossamer.plots import COLOURS, FORMATS, STYLE
 from gossamer.registry import resolve
-from gossamer.sections import EngineOptions
-from gossamer.settle import settle
 from gossamer.submodel import Cut, covering
 from gossamer.submodel.coverage import Coverage
 

@@ -13,14 +13,14 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from gossamer import config as configuration
 from gossamer.build import Parts, build
 from gossamer.checkpoint import Checkpoint, Checkpoints
-from gossamer.config import Config
+from gossamer.config import loading as configuration
+from gossamer.config.resolve import check
+from gossamer.config.schema import Config
 from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, nearest, storage_errors
 from gossamer.round_record import Observer
 from gossamer.runlog import CONFIG, EXPERIMENT, RunLog, Sink, new_directory, read_config, read_metrics
-from gossamer.settle import check
 from gossamer.sinks import MLflowSink, TensorBoardSink, WandbSink
 from gossamer.spans import Spans
 

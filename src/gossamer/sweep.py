@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from gossamer import config as configuration
 from gossamer import experiment
+from gossamer.config import loading as configuration
+from gossamer.config.resolve import check
+from gossamer.config.schema import as_mapping
 from gossamer.curves import find_runs, group
 from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors
 from gossamer.runlog import CONFIG, EXPERIMENT, new_directory
-from gossamer.sections import as_mapping
-from gossamer.settle import check
 
 Row = dict[str, Any]
 """One run: its method (if there are any) and overrides, seed, metric, final, best, seconds, directory, error."""

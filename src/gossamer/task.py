@@ -8,11 +8,13 @@ from typing import Any
 
 from gossamer import topology
 from gossamer.algorithms.base import Algorithm
-from gossamer.config import Config, parse
+from gossamer.config.loading import parse
+from gossamer.config.resolve import split
+from gossamer.config.rules import is_topology_file
+from gossamer.config.schema import Config
 from gossamer.engines.base import Task
 from gossamer.errors import plugin_errors, require_attributes
 from gossamer.registry import resolve
-from gossamer.settle import is_topology_file, split
 from gossamer.submodel import Cutter
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload

@@ -17,7 +17,7 @@ from gossamer import run
 from gossamer.algorithms.federated import FedAvg
 from gossamer.algorithms.fednova import FedNova, normaliser
 from gossamer.build import Parts, build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.errors import ConfigError
 from slow_federated import (
     UNEQUAL,

@@ -12,7 +12,7 @@ from federation import LEVELS, SINGLY, STACKED, configure, digest, mixed, modes,
 from gossamer import run
 from gossamer.algorithms.fedprox import FedProx
 from gossamer.build import build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.errors import ConfigError
 from slow_federated import UNEQUAL, Quadratic, federate, local_sgd, slow_federation
 

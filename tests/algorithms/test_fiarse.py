@@ -20,7 +20,7 @@ from federation import STACKED, configure, digest, events, mixed, modes, relativ
 from gossamer import run
 from gossamer.algorithms.fiarse import FIARSE
 from gossamer.build import Parts, build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.coverage import examine
 from gossamer.errors import ConfigError
 from gossamer.submodel import Layout

@@ -20,7 +20,7 @@ from federation import assert_same, configure, digest, mixed, modes, relative_er
 from gossamer import rng, run
 from gossamer.algorithms.fjord import FjORD, counted, divergence, prefix
 from gossamer.build import Parts, build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.engines.training.measure import admissible
 from gossamer.errors import ConfigError
 from gossamer.submodel import Cutter, Dim, Layout

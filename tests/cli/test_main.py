@@ -45,7 +45,7 @@ def run(source, overrides, out, hooks):
     return types.SimpleNamespace(directory="some/run")
 fake.Hooks, fake.run = Hooks, run
 sys.modules["gossamer.experiment"] = fake
-config = sys.modules["gossamer.config"] = types.ModuleType("gossamer.config")
+config = sys.modules["gossamer.config.loading"] = types.ModuleType("gossamer.config.loading")
 config.load, config.expand = lambda file, overrides: file, lambda data: [data]
 """
 MAIN = "from gossamer.cli.main import main; main()"

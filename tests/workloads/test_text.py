@@ -17,10 +17,10 @@ from torch import Tensor
 import gossamer
 from contract import check_workload
 from federation import modes
-from gossamer.config import parse, with_value
+from gossamer.config.loading import parse, with_value
+from gossamer.config.resolve import settle
 from gossamer.errors import ConfigError, DataError, RegistryError
 from gossamer.registry import resolve
-from gossamer.settle import settle
 from gossamer.workloads.base import Workload, add_sums
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.text import NextCharacter, _tiled, unigram_bits

@@ -205,7 +205,6 @@ def _changes(overrides: list[str] | None, engine: str | None) -> list[str]:
 
 
 def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
-    from gossamer import config
 
     return len(config.expand(config.load(file, overrides or ())))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from federation import LEVELS, SINGLY, STACKED, events, modes
 from gossamer import run, topology
 from gossamer.build import build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.engines.base import Task
 from gossamer.engines.local.peers import PeerEngine
 from gossamer.engines.training.peerwork import PeerState, PeerWorker

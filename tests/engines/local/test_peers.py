@@ -16,7 +16,7 @@ from torch import Tensor
 from federation import LEVELS, SINGLY, STACKED, digest, modes
 from gossamer import run
 from gossamer.build import Parts, build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.engines.local import peers
 from gossamer.engines.local.peers import PeerEngine
 from gossamer.engines.training.peerwork import _consecutive

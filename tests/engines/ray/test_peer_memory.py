@@ -13,7 +13,7 @@ import pytest
 
 from federation import STACKED, modes
 from gossamer.build import build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray import peerhost
 from gossamer.engines.training.peerwork import PeerState, job_message

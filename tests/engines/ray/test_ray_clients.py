@@ -30,7 +30,7 @@ from federation import (
 )
 from gossamer import resume, run
 from gossamer.build import build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.engines.ray.host import Host
 from gossamer.engines.ray.nearby import Nearby
 from gossamer.engines.training.batches import Job

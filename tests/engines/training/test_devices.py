@@ -15,7 +15,7 @@ import torch
 from federation import SINGLY, STACKED, configure, mixed, modes
 from gossamer import run
 from gossamer.build import build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.engines.training import trainer
 from gossamer.engines.training.batches import Job
 from gossamer.errors import ConfigError

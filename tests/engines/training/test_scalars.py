@@ -12,7 +12,7 @@ import torch
 from federation import LEVELS, SINGLY, STACKED, assert_same, configure, digest, mixed, modes
 from gossamer import run
 from gossamer.build import build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from slow_federated import UNEQUAL
 
 EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from federation import SINGLY, configure, modes
 from gossamer import run
 from gossamer.build import build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.engines.training.steps import add_product_, gradients
 from gossamer.engines.training.trainer import may_leave_products
 from gossamer.workloads.base import Leaves

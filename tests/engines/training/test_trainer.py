@@ -16,7 +16,7 @@ from federation import LEVELS, MLP, SINGLY, STACKED, configure, digest, mixed, m
 from gossamer import run
 from gossamer.algorithms.federated import FedAvg
 from gossamer.build import Parts, build
-from gossamer.config import parse
+from gossamer.config.loading import parse
 from gossamer.engines.training import trainer
 from gossamer.errors import ConfigError
 from gossamer.planning import learning_rate

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gossamer.config import expand, load, merge, parse, with_value
+from gossamer.config.loading import expand, load, merge, parse, with_value
 from gossamer.errors import ConfigError
 
 BASE: dict[str, Any] = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gossamer.config import Config
+from gossamer.config.rules import is_topology_file, require_population, require_whole_models
+from gossamer.config.schema import Config
 from gossamer.errors import ConfigError, RegistryError
 from gossamer.profiling.devices import DeviceShare
 from gossamer.registry import resolve
@@ -33,34 +34,6 @@ def check(config: Config) -> None:
         named["topology"] = config.peers.topology["name"]
     for kind, name in named.items():
         resolve(kind, name)
-
-
-def is_topology_file(name: str) -> bool:
-    """Say whether the name of a topology is the path of a YAML file."""
-    return name.endswith((".yaml", ".yml"))
-
-
-def require_population(config: Config, algorithm: Any) -> None:
-    """Refuse an algorithm of peers for clients, and the other way round.
-
-    Raises:
-        ConfigError: they do not fit.
-    """
-    name, needs_peers = config.algorithm["name"], getattr(algorithm, "downlink", ()) is None
-    if needs_peers and config.peers is None:
-        raise ConfigError(
-            f"algorithm {name!r} has no server: give peers and their topology instead of clients, or choose an"
-            " algorithm such as fedavg"
-        )
-    if config.peers is not None and not needs_peers:
-        raise ConfigError(
-            f"algorithm {name!r} needs a server: give clients instead of peers, or choose an algorithm such as dsgd"
-        )
-    if config.peers is not None and config.submodel.mask_labels:
-        raise ConfigError(
-            f"submodel.mask_labels = {config.submodel.mask_labels} needs a server that counts who holds a label: leave"
-            " it out for peers"
-        )
 
 
 def settle(config: Config, algorithm: Any) -> Config:
@@ -145,45 +118,6 @@ def settle_devices(config: Config, rule: str) -> list[DeviceShare] | None:
             " give one device for each capacity, and shares in submodel.shares only"
         )
     return [device.model_copy(update={"share": shares[capacity]}) for device, capacity in tied]
-
-
-def require_whole_models(config: Config, algorithm: Any) -> None:
-    """Refuse sub-models, and means over different holders, where `algorithm` (or its class) gives a reason.
-
-    Raises:
-        ConfigError: capacities other than 1, or label rows that only some clients hold.
-    """
-    sub, name = config.submodel, config.algorithm["name"]
-    reason: str | None = getattr(algorithm, "whole_models_only", None)
-    kept: tuple[str, ...] = getattr(algorithm, "client_arrays", ())
-    if reason is not None and sub.mask_labels:
-        raise ConfigError(
-            f"algorithm {name!r} needs all participants to hold all coordinates, because {reason}: set"
-            f" submodel.mask_labels to false instead of {sub.mask_labels}"
-        )
-    if reason is None and kept:
-        reason = "what it keeps on a client belongs to the coordinates of one window"
-    if reason is not None and tuple(sub.capacities) != (1.0,):
-        raise ConfigError(
-            f"algorithm {name!r} trains whole models only, because {reason}: set submodel.capacities to [1.0] instead"
-            f" of {sub.capacities}"
-        )
-
-
-def unused_options(config: Config, algorithm: Any) -> tuple[str, ...]:
-    """Warn of a stride or of offsets that the windows of a strategy do not follow."""
-    sub = config.submodel
-    assert sub.strategy is not None
-    unused = getattr(resolve("strategy", sub.strategy), "unused", ())
-    unused = ("stride", "offsets") if getattr(algorithm, "full_size", False) else unused
-    given = {"stride": sub.stride != 1, "offsets": any(sub.offsets.values())}
-    if tuple(sub.capacities) == (1.0,):
-        return ()
-    return tuple(
-        f"submodel.{option} changes nothing: windows of strategy {sub.strategy!r} do not follow it"
-        for option in unused
-        if given[option]
-    )
 
 
 def _workload_defaults(name: str) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from gossamer.build import build
-from gossamer.config import Config, parse, with_value
+from gossamer.config.loading import parse, with_value
+from gossamer.config.resolve import settle
+from gossamer.config.schema import Config
 from gossamer.errors import ConfigError
 from gossamer.registry import BUILTIN, resolve
-from gossamer.settle import settle
 
 LEVELS = {"capacities": [1.0, 0.5, 0.25]}
 SUB_MODEL_METHODS = {"fedrolex": "rolling", "heterofl": "static", "federated-dropout": "random"}

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gossamer.config import expand, load, parse
+from gossamer.config.loading import expand, load, parse
 
 POSITIVE = st.floats(1e-9, 1e9)
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True)

@@ -5,111 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from gossamer.errors import ConfigError
-from gossamer.options import Options, parse_options
-from gossamer.profiling.devices import DeviceProfile, DeviceShare, Profile, check_devices
-from gossamer.sections import (
-    CheckpointOptions,
-    ClientsOptions,
-    EngineOptions,
-    EvaluationOptions,
-    LogOptions,
-    PeersOptions,
-    Plugin,
-    SubmodelOptions,
-    TrainConfig,
+from gossamer.config.schema import (
+    Config,
     as_mapping,
-    default_workload,
 )
-
-
-class Config(Options):
-    """One experiment. `methods` maps a name to overrides; every method runs with every seed.
-
-    Either `clients` of a server train, or `peers` without one. `device` is what every participant has; `devices` lists
-    several, by share or by capacity.
-    """
-
-    name: str = "run"
-    seed: int = Field(default=0, ge=0)
-    seeds: list[int] | None = None
-    rounds: int = Field(ge=1)
-    workload: Annotated[Plugin, BeforeValidator(default_workload)]
-    clients: ClientsOptions | None = None
-    peers: PeersOptions | None = None
-    train: TrainConfig
-    algorithm: Plugin = {"name": "fedavg"}
-    submodel: SubmodelOptions = SubmodelOptions()
-    evaluation: EvaluationOptions = EvaluationOptions()
-    checkpoint: CheckpointOptions = CheckpointOptions()
-    device: Profile = DeviceProfile()
-    devices: list[DeviceShare] | None = None
-    engine: EngineOptions = EngineOptions()
-    log: LogOptions = LogOptions()
-    methods: dict[str, dict[str, Any]] | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _plain(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-            raise ValueError("use letters, digits, '.', '_' and '-', because it names a directory")
-        return value
-
-    @field_validator("devices")
-    @classmethod
-    def _one_kind_of_devices(cls, value: list[DeviceShare] | None) -> list[DeviceShare] | None:
-        if value is not None:
-            check_devices(value)
-        return value
-
-    @model_validator(mode="after")
-    def _device_or_devices(self) -> Config:
-        if self.devices is not None and self.device != DeviceProfile():
-            raise ValueError(
-                f"device {self.device.name!r} contradicts devices, which give every client one: leave device out"
-            )
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _clients_or_peers(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping):
-            return data
-        given = [name for name in ("clients", "peers") if data.get(name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"{' and '.join(given) if given else 'neither clients nor peers'} are given: give clients (they have a"
-                " server) or peers (they have a topology), and not both"
-            )
-        return {"algorithm": "dsgd", **data} if given == ["peers"] else data
-
-    @property
-    def population(self) -> ClientsOptions | PeersOptions:
-        """The section of those who train: clients or peers."""
-        found = self.peers if self.clients is None else self.clients
-        assert found is not None
-        return found
-
-    @model_validator(mode="after")
-    def _collective_for_peers(self) -> Config:
-        if self.engine.collective is not None and self.peers is None:
-            raise ValueError(
-                f"engine.collective = {self.engine.collective!r} lets Ray's actors send peers' rows to each other, but"
-                " there are no peers: set it to null"
-            )
-        return self
-
-    @model_validator(mode="before")
-    @classmethod
-    def _engine_by_name(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("engine"), str):
-            return {**data, "engine": {"name": data["engine"]}}
-        return data
+from gossamer.errors import ConfigError
+from gossamer.options import parse_options
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:

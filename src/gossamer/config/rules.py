@@ -1,0 +1,127 @@
+"""What a configuration may not ask for together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gossamer.algorithms.decentralized.base import mixings
+from gossamer.config.rules import require_population, require_whole_models, unused_options
+from gossamer.config.schema import Config
+from gossamer.errors import ConfigError
+from gossamer.registry import resolve
+from gossamer.topology import Topology
+
+
+def is_topology_file(name: str) -> bool:
+    """Say whether the name of a topology is the path of a YAML file."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def require_population(config: Config, algorithm: Any) -> None:
+    """Refuse an algorithm of peers for clients, and the other way round.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    name, needs_peers = config.algorithm["name"], getattr(algorithm, "downlink", ()) is None
+    if needs_peers and config.peers is None:
+        raise ConfigError(
+            f"algorithm {name!r} has no server: give peers and their topology instead of clients, or choose an"
+            " algorithm such as fedavg"
+        )
+    if config.peers is not None and not needs_peers:
+        raise ConfigError(
+            f"algorithm {name!r} needs a server: give clients instead of peers, or choose an algorithm such as dsgd"
+        )
+    if config.peers is not None and config.submodel.mask_labels:
+        raise ConfigError(
+            f"submodel.mask_labels = {config.submodel.mask_labels} needs a server that counts who holds a label: leave"
+            " it out for peers"
+        )
+
+
+def require_whole_models(config: Config, algorithm: Any) -> None:
+    """Refuse sub-models, and means over different holders, where `algorithm` (or its class) gives a reason.
+
+    Raises:
+        ConfigError: capacities other than 1, or label rows that only some clients hold.
+    """
+    sub, name = config.submodel, config.algorithm["name"]
+    reason: str | None = getattr(algorithm, "whole_models_only", None)
+    kept: tuple[str, ...] = getattr(algorithm, "client_arrays", ())
+    if reason is not None and sub.mask_labels:
+        raise ConfigError(
+            f"algorithm {name!r} needs all participants to hold all coordinates, because {reason}: set"
+            f" submodel.mask_labels to false instead of {sub.mask_labels}"
+        )
+    if reason is None and kept:
+        reason = "what it keeps on a client belongs to the coordinates of one window"
+    if reason is not None and tuple(sub.capacities) != (1.0,):
+        raise ConfigError(
+            f"algorithm {name!r} trains whole models only, because {reason}: set submodel.capacities to [1.0] instead"
+            f" of {sub.capacities}"
+        )
+
+
+def unused_options(config: Config, algorithm: Any) -> tuple[str, ...]:
+    """Warn of a stride or of offsets that the windows of a strategy do not follow."""
+    sub = config.submodel
+    assert sub.strategy is not None
+    unused = getattr(resolve("strategy", sub.strategy), "unused", ())
+    unused = ("stride", "offsets") if getattr(algorithm, "full_size", False) else unused
+    given = {"stride": sub.stride != 1, "offsets": any(sub.offsets.values())}
+    if tuple(sub.capacities) == (1.0,):
+        return ()
+    return tuple(
+        f"submodel.{option} changes nothing: windows of strategy {sub.strategy!r} do not follow it"
+        for option in unused
+        if given[option]
+    )
+
+
+def check_peers(config: Config, algorithm: Any, topology: Topology) -> tuple[str, ...]:
+    """Check what an algorithm asks of the topology and of local training, and return its warnings.
+
+    Raises:
+        ConfigError: theory excludes the combination.
+    """
+    reason, name = getattr(algorithm, "one_step_only", None), config.algorithm["name"]
+    if reason is not None and config.train.steps != 1:
+        given = f"train.epochs = {config.train.epochs}" if config.train.steps is None else ""
+        raise ConfigError(
+            f"algorithm {name!r} takes one local step a round, because {reason}: set train.steps to 1 instead of"
+            f" {given or f'train.steps = {config.train.steps}'}"
+        )
+    peers, no_merge = config.peers, getattr(algorithm, "no_merge", None)
+    if no_merge is not None and peers is not None and (peers.merge_every is not None or peers.final_merge):
+        given = f"merge_every = {peers.merge_every}" if peers.merge_every is not None else "final_merge = True"
+        raise ConfigError(
+            f"algorithm {name!r} does not go with peers.{given}, because {no_merge}: leave it out; the merged model is"
+            " evaluated anyway"
+        )
+    warnings = tuple(algorithm.check(topology))
+    if tuple(config.submodel.capacities) != (1.0,):
+        _check_windows(config, topology)
+    return warnings
+
+
+def _check_windows(config: Config, topology: Topology) -> None:
+    """Refuse what windows of peers cannot be chosen or mixed by.
+
+    Raises:
+        ConfigError: windows by rank, or weights below 0.
+    """
+    strategy = config.submodel.strategy
+    assert strategy is not None
+    if resolve("strategy", strategy).rank is not None:
+        raise ConfigError(
+            f"submodel.strategy = {strategy!r} ranks the channels of one model, which only a server has: choose"
+            " rolling, static or random for peers"
+        )
+    for mixing in mixings(topology):
+        least = min(float(mixing.self_weights().min()), float(mixing.edges().weight.min(initial=0.0)))
+        if least < -1e-9:
+            raise ConfigError(
+                f"topology {topology.name!r} has a negative weight, {least:.3g}, but windows are averaged by the sum of"
+                " their holders' weights: choose weights 'metropolis', or set submodel.capacities to [1.0]"
+            )
