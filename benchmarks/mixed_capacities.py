@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from gossamer import rng
 from gossamer.build import Parts, build
 from gossamer.config.loading import parse
-from gossamer.engines.federation import STACKED_BLOCK_FLOATS
 from gossamer.engines.local.engine import LocalEngine
+from gossamer.engines.server import STACKED_BLOCK_FLOATS
 from gossamer.engines.training import batches, trainer
 from gossamer.submodel.layout import as_dim
 from gossamer.submodel.windows import window_length

@@ -19,7 +19,7 @@ from gossamer.clientstore import ClientStore
 from gossamer.config.resolve import settle, split
 from gossamer.config.rules import check_peers, require_population, require_whole_models, unused_options
 from gossamer.config.schema import Config, ModeOptions
-from gossamer.engines.base import Task, TrainOptions, VariantMode
+from gossamer.engines.task import Task, TrainOptions, VariantMode
 from gossamer.engines.training.measure import choose_modes
 from gossamer.engines.training.peerwork import column_sums
 from gossamer.errors import ConfigError, plugin_errors, require_attributes

@@ -12,7 +12,7 @@ from gossamer.config.loading import parse
 from gossamer.config.resolve import split
 from gossamer.config.rules import is_topology_file
 from gossamer.config.schema import Config
-from gossamer.engines.base import Task
+from gossamer.engines.task import Task
 from gossamer.errors import plugin_errors, require_attributes
 from gossamer.registry import resolve
 from gossamer.submodel import Cutter

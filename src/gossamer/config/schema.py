@@ -21,7 +21,7 @@ from gossamer.config.schema import (
     as_mapping,
     default_workload,
 )
-from gossamer.engines.base import VariantMode
+from gossamer.engines.task import VariantMode
 from gossamer.errors import ConfigError
 from gossamer.options import Options
 from gossamer.planning import ScheduleOptions

@@ -17,8 +17,8 @@ from federation import LEVELS, SINGLY, STACKED, events, modes
 from gossamer import run, topology
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.base import Task
 from gossamer.engines.local.peers import PeerEngine
+from gossamer.engines.task import Task
 from gossamer.engines.training.peerwork import PeerState, PeerWorker
 from gossamer.errors import ConfigError
 from gossamer.topology import Topology

@@ -14,7 +14,7 @@ from federation import configure, digest, mixed, modes
 from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.base import VariantMode
+from gossamer.engines.task import VariantMode
 from gossamer.engines.training import measure
 from gossamer.errors import ConfigError
 

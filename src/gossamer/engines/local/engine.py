@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gossamer.clientstore import ClientStore
-from gossamer.engines.base import Task, require_devices
-from gossamer.engines.federation import FederatedEngine
 from gossamer.engines.local.peers import PeerEngine
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
+from gossamer.engines.server import FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS, Slots, read_arrays
+from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.batches import Job
 from gossamer.engines.training.worker import Message, Worker
 from gossamer.plan import Block, BlockResult, RoundPlan

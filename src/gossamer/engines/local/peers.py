@@ -11,19 +11,13 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays, scalars_of
-from gossamer.engines.base import Record, Task
+from gossamer.engines.base import Record
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
+from gossamer.engines.peers import distance_record, job_message, peers_record, rows_of_block
+from gossamer.engines.task import Task
 from gossamer.engines.training.batches import sample_bytes
-from gossamer.engines.training.peerwork import (
-    Message,
-    PeerState,
-    PeerWorker,
-    distance_record,
-    job_message,
-    peers_record,
-    rows_of_block,
-)
+from gossamer.engines.training.peerwork import Message, PeerState, PeerWorker
 from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.threads import one_thread
 from gossamer.topology.panels import panels

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from gossamer.clientstore import ClientStore
-from gossamer.engines.base import Task
-from gossamer.engines.federation import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.actors import AHEAD, CPU, GPU, Actors, Call
 from gossamer.engines.ray.host import Host
@@ -22,7 +20,9 @@ from gossamer.engines.ray.nearby import Nearby
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.engines.ray.placing import arrays_of, make_actor, num_cpus, num_gpus, put_data
 from gossamer.engines.ray.starting import is_running, start_ray
+from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS
+from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Job
 from gossamer.errors import ConfigError
 from gossamer.plan import Block, BlockResult, RoundPlan

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import Task
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.nearby import Attached
 from gossamer.engines.ray.placing import get_data
 from gossamer.engines.slots import write_arrays
+from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Job
 from gossamer.engines.training.trainer import Trainer
 from gossamer.engines.training.worker import Worker, named_arrays

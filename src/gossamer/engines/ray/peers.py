@@ -16,15 +16,16 @@ from torch import Tensor
 
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import Record, Task
+from gossamer.engines.base import Record
 from gossamer.engines.collective.group import Backend, has_nccl
+from gossamer.engines.peers import distance_record, job_message, peers_record, rows_of_block
 from gossamer.engines.ray.actors import Actors, Call
 from gossamer.engines.ray.peerhost import PeerHost
 from gossamer.engines.ray.placing import make_actor, num_cpus, num_gpus, put_data
 from gossamer.engines.ray.starting import start_ray
 from gossamer.engines.ray.together import Together
+from gossamer.engines.task import Task
 from gossamer.engines.training.batches import sample_bytes
-from gossamer.engines.training.peerwork import distance_record, job_message, peers_record, rows_of_block
 from gossamer.errors import ConfigError, StateLost
 from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.topology.panels import panels

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer import rng
-from gossamer.engines.base import Task
+from gossamer.engines.task import Task
 from gossamer.plan import Block
 from gossamer.workloads.base import Workload
 

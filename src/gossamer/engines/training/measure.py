@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from gossamer.engines.base import Task, VariantMode
 from gossamer.engines.memory import keep_freed_memory
+from gossamer.engines.task import Task, VariantMode
 from gossamer.engines.training.batches import Job
 from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gossamer.aggregate import tree_sum_rows
 from gossamer.algorithms.base import Arrays, scalars_of
-from gossamer.engines.base import Record, Task
+from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Job
 from gossamer.engines.training.trainer import Trainer
-from gossamer.plan import Block, RoundPlan
+from gossamer.plan import Block
 from gossamer.topology import BlockAverage, Mixing
 
 Message = dict[str, Any]
@@ -248,41 +248,3 @@ def column_sums(rows: Tensor) -> Tensor:
 def squared_distance(rows: Tensor, mean: Tensor) -> Tensor:
     """Return ``sum_i |rows[i] - mean|^2``, float64 [], the rows' own added up pairwise, as in `column_sums`."""
     return tree_sum_rows((rows - mean).double().square_().sum(1, keepdim=True))[0].clone()
-
-
-def rows_of_block(task: Task, variant: int, itemsize: int, num_sample_bytes: int) -> int:
-    """Return how many peers of a variant to train together, so that their models and samples stay in cache."""
-    if not task.modes[variant].stacked:
-        return ROWS_ONE_BY_ONE
-    model_bytes = task.cutter.sub_layout(task.capacities[variant]).d * itemsize
-    batch_bytes = num_sample_bytes * task.train.batch_size
-    return max(2, min(BLOCK_BYTES // model_bytes, 4 * BLOCK_BYTES // batch_bytes, MOST_ROWS))
-
-
-def job_message(plan: RoundPlan, block: Block) -> Message:
-    """Describe the training of a block, as `PeerWorker.train` takes it."""
-    return {
-        "kind": "train",
-        "round": plan.round,
-        "phase": plan.phase,
-        "variant": block.variant,
-        "first": block.rows.start,
-        "capacity": plan.capacities[block.variant],
-        "peers": plan.client[block.rows].tolist(),
-        "steps": plan.steps[block.rows].tolist(),
-        "lr": plan.lr,
-    }
-
-
-def distance_record(squares: float, num_peers: int) -> Record:
-    """Return how far peers are apart, given the sum of their squared distances from the mean."""
-    return {"consensus_distance": float(np.sqrt(squares / num_peers))}
-
-
-def peers_record(found: list[dict[str, float]]) -> Record:
-    """Return mean, min and max of each metric over several peers."""
-    record: Record = {}
-    for name in found[0]:
-        values = [metrics[name] for metrics in found]
-        record[f"{name}_peers"] = {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}
-    return record

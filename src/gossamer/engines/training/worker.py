@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import Task
 from gossamer.engines.slots import write_arrays
+from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Job
 from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import BlockResult

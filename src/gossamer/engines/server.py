@@ -15,7 +15,8 @@ from torch import Tensor
 from gossamer.aggregate import Part, TreeSum, combine
 from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.clientstore import ClientStore
-from gossamer.engines.base import Record, Task
+from gossamer.engines.base import Record
+from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Job
 from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.submodel.layout import ALIGNMENT
