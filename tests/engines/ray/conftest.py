@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from gossamer.engines.ray.starting import start_ray
+from gossamer.engines.ray.cluster import start_ray
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,8 @@ from federation import (
 from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.ray.host import Host
-from gossamer.engines.ray.nearby import Nearby
+from gossamer.engines.ray.client_actor import Host
+from gossamer.engines.ray.shared_memory import Nearby
 from gossamer.engines.training.batches import Job
 from gossamer.errors import ConfigError, DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
@@ -95,7 +95,7 @@ import sys, yaml, ray
 from federation import digest
 from gossamer import run
 from gossamer.engines.base import VariantMode
-from gossamer.engines.ray.actors import Actors
+from gossamer.engines.ray.actor_pool import Actors
 ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, logging_level="ERROR")
 # The device is the processor, but the engine takes it for a GPU's.
 VariantMode.is_on_gpu = property(lambda self: self.device == "cpu:0")

@@ -14,9 +14,8 @@ import pytest
 from federation import LEVELS, STACKED, assert_same, events, modes
 from gossamer import resume, run
 from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Meeting, Place
-from gossamer.engines.ray import together
+from gossamer.engines.ray.collective import meeting_host
 from gossamer.engines.ray.peers import RayPeerEngine
-from gossamer.engines.ray.together import meeting_host
 from gossamer.errors import ConfigError, RoundAborted
 from gossamer.experiment import Hooks
 from gossamer.plan import RoundPlan

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from gossamer.clientstore import ClientStore
 from gossamer.engines.memory import keep_freed_memory
-from gossamer.engines.ray.actors import AHEAD, CPU, GPU, Actors, Call
-from gossamer.engines.ray.host import Host
-from gossamer.engines.ray.nearby import Nearby
+from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, Actors, Call
+from gossamer.engines.ray.client_actor import Host
+from gossamer.engines.ray.cluster import arrays_of, is_running, make_actor, num_cpus, num_gpus, put_data, start_ray
 from gossamer.engines.ray.peers import RayPeerEngine
-from gossamer.engines.ray.placing import arrays_of, make_actor, num_cpus, num_gpus, put_data
-from gossamer.engines.ray.starting import is_running, start_ray
+from gossamer.engines.ray.shared_memory import Nearby
 from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS
 from gossamer.engines.task import Task

@@ -19,11 +19,10 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Record
 from gossamer.engines.collective.group import Backend, has_nccl
 from gossamer.engines.peers import distance_record, job_message, peers_record, rows_of_block
-from gossamer.engines.ray.actors import Actors, Call
-from gossamer.engines.ray.peerhost import PeerHost
-from gossamer.engines.ray.placing import make_actor, num_cpus, num_gpus, put_data
-from gossamer.engines.ray.starting import start_ray
-from gossamer.engines.ray.together import Together
+from gossamer.engines.ray.actor_pool import Actors, Call
+from gossamer.engines.ray.cluster import make_actor, num_cpus, num_gpus, put_data, start_ray
+from gossamer.engines.ray.collective import Together
+from gossamer.engines.ray.peer_actor import PeerHost
 from gossamer.engines.task import Task
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.errors import ConfigError, StateLost

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from gossamer.engines.ray.actors import POLL_SECONDS
-from gossamer.engines.ray.starting import start_ray
+from gossamer.engines.ray.actor_pool import POLL_SECONDS
+from gossamer.engines.ray.cluster import start_ray
 from gossamer.registry import resolve
 
 MAX_RETRIES = 3  # of a task whose worker or node died

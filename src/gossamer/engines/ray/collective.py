@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Meeting, Place, address_of
-from gossamer.engines.ray.actors import HUNG, READY, Actors, Call
+from gossamer.engines.ray.actor_pool import HUNG, READY, Actors, Call
 from gossamer.errors import ConfigError, RoundAborted
 
 MOST_GROUPS = 5  # for one exchange

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from federation import wait_for
-from gossamer.engines.ray.actors import AHEAD, CPU, GPU, MOST_FAILURES, READY, Actors, Call
+from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, MOST_FAILURES, READY, Actors, Call
 from gossamer.errors import DataError, EngineError, RoundAborted
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
@@ -240,7 +240,7 @@ class TestFaults:
 
     def test_hangs_without_a_limit_being_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Many times the longest answer so far is long enough."""
-        monkeypatch.setattr("gossamer.engines.ray.actors.LEAST_PATIENCE_SECONDS", 0.5)
+        monkeypatch.setattr("gossamer.engines.ray.actor_pool.LEAST_PATIENCE_SECONDS", 0.5)
         told, faults = Told(), {1: ("stop", str(tmp_path / "flag"))}
         with acting(2, on_event=told) as actors:
             assert actors.limit_seconds("work") == math.inf

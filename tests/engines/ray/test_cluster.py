@@ -11,7 +11,7 @@ import torch
 
 from federation import assert_same, configure
 from gossamer import run
-from gossamer.engines.ray.placing import pack, put_data, unpack
+from gossamer.engines.ray.cluster import pack, put_data, unpack
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.texts import TextData
 

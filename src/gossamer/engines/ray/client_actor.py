@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.memory import keep_freed_memory
-from gossamer.engines.ray.nearby import Attached
-from gossamer.engines.ray.placing import get_data
+from gossamer.engines.ray.cluster import get_data
+from gossamer.engines.ray.shared_memory import Attached
 from gossamer.engines.slots import write_arrays
 from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Job

@@ -21,7 +21,7 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.engines.collective.group import Group, GroupBroken, Place
 from gossamer.engines.collective.rows import swap_rows_
-from gossamer.engines.ray.host import prepare, tensors
+from gossamer.engines.ray.client_actor import prepare, tensors
 from gossamer.engines.training.peerwork import PeerState, PeerWorker, column_sums, squared_distance
 
 Rows = Mapping[str, NDArray[Any]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engines.memory import Mappable, attach
-from gossamer.engines.ray.nearby import Attached, Nearby
+from gossamer.engines.ray.shared_memory import Attached, Nearby
 from gossamer.engines.slots import write_arrays
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="maps memory by /proc"), pytest.mark.timeout(60)]
