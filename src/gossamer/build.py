@@ -20,8 +20,8 @@ from gossamer.config.resolve import settle, split
 from gossamer.config.rules import check_peers, require_population, require_whole_models, unused_options
 from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.task import Task, TrainOptions, VariantMode
-from gossamer.engines.training.measure import choose_modes
-from gossamer.engines.training.peerwork import column_sums
+from gossamer.engines.training.mixing import column_sums
+from gossamer.engines.training.modes import choose_modes
 from gossamer.errors import ConfigError, plugin_errors, require_attributes
 from gossamer.peerplanning import PeerPlanner
 from gossamer.planning import Capacities, Planner, assign_devices, devices_of_capacities

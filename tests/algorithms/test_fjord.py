@@ -21,7 +21,7 @@ from gossamer import rng, run
 from gossamer.algorithms.fjord import FjORD, counted, divergence, prefix
 from gossamer.build import Parts, build
 from gossamer.config.loading import parse
-from gossamer.engines.training.measure import admissible
+from gossamer.engines.training.modes import admissible
 from gossamer.errors import ConfigError
 from gossamer.submodel import Cutter, Dim, Layout
 from gossamer.submodel.windows import static

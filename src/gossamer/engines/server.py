@@ -17,7 +17,7 @@ from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Record
 from gossamer.engines.task import Task
-from gossamer.engines.training.batches import Job
+from gossamer.engines.training.job import Job
 from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread

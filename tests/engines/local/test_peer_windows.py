@@ -19,7 +19,7 @@ from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.local.peers import PeerEngine
 from gossamer.engines.task import Task
-from gossamer.engines.training.peerwork import PeerState, PeerWorker
+from gossamer.engines.training.peer_worker import PeerState, PeerWorker
 from gossamer.errors import ConfigError
 from gossamer.topology import Topology
 from slow_peers import SlowPeers, decentralized, error, mix_held

@@ -19,7 +19,7 @@ from gossamer.build import Parts, build
 from gossamer.config.loading import parse
 from gossamer.engines.local import peers
 from gossamer.engines.local.peers import PeerEngine
-from gossamer.engines.training.peerwork import _consecutive
+from gossamer.engines.training.peer_worker import _consecutive
 from slow_peers import LEAST_SQUARES, SlowPeers, decentralized, error
 
 RANDOM_K = {"name": "random-k", "share": 0.2}

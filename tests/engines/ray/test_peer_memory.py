@@ -16,7 +16,7 @@ from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.peers import job_message
-from gossamer.engines.training.peerwork import PeerState
+from gossamer.engines.training.peer_worker import PeerState
 from gossamer.plan import Block
 from slow_peers import decentralized
 

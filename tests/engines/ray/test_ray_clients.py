@@ -33,7 +33,7 @@ from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.ray.client_actor import Host
 from gossamer.engines.ray.shared_memory import Nearby
-from gossamer.engines.training.batches import Job
+from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError, DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
 from gossamer.plan import Block

@@ -17,7 +17,7 @@ from gossamer import run
 from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.training import trainer
-from gossamer.engines.training.batches import Job
+from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError
 from gossamer.plan import Block
 

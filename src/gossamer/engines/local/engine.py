@@ -16,7 +16,7 @@ from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.server import FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS, Slots, read_arrays
 from gossamer.engines.task import Task, require_devices
-from gossamer.engines.training.batches import Job
+from gossamer.engines.training.job import Job
 from gossamer.engines.training.worker import Message, Worker
 from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.threads import one_thread

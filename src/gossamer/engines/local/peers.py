@@ -17,7 +17,7 @@ from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.peers import distance_record, job_message, peers_record, rows_of_block
 from gossamer.engines.task import Task
 from gossamer.engines.training.batches import sample_bytes
-from gossamer.engines.training.peerwork import Message, PeerState, PeerWorker
+from gossamer.engines.training.peer_worker import Message, PeerState, PeerWorker
 from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.threads import one_thread
 from gossamer.topology.panels import panels

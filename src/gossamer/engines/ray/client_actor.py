@@ -20,7 +20,7 @@ from gossamer.engines.ray.cluster import get_data
 from gossamer.engines.ray.shared_memory import Attached
 from gossamer.engines.slots import write_arrays
 from gossamer.engines.task import Task
-from gossamer.engines.training.batches import Job
+from gossamer.engines.training.job import Job
 from gossamer.engines.training.trainer import Trainer
 from gossamer.engines.training.worker import Worker, named_arrays
 from gossamer.registry import resolve

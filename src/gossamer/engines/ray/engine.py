@@ -22,7 +22,7 @@ from gossamer.engines.ray.shared_memory import Nearby
 from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS
 from gossamer.engines.task import Task
-from gossamer.engines.training.batches import Job
+from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError
 from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.workloads.base import Sums

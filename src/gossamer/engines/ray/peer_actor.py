@@ -22,7 +22,8 @@ from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.engines.collective.group import Group, GroupBroken, Place
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.engines.ray.client_actor import prepare, tensors
-from gossamer.engines.training.peerwork import PeerState, PeerWorker, column_sums, squared_distance
+from gossamer.engines.training.mixing import column_sums, squared_distance
+from gossamer.engines.training.peer_worker import PeerState, PeerWorker
 
 Rows = Mapping[str, NDArray[Any]]
 HOLDERS = "holders"  # travels with the payloads where windows differ

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,52 +12,10 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.engines.task import Task
-from gossamer.plan import Block
+from gossamer.engines.training.job import Job
 from gossamer.workloads.base import Workload
 
 FETCH_BYTES = 64 << 20  # samples that are assembled in one go
-
-
-class Job(NamedTuple):
-    """One block of a plan, as plain numbers."""
-
-    round: int
-    phase: int
-    block: Block
-    capacity: float
-    client: NDArray[np.int64]
-    weight: NDArray[np.float64]
-    steps: NDArray[np.int32]
-    lr: float
-
-    @classmethod
-    def of_message(cls, message: Mapping[str, Any]) -> Job:
-        """Return the job that `message` described; its block's rows are counted from 0."""
-        return cls(
-            message["round"],
-            message["phase"],
-            Block(message["variant"], message["first_leaf"], message["leaf"], slice(0, len(message["client"]))),
-            message["capacity"],
-            np.array(message["client"], dtype=np.int64),
-            np.array(message["weight"], dtype=np.float64),
-            np.array(message["steps"], dtype=np.int32),
-            message["lr"],
-        )
-
-    def message(self) -> dict[str, Any]:
-        """Describe the job by plain JSON values."""
-        return {
-            "round": self.round,
-            "phase": self.phase,
-            "variant": self.block.variant,
-            "first_leaf": self.block.first_leaf,
-            "leaf": self.block.leaf,
-            "capacity": self.capacity,
-            "client": self.client.tolist(),
-            "weight": self.weight.tolist(),
-            "steps": self.steps.tolist(),
-            "lr": self.lr,
-        }
 
 
 class Batches:

@@ -15,7 +15,7 @@ from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.task import VariantMode
-from gossamer.engines.training import measure
+from gossamer.engines.training import modes
 from gossamer.errors import ConfigError
 
 CNN = {"workload.model": {"name": "cnn", "width": 0.125}}

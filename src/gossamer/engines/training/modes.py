@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.task import Task, VariantMode
-from gossamer.engines.training.batches import Job
+from gossamer.engines.training.job import Job
 from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block
 from gossamer.threads import one_thread

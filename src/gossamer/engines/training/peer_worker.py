@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.aggregate import tree_sum_rows
 from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.engines.task import Task
-from gossamer.engines.training.batches import Job
+from gossamer.engines.training.job import Job
+from gossamer.engines.training.mixing import _mixing_of, column_sums, squared_distance
 from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block
-from gossamer.topology import BlockAverage, Mixing
+from gossamer.topology import Mixing
 
 Message = dict[str, Any]
 
@@ -221,30 +221,8 @@ class PeerWorker:
         return cut.sub.views(cut.read(row, row.new_zeros(cut.sub.d)))
 
 
-def _mixing_of(task: Task, round: int, kind: str) -> Mixing:
-    """Return what peers do in a round."""
-    assert task.topology is not None
-    if kind == "mean":
-        return BlockAverage(1, task.topology.n, 1)
-    mixing = task.topology.mixing(round)
-    return mixing.lazy() if getattr(task.algorithm, "lazy", False) else mixing
-
-
 def _consecutive(peers: NDArray[np.int64]) -> slice | Tensor:
     """Return ascending peers without a gap as a slice, others as an index."""
     if (np.diff(peers) == 1).all():
         return slice(int(peers[0]), int(peers[-1]) + 1)
     return torch.from_numpy(peers)
-
-
-def column_sums(rows: Tensor) -> Tensor:
-    """Return the sums over all rows [n, d], as float64 [d], added up pairwise.
-
-    Blocks of rows that are aligned to a power of two, added up by the same tree, give the same bits.
-    """
-    return tree_sum_rows(rows.to(torch.float64, copy=True)).clone()  # sums overwrite their rows
-
-
-def squared_distance(rows: Tensor, mean: Tensor) -> Tensor:
-    """Return ``sum_i |rows[i] - mean|^2``, float64 [], the rows' own added up pairwise, as in `column_sums`."""
-    return tree_sum_rows((rows - mean).double().square_().sum(1, keepdim=True))[0].clone()
