@@ -13,7 +13,7 @@ from torch import Tensor
 from gossamer.aggregate import Part, combine
 from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
 from gossamer.build import Parts
-from gossamer.planning import learning_rate
+from gossamer.planning.schedule import learning_rate
 from gossamer.submodel import Layout, cut_of, extract
 from gossamer.submodel.windows import Window
 from slow import AXES, initial_model, perceptron, sample_order, training_samples

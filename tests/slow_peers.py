@@ -14,7 +14,7 @@ from federation import BASE
 from gossamer import rng
 from gossamer.build import Parts, build
 from gossamer.config.loading import parse, with_value
-from gossamer.planning import learning_rate
+from gossamer.planning.schedule import learning_rate
 from gossamer.submodel import extract
 from gossamer.topology import Sparse, TopologyOptions
 from gossamer.topology.family import Family, Schedule, static

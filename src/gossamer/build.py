@@ -23,8 +23,9 @@ from gossamer.engines.task import Task, TrainOptions, VariantMode
 from gossamer.engines.training.mixing import column_sums
 from gossamer.engines.training.modes import choose_modes
 from gossamer.errors import ConfigError, plugin_errors, require_attributes
-from gossamer.peerplanning import PeerPlanner
-from gossamer.planning import Capacities, Planner, assign_devices, devices_of_capacities
+from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
+from gossamer.planning.clients import Planner
+from gossamer.planning.peers import PeerPlanner
 from gossamer.profiling.costs import Costs, count_variants
 from gossamer.profiling.devices import DeviceShare
 from gossamer.registry import resolve

@@ -109,7 +109,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "el-local": "gossamer.topology.onepeer:el_local",
         "file": "gossamer.topology.files:file",
     },
-    "sampler": {"uniform": "gossamer.planning:uniform"},
+    "sampler": {"uniform": "gossamer.planning.clients:uniform"},
 }
 
 

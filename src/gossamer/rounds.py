@@ -15,8 +15,9 @@ from gossamer.checkpoint import Checkpoint, Checkpoints
 from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Engine
 from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
-from gossamer.peerplanning import PeerPlanner
-from gossamer.planning import Planner, TimedPlan
+from gossamer.planning.base import TimedPlan
+from gossamer.planning.clients import Planner
+from gossamer.planning.peers import PeerPlanner
 from gossamer.round_record import Observer, Progress, Record, round_record
 from gossamer.runlog import RunLog
 from gossamer.spans import Spans

@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gossamer import planning
-
 HELD_ROUND = 3
 PATIENCE = 60.0
 

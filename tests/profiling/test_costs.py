@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gossamer.algorithms.federated import FedAvg
 from gossamer.errors import ConfigError
-from gossamer.planning import assign_devices
+from gossamer.planning.assignment import assign_devices
 from gossamer.profiling.costs import Costs, RoundCosts, VariantCosts, add_up, carried_bytes, count_step, count_variants
 from gossamer.profiling.devices import DeviceProfile, Devices, DeviceShare
 from gossamer.submodel import Cutter

@@ -24,7 +24,7 @@ from gossamer.config.schema import (
 from gossamer.engines.task import VariantMode
 from gossamer.errors import ConfigError
 from gossamer.options import Options
-from gossamer.planning import ScheduleOptions
+from gossamer.planning.schedule import ScheduleOptions
 from gossamer.profiling.devices import DeviceProfile, DeviceShare, Profile, check_devices
 from gossamer.submodel.windows import check_capacity
 

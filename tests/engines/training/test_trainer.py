@@ -19,7 +19,7 @@ from gossamer.build import Parts, build
 from gossamer.config.loading import parse
 from gossamer.engines.training import trainer
 from gossamer.errors import ConfigError
-from gossamer.planning import learning_rate
+from gossamer.planning.schedule import learning_rate
 from gossamer.runlog import read_config
 from gossamer.submodel import extract
 from gossamer.workloads import models

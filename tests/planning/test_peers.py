@@ -16,8 +16,9 @@ from federation import LEVELS, modes
 from gossamer import run, topology
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.peerplanning import PeerPlanner, Traffic
-from gossamer.planning import Capacities, ScheduleOptions, assign_devices
+from gossamer.planning.assignment import Capacities, assign_devices
+from gossamer.planning.peers import PeerPlanner, Traffic
+from gossamer.planning.schedule import ScheduleOptions
 from gossamer.profiling.costs import Costs, RoundCosts, VariantCosts
 from gossamer.profiling.devices import DeviceProfile, DeviceShare
 from gossamer.topology import Topology

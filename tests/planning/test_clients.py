@@ -19,18 +19,10 @@ from gossamer import rng
 from gossamer.aggregate import tree_sum
 from gossamer.errors import ConfigError
 from gossamer.plan import RoundPlan
-from gossamer.planning import (
-    Capacities,
-    Planner,
-    ScheduleOptions,
-    TimedPlan,
-    apportion,
-    assign_devices,
-    devices_of_capacities,
-    first_to_finish,
-    learning_rate,
-    uniform,
-)
+from gossamer.planning.assignment import Capacities, apportion, assign_devices, devices_of_capacities
+from gossamer.planning.base import TimedPlan
+from gossamer.planning.clients import Planner, first_to_finish, uniform
+from gossamer.planning.schedule import ScheduleOptions, learning_rate
 from gossamer.profiling.costs import Costs, VariantCosts
 from gossamer.profiling.devices import DeviceProfile, Devices, DeviceShare, uniform_draws
 

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.plan import RoundPlan
-from gossamer.planning import Capacities, ScheduleOptions, TimedPlan, learning_rate
+from gossamer.planning.assignment import Capacities
+from gossamer.planning.base import TimedPlan
+from gossamer.planning.schedule import ScheduleOptions, learning_rate
 from gossamer.profiling.costs import Costs, Efforts, RoundCosts
 from gossamer.profiling.devices import Floats, Ints
 from gossamer.topology import BlockAverage, Edges, Mixing, Topology

@@ -1,0 +1,1 @@
+"""Who trains what in a round, and what it costs."""

@@ -1,0 +1,31 @@
+"""Schedules of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from gossamer.options import Options
+
+
+class ScheduleOptions(Options):
+    """Learning rate over rounds: constant, multistep (times `factor` at each milestone) or cosine; linear warm-up."""
+
+    name: Literal["constant", "multistep", "cosine"] = "constant"
+    milestones: list[int] = []
+    factor: float = Field(default=0.1, gt=0)
+    warmup_rounds: int = Field(default=0, ge=0)
+
+
+def learning_rate(base: float, schedule: ScheduleOptions, round: int, num_rounds: int) -> float:
+    """Return the local learning rate of a round (counted from 0)."""
+    rate = base
+    if schedule.name == "multistep":
+        rate *= schedule.factor ** sum(round >= milestone for milestone in schedule.milestones)
+    elif schedule.name == "cosine":
+        rate *= 0.5 * (1 + math.cos(math.pi * round / num_rounds))
+    if round < schedule.warmup_rounds:
+        rate *= (round + 1) / schedule.warmup_rounds
+    return rate
