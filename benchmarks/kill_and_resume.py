@@ -36,8 +36,8 @@ import torch
 import gossamer
 from gossamer.checkpoint import Checkpoints
 from gossamer.experiment import Hooks
+from gossamer.profiling.spans import Spans
 from gossamer.runlog import read_config, read_metrics
-from gossamer.spans import Spans
 
 CLOCKS = ("wall_seconds", "round_seconds", "phase_seconds")
 AFTERWARDS = "after the last phase"

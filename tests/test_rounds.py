@@ -20,8 +20,8 @@ from gossamer.clientstore import ClientStore
 from gossamer.config.loading import parse
 from gossamer.errors import StateLost
 from gossamer.experiment import Hooks
+from gossamer.profiling.spans import Spans
 from gossamer.runlog import RunLog
-from gossamer.spans import Spans
 from gossamer.submodel import extract
 from gossamer.workloads.images import ImageClassification
 from slow import AXES, evaluation_samples, initial_model, perceptron, training_samples

@@ -19,10 +19,10 @@ from gossamer.config import loading as configuration
 from gossamer.config.resolve import check
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, nearest, storage_errors
+from gossamer.profiling.spans import Spans
 from gossamer.round_record import Observer
 from gossamer.runlog import CONFIG, EXPERIMENT, RunLog, Sink, new_directory, read_config, read_metrics
 from gossamer.sinks import MLflowSink, TensorBoardSink, WandbSink
-from gossamer.spans import Spans
 
 
 @dataclass

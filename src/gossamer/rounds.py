@@ -18,9 +18,9 @@ from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
 from gossamer.planning.base import TimedPlan
 from gossamer.planning.clients import Planner
 from gossamer.planning.peers import PeerPlanner
+from gossamer.profiling.spans import Spans
 from gossamer.round_record import Observer, Progress, Record, round_record
 from gossamer.runlog import RunLog
-from gossamer.spans import Spans
 from gossamer.workloads.base import Workload
 
 MAX_LISTED = 100  # clients that one event names

@@ -37,8 +37,8 @@ from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError, DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
 from gossamer.plan import Block
+from gossamer.profiling.spans import Spans
 from gossamer.runlog import read_metrics
-from gossamer.spans import Spans
 from slow_peers import decentralized
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300)]

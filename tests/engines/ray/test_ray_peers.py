@@ -19,7 +19,7 @@ from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.errors import ConfigError, RoundAborted
 from gossamer.experiment import Hooks
 from gossamer.plan import RoundPlan
-from gossamer.spans import Spans
+from gossamer.profiling.spans import Spans
 from slow_peers import LEAST_SQUARES, decentralized
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]

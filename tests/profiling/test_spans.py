@@ -6,8 +6,8 @@ from itertools import count
 
 import pytest
 
-from gossamer import spans
-from gossamer.spans import Spans
+from gossamer.profiling import spans
+from gossamer.profiling.spans import Spans
 
 
 @pytest.fixture
