@@ -33,7 +33,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gossamer.curves import SingleRun, find_runs, group
+from gossamer.reports.curves import SingleRun, find_runs, group
 from gossamer.errors import GossamerError
 
 Values = dict[str, dict[str, Any]]

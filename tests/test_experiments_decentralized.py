@@ -10,7 +10,7 @@ import pytest
 
 import gossamer
 from gossamer.config.loading import expand, load, parse
-from gossamer.curves import find_runs
+from gossamer.reports.curves import find_runs
 from gossamer.task import build_topology
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

@@ -22,8 +22,8 @@ import gossamer
 from gossamer import experiment
 from gossamer.checkpoint import Checkpoints
 from gossamer.cli.main import app
-from gossamer.curves import find_runs, group
 from gossamer.errors import ConfigError, GossamerError, Interrupted
+from gossamer.reports.curves import find_runs, group
 from gossamer.runlog import read_config, read_metrics
 from gossamer.sweep import STOPPED, columns, make_grid, parse_seeds, render, require_all_done, sweep
 

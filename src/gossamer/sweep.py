@@ -18,8 +18,8 @@ from gossamer import experiment
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import check
 from gossamer.config.schema import as_mapping
-from gossamer.curves import find_runs, group
 from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors
+from gossamer.reports.curves import find_runs, group
 from gossamer.runlog import CONFIG, EXPERIMENT, new_directory
 
 Row = dict[str, Any]
@@ -322,7 +322,7 @@ def _draw(directory: Path, labels: Mapping[str, str]) -> Path | None:
     """Draw the runs' curves, labelled by their overrides."""
     import matplotlib
 
-    from gossamer import plots
+    from gossamer.reports import plots
 
     try:
         curves = group(find_runs([directory]))

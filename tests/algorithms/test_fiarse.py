@@ -21,8 +21,8 @@ from gossamer import run
 from gossamer.algorithms.fiarse import FIARSE
 from gossamer.build import Parts, build
 from gossamer.config.loading import parse
-from gossamer.coverage import examine
 from gossamer.errors import ConfigError
+from gossamer.reports.window_coverage import examine
 from gossamer.submodel import Layout
 
 WIDTH, LEVELS = 27, (0.3, 0.5, 1.0)

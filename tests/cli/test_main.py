@@ -190,7 +190,7 @@ class TestHelp:
     def test_nothing_heavy_is_loaded(self) -> None:
         program = f"""
 import atexit, sys
-heavy = ("torch", "numpy", "matplotlib", "pydantic", "yaml", "gossamer.experiment", "gossamer.plots")
+heavy = ("torch", "numpy", "matplotlib", "pydantic", "yaml", "gossamer.experiment", "gossamer.reports.plots")
 atexit.register(lambda: print([name for name in heavy if name in sys.modules], file=sys.stderr))
 {MAIN}
 """

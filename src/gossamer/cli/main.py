@@ -146,7 +146,7 @@ def plot(
     ] = None,
 ) -> None:
     """Draw convergence curves from logs; the last line of the output is the image's path."""
-    from gossamer import plots
+    from gossamer.reports import plots
 
     typer.echo(plots.plot(directories, x, metric, output, spec))
 
@@ -164,7 +164,6 @@ def coverage(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show which channels and weights the windows of an experiment will reach, without running it."""
-    from gossamer import coverage
 
     if output is not None:
         coverage.require_image(output)

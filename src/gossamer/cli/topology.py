@@ -102,7 +102,7 @@ def _json(found: Any) -> str:
 
 
 def _require_format(output: Path) -> None:
-    from gossamer.plots import FORMATS
+    from gossamer.reports.plots import FORMATS
 
     if output.suffix.removeprefix(".").lower() not in FORMATS:
         raise ConfigError(f"{str(output)!r} does not end in {', '.join('.' + name for name in FORMATS)}: rename it")
@@ -114,7 +114,7 @@ def _draw(topology: Topology, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from gossamer.plots import STYLE
+    from gossamer.reports.plots import STYLE
     from gossamer.topology import drawing
 
     with matplotlib.rc_context(STYLE):

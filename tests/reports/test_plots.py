@@ -16,9 +16,9 @@ import yaml
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from gossamer.curves import Curve, find_runs, group
 from gossamer.errors import ConfigError, StorageError
-from gossamer.plots import FigureOptions, PanelOptions, draw, plot
+from gossamer.reports.curves import Curve, find_runs, group
+from gossamer.reports.plots import FigureOptions, PanelOptions, draw, plot
 
 
 def record(round: int, accuracy: float | None, **more: Any) -> dict[str, Any]:
@@ -230,8 +230,8 @@ class TestFile:
     def test_neither_training_code_nor_global_plot_state_is_loaded(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run", [record(1, 0.5)])
         program = (
-            "import sys, gossamer.plots; assert 'matplotlib' not in sys.modules;"
-            f"gossamer.plots.plot([{str(run)!r}], None, None, {str(tmp_path / 'a.png')!r});"
+            "import sys, gossamer.reports.plots; assert 'matplotlib' not in sys.modules;"
+            f"gossamer.reports.plots.plot([{str(run)!r}], None, None, {str(tmp_path / 'a.png')!r});"
             "print([m for m in ('torch', 'ray', 'gossamer.rounds', 'matplotlib.pyplot') if m in sys.modules])"
         )
         done = subprocess.run(

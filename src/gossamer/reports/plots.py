@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from gossamer.curves import X_AXES, Curve, Line, XAxis, find_runs, group, summarize
 from gossamer.errors import ConfigError, nearest, storage_errors
 from gossamer.options import Options, parse_options
+from gossamer.reports.curves import X_AXES, Curve, Line, XAxis, find_runs, group, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ from gossamer.config.resolve import settle
 from gossamer.config.schema import Config, EngineOptions
 from gossamer.errors import ConfigError, storage_errors
 from gossamer.plan import RoundPlan
-from gossamer.plots import COLOURS, FORMATS, STYLE
 from gossamer.registry import resolve
+from gossamer.reports.plots import COLOURS, FORMATS, STYLE
 from gossamer.submodel import Cut, covering
 from gossamer.submodel.coverage import Coverage
 

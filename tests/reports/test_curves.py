@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from gossamer.curves import Curve, SingleRun, find_runs, group, summarize
 from gossamer.errors import ConfigError, DataError
+from gossamer.reports.curves import Curve, SingleRun, find_runs, group, summarize
 
 
 def write_run(directory: Path, accuracies: Sequence[float] = (0.5,), name: str = "digits", **config: Any) -> Path:
