@@ -26,11 +26,12 @@ from gossamer.errors import ConfigError, plugin_errors, require_attributes
 from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
 from gossamer.planning.clients import Planner
 from gossamer.planning.peers import PeerPlanner
-from gossamer.profiling.costs import Costs, count_variants
-from gossamer.profiling.devices import DeviceShare
 from gossamer.registry import resolve
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.runlog import RunLog
+from gossamer.simulation.costs import Costs
+from gossamer.simulation.counting import count_variants
+from gossamer.simulation.devices import DeviceShare
 from gossamer.task import (
     ALGORITHM,
     build_topology,

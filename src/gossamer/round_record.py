@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.plan import RoundPlan
-from gossamer.profiling.costs import RoundCosts
+from gossamer.simulation.costs import RoundCosts
 
 Record = dict[str, Any]
 

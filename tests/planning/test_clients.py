@@ -23,8 +23,8 @@ from gossamer.planning.assignment import Capacities, apportion, assign_devices, 
 from gossamer.planning.base import TimedPlan
 from gossamer.planning.clients import Planner, first_to_finish, uniform
 from gossamer.planning.schedule import ScheduleOptions, learning_rate
-from gossamer.profiling.costs import Costs, VariantCosts
-from gossamer.profiling.devices import DeviceProfile, Devices, DeviceShare, uniform_draws
+from gossamer.simulation.costs import Costs, VariantCosts
+from gossamer.simulation.devices import DeviceProfile, Devices, DeviceShare, uniform_draws
 
 SHARES = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any)
 NUM_CLIENTS = 40

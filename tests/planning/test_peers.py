@@ -17,10 +17,11 @@ from gossamer import run, topology
 from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.planning.assignment import Capacities, assign_devices
-from gossamer.planning.peers import PeerPlanner, Traffic
+from gossamer.planning.peers import PeerPlanner
 from gossamer.planning.schedule import ScheduleOptions
-from gossamer.profiling.costs import Costs, RoundCosts, VariantCosts
-from gossamer.profiling.devices import DeviceProfile, DeviceShare
+from gossamer.simulation.costs import Costs, RoundCosts, VariantCosts
+from gossamer.simulation.devices import DeviceProfile, DeviceShare
+from gossamer.simulation.traffic import Traffic
 from gossamer.topology import Topology
 from slow_peers import LEAST_SQUARES, decentralized
 

@@ -8,8 +8,8 @@ from typing import Any
 from gossamer.config.rules import is_topology_file, require_population, require_whole_models
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError, RegistryError
-from gossamer.profiling.devices import DeviceShare
 from gossamer.registry import resolve
+from gossamer.simulation.devices import DeviceShare
 
 
 def check(config: Config) -> None:

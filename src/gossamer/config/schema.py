@@ -25,7 +25,7 @@ from gossamer.engines.task import VariantMode
 from gossamer.errors import ConfigError
 from gossamer.options import Options
 from gossamer.planning.schedule import ScheduleOptions
-from gossamer.profiling.devices import DeviceProfile, DeviceShare, Profile, check_devices
+from gossamer.simulation.devices import DeviceProfile, DeviceShare, Profile, check_devices
 from gossamer.submodel.windows import check_capacity
 
 

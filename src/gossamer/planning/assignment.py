@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer import rng
-from gossamer.profiling.devices import Devices, DeviceShare, uniform_draws
+from gossamer.simulation.devices import Devices, DeviceShare, uniform_draws
 
 
 def apportion(shares: Sequence[float], count: int) -> NDArray[np.int64]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gossamer.plan import RoundPlan
-from gossamer.profiling.costs import RoundCosts
-from gossamer.profiling.devices import Ints
+from gossamer.simulation.costs import RoundCosts
+from gossamer.simulation.devices import Ints
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from gossamer.plan import RoundPlan
 from gossamer.planning.assignment import Capacities
 from gossamer.planning.base import TimedPlan
 from gossamer.planning.schedule import ScheduleOptions, learning_rate
-from gossamer.profiling.costs import Costs, add_up
-from gossamer.profiling.devices import Floats, Ints
+from gossamer.simulation.costs import Costs, add_up
+from gossamer.simulation.devices import Floats, Ints
 
 Sampler = Callable[[int, int, int, int], NDArray[np.int64]]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gossamer.errors import ConfigError
 from gossamer.options import parse_options
-from gossamer.profiling.devices import (
+from gossamer.simulation.devices import (
     MAX_RETRIES,
     REQUIRED,
     RETRY_SECONDS,

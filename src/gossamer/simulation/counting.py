@@ -4,166 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gossamer.aggregate.codecs import Codec
 from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss, of_capacity, scalars_of
-from gossamer.errors import ConfigError
-from gossamer.profiling.devices import Devices, Floats, Ints
+from gossamer.simulation.costs import VariantCosts
 from gossamer.submodel import Cutter, Layout
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Workload
 
 BYTES_PER_FLOAT = 4
-
-
-@dataclass(frozen=True)
-class VariantCosts:
-    """What one participant of a capacity costs.
-
-    Attributes:
-        capacity: the capacity.
-        num_parameters: of its sub-model.
-        bytes_up, bytes_down: what it sends and receives a round.
-        flops_per_sample: of one training sample, forward and backward.
-        memory_bytes: what training holds at once: parameters, gradients, what else the algorithm carries from step to
-            step (such as momentum), and what a batch saves for the backward pass, its own samples included. What was
-            received counts no second time: it becomes the parameters.
-    """
-
-    capacity: float
-    num_parameters: int
-    bytes_up: int
-    bytes_down: int
-    flops_per_sample: float
-    memory_bytes: int
-
-
-@dataclass(frozen=True)
-class RoundCosts:
-    """What one round costs.
-
-    Attributes:
-        bytes_up, bytes_down, client_flops: sums over all that were chosen. A late one counts its whole download, its
-            FLOPs up to the end of the round, and no upload.
-        simulated_seconds: by how much simulated time advances: waiting for somebody to be available, and the round,
-            which lasts as long as its slowest survivor, or its deadline where fewer survive than it waits for.
-        download_seconds, compute_seconds, upload_seconds: simulated seconds that devices spend so, added up like the
-            bytes; latency is in none of them.
-    """
-
-    bytes_up: int
-    bytes_down: int
-    client_flops: float
-    simulated_seconds: float
-    download_seconds: float
-    compute_seconds: float
-    upload_seconds: float
-
-
-class Efforts(NamedTuple):
-    """What each of p participants has to do in a round, and how long its device takes: float64 [p] each."""
-
-    bytes_up: Floats
-    bytes_down: Floats
-    flops: Floats
-    latency_seconds: Floats
-    download_seconds: Floats
-    compute_seconds: Floats
-    upload_seconds: Floats
-
-    @property
-    def seconds(self) -> Floats:
-        """Simulated seconds from the beginning of the round to the last byte received; float64 [p]."""
-        return self.latency_seconds + self.download_seconds + self.compute_seconds + self.upload_seconds
-
-
-class Costs:
-    """Costs of participants by capacity and device."""
-
-    def __init__(self, variants: Sequence[VariantCosts], devices: Devices) -> None:
-        """Bind the costs of each capacity, ascending, to the devices that bear them."""
-        self.variants, self.devices = tuple(variants), devices
-
-    def efforts(self, clients: Ints, variant: NDArray[np.int16], samples_trained: Ints, round: int) -> Efforts:
-        """Return what participants have to do and how long it takes them.
-
-        Args:
-            clients: int64 [p].
-            variant: int16 [p], their capacities.
-            samples_trained: int64 [p], samples that each one's local steps go through.
-            round: the round, by which devices may be drawn.
-        """
-        device = self.devices.of(clients, round)
-
-        def of_variant(name: str) -> Floats:
-            """Return one cost of each participant, by its capacity."""
-            return np.array([getattr(costs, name) for costs in self.variants], dtype=np.float64)[variant]
-
-        def of_device(name: str) -> Floats:
-            """Return one property of each participant's device."""
-            return np.array([getattr(profile, name) for profile in self.devices.profiles], dtype=np.float64)[device]
-
-        up, down = of_variant("bytes_up"), of_variant("bytes_down")
-        flops = of_variant("flops_per_sample") * samples_trained
-        return Efforts(
-            bytes_up=up,
-            bytes_down=down,
-            flops=flops,
-            latency_seconds=of_device("latency_seconds"),
-            download_seconds=down / of_device("download_bytes_per_second"),
-            compute_seconds=flops / of_device("flops_per_second"),
-            upload_seconds=up / of_device("upload_bytes_per_second"),
-        )
-
-    def check_memory(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Check that every sub-model fits the devices that train it.
-
-        Args:
-            pairs: (device, variant) that occur.
-
-        Raises:
-            ConfigError: one does not fit.
-        """
-        for device, variant in pairs:
-            profile, costs = self.devices.profiles[device], self.variants[variant]
-            if profile.memory_bytes is not None and costs.memory_bytes > profile.memory_bytes:
-                raise ConfigError(
-                    f"device {profile.name!r} has memory_bytes = {profile.memory_bytes}, but training capacity"
-                    f" {costs.capacity:g} needs {costs.memory_bytes}: give this device a smaller capacity, lower"
-                    " train.batch_size, or choose a device with more memory"
-                )
-
-
-def add_up(efforts: Efforts, kept: NDArray[np.bool_], round_seconds: float, waited_seconds: float) -> RoundCosts:
-    """Add up the costs of a round.
-
-    Args:
-        efforts: of all p that were chosen.
-        kept: bool [p], who is in time.
-        round_seconds: simulated seconds from the round's beginning to its end.
-        waited_seconds: simulated seconds before it began, when nobody was available.
-    """
-    left = round_seconds - efforts.latency_seconds - efforts.download_seconds
-    computed = np.where(kept, efforts.compute_seconds, np.clip(left, 0.0, efforts.compute_seconds))
-    share = np.divide(computed, efforts.compute_seconds, out=np.ones_like(computed), where=efforts.compute_seconds > 0)
-    return RoundCosts(
-        bytes_up=int(efforts.bytes_up[kept].sum()),
-        bytes_down=int(efforts.bytes_down.sum()),
-        client_flops=float((efforts.flops * share).sum()),
-        simulated_seconds=waited_seconds + round_seconds,
-        download_seconds=float(efforts.download_seconds.sum()),
-        compute_seconds=float(computed.sum()),
-        upload_seconds=float(efforts.upload_seconds[kept].sum()),
-    )
 
 
 def count_variants(

@@ -14,8 +14,9 @@ from torch import Tensor
 from gossamer.algorithms.federated import FedAvg
 from gossamer.errors import ConfigError
 from gossamer.planning.assignment import assign_devices
-from gossamer.profiling.costs import Costs, RoundCosts, VariantCosts, add_up, carried_bytes, count_step, count_variants
-from gossamer.profiling.devices import DeviceProfile, Devices, DeviceShare
+from gossamer.simulation.costs import Costs, RoundCosts, VariantCosts, add_up
+from gossamer.simulation.counting import carried_bytes, count_step, count_variants
+from gossamer.simulation.devices import DeviceProfile, Devices, DeviceShare
 from gossamer.submodel import Cutter
 from gossamer.submodel.windows import random, rolling
 from gossamer.workloads.images import ImageClassification

@@ -1,0 +1,1 @@
+"""Devices, costs and traffic of participants, in simulated seconds."""
