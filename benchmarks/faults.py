@@ -41,7 +41,7 @@ import numpy as np
 
 import gossamer
 import kill_and_resume
-from gossamer.runlog import read_config, read_events, read_metrics
+from gossamer.storage.runlog import read_config, read_events, read_metrics
 
 STRAGGLER_SECONDS = 1.5
 WARM_UP_ROUNDS = 100  # in which caches and allocators fill

@@ -21,7 +21,7 @@ from common import LEARNING_RATE, Options, RoundClock, flatten, make_parser, rea
 from gossamer import experiment
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.runlog import read_config
+from gossamer.storage.runlog import read_config
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.partitions import Partition
 

@@ -34,10 +34,10 @@ import numpy as np
 import torch
 
 import gossamer
-from gossamer.checkpoint import Checkpoints
 from gossamer.experiment import Hooks
 from gossamer.profiling.spans import Spans
-from gossamer.runlog import read_config, read_metrics
+from gossamer.storage.checkpoint import Checkpoints
+from gossamer.storage.runlog import read_config, read_metrics
 
 CLOCKS = ("wall_seconds", "round_seconds", "phase_seconds")
 AFTERWARDS = "after the last phase"

@@ -51,7 +51,7 @@ def contend() -> None:
     from gossamer import experiment
     from gossamer.build import build
     from gossamer.config.loading import parse
-    from gossamer.runlog import read_config
+    from gossamer.storage.runlog import read_config
 
     sys.modules.setdefault("ray_overhead", sys.modules["__main__"])
     parser = make_parser("FedAvg by gossamer, on an engine of choice.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from gossamer.config.loading import with_value
 from gossamer.experiment import Hooks, Run
 from gossamer.profiling.spans import Spans
-from gossamer.runlog import read_events
+from gossamer.storage.runlog import read_events
 
 CLOCKS = ("wall_seconds", "round_seconds", "phase_seconds")
 LEVELS = (0.25, 0.5, 1.0)

@@ -16,9 +16,9 @@ from torch import Tensor
 from federation import SCAFFOLD, SINGLY, STACKED, assert_same, configure, modes, relative_error
 from gossamer import run
 from gossamer.build import build
-from gossamer.checkpoint import Checkpoints
 from gossamer.config.loading import parse
 from gossamer.errors import ConfigError
+from gossamer.storage.checkpoint import Checkpoints
 from slow import initial_model, perceptron, sample_order, training_samples
 
 EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])

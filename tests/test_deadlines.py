@@ -20,7 +20,7 @@ from gossamer.config.schema import Config
 from gossamer.errors import ConfigError, GossamerError, QuorumError
 from gossamer.experiment import Run
 from gossamer.registry import resolve
-from gossamer.runlog import read_metrics
+from gossamer.storage.runlog import read_metrics
 
 SIZE = 4 * (64 * 32 + 32 + 32 * 10 + 10)  # bytes of the whole perceptron
 FLOPS = 2 * (2 * 64 * 32 + 3 * 32 * 10)  # of one sample

@@ -14,7 +14,7 @@ from federation import LEVELS, Injected, assert_same, configure, digest, failing
 from gossamer import resume, run
 from gossamer.errors import ConfigError, DataError, GossamerError
 from gossamer.experiment import Hooks
-from gossamer.runlog import read_config, read_metrics
+from gossamer.storage.runlog import read_config, read_metrics
 
 METHODS = {
     "rolex": {"algorithm": "fedrolex", "submodel.capacities": [0.5, 1.0], "engine.modes": "auto"},

@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from federation import LEVELS, SINGLY, STACKED, Injected, assert_same, digest, environment, events, failing, modes
 from gossamer import resume, run
-from gossamer.checkpoint import Checkpoints
 from gossamer.cli.main import app
 from gossamer.errors import Interrupted, QuorumError
 from gossamer.experiment import Hooks, Run
-from gossamer.runlog import read_metrics
+from gossamer.storage.checkpoint import Checkpoints
+from gossamer.storage.runlog import read_metrics
 from slow_peers import LEAST_SQUARES, SlowPeers, decentralized
 
 ROUNDS = 4

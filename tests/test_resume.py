@@ -31,11 +31,11 @@ from federation import (
     wait_for,
 )
 from gossamer import checkpoint, clientstore, resume, run
-from gossamer.checkpoint import Checkpoints
 from gossamer.cli.main import app
 from gossamer.errors import CheckpointError, ConfigError, StorageError
 from gossamer.experiment import Run
-from gossamer.runlog import read_metrics
+from gossamer.storage.checkpoint import Checkpoints
+from gossamer.storage.runlog import read_metrics
 
 KINDS = {"stateless": mixed("fedrolex", **STACKED), "private-state": SCAFFOLD | {"clients.num": 4}}
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from federation import LEVELS, assert_same, configure, digest, events, failing, mixed, modes, without_clocks
 from gossamer import resume, run
 from gossamer.build import build
-from gossamer.checkpoint import Checkpoints
-from gossamer.clientstore import ClientStore
 from gossamer.config.loading import parse
 from gossamer.errors import StateLost
 from gossamer.experiment import Hooks
 from gossamer.profiling.spans import Spans
-from gossamer.runlog import RunLog
+from gossamer.storage.checkpoint import Checkpoints
+from gossamer.storage.client_store import ClientStore
+from gossamer.storage.runlog import RunLog
 from gossamer.submodel import extract
 from gossamer.workloads.images import ImageClassification
 from slow import AXES, evaluation_samples, initial_model, perceptron, training_samples

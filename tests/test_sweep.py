@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 import gossamer
 from gossamer import experiment
-from gossamer.checkpoint import Checkpoints
 from gossamer.cli.main import app
 from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.reports.curves import find_runs, group
-from gossamer.runlog import read_config, read_metrics
+from gossamer.storage.checkpoint import Checkpoints
+from gossamer.storage.runlog import read_config, read_metrics
 from gossamer.sweep import STOPPED, columns, make_grid, parse_seeds, render, require_all_done, sweep
 
 DATA: dict[str, Any] = {

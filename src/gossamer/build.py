@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Algorithm
-from gossamer.checkpoint import Checkpoints
-from gossamer.clientstore import ClientStore
 from gossamer.config.resolve import settle, split
 from gossamer.config.rules import check_peers, require_population, require_whole_models, unused_options
 from gossamer.config.schema import Config, ModeOptions
@@ -28,10 +26,12 @@ from gossamer.planning.clients import Planner
 from gossamer.planning.peers import PeerPlanner
 from gossamer.registry import resolve
 from gossamer.rounds import Loop, LoopOptions
-from gossamer.runlog import RunLog
 from gossamer.simulation.costs import Costs
 from gossamer.simulation.counting import count_variants
 from gossamer.simulation.devices import DeviceShare
+from gossamer.storage.checkpoint import Checkpoints
+from gossamer.storage.client_store import ClientStore
+from gossamer.storage.runlog import RunLog
 from gossamer.task import (
     ALGORITHM,
     build_topology,

@@ -14,15 +14,15 @@ import yaml
 from torch import Tensor
 
 from gossamer.build import Parts, build
-from gossamer.checkpoint import Checkpoint, Checkpoints
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import check
 from gossamer.config.schema import Config
-from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, nearest, storage_errors
+from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, storage_errors
 from gossamer.profiling.spans import Spans
 from gossamer.round_record import Observer
-from gossamer.runlog import CONFIG, EXPERIMENT, RunLog, Sink, new_directory, read_config, read_metrics
-from gossamer.sinks import MLflowSink, TensorBoardSink, WandbSink
+from gossamer.storage.checkpoint import Checkpoint, Checkpoints
+from gossamer.storage.runlog import CONFIG, EXPERIMENT, RunLog, new_directory, read_config, read_metrics
+from gossamer.storage.sinks import make_sinks
 
 
 @dataclass
@@ -211,25 +211,6 @@ def _run_rounds(
                 log.log_event("worker-failed", message=str(error), traceback=note)
             raise
         return parts.final_model(engine.read())
-
-
-def make_sinks(names: Sequence[str], directory: Path) -> list[Sink]:
-    """Open the trackers that the configuration names.
-
-    Raises:
-        ConfigError: an unknown tracker, or one whose package is not installed.
-    """
-    makers: dict[str, Callable[[], Sink]] = {
-        "tensorboard": lambda: TensorBoardSink(directory / "tensorboard"),
-        "mlflow": lambda: MLflowSink("gossamer", directory.name),
-        "wandb": lambda: WandbSink("gossamer", directory.name, directory),
-    }
-    for name in names:
-        if name not in makers:
-            raise ConfigError(
-                f"unknown entry {name!r} in log.sinks{nearest(name, makers)} (known: {', '.join(makers)})"
-            )
-    return [makers[name]() for name in names]
 
 
 @contextmanager

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gossamer.checkpoint import Checkpoint, Checkpoints
-from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Engine
 from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
 from gossamer.planning.base import TimedPlan
@@ -20,7 +18,9 @@ from gossamer.planning.clients import Planner
 from gossamer.planning.peers import PeerPlanner
 from gossamer.profiling.spans import Spans
 from gossamer.round_record import Observer, Progress, Record, round_record
-from gossamer.runlog import RunLog
+from gossamer.storage.checkpoint import Checkpoint, Checkpoints
+from gossamer.storage.client_store import ClientStore
+from gossamer.storage.runlog import RunLog
 from gossamer.workloads.base import Workload
 
 MAX_LISTED = 100  # clients that one event names

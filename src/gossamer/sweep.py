@@ -20,7 +20,7 @@ from gossamer.config.resolve import check
 from gossamer.config.schema import as_mapping
 from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors
 from gossamer.reports.curves import find_runs, group
-from gossamer.runlog import CONFIG, EXPERIMENT, new_directory
+from gossamer.storage.runlog import CONFIG, EXPERIMENT, new_directory
 
 Row = dict[str, Any]
 """One run: its method (if there are any) and overrides, seed, metric, final, best, seconds, directory, error."""

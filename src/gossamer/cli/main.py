@@ -96,7 +96,7 @@ def resume(
 ) -> None:
     """Continue a run from its last commit, or all unfinished runs of an experiment."""
     from gossamer import experiment
-    from gossamer.runlog import EXPERIMENT
+    from gossamer.storage.runlog import EXPERIMENT
 
     changes = _changes(overrides, engine)
     whole = directory / EXPERIMENT

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from gossamer.aggregate import Part, TreeSum, combine
 from gossamer.algorithms.base import Arrays, scalars_of
-from gossamer.clientstore import ClientStore
 from gossamer.engines.base import Record
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
 from gossamer.plan import Block, BlockResult, RoundPlan
+from gossamer.storage.client_store import ClientStore
 from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums, add_sums

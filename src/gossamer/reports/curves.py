@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.errors import ConfigError
-from gossamer.runlog import CONFIG, ENVIRONMENT, EXPERIMENT, METRICS, read_config, read_metrics
+from gossamer.storage.runlog import CONFIG, ENVIRONMENT, EXPERIMENT, METRICS, read_config, read_metrics
 
 Numbers = NDArray[np.float64]
 

@@ -22,9 +22,9 @@ from federation import (
     relative_error,
 )
 from gossamer import resume, run
-from gossamer.checkpoint import Checkpoints
 from gossamer.errors import EngineError, GossamerError, QuorumError
-from gossamer.runlog import read_metrics
+from gossamer.storage.checkpoint import Checkpoints
+from gossamer.storage.runlog import read_metrics
 
 EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
 WAYS = pytest.mark.parametrize(("workers", "block_size"), [(0, "auto"), (0, 1), (2, 2)])

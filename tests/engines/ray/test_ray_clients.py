@@ -38,7 +38,7 @@ from gossamer.errors import ConfigError, DataError, EngineError, GossamerError, 
 from gossamer.experiment import Hooks
 from gossamer.plan import Block
 from gossamer.profiling.spans import Spans
-from gossamer.runlog import read_metrics
+from gossamer.storage.runlog import read_metrics
 from slow_peers import decentralized
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300)]
@@ -268,7 +268,7 @@ def list_metrics(directory: Path) -> list[Any]:
 
 def committed(directory: Path) -> int:
     """Return the round of the last commit."""
-    from gossamer.checkpoint import Checkpoints
+    from gossamer.storage.checkpoint import Checkpoints
 
     latest = Checkpoints(directory / "checkpoints").latest()
     assert latest is not None

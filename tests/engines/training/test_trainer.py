@@ -20,7 +20,7 @@ from gossamer.config.loading import parse
 from gossamer.engines.training import trainer
 from gossamer.errors import ConfigError
 from gossamer.planning.schedule import learning_rate
-from gossamer.runlog import read_config
+from gossamer.storage.runlog import read_config
 from gossamer.submodel import extract
 from gossamer.workloads import models
 from slow import AXES, initial_model, perceptron, sample_order, training_samples

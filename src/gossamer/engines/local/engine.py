@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.clientstore import ClientStore
 from gossamer.engines.local.peers import PeerEngine
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
@@ -19,6 +18,7 @@ from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.worker import Message, Worker
 from gossamer.plan import Block, BlockResult, RoundPlan
+from gossamer.storage.client_store import ClientStore
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums
 

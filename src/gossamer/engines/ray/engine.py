@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.clientstore import ClientStore
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, Actors, Call
 from gossamer.engines.ray.client_actor import Host
@@ -25,6 +24,7 @@ from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError
 from gossamer.plan import Block, BlockResult, RoundPlan
+from gossamer.storage.client_store import ClientStore
 from gossamer.workloads.base import Sums
 
 

@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gossamer.disk import sync
 from gossamer.errors import CheckpointError, ConfigError, storage_errors
+from gossamer.storage.disk import sync
 
 _PREFIX = "clientstore"
 _FLOAT = np.dtype("<f4")

@@ -27,8 +27,8 @@ from typing import Any, Protocol, Self
 
 import yaml
 
-from gossamer.disk import lock, sync
 from gossamer.errors import CheckpointError, ConfigError, DataError, storage_errors
+from gossamer.storage.disk import lock, sync
 
 CONFIG = "config.yaml"
 EXPERIMENT = "experiment.yaml"  # beside the directories of several runs: what they were expanded from

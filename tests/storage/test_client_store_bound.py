@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gossamer.clientstore import ClientStore
+from gossamer.storage.client_store import ClientStore
 
 WIDTH = 3
 ROW_BYTES = 4 * WIDTH

@@ -11,9 +11,9 @@ from unittest import mock
 import pytest
 import torch
 
-from gossamer.checkpoint import Checkpoints
-from gossamer.clientstore import ClientStore
 from gossamer.errors import CheckpointError, ConfigError, StorageError
+from gossamer.storage.checkpoint import Checkpoints
+from gossamer.storage.client_store import ClientStore
 
 WIDTH = 3
 ROW_BYTES = 4 * WIDTH

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from gossamer import checkpoint
-from gossamer.checkpoint import Checkpoint, Checkpoints
 from gossamer.errors import CheckpointError, ConfigError, StorageError
+from gossamer.storage import checkpoint
+from gossamer.storage.checkpoint import Checkpoint, Checkpoints
 
 FILES = ("arrays.safetensors", "progress.json", "manifest.json")
 OFFSETS = {"metrics.jsonl": 120, "events.jsonl": 0}

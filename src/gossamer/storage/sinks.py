@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, nearest
+from gossamer.storage.runlog import Sink
+from gossamer.storage.sinks import MLflowSink, TensorBoardSink, WandbSink
 
 
 class TensorBoardSink:
@@ -106,3 +108,22 @@ def _tracker(module: str, package: str) -> ModuleType:
         raise ConfigError(
             f"the tracker {package!r} cannot be imported ({error}): pip install 'gossamer[tracking]', or leave it out"
         ) from error
+
+
+def make_sinks(names: Sequence[str], directory: Path) -> list[Sink]:
+    """Open the trackers that the configuration names.
+
+    Raises:
+        ConfigError: an unknown tracker, or one whose package is not installed.
+    """
+    makers: dict[str, Callable[[], Sink]] = {
+        "tensorboard": lambda: TensorBoardSink(directory / "tensorboard"),
+        "mlflow": lambda: MLflowSink("gossamer", directory.name),
+        "wandb": lambda: WandbSink("gossamer", directory.name, directory),
+    }
+    for name in names:
+        if name not in makers:
+            raise ConfigError(
+                f"unknown entry {name!r} in log.sinks{nearest(name, makers)} (known: {', '.join(makers)})"
+            )
+    return [makers[name]() for name in names]

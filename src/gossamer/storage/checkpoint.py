@@ -30,8 +30,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gossamer.disk import sync
 from gossamer.errors import CheckpointError, ConfigError, storage_errors
+from gossamer.storage.disk import sync
 
 FORMAT = 1
 ARRAYS = "arrays.safetensors"

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gossamer.errors import CheckpointError, ConfigError, DataError, StorageError
-from gossamer.runlog import RunLog, new_directory, read_config, read_events, read_metrics, repair
+from gossamer.storage.runlog import RunLog, new_directory, read_config, read_events, read_metrics, repair
 
 CONFIG = {"zeta": 1, "alpha": {"lr": 1e-5, "name": "no"}, "list": [1, 2.5, None, True]}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gossamer.errors import ConfigError
-from gossamer.sinks import MLflowSink, TensorBoardSink, WandbSink, scalars
+from gossamer.storage.sinks import MLflowSink, TensorBoardSink, WandbSink, scalars
 
 RECORD = {
     "round": 4,
