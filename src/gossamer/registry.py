@@ -39,11 +39,11 @@ BUILTIN: dict[str, dict[str, str]] = {
         "dsgd-ceca": "gossamer.algorithms.decentralized.ceca:DSGDCECA",
     },
     "strategy": {
-        "rolling": "gossamer.submodel.windows:rolling",
-        "static": "gossamer.submodel.windows:static",
-        "random": "gossamer.submodel.windows:random",
+        "rolling": "gossamer.submodel.strategies:rolling",
+        "static": "gossamer.submodel.strategies:static",
+        "random": "gossamer.submodel.strategies:random",
         "covering": "gossamer.submodel.covering:covering",
-        "magnitude": "gossamer.submodel.ranked:magnitude",
+        "magnitude": "gossamer.submodel.magnitude:magnitude",
     },
     "engine": {"local": "gossamer.engines.local.engine:LocalEngine", "ray": "gossamer.engines.ray.engine:RayEngine"},
     "workload": {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gossamer.aggregate import Part, combine
 from gossamer.submodel import LABEL_AXIS, Cutter, Layout
-from gossamer.submodel.windows import static
+from gossamer.submodel.strategies import static
 
 LAYOUT = Layout.of({"w": (4, 3), "output": (2, 4)}, {"w": ("a", None), "output": (LABEL_AXIS, "a")})
 CUTTER = Cutter(LAYOUT, static, 1, 0)

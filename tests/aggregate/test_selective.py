@@ -17,7 +17,7 @@ from gossamer.aggregate import SelectiveMean, label_dims, scale_rows_, selective
 from gossamer.errors import ConfigError
 from gossamer.registry import resolve
 from gossamer.submodel import LABEL_AXIS, Axes, Cutter, Dim, Layout, SubModel, extract, layout_of
-from gossamer.submodel.windows import rolling, window
+from gossamer.submodel.strategies import rolling, window
 
 NUM_LABELS = 4
 SHAPES: dict[str, tuple[int, ...]] = {

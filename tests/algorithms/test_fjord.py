@@ -24,7 +24,7 @@ from gossamer.config.loading import parse
 from gossamer.engines.training.modes import admissible
 from gossamer.errors import ConfigError
 from gossamer.submodel import Cutter, Dim, Layout
-from gossamer.submodel.windows import static
+from gossamer.submodel.strategies import static
 
 WIDTH, LEVELS = 27, (0.3, 0.5, 1.0)
 LENGTH = {0.3: 8, 0.5: 13, 1.0: 27}  # 0.3 / 0.5 of 13 channels would be 7

@@ -18,7 +18,7 @@ from gossamer.simulation.costs import Costs, RoundCosts, VariantCosts, add_up
 from gossamer.simulation.counting import carried_bytes, count_step, count_variants
 from gossamer.simulation.devices import DeviceProfile, Devices, DeviceShare
 from gossamer.submodel import Cutter
-from gossamer.submodel.windows import random, rolling
+from gossamer.submodel.strategies import random, rolling
 from gossamer.workloads.images import ImageClassification
 
 INPUTS, LABELS, HIDDEN = 2 * 8 * 8, 5, 16

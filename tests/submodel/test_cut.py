@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gossamer.submodel import LABEL_AXIS, Cut, Cutter, Dim, Layout, count_shapes, cut_of
 from gossamer.submodel.cut import MAX_RECTANGLES, Piece, dim_segments
-from gossamer.submodel.windows import Window, random, rolling, static
+from gossamer.submodel.strategies import random, rolling, static
+from gossamer.submodel.windows import Window
 
 AXES = ("a", "b", "c")
 DIMS = st.one_of(

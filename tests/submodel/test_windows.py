@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from gossamer import submodel
 from gossamer.errors import ConfigError, RegistryError
-from gossamer.submodel.windows import Strategy, Window, check_capacity, window, window_length
+from gossamer.submodel.strategies import Strategy, window
+from gossamer.submodel.windows import Window, check_capacity, window_length
 
 STRATEGIES = ["rolling", "static", "random"]
 WIDTHS = st.integers(1, 80)

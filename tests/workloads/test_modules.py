@@ -19,7 +19,7 @@ from gossamer.errors import ConfigError
 from gossamer.experiment import run
 from gossamer.submodel import Cutter, Dim, Layout, extract
 from gossamer.submodel.layout import as_dim
-from gossamer.submodel.windows import rolling
+from gossamer.submodel.strategies import rolling
 from gossamer.workloads.images import ImageClassification
 from gossamer.workloads.models import CNN, MLP
 from gossamer.workloads.modules import ModuleModel

@@ -3,8 +3,9 @@
 from gossamer.submodel.cut import Cut, Cutter, count_shapes
 from gossamer.submodel.extract import SubModel, cut_of, extract, layout_of
 from gossamer.submodel.layout import LABEL_AXIS, Axes, Dim, Layout
+from gossamer.submodel.strategies import Strategy, window
 from gossamer.submodel.tracing import trace_axes
-from gossamer.submodel.windows import Strategy, Window, window
+from gossamer.submodel.windows import Window
 
 __all__ = [
     "LABEL_AXIS",

@@ -21,7 +21,8 @@ import numpy as np
 
 from gossamer.errors import ConfigError
 from gossamer.submodel.layout import Layout
-from gossamer.submodel.windows import Strategy, Window, window_length, wrapped
+from gossamer.submodel.strategies import Strategy
+from gossamer.submodel.windows import Window, window_length, wrapped
 
 MAX_COLUMNS_OF_ANY_SIZE = 3
 

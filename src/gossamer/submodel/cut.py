@@ -17,7 +17,8 @@ from torch import Tensor
 
 from gossamer.errors import ConfigError, nearest
 from gossamer.submodel.layout import Dim, Layout
-from gossamer.submodel.windows import Strategy, Window, window_length
+from gossamer.submodel.strategies import Strategy
+from gossamer.submodel.windows import Window, window_length
 
 MAX_RECTANGLES = 16
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from gossamer.submodel import Cutter, Layout
-from gossamer.submodel.windows import rolling
+from gossamer.submodel.strategies import rolling
 
 # Relative: far above rounding, and far below what regrouped channels do at the small weights that modules begin with.
 DIFFERENT = {torch.float64: 1e-6, torch.float32: 1e-3}

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gossamer.submodel.layout import Dim, Layout
-from gossamer.submodel.windows import Strategy, Window, wrapped
+from gossamer.submodel.strategies import Strategy
+from gossamer.submodel.windows import Window, wrapped
 
 
 def by_magnitude(layout: Layout, x: Tensor) -> Mapping[str, Tensor]:

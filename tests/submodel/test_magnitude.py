@@ -7,7 +7,7 @@ import torch
 from federation import configure, digest, mixed
 from gossamer import experiment
 from gossamer.submodel import Cutter, Dim, Layout
-from gossamer.submodel.ranked import by_magnitude, magnitude
+from gossamer.submodel.magnitude import by_magnitude, magnitude
 
 LAYOUT = Layout.of(
     {"a.weight": (4, 3), "a.bias": (4,), "b.weight": (2, 4)},
