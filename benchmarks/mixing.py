@@ -21,7 +21,7 @@ from torch import Tensor
 from gossamer import topology
 from gossamer.threads import torch_threads
 from gossamer.topology import Mixing
-from gossamer.topology.panels import mix, mix_
+from gossamer.topology.streaming import mix, mix_
 from harness import goal, machine
 
 STATES = ((10_000, 7_850), (100_000, 1_000))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gossamer.topology.base import Floats, Mixing
-from gossamer.topology.measuring import measure
+from gossamer.topology.consensus import measure
 from gossamer.topology.spectra import MOST_EXACT, spectrum
 from gossamer.topology.topology import Topology
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gossamer.topology import panels
 from gossamer.topology.base import Edges, Floats, Integers, check_num_edges, sorted_edges
-from gossamer.topology.panels import Streaming, arrivals, block_size, row_blocks, share
+from gossamer.topology.streaming import Streaming, arrivals, block_size, row_blocks, share
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from gossamer.errors import ConfigError
 from gossamer.registry import names, resolve
-from gossamer.topology.measuring import TOLERANCE, measure
+from gossamer.topology.consensus import TOLERANCE, measure
 from gossamer.topology.topology import Topology, build, load
 
 Answer = TypeVar("Answer")

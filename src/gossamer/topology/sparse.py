@@ -10,7 +10,7 @@ import numpy as np
 
 from gossamer.errors import ConfigError
 from gossamer.topology.base import Edges, Floats, Integers, Mixing, State, Stochasticity, sorted_edges
-from gossamer.topology.panels import Streaming, arrivals, row_blocks
+from gossamer.topology.streaming import Streaming, arrivals, row_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor

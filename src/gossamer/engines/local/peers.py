@@ -20,7 +20,7 @@ from gossamer.engines.training.batches import sample_bytes
 from gossamer.engines.training.peer_worker import Message, PeerState, PeerWorker
 from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.threads import one_thread
-from gossamer.topology.panels import panels
+from gossamer.topology.streaming import panels
 from gossamer.workloads.base import Sums, add_sums
 
 SMALL_FLOATS = 1 << 17  # of a state that one process mixes sooner than it could tell others to

@@ -27,7 +27,7 @@ from gossamer.engines.task import Task
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.errors import ConfigError, StateLost
 from gossamer.plan import Block, BlockResult, RoundPlan
-from gossamer.topology.panels import panels
+from gossamer.topology.streaming import panels
 from gossamer.workloads.base import Sums, add_sums
 
 BLOCKS_PER_ACTOR = 2

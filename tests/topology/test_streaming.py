@@ -16,7 +16,7 @@ from gossamer import topology
 from gossamer.errors import ConfigError
 from gossamer.registry import BUILTIN
 from gossamer.topology import BlockAverage, Matching, Mixing, Shift, panels
-from gossamer.topology.panels import mix, mix_
+from gossamer.topology.streaming import mix, mix_
 
 GENERATED = sorted(set(BUILTIN["topology"]) - {"file"})
 RING = Shift(4, (1, 3), (0.25, 0.25))
