@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -15,9 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer import rng
-from gossamer.errors import ConfigError, DataError
+from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
-from gossamer.registry import resolve
 from gossamer.submodel.layout import Layout
 from gossamer.workloads.augment import crop_flip
 from gossamer.workloads.base import Batch, Params, Sums
@@ -25,6 +23,7 @@ from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by, mask_logits
 from gossamer.workloads.modules import ModuleModel
 from gossamer.workloads.partitions import Partition
+from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
 
 CACHED_IMAGES = 128  # images that are normalised at a time
 MANY_SETS = (
@@ -32,7 +31,6 @@ MANY_SETS = (
     f" of classes, are more than {MAX_COUNTS}; set workload.local_evaluation to false to be spared this warning"
 )
 Ints = NDArray[np.int64]
-Spec = str | dict[str, Any]
 
 
 class ImageOptions(Options):
@@ -57,40 +55,6 @@ class ImageOptions(Options):
     evaluation_chunk: int = Field(1000, ge=1)
     statistics_chunk: int = Field(500, ge=1)
     local_evaluation: bool = True
-
-
-def plug_in(kind: str, spec: Any, where: str) -> tuple[str, Callable[..., Any], dict[str, Any]]:
-    """Read ``"name"`` or ``{"name": ..., option: value}`` and find what the name stands for.
-
-    Returns:
-        the name, the object that it stands for, the other options.
-
-    Raises:
-        ConfigError: there is no name, or it is unknown.
-    """
-    if isinstance(spec, str):
-        return spec, resolve(kind, spec), {}
-    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-        raise ConfigError(
-            f"{where} = {spec!r} has no name: give the name of a {kind}, or a mapping with the key 'name'"
-        )
-    name = spec["name"]
-    return name, resolve(kind, name), {key: value for key, value in spec.items() if key != "name"}
-
-
-def call_plug_in(function: Callable[..., Any], where: str, *args: Any, **params: Any) -> Any:
-    """Call a plug-in, first checking that it takes these options.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    try:
-        inspect.signature(function).bind(*args, **params)
-    except ValueError:  # some built-in types tell no signature
-        pass
-    except TypeError as error:
-        raise ConfigError(f"{where} does not take these options: {error}") from error
-    return function(*args, **params)
 
 
 class ImageClassification:

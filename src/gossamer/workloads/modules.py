@@ -17,7 +17,7 @@ from gossamer.submodel.layout import Layout, as_dim
 from gossamer.submodel.tracing import Attention, Keep, trace_axes
 from gossamer.threads import one_thread
 from gossamer.workloads.models import Record, rescale
-from gossamer.workloads.silencing import is_same_function
+from gossamer.workloads.module_checks import is_same_function
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 CLOSE = 1e-4  # relative; kernels round differently from shape to shape

@@ -18,9 +18,9 @@ from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.workloads.base import Batch, Params, Sums
-from gossamer.workloads.images import Spec, call_plug_in, plug_in
 from gossamer.workloads.label_sets import beaten_by, mask_logits
 from gossamer.workloads.partitions import Partition
+from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
 from gossamer.workloads.texts import TextData
 
 NOTHING = -1  # what follows the end of a text
