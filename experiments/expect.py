@@ -33,8 +33,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gossamer.reports.curves import SingleRun, find_runs, group
 from gossamer.errors import GossamerError
+from gossamer.reports.curves import SingleRun, find_runs, group
 
 Values = dict[str, dict[str, Any]]
 PERFORMANCE = ("accuracy", "bits_per", "unigram", "distance", "gradient_norm")  # parts of the names of metrics

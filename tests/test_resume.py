@@ -30,10 +30,11 @@ from federation import (
     mixed,
     wait_for,
 )
-from gossamer import checkpoint, clientstore, resume, run
+from gossamer import resume, run
 from gossamer.cli.main import app
 from gossamer.errors import CheckpointError, ConfigError, StorageError
 from gossamer.experiment import Run
+from gossamer.storage import checkpoint, client_store
 from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.runlog import read_metrics
 
@@ -193,7 +194,7 @@ class TestFullDisk:
             ("stateless", checkpoint, "_write_text", 6, OSError(errno.ENOSPC, "full")),
             ("private-state", checkpoint, "_write_text", 5, OSError(errno.ENOSPC, "full")),
             ("stateless", checkpoint, "save_file", 3, SafetensorError("I/O error (os error 28)")),
-            ("private-state", clientstore, "_write_at", 5, OSError(errno.ENOSPC, "full")),
+            ("private-state", client_store, "_write_at", 5, OSError(errno.ENOSPC, "full")),
         ],
         ids=["manifest", "progress", "arrays", "client-state"],
     )
@@ -215,7 +216,7 @@ class TestFullDisk:
         latest = Checkpoints(tmp_path / "run/checkpoints").latest()
         assert latest is not None
         assert (latest.round, latest.damaged) == (1, [])
-        assert len(read_metrics(tmp_path / "run")) == (1 if module is clientstore else 2)
+        assert len(read_metrics(tmp_path / "run")) == (1 if module is client_store else 2)
         assert_same(resume(tmp_path / "run"), undisturbed(kind))
 
 

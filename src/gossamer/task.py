@@ -44,6 +44,8 @@ def make_cutter(config: Config, algorithm: Algorithm, workload: Workload) -> Cut
 
 def task_of(config: Mapping[str, Any], data: Any = None) -> Task:
     """Rebuild the task of a resolved configuration elsewhere, with data that need not be loaded again, see `build`."""
+    from gossamer.build import build
+
     return build(parse(config), data).task
 
 

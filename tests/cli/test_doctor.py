@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from gossamer.cli import doctor
 from gossamer.cli.doctor import Examination, examine, render
-from gossamer.cli.main import app, doctor
+from gossamer.cli.main import app
 from gossamer.cli.ray_clusters import Cluster, find_clusters
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gossamer.cli.main import progress
+from gossamer.cli import progress
 from gossamer.cli.progress import ProgressDisplay
 
 

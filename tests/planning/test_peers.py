@@ -19,7 +19,8 @@ from gossamer.config.loading import parse
 from gossamer.planning.assignment import Capacities, assign_devices
 from gossamer.planning.peers import PeerPlanner
 from gossamer.planning.schedule import ScheduleOptions
-from gossamer.simulation.costs import Costs, RoundCosts, VariantCosts
+from gossamer.round_record import RoundCosts
+from gossamer.simulation.costs import Costs, VariantCosts
 from gossamer.simulation.devices import DeviceProfile, DeviceShare
 from gossamer.simulation.traffic import Traffic
 from gossamer.topology import Topology

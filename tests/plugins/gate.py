@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gossamer.planning import clients
+
 HELD_ROUND = 3
 PATIENCE = 60.0
 
@@ -23,4 +25,4 @@ def hold(seed: int, round: int, num_clients: int, count: int) -> NDArray[np.int6
             if time.monotonic() > deadline:
                 raise TimeoutError(f"nobody made {folder}/open within {PATIENCE} s")
             time.sleep(0.01)
-    return planning.uniform(seed, round, num_clients, count)
+    return clients.uniform(seed, round, num_clients, count)

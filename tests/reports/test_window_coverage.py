@@ -12,11 +12,12 @@ import yaml
 from typer.testing import CliRunner
 
 from federation import configure, modes
-from gossamer import coverage, run
+from gossamer import run
 from gossamer.build import build
 from gossamer.cli.main import app
 from gossamer.config.loading import parse
 from gossamer.errors import ConfigError
+from gossamer.reports import window_coverage
 from gossamer.submodel import window
 from gossamer.submodel.coverage import Coverage
 
@@ -51,26 +52,26 @@ def shares(strategy: str, capacity: float, rounds: int) -> tuple[float, float]:
 class TestExamine:
     @pytest.mark.parametrize("rounds", [3, 40])
     def test_agrees_with_brute_force(self, experiment: Path, rounds: int) -> None:
-        for one in coverage.examine(experiment, rounds=rounds):
+        for one in window_coverage.examine(experiment, rounds=rounds):
             for reach in one.reaches[:-1]:
                 assert isinstance(reach.capacity, float)
                 expected = shares(one.strategy, reach.capacity, rounds)
                 assert (reach.channels, reach.weights) == pytest.approx(expected)
 
     def test_says_when_everything_was_reached(self, experiment: Path) -> None:
-        rolling, covering = coverage.examine(experiment)
-        assert [reach.capacity for reach in rolling.reaches] == [0.25, 0.5, coverage.ALL]
+        rolling, covering = window_coverage.examine(experiment)
+        assert [reach.capacity for reach in rolling.reaches] == [0.25, 0.5, window_coverage.ALL]
         assert [reach.weights_after for reach in rolling.reaches] == [None, None, None]
         assert [reach.channels_after for reach in rolling.reaches[:2]] == [13, 9]
         assert [(reach.weights_after, reach.bound) for reach in covering.reaches[:2]] == [(16, 16), (4, 4)]
 
     def test_a_ranking_strategy_is_refused(self, experiment: Path) -> None:
         with pytest.raises(ConfigError, match="'magnitude' follow the model as it is trained"):
-            coverage.examine(experiment, ["methods={}", "submodel.strategy=magnitude", "methods=null"])
+            window_coverage.examine(experiment, ["methods={}", "submodel.strategy=magnitude", "methods=null"])
 
     def test_no_rounds_are_refused(self, experiment: Path) -> None:
         with pytest.raises(ConfigError, match="--rounds 0 is below 1"):
-            coverage.examine(experiment, rounds=0)
+            window_coverage.examine(experiment, rounds=0)
 
 
 class TestCommand:
@@ -80,7 +81,7 @@ class TestCommand:
         return result.output
 
     def test_table_and_picture(self, experiment: Path, tmp_path: Path) -> None:
-        image = tmp_path / "coverage.png"
+        image = tmp_path / "window_coverage.png"
         output = self.run(experiment, "-o", image)
         assert "rolling: strategy rolling, 40 rounds" in output
         assert "round 16  16" in output
@@ -88,9 +89,9 @@ class TestCommand:
         assert image.read_bytes().startswith(b"\x89PNG")
 
     def test_an_image_of_no_known_format_is_refused_first(self, tmp_path: Path) -> None:
-        result = CliRunner().invoke(app, ["coverage", "no-such-file.yaml", "-o", str(tmp_path / "coverage.gif")])
+        result = CliRunner().invoke(app, ["coverage", "no-such-file.yaml", "-o", str(tmp_path / "window_coverage.gif")])
         assert result.exit_code == 2
-        assert "coverage.gif': let its name end in .png" in result.output
+        assert "window_coverage.gif': let its name end in .png" in result.output
 
     def test_json(self, experiment: Path) -> None:
         found = json.loads(self.run(experiment, "--json", "--rounds", 4))["methods"]
@@ -124,12 +125,14 @@ def test_participants_are_those_of_the_run(tmp_path: Path) -> None:
         for client, variant in zip(timed.plan.client, timed.plan.variant, strict=True):
             capacity = timed.plan.capacities[variant]
             seen.add(parts.task.cutter.cut(capacity, timed.plan.round, int(client)))
-    (found,) = coverage.examine(path)
+    (found,) = window_coverage.examine(path)
     assert (found.reaches[-1].channels, found.reaches[-1].weights) == (seen.channels, seen.weights)
     assert found.reaches[-1].curve[-1][0] == 12
 
 
 def test_says_that_label_rows_need_their_label(experiment: Path) -> None:
     told = "rows of labels count as reached, though only clients that hold a label train its row"
-    assert coverage.render(coverage.examine(experiment, rounds=2), False).endswith(told)
-    assert told not in coverage.render(coverage.examine(experiment, ["submodel.mask_labels=false"], rounds=2), False)
+    assert window_coverage.render(window_coverage.examine(experiment, rounds=2), False).endswith(told)
+    assert told not in window_coverage.render(
+        window_coverage.examine(experiment, ["submodel.mask_labels=false"], rounds=2), False
+    )

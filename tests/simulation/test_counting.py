@@ -14,7 +14,8 @@ from torch import Tensor
 from gossamer.algorithms.federated import FedAvg
 from gossamer.errors import ConfigError
 from gossamer.planning.assignment import assign_devices
-from gossamer.simulation.costs import Costs, RoundCosts, VariantCosts, add_up
+from gossamer.round_record import RoundCosts
+from gossamer.simulation.costs import Costs, VariantCosts, add_up
 from gossamer.simulation.counting import carried_bytes, count_step, count_variants
 from gossamer.simulation.devices import DeviceProfile, Devices, DeviceShare
 from gossamer.submodel import Cutter

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gossamer import topology
 from gossamer.errors import ConfigError
 from gossamer.registry import BUILTIN
-from gossamer.topology import BlockAverage, Matching, Mixing, Shift, panels
+from gossamer.topology import BlockAverage, Matching, Mixing, Shift, streaming
 from gossamer.topology.streaming import mix, mix_
 
 GENERATED = sorted(set(BUILTIN["topology"]) - {"file"})
@@ -24,12 +24,12 @@ RING = Shift(4, (1, 3), (0.25, 0.25))
 
 @contextmanager
 def tiny(block_bytes: int, panel_bytes: int) -> Iterator[None]:
-    """Cut even small states into many blocks and panels."""
+    """Cut even small states into many blocks and streaming."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("BLOCK_BYTES", "WALK_BYTES", "STREAM_BYTES"):
-            patch.setattr(panels, name, block_bytes)
-        patch.setattr(panels, "PANEL_BYTES", panel_bytes)
-        patch.setattr(panels, "LEAST_PANEL_BYTES_PER_ROW", 64)
+            patch.setattr(streaming, name, block_bytes)
+        patch.setattr(streaming, "PANEL_BYTES", panel_bytes)
+        patch.setattr(streaming, "LEAST_PANEL_BYTES_PER_ROW", 64)
         yield
 
 
@@ -181,7 +181,7 @@ class TestTheory:
 @given(num_rows=st.integers(1, 10**7), d=st.integers(0, 10_000), itemsize=st.sampled_from([4, 8]))
 @settings(deadline=None)
 def test_panels_cut_all_columns(num_rows: int, d: int, itemsize: int) -> None:
-    found = panels.panels(num_rows, d, itemsize)
+    found = streaming.panels(num_rows, d, itemsize)
     assert [column for one in found for column in range(one.start, one.stop)] == list(range(d))
     for one in found[:-1]:
         num_bytes = (one.stop - one.start) * itemsize

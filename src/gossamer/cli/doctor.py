@@ -156,7 +156,8 @@ def _torch() -> dict[str, Any]:
 
 
 def _ray() -> dict[str, Any]:
-    from gossamer.cli.ray_clusters import find_clusters, ray_version
+    from gossamer.cli.ray_clusters import find_clusters
+    from gossamer.engines.ray import ray_version
 
     clusters = [asdict(cluster) for cluster in find_clusters(PROCESSES)]
     try:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from gossamer.cli import topology
 from gossamer.errors import GossamerError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ app = typer.Typer(
     help="Train one model over many machines that do not share their data.",
 )
 
-app.add_typer(topology_cli.app, name="topology")
+app.add_typer(topology.app, name="topology")
 
 
 def _print_version(asked: bool) -> None:
@@ -164,13 +165,14 @@ def coverage(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show which channels and weights the windows of an experiment will reach, without running it."""
+    from gossamer.reports import window_coverage
 
     if output is not None:
-        coverage.require_image(output)
-    found = coverage.examine(file, overrides or (), rounds)
-    typer.echo(coverage.render(found, as_json))
+        window_coverage.require_image(output)
+    found = window_coverage.examine(file, overrides or (), rounds)
+    typer.echo(window_coverage.render(found, as_json))
     if output is not None:
-        typer.echo(coverage.draw(found, output))
+        typer.echo(window_coverage.draw(found, output))
 
 
 @app.command()
@@ -204,8 +206,9 @@ def _changes(overrides: list[str] | None, engine: str | None) -> list[str]:
 
 
 def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
+    from gossamer.config import loading
 
-    return len(config.expand(config.load(file, overrides or ())))
+    return len(loading.expand(loading.load(file, overrides or ())))
 
 
 def main() -> None:

@@ -35,17 +35,6 @@ class Cluster:
     exposed: dict[str, list[int]] = field(default_factory=dict)
 
 
-def ray_version() -> str:
-    """Return the version of the Ray that can be imported.
-
-    Raises:
-        Exception: whatever a broken installation raises.
-    """
-    import ray
-
-    return str(ray.__version__)
-
-
 def find_clusters(proc: Path = Path("/proc")) -> list[Cluster]:
     """Return the clusters that have a node on this machine; none where there is no /proc."""
     processes, listening = dict(_processes(proc)), _exposed_ports(proc)

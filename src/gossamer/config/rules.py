@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from gossamer.algorithms.decentralized.base import mixings
-from gossamer.config.rules import require_population, require_whole_models, unused_options
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError
 from gossamer.registry import resolve

@@ -8,19 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from gossamer.config.schema import (
-    CheckpointOptions,
-    ClientsOptions,
-    EngineOptions,
-    EvaluationOptions,
-    LogOptions,
-    PeersOptions,
-    Plugin,
-    SubmodelOptions,
-    TrainConfig,
-    as_mapping,
-    default_workload,
-)
 from gossamer.engines.task import VariantMode
 from gossamer.errors import ConfigError
 from gossamer.options import Options

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from gossamer.engines.base import Record
 from gossamer.engines.task import Task
 from gossamer.plan import Block, RoundPlan
+
+BLOCK_BYTES = 4 << 20  # of models, and of samples, that are trained at once: to stay in cache
+MAX_ROWS = 1 << 12
+ROWS_ONE_BY_ONE = 16
+Message = dict[str, Any]
 
 
 def rows_of_block(task: Task, variant: int, itemsize: int, num_sample_bytes: int) -> int:
@@ -15,7 +22,7 @@ def rows_of_block(task: Task, variant: int, itemsize: int, num_sample_bytes: int
         return ROWS_ONE_BY_ONE
     model_bytes = task.cutter.sub_layout(task.capacities[variant]).d * itemsize
     batch_bytes = num_sample_bytes * task.train.batch_size
-    return max(2, min(BLOCK_BYTES // model_bytes, 4 * BLOCK_BYTES // batch_bytes, MOST_ROWS))
+    return max(2, min(BLOCK_BYTES // model_bytes, 4 * BLOCK_BYTES // batch_bytes, MAX_ROWS))
 
 
 def job_message(plan: RoundPlan, block: Block) -> Message:

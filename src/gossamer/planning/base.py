@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gossamer.plan import RoundPlan
-from gossamer.simulation.costs import RoundCosts
+from gossamer.round_record import RoundCosts
 from gossamer.simulation.devices import Ints
 
 

@@ -12,7 +12,8 @@ from gossamer.plan import RoundPlan
 from gossamer.planning.assignment import Capacities
 from gossamer.planning.base import TimedPlan
 from gossamer.planning.schedule import ScheduleOptions, learning_rate
-from gossamer.simulation.costs import Costs, RoundCosts
+from gossamer.round_record import RoundCosts
+from gossamer.simulation.costs import Costs
 from gossamer.simulation.devices import Ints
 from gossamer.simulation.traffic import Traffic, exchanged, reduced
 from gossamer.topology import Topology

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.errors import ConfigError
+from gossamer.round_record import RoundCosts
 from gossamer.simulation.devices import Devices, Floats, Ints
 
 
@@ -33,28 +34,6 @@ class VariantCosts:
     bytes_down: int
     flops_per_sample: float
     memory_bytes: int
-
-
-@dataclass(frozen=True)
-class RoundCosts:
-    """What one round costs.
-
-    Attributes:
-        bytes_up, bytes_down, client_flops: sums over all that were chosen. A late one counts its whole download, its
-            FLOPs up to the end of the round, and no upload.
-        simulated_seconds: by how much simulated time advances: waiting for somebody to be available, and the round,
-            which lasts as long as its slowest survivor, or its deadline where fewer survive than it waits for.
-        download_seconds, compute_seconds, upload_seconds: simulated seconds that devices spend so, added up like the
-            bytes; latency is in none of them.
-    """
-
-    bytes_up: int
-    bytes_down: int
-    client_flops: float
-    simulated_seconds: float
-    download_seconds: float
-    compute_seconds: float
-    upload_seconds: float
 
 
 class Efforts(NamedTuple):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gossamer.simulation.costs import Efforts, RoundCosts
+from gossamer.round_record import RoundCosts
+from gossamer.simulation.costs import Efforts
 from gossamer.simulation.devices import Floats, Ints
 from gossamer.topology import BlockAverage, Edges, Mixing
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from gossamer.errors import ConfigError, nearest
 from gossamer.storage.runlog import Sink
-from gossamer.storage.sinks import MLflowSink, TensorBoardSink, WandbSink
 
 
 class TensorBoardSink:

@@ -11,6 +11,7 @@ import numpy as np
 from gossamer import rng
 from gossamer.errors import ConfigError
 from gossamer.registry import resolve
+from gossamer.submodel.windows import Window, window_length, wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gossamer.topology import streaming
 from gossamer.topology.base import Edges, Floats, Integers, check_num_edges, sorted_edges
 from gossamer.topology.streaming import Streaming, arrivals, block_size, row_blocks, share
 
@@ -86,7 +87,7 @@ class Shift(Streaming):
 
     def _write(self, x: Tensor, out: Tensor, part: int = 0, num_parts: int = 1) -> None:
         step = min(self.offsets[0], self.n - self.offsets[0])
-        most = block_size(x.shape[1] * x.itemsize, panels.WALK_BYTES)
+        most = block_size(x.shape[1] * x.itemsize, streaming.WALK_BYTES)
         if num_parts > 1 or not self.walks or step < most:
             super()._write(x, out, part, num_parts)
             return
@@ -165,7 +166,7 @@ class Matching(Streaming):
         import torch
 
         partner = torch.from_numpy(self.partner).to(x.device)
-        for a, b in row_blocks(x, lo, hi, panels.STREAM_BYTES if out.is_contiguous() else None):
+        for a, b in row_blocks(x, lo, hi, streaming.STREAM_BYTES if out.is_contiguous() else None):
             mixed = out[a - lo : b - lo]
             torch.index_select(x, 0, partner[a:b], out=mixed)
             torch.lerp(x[a:b], mixed, self.weight, out=mixed)

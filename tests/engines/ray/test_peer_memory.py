@@ -16,6 +16,7 @@ from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.peers import job_message
+from gossamer.engines.ray import peer_actor
 from gossamer.engines.training.peer_worker import PeerState
 from gossamer.plan import Block
 from slow_peers import decentralized
@@ -27,8 +28,8 @@ BOUNDS = [[0, 4], [4, 8]]
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
     """What a host is asked in a round, while nobody collects garbage."""
     parts = build(parse(decentralized({"algorithm": "dsgt", "peers.topology": "random-match"} | modes(**STACKED))))
-    monkeypatch.setattr(peerhost, "prepare", lambda *arguments: parts.task)
-    host = peerhost.PeerHost("", [])
+    monkeypatch.setattr(peer_actor, "prepare", lambda *arguments: parts.task)
+    host = peer_actor.PeerHost("", [])
     plan = parts.planner.timed_plan(0, 0.0).plan
     described = {"round": 0, "mixing": plan.mixing, "pieces": True, "bounds": BOUNDS, "block": 0}
     job = job_message(plan, Block(0, 0, 4, slice(0, 4)))
@@ -66,7 +67,7 @@ def test_zeros_take_the_memory_of_what_is_written_and_give_it_back() -> None:
 
     keep_freed_memory()  # as in an actor
     before = private_mb()
-    rows = peerhost._sparse_zeros((1 << 10, 1 << 16), np.dtype(np.float32))  # 256 MiB
+    rows = peer_actor._sparse_zeros((1 << 10, 1 << 16), np.dtype(np.float32))  # 256 MiB
     rows[:128] = 1.0
     assert 24 < private_mb() - before < 48
     assert not rows[128].any()

@@ -14,6 +14,7 @@ import pytest
 from federation import LEVELS, STACKED, assert_same, events, modes
 from gossamer import resume, run
 from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Meeting, Place
+from gossamer.engines.ray import collective
 from gossamer.engines.ray.collective import meeting_host
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.errors import ConfigError, RoundAborted
@@ -120,7 +121,7 @@ def test_a_member_that_dies_while_its_group_comes_together(tmp_path: Path, monke
         return found
 
     monkeypatch.setattr(Meeting, "places", strike)
-    monkeypatch.setattr(together, "MEETING_SECONDS", 0.0)  # as little as there may be
+    monkeypatch.setattr(collective, "MEETING_SECONDS", 0.0)  # as little as there may be
     changes = CASES["codecs"]
     there = run(decentralized(changes | RAY | GLOO), out=tmp_path / "ray")
     assert fired
@@ -130,7 +131,7 @@ def test_a_member_that_dies_while_its_group_comes_together(tmp_path: Path, monke
 
 def test_a_member_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It alone is replaced, although the others wait for it."""
-    monkeypatch.setattr(together, "LEAST_MEETING_SECONDS", 3.0)
+    monkeypatch.setattr(collective, "LEAST_MEETING_SECONDS", 3.0)
     strike, changes = Strike(2, signal.SIGSTOP), CASES["codecs"]
     quick = {"engine.straggler_seconds": 0.5}
     there = run(decentralized(changes | RAY | GLOO | quick), out=tmp_path / "ray", hooks=strike.hooks())
@@ -143,7 +144,7 @@ def test_groups_that_break_again_and_again(tmp_path: Path, monkeypatch: pytest.M
     """The round is given up in one sentence, and what was committed goes on without a group, and elsewhere."""
     places = Meeting.places
     monkeypatch.setattr(Meeting, "places", lambda *given: [one._replace(size=9) for one in places(*given)])
-    monkeypatch.setattr(together, "LEAST_MEETING_SECONDS", 0.5)
+    monkeypatch.setattr(collective, "LEAST_MEETING_SECONDS", 0.5)
     changes, quick = CASES["codecs"], {"engine.straggler_seconds": 0.1}
     with pytest.raises(RoundAborted, match=r"5 groups of Ray actors in a row broke \(a group of 9 did not"):
         run(decentralized(changes | RAY | GLOO | quick), out=tmp_path / "ray")

@@ -15,7 +15,7 @@ from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.task import VariantMode
-from gossamer.engines.training import modes
+from gossamer.engines.training import modes as measuring
 from gossamer.errors import ConfigError
 
 CNN = {"workload.model": {"name": "cnn", "width": 0.125}}
@@ -43,7 +43,7 @@ def pinned_modes(directory: Path) -> list[dict[str, Any]]:
 )
 def test_admissible(model: dict[str, Any], data: dict[str, Any], expected: set[VariantMode]) -> None:
     task = build(parse(configure(model | data | {"submodel.scaler": False}))).task
-    found = measure.admissible(task)
+    found = measuring.admissible(task)
     assert len(found) == len(expected)
     assert set(found) == expected
 
@@ -51,7 +51,7 @@ def test_admissible(model: dict[str, Any], data: dict[str, Any], expected: set[V
 def test_a_workload_that_cannot_be_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
     task = build(parse(configure())).task
     monkeypatch.setattr(task.workload, "supports_stacking", False)
-    assert measure.admissible(task) == [SINGLY]
+    assert measuring.admissible(task) == [SINGLY]
 
 
 @pytest.mark.parametrize("quickest", [SINGLY, LAST, PADDED])
@@ -64,7 +64,7 @@ def test_the_quickest_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         tried.append((variant, mode))
         return lambda: 0.1 if mode == (quickest, other)[variant] else 0.2
 
-    monkeypatch.setattr(measure, "_trial", trial)
+    monkeypatch.setattr(measuring, "_trial", trial)
     config = configure(mixed("fedrolex", (0.5, 1.0)) | {"engine.modes": "auto"} | CNN | RAGGED)
     done = run(config, out=tmp_path / "run")
     assert set(tried) == {(variant, mode) for variant in (0, 1) for mode in (SINGLY, LAST, PADDED)}

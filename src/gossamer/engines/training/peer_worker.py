@@ -22,10 +22,6 @@ from gossamer.topology import Mixing
 
 Message = dict[str, Any]
 
-BLOCK_BYTES = 4 << 20  # of models, and of samples, that are trained at once: to stay in cache
-MOST_ROWS = 1 << 12
-ROWS_ONE_BY_ONE = 16
-
 
 @dataclass(frozen=True)
 class PeerState:
