@@ -5,20 +5,28 @@ BIN := $(VENV)/bin
 # Where pip looks for torch first; empty: its default index. README.md says when to set it.
 TORCH_INDEX ?=
 JOBS ?= auto
+PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadgroup
 DEMO_OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 # make experiment NAME=fedrolex-mnist: run it, draw it, hold it against what theory and publications say
 NAME ?= quickstart
 OUT ?= runs/$(NAME)-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint format experiment rivals bench faults clean
+.PHONY: demo test test-all test-slow lint format experiment rivals bench faults clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gossamer run experiments/quickstart/config.yaml --out $(DEMO_OUT)
 	$(BIN)/gossamer plot $(DEMO_OUT) --spec experiments/quickstart/plot.yaml -o $(DEMO_OUT)/convergence.png
 
+# The large sweeps are sampled, by a seed that changes with the commit; test-all runs every case.
 test: $(VENV)/.installed lint
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup
+	$(PYTEST)
+
+test-all: $(VENV)/.installed lint
+	$(PYTEST) --all-sweeps
+
+test-slow: $(VENV)/.installed
+	$(PYTEST) --durations=30
 
 experiment: $(VENV)/.installed
 	$(BIN)/gossamer run experiments/$(NAME)/config.yaml --out $(OUT)

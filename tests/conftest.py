@@ -1,4 +1,4 @@
-"""Makes what the tests share importable by name, plug-ins included, and computes with one thread.
+"""What all tests share: modules found by name, plug-ins included, one thread, and samples of the large sweeps.
 
 Several threads would fight with the workers that tests start, and with other tests, for the same few processors.
 """
@@ -8,9 +8,45 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from hypothesis import settings
 
 HERE = Path(__file__).parent
 
 sys.path[:0] = [str(HERE), str(HERE / "plugins")]
 torch.set_num_threads(1)
+
+settings.register_profile("sample", max_examples=20, deadline=None)
+settings.register_profile("whole", max_examples=100, deadline=None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-sweeps", action="store_true", help="run every case of every sweep, and more examples")
+    parser.addoption("--sweep-seed", help="seed of the samples of sweeps; default: the commit that is checked out")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Settle what is sampled; xdist hands these options on, so that all of its workers collect the same tests."""
+    from sampling import commit
+
+    config.addinivalue_line("markers", "sweep(keep, at_least=2): run a share of the cases; see tests/sampling.py")
+    config.option.all_sweeps |= any("::" in name for name in config.args) or bool(config.option.keyword)
+    config.option.sweep_seed = config.option.sweep_seed or commit(HERE)
+    settings.load_profile("whole" if config.option.all_sweeps else "sample")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say how a selection can be repeated."""
+    seed = config.option.sweep_seed
+    sample = f"sweeps were sampled: --sweep-seed {seed} repeats the selection, --all-sweeps runs every case"
+    terminalreporter.write_line("every case of all sweeps was run" if config.option.all_sweeps else sample)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from sampling import left_out
+
+    if not config.option.all_sweeps:
+        dropped = left_out(items, config.option.sweep_seed)
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=list(dropped))
