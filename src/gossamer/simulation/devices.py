@@ -74,7 +74,7 @@ class DeviceProfile(Options):
 
 def profile_names() -> list[str]:
     """List the profiles that ship here."""
-    folder = resources.files("gossamer.profiling") / "profiles"
+    folder = resources.files("gossamer.simulation") / "profiles"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -90,7 +90,7 @@ def read_profile(name: str) -> dict[str, Any]:
             f"unknown device profile {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give the path of a"
             " YAML file)"
         )
-    path = Path(name) if is_path else resources.files("gossamer.profiling") / "profiles" / f"{name}.yaml"
+    path = Path(name) if is_path else resources.files("gossamer.simulation") / "profiles" / f"{name}.yaml"
     try:
         with path.open(encoding="utf-8") as file:
             data = yaml.safe_load(file)
