@@ -113,7 +113,7 @@ def run_gossamer() -> None:
         ("torch", "numpy"),
         processes=own.workers,
         topology=own.topology,
-        modes=[mode.model_dump() for mode in parts.task.modes],
+        modes=[variant.mode.model_dump() for variant in parts.task.variants],
         phase_seconds={name: seconds[options.warmup :] for name, seconds in phases.items()},
     )
 

@@ -64,7 +64,7 @@ def train_round(parts: Parts, round: int, model: Params, local: Local) -> list[S
     rate = learning_rate(config.train.lr, config.train.schedule, round, config.rounds)
     plan = parts.planner.plan(round)
     for client, variant, weight in zip(plan.client.tolist(), plan.variant.tolist(), plan.weight.tolist(), strict=True):
-        capacity, whole = plan.capacities[variant], {name: value.float() for name, value in model.items()}
+        capacity, whole = parts.task.capacities[variant], {name: value.float() for name, value in model.items()}
         windows = extract(whole, AXES, capacity, round, sub.strategy, config.seed, client, sub.stride).windows
         where = {
             name: np.ix_(

@@ -162,7 +162,7 @@ class SlowPeers:
         """Return the capacity of a peer."""
         plan = self.parts.planner.plan(round)
         (row,) = np.flatnonzero(plan.client == peer)
-        return plan.capacities[int(plan.variant[row])]
+        return self.parts.task.capacities[int(plan.variant[row])]
 
     def window(self, round: int, peer: int) -> dict[str, Tensor]:
         """Return where, in a flat row, the entries of the parameters of a peer's sub-model lie."""

@@ -105,7 +105,7 @@ class TestRefusals:
             ({"algorithm": "json:loads"}, "algorithm 'json:loads' fails with TypeError: "),
             ({"algorithm": "builtins:dict"}, "algorithm 'builtins:dict' is a dict without uplink, downlink, "),
             ({"submodel.strategy": "math:pi"}, "submodel.strategy 'math:pi' is a float without choose, rank: correct"),
-            ({"engine": "math:pi"}, "engine 'math:pi' is a float without train, exchange, "),
+            ({"engine": "math:pi"}, "engine 'math:pi' is a float without is_remote, train, exchange, "),
             ({"log": {"sinks": ["tensorbord"]}}, "unknown entry 'tensorbord' in log.sinks; did you mean 'tensorboard'"),
             ({"methods": {"a": {"train.lr": -1}}}, "train.lr = -1"),
         ],

@@ -1,11 +1,11 @@
-"""From a checked configuration to the parts of a run: plug-ins found, data loaded, everything open settled."""
+"""Assembles the parts of a run from a resolved configuration: data loaded, rounds planned, modes chosen."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer import registry
 from gossamer.algorithms.base import Algorithm
-from gossamer.config.resolve import settle, split
-from gossamer.config.rules import check_peers, require_population, require_whole_models, unused_options
+from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
-from gossamer.engines.task import Task, TrainOptions, VariantMode
+from gossamer.engines.task import Task
 from gossamer.engines.training.mixing import column_sums
 from gossamer.engines.training.modes import choose_modes
-from gossamer.errors import ConfigError, plugin_errors, require_attributes
+from gossamer.errors import ConfigError, plugin_errors
 from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
 from gossamer.planning.clients import Planner
 from gossamer.planning.peers import PeerPlanner
-from gossamer.registry import resolve
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.simulation.costs import Costs
 from gossamer.simulation.counting import count_variants
@@ -32,19 +31,11 @@ from gossamer.simulation.devices import DeviceShare
 from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
-from gossamer.task import (
-    ALGORITHM,
-    build_topology,
-    load_workload,
-    make_cutter,
-    num_participants,
-    with_absolute_paths,
-)
+from gossamer.task import load_workload, make_task
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Workload
 
 MERGED_COLUMNS = 1 << 10  # that are summed at a time
-ENGINE = ("train", "exchange", "evaluate", "read", "write", "close")
 
 
 @dataclass(frozen=True)
@@ -56,29 +47,37 @@ class Parts:
     """
 
     config: Config
-    workload: Workload
-    algorithm: Algorithm
     task: Task
     planner: Planner | PeerPlanner
     engine_class: Any
     warnings: tuple[str, ...] = ()
 
+    @property
+    def workload(self) -> Workload:
+        """The task's workload."""
+        return self.task.workload
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The task's algorithm."""
+        return self.task.algorithm
+
     def start_engine(self, directory: Path) -> tuple[Any, ClientStore | None]:
         """Start the engine from the initial model, with a store for private state if the algorithm keeps some."""
         options, x = self.config.engine, self.workload.init(self.config.seed)
         given: dict[str, Any] = {"block_size": None if options.block_size == "auto" else options.block_size}
-        if getattr(self.engine_class, "is_remote", False):
+        if self.engine_class.is_remote:
             given["workers"] = 0 if options.workers == "auto" else options.workers
             given |= {"address": options.address, "straggler_seconds": options.straggler_seconds}
             given["recipe"] = {
-                "factory": "gossamer.build:task_of",
+                "factory": "gossamer.task:task_of",
                 "config": self.config.model_dump(mode="json"),
                 "paths": [os.path.abspath(path) for path in sys.path],
             }
         else:
             given["workers"] = default_workers() if options.workers == "auto" else options.workers
         if self.task.topology is not None:
-            if options.collective is not None and getattr(self.engine_class, "is_remote", False):
+            if options.collective is not None and self.engine_class.is_remote:
                 given["collective"] = options.collective
             return self.engine_class.of_peers(self.task, x, **given), None
         store = None
@@ -103,7 +102,7 @@ class Parts:
                 num_rounds=config.rounds,
                 quorum=config.population.quorum,
                 evaluate_every=config.evaluation.every,
-                evaluate_capacities=self.task.capacities if config.evaluation.by_capacity else (),
+                evaluate_variants=self.task.capacities if config.evaluation.by_capacity else (),
                 commit_every_seconds=config.checkpoint.every_seconds,
                 evaluate_peers=config.evaluation.num_peers,
             ),
@@ -121,64 +120,41 @@ class Parts:
         return (sums / len(x)).to(x.dtype)
 
 
-def build(config: Config, data: Any = None) -> Parts:
-    """Load data, make the model, and settle everything that the configuration leaves open.
+def build(config: Config | Resolved, data: Any = None) -> Parts:
+    """Load data, make the model, and assemble a run.
 
     Args:
+        config: the configuration; unless it is resolved already, it is now.
         data: that the workload of the same configuration loaded elsewhere, see `Workload`; None: it is loaded.
 
     Raises:
         GossamerError: an unknown plug-in, contradictory options, missing or malformed data.
     """
-    engine_class = resolve("engine", config.engine.name)
-    require_attributes(f"engine {config.engine.name!r}", engine_class, ENGINE)
-    algorithm_name, algorithm_options = split(config.algorithm)
-    algorithm_class = resolve("algorithm", algorithm_name)
-    require_population(config, algorithm_class)
-    config = settle(config, algorithm_class)
-    topology = build_topology(config)
-    config = with_absolute_paths(config)
-    if topology is not None and config.peers is not None:
-        config = config.model_copy(update={"peers": config.peers.model_copy(update={"num": topology.n})})
-    train, sub = config.train, config.submodel
-    with plugin_errors(f"algorithm {algorithm_name!r}"):
-        algorithm = algorithm_class(algorithm_options, momentum=train.momentum, weight_decay=train.weight_decay)
-    require_attributes(f"algorithm {algorithm_name!r}", algorithm, ALGORITHM)
-    require_whole_models(config, algorithm)
-    warnings = check_peers(config, algorithm, topology) if topology is not None else ()
-    workload, num_clients = load_workload(config, data), num_participants(config)
-    warnings += tuple(getattr(workload, "warnings", ())) + unused_options(config, algorithm)
+    resolved = resolve(config) if isinstance(config, Config) else config
+    config, algorithm = resolved.config, resolved.algorithm
+    workload = load_workload(config, data)
     if algorithm.client_arrays and workload.init(config.seed).dtype != torch.float32:
         raise ConfigError(
-            f"algorithm {algorithm_name!r} keeps private state in float32, but workload"
+            f"algorithm {config.algorithm['name']!r} keeps private state in float32, but workload"
             f" {config.workload['name']!r} trains in float64: set workload.precision to single"
         )
-    levels = sorted(zip(sub.capacities, sub.shares or [1.0] * len(sub.capacities), strict=True))
-    capacities = Capacities([c for c, _ in levels], [s for _, s in levels], sub.assignment, num_clients, config.seed)
-    assert sub.mask_labels is not None
-    assert sub.scaler is not None
-    task = Task(
-        workload=workload,
-        algorithm=algorithm,
-        cutter=make_cutter(config, algorithm, workload),
-        train=TrainOptions(train.batch_size, train.clip_norm),
-        seed=config.seed,
-        capacities=capacities.levels,
-        modes=(VariantMode(),) * len(levels),
-        scaler=sub.scaler,
-        count_labels=sub.mask_labels and workload.num_labels > 0,
-        topology=topology,
-    )
-    planner = make_planner(config, task, capacities)
-    task = replace(task, modes=_modes(config, task))
-    modes = [ModeOptions(capacity=c, **dict(mode)) for c, mode in zip(task.capacities, task.modes, strict=True)]
+    task = make_task(config, algorithm, resolved.topology, workload)
+    planner = make_planner(config, task)
+    if config.engine.modes == "auto":
+        task = task.with_modes(choose_modes(task, algorithm.init(workload.init(config.seed)[None])))
+    else:
+        check_modes(task, config.algorithm["name"])
+    modes = [ModeOptions(capacity=one.capacity, **dict(one.mode)) for one in task.variants]
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"modes": modes})})
-    return Parts(config, workload, algorithm, task, planner, engine_class, warnings)
+    warnings = resolved.warnings + tuple(getattr(workload, "warnings", ()))
+    return Parts(config, task, planner, resolved.engine_class, warnings)
 
 
-def make_planner(config: Config, task: Task, capacities: Capacities) -> Planner | PeerPlanner:
+def make_planner(config: Config, task: Task) -> Planner | PeerPlanner:
     """Return what plans the rounds of clients, or of peers."""
-    train, clients, peers = config.train, config.clients, config.peers
+    train, clients, peers, sub = config.train, config.clients, config.peers, config.submodel
+    shares = [share for _, share in sorted(zip(sub.capacities, sub.shares or [1.0] * len(sub.capacities), strict=True))]
+    capacities = Capacities(task.capacities, shares, sub.assignment, task.workload.num_clients, config.seed)
     costs = count_costs(config, task, capacities)
     if peers is not None:
         assert task.topology is not None
@@ -197,7 +173,7 @@ def make_planner(config: Config, task: Task, capacities: Capacities) -> Planner 
             final_merge=peers.final_merge,
         )
     assert clients is not None
-    found = resolve("sampler", clients.sampler)
+    found = registry.resolve("sampler", clients.sampler)
 
     def sampler(seed: int, round: int, num_clients: int, count: int) -> Any:
         """Return what the sampler does, as integers."""
@@ -232,53 +208,44 @@ def count_costs(config: Config, task: Task, capacities: Capacities) -> Costs:
     devices = assign_devices(
         config.devices or [DeviceShare(profile=config.device)],
         config.submodel.assignment,
-        num_participants(config),
+        task.workload.num_clients,
         config.seed,
     )
     variants = count_variants(
         task.workload,
         task.algorithm,
-        task.cutter,
-        task.capacities,
-        batch_size=task.train.batch_size,
+        task.variants,
+        batch_size=task.batch_size,
         scaler=task.scaler,
         bytes_per_number=task.workload.init(task.seed).itemsize,
     )
     costs = Costs(variants, devices)
-    costs.check_memory(devices_of_capacities(devices, capacities, num_participants(config)))
+    costs.check_memory(devices_of_capacities(devices, capacities, task.workload.num_clients))
     return costs
 
 
-def _modes(config: Config, task: Task) -> tuple[VariantMode, ...]:
-    """Return the pinned modes, or measure."""
-    given = config.engine.modes
-    if given == "auto":
-        state = task.algorithm.init(task.workload.init(config.seed)[None])
-        return choose_modes(task, state)
-    if isinstance(given, VariantMode):
-        given = [ModeOptions(capacity=capacity, **given.model_dump()) for capacity in task.capacities]
-    by_capacity = {mode.capacity: mode for mode in given}
-    if len(given) != len(by_capacity) or set(by_capacity) != set(task.capacities):
-        raise ConfigError(
-            f"engine.modes names capacities {sorted(mode.capacity for mode in given)} but the run has"
-            f" {list(task.capacities)}: name each once, or set engine.modes to auto"
-        )
-    ragged = bool((task.workload.num_samples % task.train.batch_size != 0).any())
-    for mode in given:
+def check_modes(task: Task, algorithm: str) -> None:
+    """Refuse modes that workload or algorithm do not allow.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    ragged = bool((task.workload.num_samples % task.batch_size != 0).any())
+    for variant in task.variants:
+        mode, capacity = variant.mode, variant.capacity
         if mode.stacked and not getattr(task.algorithm, "stackable", True):
             raise ConfigError(
-                f"engine.modes stacks capacity {mode.capacity}, but algorithm {config.algorithm['name']!r} trains"
+                f"engine.modes stacks capacity {capacity}, but algorithm {algorithm!r} trains"
                 " participants one by one: use auto"
             )
         if mode.stacked and (not task.workload.supports_stacking or (ragged and not mode.padding)):
             raise ConfigError(
-                f"engine.modes stacks capacity {mode.capacity}, whose batches differ or cannot be stacked: use auto"
+                f"engine.modes stacks capacity {capacity}, whose batches differ or cannot be stacked: use auto"
             )
         if mode.padding and not task.workload.supports_padding:
             raise ConfigError(
-                f"engine.modes pads capacity {mode.capacity}, but the model mixes samples of a batch: use auto"
+                f"engine.modes pads capacity {capacity}, but the model mixes samples of a batch: use auto"
             )
-    return tuple(VariantMode(**by_capacity[c].model_dump(exclude={"capacity"})) for c in task.capacities)
 
 
 def default_workers() -> int:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
-from gossamer.config.resolve import check
-from gossamer.config.schema import Config
+from gossamer.config.resolve import Resolved, resolve
 from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, storage_errors
 from gossamer.profiling.spans import Spans
 from gossamer.round_record import Observer
@@ -74,8 +73,7 @@ def run(
     """
     data = configuration.load(source, overrides)
     singles = configuration.expand(data)
-    for single in singles.values():
-        check(configuration.parse(single))
+    resolved = {name: resolve(configuration.parse(single)) for name, single in singles.items()}
     directory = Path(out) if out is not None else new_directory(Path("runs"), str(data.get("name", "run")))
     if (directory / EXPERIMENT).exists() or (directory / CONFIG).exists():
         raise ConfigError(f"{str(directory)!r} already holds a run: resume it, or choose another --out")
@@ -89,7 +87,7 @@ def run(
                 path.write_text(yaml.safe_dump(dict(data), sort_keys=False))
 
     try:
-        return _run_all(directory, singles, hooks or Hooks(), keep_experiment)
+        return _run_all(directory, singles, hooks or Hooks(), resolved, keep_experiment)
     except GossamerError:
         if out is None:
             with suppress(OSError):  # a directory that holds nothing, because the configuration was refused
@@ -126,6 +124,7 @@ def _run_all(
     directory: Path,
     singles: Mapping[str, Mapping[str, Any]],
     hooks: Hooks,
+    resolved: dict[str, Resolved] | None = None,
     before_writing: Callable[[], None] = lambda: None,
     overrides: Sequence[str] = (),
 ) -> Run:
@@ -134,10 +133,16 @@ def _run_all(
     with stop_on_signals() as stop_requested:
         for name, data in singles.items():
             where = directory / name if name else directory
-            begun = read_config(where) if (where / CONFIG).exists() else data
-            config = configuration.parse(configuration.load(begun, overrides))
+            has_begun = (where / CONFIG).exists()
+            config = configuration.parse(configuration.load(read_config(where) if has_begun else data, overrides))
+            ready = None if resolved is None or has_begun else resolved.pop(name, None)  # it may hold a large graph
             try:
-                runs.append(_run_single(config, where, name or config.name, hooks, stop_requested, before_writing))
+                ready = ready or resolve(config)
+                runs.append(
+                    _run_single(
+                        ready or resolve(config), where, name or config.name, hooks, stop_requested, before_writing
+                    )
+                )
             except Interrupted as stop:
                 written = directory.exists()
                 remedy = f"resume with: gossamer resume {directory}" if written else "nothing was written: run it again"
@@ -152,7 +157,7 @@ def _run_all(
 
 
 def _run_single(
-    config: Config,
+    resolved: Resolved,
     directory: Path,
     name: str,
     hooks: Hooks,
@@ -160,7 +165,8 @@ def _run_single(
     before_writing: Callable[[], None],
 ) -> Run:
     resumed = (directory / CONFIG).exists()
-    parts = build(config)
+    parts = build(resolved)
+    config = parts.config
     if stop_requested():
         raise Interrupted("stopped before the first round")
     sinks = make_sinks(config.log.sinks, directory)

@@ -19,7 +19,7 @@ class Block(NamedTuple):
     so the tree over all leaves, and with it every bit, does not depend on how many of them make a block.
 
     Attributes:
-        variant: which capacity.
+        variant: number of the variant.
         first_leaf: number of the block's first leaf among those of its variant.
         leaf: rows of a leaf; the variant's last one may be shorter.
         rows: slice of the plan's rows.
@@ -41,9 +41,8 @@ class RoundPlan:
         site: int64 [p], row of the resident state that each participant starts from (0 for a server).
         weight: float64 [p], aggregation weights.
         steps: int32 [p], local steps.
-        variant: int16 [p], index into `capacities`.
+        variant: int16 [p], number of each one's variant, see `gossamer.engines.task.Variant`.
         base: int64 [p], model version that each starts from; equal to `round` unless asynchronous.
-        capacities: the capacity of each variant, ascending.
         lr: local learning rate.
         dropped: int64 [q], clients that were chosen but do not take part.
         mixing: how peers exchange: by the "topology" of the round, or by the "mean" of all; "none": there is a server.
@@ -57,7 +56,6 @@ class RoundPlan:
     steps: NDArray[np.int32]
     variant: NDArray[np.int16]
     base: NDArray[np.int64]
-    capacities: tuple[float, ...]
     lr: float
     dropped: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     mixing: Literal["none", "topology", "mean"] = "none"

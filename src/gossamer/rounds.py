@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from gossamer.engines.base import Engine
+from gossamer.engines.task import WHOLE
 from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
 from gossamer.planning.base import TimedPlan
 from gossamer.planning.clients import Planner
@@ -35,7 +36,7 @@ class LoopOptions:
         num_rounds: rounds to run in all.
         quorum: least share of the updates that a round waits for which must be in time and usable.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
-        evaluate_capacities: sub-model sizes to evaluate besides the whole model.
+        evaluate_variants: capacities of the variants to evaluate besides the whole model; () for none.
         evaluate_peers: peers whose own models are evaluated.
         commit_every_seconds: least time between commits; 0 commits after every round.
     """
@@ -43,7 +44,7 @@ class LoopOptions:
     num_rounds: int
     quorum: float
     evaluate_every: int
-    evaluate_capacities: tuple[float, ...]
+    evaluate_variants: tuple[float, ...]
     commit_every_seconds: float
     evaluate_peers: int = 0
 
@@ -190,12 +191,12 @@ class Loop:
             )
 
     def _evaluate(self, round: int) -> Record:
-        whole = self.workload.metrics(self.engine.evaluate(1.0, round))
+        whole = self.workload.metrics(self.engine.evaluate(WHOLE, round))
         metrics: Record = dict(whole)
-        if self.options.evaluate_capacities:
+        if self.options.evaluate_variants:
             by_capacity = {
-                capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(capacity, round))
-                for capacity in self.options.evaluate_capacities
+                capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(index, round))
+                for index, capacity in enumerate(self.options.evaluate_variants)
             }
             for name in whole:
                 metrics[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}

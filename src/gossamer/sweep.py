@@ -16,7 +16,7 @@ import yaml
 
 from gossamer import experiment
 from gossamer.config import loading as configuration
-from gossamer.config.resolve import check
+from gossamer.config.resolve import resolve
 from gossamer.config.schema import as_mapping
 from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors
 from gossamer.reports.curves import find_runs, group
@@ -91,7 +91,7 @@ def sweep(
         raise ConfigError(f"--parallel {num_parallel}: give a number >= 1, together with --engine ray")
     grid = make_grid(source, settings, seeds)
     for single in grid.singles.values():
-        check(configuration.parse(single))
+        resolve(configuration.parse(single))
     name = str(grid.experiment.get("name", "sweep"))
     directory = Path(out) if out is not None else new_directory(Path("runs"), name)
     _keep(directory, grid.experiment)

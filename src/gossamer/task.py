@@ -1,56 +1,94 @@
-"""The parts of a task, rebuilt from a configuration."""
+"""A task from a resolved configuration: all that an actor, a rank or a node needs to train, without plans and costs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from gossamer import topology
+from gossamer import registry
 from gossamer.algorithms.base import Algorithm
 from gossamer.config.loading import parse
-from gossamer.config.resolve import split
-from gossamer.config.rules import is_topology_file
-from gossamer.config.schema import Config
-from gossamer.engines.task import Task
-from gossamer.errors import plugin_errors, require_attributes
-from gossamer.registry import resolve
+from gossamer.config.resolve import build_topology, make_algorithm, split
+from gossamer.config.schema import Config, ModeOptions
+from gossamer.engines.task import LocalSGD, Task, Variant, VariantMode
+from gossamer.errors import ConfigError, plugin_errors, require_attributes
 from gossamer.submodel import Cutter
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload
 
-ALGORITHM = ("uplink", "downlink", "client_arrays", "init", "begin", "step", "end", "update")
-
-
 STRATEGY = ("choose", "rank")
-
-
 WORKLOAD = ("layout", "num_samples", "init", "batch", "loss", "evaluate", "metrics")
 
 
-def make_cutter(config: Config, algorithm: Algorithm, workload: Workload) -> Cutter:
-    """Return what cuts sub-models.
+def task_of(config: Mapping[str, Any], data: Any = None) -> Task:
+    """Rebuild the task of a resolved configuration elsewhere.
+
+    Args:
+        config: what `Parts.config` holds, as JSON.
+        data: that the workload of the same configuration loaded elsewhere, see `Workload`; None: it is loaded.
 
     Raises:
-        GossamerError: the strategy is unknown or lacks something, or an offset's axis is not the model's.
+        GossamerError: a plug-in or the data is missing here.
     """
-    sub = config.submodel
+    parsed = parse(config)
+    return make_task(parsed, make_algorithm(parsed), build_topology(parsed), load_workload(parsed, data))
+
+
+def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, workload: Workload) -> Task:
+    """Assemble a task and bind its variants, in the modes that the configuration pins.
+
+    Raises:
+        GossamerError: the strategy is unknown or lacks something, an offset's axis is not the model's, or the modes
+            are not those of the capacities.
+    """
+    sub, train = config.submodel, config.train
     assert sub.strategy is not None
-    strategy = resolve("strategy", sub.strategy)
+    assert sub.scaler is not None
+    strategy = registry.resolve("strategy", sub.strategy)
     require_attributes(f"submodel.strategy {sub.strategy!r}", strategy, STRATEGY)
     whole = getattr(algorithm, "full_size", False)
-    return Cutter(workload.layout, strategy, sub.stride, config.seed, sub.offsets, full_size=whole)
+    cutter = Cutter(workload.layout, strategy, sub.stride, config.seed, sub.offsets, full_size=whole)
+    optimizer = LocalSGD(train.momentum, train.weight_decay, train.clip_norm)
+    capacities = sorted(sub.capacities)
+    bound = (
+        Variant.bind(index, capacity, algorithm, cutter, optimizer, mode)
+        for index, (capacity, mode) in enumerate(zip(capacities, pinned_modes(config, capacities), strict=True))
+    )
+    return Task(
+        workload=workload,
+        algorithm=algorithm,
+        cutter=cutter,
+        variants=tuple(bound),
+        batch_size=train.batch_size,
+        seed=config.seed,
+        scaler=sub.scaler,
+        count_labels=bool(sub.mask_labels) and workload.num_labels > 0,
+        topology=topology,
+    )
 
 
-def task_of(config: Mapping[str, Any], data: Any = None) -> Task:
-    """Rebuild the task of a resolved configuration elsewhere, with data that need not be loaded again, see `build`."""
-    from gossamer.build import build
+def pinned_modes(config: Config, capacities: list[float]) -> list[VariantMode]:
+    """Return the mode of each capacity that the configuration pins; where it pins none, the default ones.
 
-    return build(parse(config), data).task
+    Raises:
+        ConfigError: it names other capacities.
+    """
+    given = config.engine.modes
+    if given == "auto":
+        return [VariantMode()] * len(capacities)
+    if isinstance(given, VariantMode):
+        given = [ModeOptions(capacity=capacity, **given.model_dump()) for capacity in capacities]
+    by_capacity = {mode.capacity: mode for mode in given}
+    if len(given) != len(by_capacity) or set(by_capacity) != set(capacities):
+        raise ConfigError(
+            f"engine.modes names capacities {sorted(mode.capacity for mode in given)} but the run has {capacities}:"
+            " name each once, or set engine.modes to auto"
+        )
+    return [VariantMode(**by_capacity[capacity].model_dump(exclude={"capacity"})) for capacity in capacities]
 
 
 def load_workload(config: Config, data: Any = None) -> Workload:
-    """Make the workload, with `data` that were loaded elsewhere, see `build`.
+    """Make the workload, with `data` that were loaded elsewhere, see `task_of`.
 
     Raises:
         GossamerError: its options are wrong, its data missing or malformed, or one of its plug-ins fails.
@@ -58,41 +96,8 @@ def load_workload(config: Config, data: Any = None) -> Workload:
     (name, options), partition = split(config.workload), config.population.partition
     loaded = {} if data is None else {"data": data}
     with plugin_errors(f"workload {config.workload} on partition {partition['name']!r}"):
-        workload: Workload = resolve("workload", name)(
-            options, num_clients=num_participants(config), partition=partition, seed=config.seed, **loaded
+        workload: Workload = registry.resolve("workload", name)(
+            options, num_clients=config.population.num, partition=partition, seed=config.seed, **loaded
         )
     require_attributes(f"workload {name!r}", workload, WORKLOAD)
     return workload
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """Return the configuration with its topology's files named from the root, so that it can be resumed anywhere."""
-    if config.peers is None:
-        return config
-    given = dict(config.peers.topology)
-    if is_topology_file(given["name"]):
-        given["name"] = str(Path(given["name"]).absolute())
-    if isinstance(given.get("path"), str):
-        given["path"] = str(Path(given["path"]).absolute())
-    return config.model_copy(update={"peers": config.peers.model_copy(update={"topology": given})})
-
-
-def build_topology(config: Config) -> Topology | None:
-    """Build the peers' topology, from a name and parameters or from a YAML file; None where there is a server.
-
-    Raises:
-        ConfigError: see `topology.build`.
-    """
-    if config.peers is None:
-        return None
-    name, parameters = split(config.peers.topology)
-    if is_topology_file(name):
-        return topology.load(name, n=config.peers.num, seed=config.seed, **parameters)
-    return topology.build(name, n=config.peers.num, seed=config.seed, **parameters)
-
-
-def num_participants(config: Config) -> int:
-    """Return the number of registered clients, or of peers."""
-    num = config.population.num
-    assert num is not None
-    return num

@@ -13,7 +13,7 @@ from gossamer import topology
 from gossamer.cli.main import app
 from gossamer.registry import BUILTIN
 
-FOLDER = Path(__file__).parents[1] / "topologies"
+FOLDER = Path(__file__).parents[2] / "topologies"
 
 
 def invoke(*arguments: Any) -> Any:

@@ -60,7 +60,7 @@ def planner(**changes: Any) -> Planner:
     return Planner(**(options | changes))
 
 
-def plan_of(variants: list[int], num_variants: int = 3) -> RoundPlan:
+def plan_of(variants: list[int]) -> RoundPlan:
     count = len(variants)
     whole = np.arange(count, dtype=np.int64)
     return RoundPlan(
@@ -72,7 +72,6 @@ def plan_of(variants: list[int], num_variants: int = 3) -> RoundPlan:
         steps=np.ones(count, dtype=np.int32),
         variant=np.array(sorted(variants), dtype=np.int16),
         base=np.full(count, 2),
-        capacities=tuple((i + 1) / num_variants for i in range(num_variants)),
         lr=0.1,
     )
 
@@ -183,7 +182,7 @@ class TestPlan:
         keys = list(zip(plan.variant.tolist(), (-plan.steps).tolist(), plan.client.tolist(), strict=True))
         assert keys == sorted(keys)
         assert len({key[1] for key in keys}) > 1
-        assert (plan.round, plan.phase, plan.capacities, plan.lr) == (round, 0, (0.25, 0.5, 1.0), 0.1)
+        assert (plan.round, plan.phase, plan.lr) == (round, 0, 0.1)
         assert plan.base.tolist() == [round] * 15
         assert plan.site.tolist() == [0] * 15
         assert plan.dropped.tolist() == []

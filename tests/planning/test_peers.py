@@ -147,7 +147,7 @@ class TestSimulatedTime:
 
     def test_in_a_run(self, tmp_path: Path) -> None:
         """A network that ships here: links of known latency and bandwidth."""
-        path = Path(__file__).parents[1] / "topologies/internet-50.yaml"
+        path = Path(__file__).parents[2] / "topologies/internet-50.yaml"
         graph = topology.load(path, seed=0)
         edges = graph.mixing(0).edges()
         assert edges.latency_seconds is not None

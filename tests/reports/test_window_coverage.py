@@ -123,7 +123,7 @@ def test_participants_are_those_of_the_run(tmp_path: Path) -> None:
         timed = parts.planner.timed_plan(record["round"] - 1, now)
         now = record["simulated_seconds"]
         for client, variant in zip(timed.plan.client, timed.plan.variant, strict=True):
-            capacity = timed.plan.capacities[variant]
+            capacity = parts.task.capacities[variant]
             seen.add(parts.task.cutter.cut(capacity, timed.plan.round, int(client)))
     (found,) = window_coverage.examine(path)
     assert (found.reaches[-1].channels, found.reaches[-1].weights) == (seen.channels, seen.weights)

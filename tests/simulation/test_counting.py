@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.federated import FedAvg
+from gossamer.engines.task import LocalSGD, Variant, VariantMode
 from gossamer.errors import ConfigError
 from gossamer.planning.assignment import assign_devices
 from gossamer.round_record import RoundCosts
@@ -56,6 +57,10 @@ class Talkative(FedAvg):
         return {"x": x, "y": x.clone()}
 
 
+def variants_of(algorithm: FedAvg, cutter: Cutter) -> list[Variant]:
+    return [Variant.bind(i, c, algorithm, cutter, LocalSGD(), VariantMode()) for i, c in enumerate(CAPACITIES)]
+
+
 def costs_of(of: ImageClassification, variants: list[int], samples: list[int], **changes: Any) -> RoundCosts:
     """Return the costs of participants of the given variants, all of them in time."""
     device = {
@@ -64,7 +69,7 @@ def costs_of(of: ImageClassification, variants: list[int], samples: list[int], *
         "upload_bytes_per_second": UP,
     } | {name: value for name, value in changes.items() if name != "algorithm"}
     algorithm, cutter = changes.get("algorithm", FedAvg({})), Cutter(of.layout, rolling, 1, 0)
-    counted = count_variants(of, algorithm, cutter, CAPACITIES, batch_size=10, scaler=True)
+    counted = count_variants(of, algorithm, variants_of(algorithm, cutter), batch_size=10, scaler=True)
     count = len(variants)
     costs = Costs(counted, Devices([DeviceProfile(**device)], None, count, 0))
     efforts = costs.efforts(np.arange(count), np.array(variants, dtype=np.int16), np.array(samples, dtype=np.int64), 0)
@@ -188,7 +193,8 @@ class Drawing(FedAvg):
 class TestVariants:
     def of(self, workload: ImageClassification, algorithm: FedAvg, **changes: Any) -> list[VariantCosts]:
         options = {"batch_size": 8, "scaler": False} | changes
-        return count_variants(workload, algorithm, Cutter(workload.layout, rolling, 1, 0), CAPACITIES, **options)
+        held = variants_of(algorithm, Cutter(workload.layout, rolling, 1, 0))
+        return count_variants(workload, algorithm, held, **options)
 
     def test_a_number_takes_four_bytes(self, perceptron: ImageClassification) -> None:
         plain, reporting = self.of(perceptron, FedAvg({})), self.of(perceptron, Reporting({}))
@@ -260,7 +266,7 @@ class TestMemory:
     def test_total(self, perceptron: ImageClassification) -> None:
         cutter = Cutter(perceptron.layout, rolling, 1, 0)
         algorithm = FedAvg({}, momentum=0.9)
-        found = count_variants(perceptron, algorithm, cutter, CAPACITIES, batch_size=8, scaler=False)
+        found = count_variants(perceptron, algorithm, variants_of(algorithm, cutter), batch_size=8, scaler=False)
         for level, one in zip(CAPACITIES, found, strict=True):
             saved = count_step(perceptron, perceptron.layout.cut(level), 8).saved_bytes
             assert one.memory_bytes == 3 * 4 * mlp_parameters(int(HIDDEN * level)) + saved

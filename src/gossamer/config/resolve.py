@@ -1,39 +1,115 @@
-"""What a configuration leaves open and an algorithm decides; contradictions between the two."""
+"""One pass over a configuration: plug-ins found, what is left open filled in, contradictions refused."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from gossamer.config.rules import is_topology_file, require_population, require_whole_models
+from gossamer import registry
+from gossamer import topology as topologies
+from gossamer.algorithms.base import Algorithm
+from gossamer.config.rules import (
+    check_peers,
+    is_topology_file,
+    require_population,
+    require_whole_models,
+    unused_options,
+)
 from gossamer.config.schema import Config
-from gossamer.errors import ConfigError, RegistryError
-from gossamer.registry import resolve
+from gossamer.errors import ConfigError, RegistryError, plugin_errors, require_attributes
 from gossamer.simulation.devices import DeviceShare
+from gossamer.topology import Topology
+
+ENGINE = ("is_remote", "train", "exchange", "evaluate", "measure", "read", "write", "close")
+ALGORITHM = ("uplink", "downlink", "client_arrays", "init", "begin", "step", "end", "update")
 
 
-def check(config: Config) -> None:
-    """Find every plug-in that is needed and settle the configuration, before anything is loaded or written.
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration in which nothing is left open but what the data tell, and what was made to find that out.
+
+    Attributes:
+        config: the configuration, with what the algorithm decides filled in and paths of files absolute.
+        algorithm: the algorithm.
+        topology: by which peers mix; None: there is a server.
+        engine_class: where training runs.
+        warnings: what is allowed, but hardly meant.
+    """
+
+    config: Config
+    algorithm: Algorithm
+    topology: Topology | None
+    engine_class: Any
+    warnings: tuple[str, ...]
+
+
+def resolve(config: Config) -> Resolved:
+    """Find every plug-in, fill in what the algorithm decides, and refuse what contradicts itself; loads no data.
 
     Raises:
-        ConfigError: a plug-in is unknown, or the algorithm contradicts the configuration.
+        ConfigError: a plug-in is unknown, the algorithm contradicts the configuration, or theory the topology.
     """
-    algorithm = resolve("algorithm", config.algorithm["name"])
+    algorithm = make_algorithm(config)
     require_population(config, algorithm)
     settled = settle(config, algorithm)
+    engine_class = registry.resolve("engine", settled.engine.name)
+    require_attributes(f"engine {settled.engine.name!r}", engine_class, ENGINE)
     assert settled.submodel.strategy is not None
     named = {
-        "engine": config.engine.name,
         "strategy": settled.submodel.strategy,
-        "workload": config.workload["name"],
-        "partition": config.population.partition["name"],
+        "workload": settled.workload["name"],
+        "partition": settled.population.partition["name"],
     }
-    if config.clients is not None:
-        named["sampler"] = config.clients.sampler
-    if config.peers is not None and not is_topology_file(config.peers.topology["name"]):
-        named["topology"] = config.peers.topology["name"]
+    if settled.clients is not None:
+        named["sampler"] = settled.clients.sampler
     for kind, name in named.items():
-        resolve(kind, name)
+        registry.resolve(kind, name)
+    topology, warnings = build_topology(settled), unused_options(settled, algorithm)
+    if topology is not None:
+        settled = _with_topology(settled, topology)
+        warnings = check_peers(settled, algorithm, topology) + warnings
+    return Resolved(settled, algorithm, topology, engine_class, warnings)
+
+
+def make_algorithm(config: Config) -> Algorithm:
+    """Make the algorithm of a configuration, resolved or not.
+
+    Raises:
+        ConfigError: it is unknown, its options are wrong, or it lacks a method.
+    """
+    name, options = split(config.algorithm)
+    make = registry.resolve("algorithm", name)
+    with plugin_errors(f"algorithm {name!r}"):
+        algorithm: Algorithm = make(options, momentum=config.train.momentum, weight_decay=config.train.weight_decay)
+    require_attributes(f"algorithm {name!r}", algorithm, ALGORITHM)
+    return algorithm
+
+
+def build_topology(config: Config) -> Topology | None:
+    """Build the peers' topology, from a name and parameters or from a YAML file; None where there is a server.
+
+    Raises:
+        ConfigError: see `topology.build`.
+    """
+    if config.peers is None:
+        return None
+    name, parameters = split(config.peers.topology)
+    make = topologies.load if is_topology_file(name) else topologies.build
+    return make(name, n=config.peers.num, seed=config.seed, **parameters)
+
+
+def _with_topology(config: Config, topology: Topology) -> Config:
+    """Return the configuration with the topology's number of peers, and its files named from the root."""
+    assert config.peers is not None
+    given = dict(config.peers.topology)
+    if is_topology_file(given["name"]):
+        given["name"] = str(Path(given["name"]).absolute())
+    if isinstance(given.get("path"), str):
+        given["path"] = str(Path(given["path"]).absolute())
+    peers = config.peers.model_copy(update={"topology": given, "num": topology.n})
+    return config.model_copy(update={"peers": peers})
 
 
 def settle(config: Config, algorithm: Any) -> Config:
@@ -123,10 +199,10 @@ def settle_devices(config: Config, rule: str) -> list[DeviceShare] | None:
 def _workload_defaults(name: str) -> dict[str, Any]:
     """Return the default of every option that a workload declares by its `Options`; {} where it has none.
 
-    A workload that cannot be found has none, either: `check` and `build` say what is wrong with it.
+    A workload that cannot be found has none, either: `resolve` says what is wrong with it.
     """
     try:
-        fields = resolve("workload", name).Options.model_fields
+        fields = registry.resolve("workload", name).Options.model_fields
     except (RegistryError, AttributeError):
         return {}
     return {option: field.default for option, field in fields.items() if not field.is_required()}

@@ -35,8 +35,8 @@ class Engine(Protocol):
         """Combine what `train` returned, update the state and keep the survivors' private state."""
         ...
 
-    def evaluate(self, capacity: float, round: int) -> Sums:
-        """Evaluate the model (or its sub-model of `capacity` at `round`) on the test data; of peers: their mean."""
+    def evaluate(self, variant: int, round: int) -> Sums:
+        """Evaluate the model (`WHOLE`), or its sub-model of a variant, on the test data; of peers: their mean."""
         ...
 
     def measure(self, num_peers: int) -> Record:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.engines.base import Record
-from gossamer.engines.task import Task
+from gossamer.engines.task import Task, Variant
 from gossamer.plan import Block, RoundPlan
 
 BLOCK_BYTES = 4 << 20  # of models, and of samples, that are trained at once: to stay in cache
@@ -16,12 +16,12 @@ ROWS_ONE_BY_ONE = 16
 Message = dict[str, Any]
 
 
-def rows_of_block(task: Task, variant: int, itemsize: int, num_sample_bytes: int) -> int:
+def rows_of_block(task: Task, variant: Variant, itemsize: int, num_sample_bytes: int) -> int:
     """Return how many peers of a variant to train together, so that their models and samples stay in cache."""
-    if not task.modes[variant].stacked:
+    if not variant.mode.stacked:
         return ROWS_ONE_BY_ONE
-    model_bytes = task.cutter.sub_layout(task.capacities[variant]).d * itemsize
-    batch_bytes = num_sample_bytes * task.train.batch_size
+    model_bytes = variant.layout.d * itemsize
+    batch_bytes = num_sample_bytes * task.batch_size
     return max(2, min(BLOCK_BYTES // model_bytes, 4 * BLOCK_BYTES // batch_bytes, MAX_ROWS))
 
 
@@ -33,7 +33,6 @@ def job_message(plan: RoundPlan, block: Block) -> Message:
         "phase": plan.phase,
         "variant": block.variant,
         "first": block.rows.start,
-        "capacity": plan.capacities[block.variant],
         "peers": plan.client[block.rows].tolist(),
         "steps": plan.steps[block.rows].tolist(),
         "lr": plan.lr,

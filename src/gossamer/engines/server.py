@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.aggregate import Part, TreeSum, combine
 from gossamer.algorithms.base import Arrays, scalars_of
 from gossamer.engines.base import Record
-from gossamer.engines.task import Task
+from gossamer.engines.task import Task, Variant
 from gossamer.engines.training.job import Job
 from gossamer.plan import Block, BlockResult, RoundPlan
 from gossamer.storage.client_store import ClientStore
@@ -88,16 +88,16 @@ class FederatedEngine(ABC):
         self._task.cutter.rank_(self._state["x"][0])
         trees = self._trees = dict[tuple[int, str], TreeSum]()
         blocks: list[Block] = []
-        for variant in range(len(plan.capacities)):
+        for variant in self._task.variants:
             of_variant = self._blocks_of(plan, variant)
-            rows = plan.variant_rows(variant)
+            rows = plan.variant_rows(variant.index)
             count = rows.stop - rows.start
-            trees |= {(variant, name): TreeSum(count) for name in self._task.algorithm.uplink if count}
+            trees |= {(variant.index, name): TreeSum(count) for name in self._task.algorithm.uplink if count}
             blocks += of_variant
         for result in self._train_blocks(plan, blocks):
             block = result.block
             self._results.append((block, result.finite, result.loss))
-            shared = self._task.cutter.shares(plan.capacities[block.variant])
+            shared = self._task.variants[block.variant].shares_window
             with one_thread():
                 for name, parts in result.payload.items():
                     for part, value in enumerate(parts):
@@ -120,7 +120,7 @@ class FederatedEngine(ABC):
     def exchange(self, plan: RoundPlan) -> None:
         """Combine, update the state in place and keep the survivors' private state."""
         kept = self.survivors(plan)
-        parts = [part for variant in range(len(plan.capacities)) for part in self._parts(plan, variant, kept)]
+        parts = [part for variant in self._task.variants for part in self._parts(plan, variant, kept)]
         if parts:
             with one_thread():  # memory-bound, and waiting threads would take time from busy workers
                 algorithm = self._task.algorithm
@@ -145,9 +145,9 @@ class FederatedEngine(ABC):
 
     # ---- evaluation and state
 
-    def evaluate(self, capacity: float, round: int) -> Sums:
-        """Evaluate the model, or its sub-model of `capacity` at `round`, over all chunks of the test data."""
-        workload, where = self._task.workload, {"capacity": capacity, "round": round}
+    def evaluate(self, variant: int, round: int) -> Sums:
+        """Evaluate the model, or its sub-model of a variant at `round`, over all chunks of the test data."""
+        workload, where = self._task.workload, {"variant": variant, "round": round}
         collected = self._map_chunks({"kind": "statistics"} | where, workload.num_statistics_chunks)
         statistics = add_sums(collected)
         listed = {name: value.tolist() for name, value in statistics.items()}
@@ -175,7 +175,7 @@ class FederatedEngine(ABC):
         self, plan: RoundPlan, block: Block, reply: Mapping[str, Any], arrays: Iterable[Tensor]
     ) -> BlockResult:
         """Put together what came of a block: `arrays` are what ``reply["arrays"]`` names, see `named_arrays`."""
-        shared = self._task.cutter.shares(plan.capacities[block.variant])
+        shared = self._task.variants[block.variant].shares_window
         num_parts = num_leaves_of(block) if shared else block.rows.stop - block.rows.start
         payload: dict[str, list[Tensor | None]] = {name: [None] * num_parts for name in self._task.algorithm.uplink}
         private: dict[str, Tensor] = {}
@@ -191,50 +191,47 @@ class FederatedEngine(ABC):
         """Return how large a slot for the results of any block must be, client state included."""
         task, largest = self._task, 0
         num_scalars = len(scalars_of(task.algorithm))
-        for variant, capacity in enumerate(task.capacities):
+        for variant in task.variants:
             leaf, leaves = self._block_shape(variant, LARGEST_ROUND)
-            num_sums = leaves if task.cutter.shares(capacity) else leaf * leaves
+            num_sums = leaves if variant.shares_window else leaf * leaves
             num_rows = (len(task.algorithm.uplink) - num_scalars) * num_sums
             num_rows += 2 * len(task.algorithm.client_arrays) * leaf * leaves
-            num_floats = num_rows * task.cutter.sub_layout(capacity).d + num_scalars * num_sums * ALIGNMENT
+            num_floats = num_rows * variant.layout.d + num_scalars * num_sums * ALIGNMENT
             largest = max(largest, num_floats)
         return largest
 
-    def _blocks_of(self, plan: RoundPlan, variant: int) -> list[Block]:
-        rows = plan.variant_rows(variant)
+    def _blocks_of(self, plan: RoundPlan, variant: Variant) -> list[Block]:
+        rows = plan.variant_rows(variant.index)
         leaf, leaves = self._block_shape(variant, rows.stop - rows.start)
-        return list(plan.blocks(variant, leaf, leaves))
+        return list(plan.blocks(variant.index, leaf, leaves))
 
-    def _block_shape(self, variant: int, num_rows: int) -> tuple[int, int]:
+    def _block_shape(self, variant: Variant, num_rows: int) -> tuple[int, int]:
         """Return the rows of a leaf, a power of two, and the leaves of a block."""
         if self._block_size is not None:
             return self._block_size, 1
         share = math.ceil(num_rows / max(1, self.num_workers))
-        if not self._task.modes[variant].stacked:
+        if not variant.mode.stacked:
             # Several blocks a worker even out the load, but a block of next to no work costs more than it evens out.
             parts = BLOCKS_PER_WORKER if self.num_workers > 1 else 1
-            least = SMALL_BLOCK_FLOATS // self._task.cutter.sub_layout(self._task.capacities[variant]).d
+            least = SMALL_BLOCK_FLOATS // variant.layout.d
             rows = max(1, share // parts, min(share, least))
             return min(1 << (rows.bit_length() - 1), MAX_BLOCK_ROWS_ONE_BY_ONE), 1
-        fitting = min(self._fitting(variant), MAX_BLOCK_ROWS)
+        fitting = min(max(2, STACKED_BLOCK_FLOATS // variant.layout.d), MAX_BLOCK_ROWS)  # stay in cache
         num_blocks = max(1, math.ceil(share / fitting))  # no row of this variant may be in the round
         leaf = min(4, 1 << (fitting.bit_length() - 1))
         return leaf, max(1, math.ceil(share / num_blocks / leaf))
 
-    def _fitting(self, variant: int) -> int:
-        """Return how many stacked sub-models stay in cache."""
-        return max(2, STACKED_BLOCK_FLOATS // self._task.cutter.sub_layout(self._task.capacities[variant]).d)
-
-    def _client_state(self, clients: NDArray[np.int64], d_sub: int) -> Arrays:
-        """Return the private rows [s, d] of clients, those of newcomers as the algorithm starts them."""
+    def _client_state(self, job: Job) -> Arrays:
+        """Return the private rows [s, d] of a job's clients, those of newcomers as the algorithm starts them."""
         names = self._task.algorithm.client_arrays
         if not names:
             return {}
         assert self._store is not None
-        fresh = self._task.algorithm.init_client(torch.zeros(len(clients), d_sub))
+        d_sub = self._task.variants[job.block.variant].layout.d
+        fresh = self._task.algorithm.init_client(torch.zeros(len(job.client), d_sub))
         rows = {}
         for name in names:
-            stored, present = self._store.get(name, torch.from_numpy(clients))
+            stored, present = self._store.get(name, torch.from_numpy(job.client))
             rows[name] = torch.where(present[:, None], stored, fresh[name])
         return rows
 
@@ -244,32 +241,31 @@ class FederatedEngine(ABC):
             plan.round,
             plan.phase,
             block,
-            plan.capacities[block.variant],
             plan.client[rows],
             plan.weight[rows],
             plan.steps[rows],
             plan.lr,
         )
 
-    def _parts(self, plan: RoundPlan, variant: int, kept: NDArray[np.bool_]) -> Iterator[Part]:
+    def _parts(self, plan: RoundPlan, variant: Variant, kept: NDArray[np.bool_]) -> Iterator[Part]:
         """Yield what the survivors of one variant sent, with their weights."""
-        rows, capacity = plan.variant_rows(variant), plan.capacities[variant]
+        rows = plan.variant_rows(variant.index)
         survivors = np.flatnonzero(kept[rows]) + rows.start
         if not len(survivors):
             return
         labels = None
         if self._task.count_labels:
             labels = self._task.workload.client_labels(plan.client[survivors]).numpy() * plan.weight[survivors, None]
-        if self._task.cutter.shares(capacity):
-            sums = {name: self._sums[variant, name] for name in self._task.algorithm.uplink}
+        if variant.shares_window:
+            sums = {name: self._sums[variant.index, name] for name in self._task.algorithm.uplink}
             label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).float()
-            cut = self._task.cutter.cut(capacity, plan.round, 0)
+            cut = self._task.cut(variant, plan.round)
             yield Part(cut, sums, math.fsum(plan.weight[survivors]), label_weights)
             return
         for number, row in enumerate(survivors.tolist()):
             sums = {name: self._window_rows[row, name] for name in self._task.algorithm.uplink}
             label_weights = None if labels is None else torch.from_numpy(labels[number]).float()
-            cut = self._task.cutter.cut(capacity, plan.round, int(plan.client[row]))
+            cut = self._task.cut(variant, plan.round, int(plan.client[row]))
             yield Part(cut, sums, float(plan.weight[row]), label_weights)
 
 

@@ -1,8 +1,10 @@
-"""What an engine trains, and how."""
+"""What an engine trains: the task, and the variants of the model that its participants hold."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from pydantic import field_validator
@@ -10,13 +12,13 @@ from pydantic import field_validator
 from gossamer.algorithms.base import Algorithm, of_capacity
 from gossamer.errors import ConfigError, one_line
 from gossamer.options import Options
-from gossamer.submodel import Cutter
+from gossamer.submodel import Cut, Cutter, Layout
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload
 
 
 class VariantMode(Options):
-    """How participants of one capacity are trained. Resolved once, because each field changes bits.
+    """How participants of one variant are trained. Resolved once, because each field changes bits.
 
     Attributes:
         stacked: all rows of a block in one batched computation (vmap), instead of one after another.
@@ -46,16 +48,65 @@ class VariantMode(Options):
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Local training, as far as an engine must know it.
+class LocalSGD:
+    """The optimizer of local steps.
 
     Attributes:
-        batch_size: samples a step.
+        momentum, weight_decay: as of `torch.optim.SGD`.
         clip_norm: largest Euclidean norm of a step's gradient, or None.
     """
 
-    batch_size: int
+    momentum: float = 0.0
+    weight_decay: float = 0.0
     clip_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a participant of one capacity holds, and how it is trained.
+
+    Attributes:
+        index: number among the task's variants; `WHOLE` for the whole model.
+        capacity: share of the channels of each axis, in (0, 1].
+        modules: names of the model's top-level modules that it holds.
+        layout: of its (sub-)model, the same in every round.
+        working_layout: of the rows while they are trained: that layout in the mode's order of memory.
+        algorithm: as such participants run it.
+        optimizer: of their local steps.
+        mode: how they are trained.
+        shares_window: whether all of them have the same window in a round.
+    """
+
+    index: int
+    capacity: float
+    modules: tuple[str, ...]
+    layout: Layout
+    working_layout: Layout
+    algorithm: Algorithm
+    optimizer: LocalSGD
+    mode: VariantMode
+    shares_window: bool
+
+    @classmethod
+    def bind(
+        cls, index: int, capacity: float, algorithm: Algorithm, cutter: Cutter, optimizer: LocalSGD, mode: VariantMode
+    ) -> Self:
+        """Return the variant of a capacity of the model that `cutter` cuts."""
+        layout = cutter.sub_layout(capacity)
+        return cls(
+            index=index,
+            capacity=capacity,
+            modules=tuple(dict.fromkeys(name.partition(".")[0] for name in layout.names)),
+            layout=layout,
+            working_layout=layout.as_channels_last if mode.channels_last else layout,
+            algorithm=of_capacity(algorithm, cutter.layout, capacity),
+            optimizer=optimizer,
+            mode=mode,
+            shares_window=cutter.shares(capacity),
+        )
+
+
+WHOLE = -1  # index of the whole model among the variants
 
 
 @dataclass(frozen=True)
@@ -63,8 +114,9 @@ class Task:
     """What trains a block, on any engine: the same on every worker.
 
     Attributes:
-        capacities: the capacity of each variant, ascending.
-        modes: how each variant is trained.
+        algorithm: as the server, or a peer of the whole model, runs it.
+        variants: what participants hold, by ascending capacity.
+        batch_size: samples a step.
         scaler: whether a sub-model's activations are multiplied by 1 / capacity while training.
         count_labels: whether label rows are averaged over the clients that own the label only.
         topology: by which peers mix; None: there is a server.
@@ -73,18 +125,40 @@ class Task:
     workload: Workload
     algorithm: Algorithm
     cutter: Cutter
-    train: TrainOptions
+    variants: tuple[Variant, ...]
+    batch_size: int
     seed: int
-    capacities: tuple[float, ...]
-    modes: tuple[VariantMode, ...]
     scaler: bool
     count_labels: bool
     topology: Topology | None = None
 
-    def algorithm_of(self, capacity: float) -> Algorithm:
-        """Return the algorithm as participants of a capacity run it."""
-        bound: Algorithm = of_capacity(self.algorithm, self.workload.layout, capacity)
-        return bound
+    @property
+    def capacities(self) -> tuple[float, ...]:
+        """The capacity of each variant, ascending."""
+        return tuple(variant.capacity for variant in self.variants)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether everybody holds the whole model."""
+        return self.capacities == (1.0,)
+
+    def variant(self, index: int) -> Variant:
+        """Return a variant by its number; `WHOLE` is the whole model, which need not be among them."""
+        if index == WHOLE:
+            return Variant.bind(WHOLE, 1.0, self.algorithm, self.cutter, LocalSGD(), VariantMode())
+        return self.variants[index]
+
+    def cut(self, variant: Variant, round: int, client: int = 0) -> Cut:
+        """Return the windows of a participant in a round."""
+        return self.cutter.cut(variant.capacity, round, client)
+
+    def with_modes(self, modes: Sequence[VariantMode]) -> Task:
+        """Return the same task, trained in other modes."""
+        bound = tuple(
+            Variant.bind(one.index, one.capacity, self.algorithm, self.cutter, one.optimizer, mode)
+            for one, mode in zip(self.variants, modes, strict=True)
+        )
+        return replace(self, variants=bound)
 
 
 def require_devices(task: Task) -> None:
@@ -92,8 +166,8 @@ def require_devices(task: Task) -> None:
 
     CUDA devices are only counted: once this process had used one, forked workers could not.
     """
-    for capacity, mode in zip(task.capacities, task.modes, strict=True):
-        device = torch.device(mode.device)
+    for variant in task.variants:
+        device = torch.device(variant.mode.device)
         try:
             if device.type == "cuda" and torch.cuda.device_count() <= (device.index or 0):
                 raise RuntimeError(f"it has {torch.cuda.device_count()} CUDA devices")
@@ -101,6 +175,6 @@ def require_devices(task: Task) -> None:
                 torch.zeros(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ConfigError(
-                f"engine.modes trains capacity {capacity} on device {mode.device!r}, which this machine does not have"
-                f" ({one_line(error)[:120]}): use cpu, or engine ray on a cluster that has it"
+                f"engine.modes trains capacity {variant.capacity} on device {variant.mode.device!r}, which this machine"
+                f" does not have ({one_line(error)[:120]}): use cpu, or engine ray on a cluster that has it"
             ) from None

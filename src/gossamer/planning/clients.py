@@ -115,7 +115,6 @@ class Planner:
             steps=steps[kept].astype(np.int32),
             variant=variant[kept],
             base=np.full(int(kept.sum()), round, dtype=np.int64),
-            capacities=self.capacities.levels,
             lr=learning_rate(self.lr, self.schedule, round, self.num_rounds),
             dropped=np.sort(clients[~kept]),
         )

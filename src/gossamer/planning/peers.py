@@ -77,7 +77,6 @@ class PeerPlanner:
             steps=self.steps[order],
             variant=variant[order],
             base=np.full(len(peers), round, dtype=np.int64),
-            capacities=self.capacities.levels,
             lr=learning_rate(self.lr, self.schedule, round, self.num_rounds),
             mixing=mixing,
         )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
-from gossamer.config.resolve import settle
+from gossamer.config.resolve import resolve
 from gossamer.config.schema import Config, EngineOptions
+from gossamer.engines.task import Variant, VariantMode
 from gossamer.errors import ConfigError, storage_errors
 from gossamer.plan import RoundPlan
-from gossamer.registry import resolve
 from gossamer.reports.plots import COLOURS, FORMATS, STYLE
 from gossamer.submodel import Cut, covering
 from gossamer.submodel.coverage import Coverage
@@ -92,9 +92,9 @@ def examine(source: str | Path, overrides: Sequence[str] = (), rounds: int | Non
 
 
 def _examine_one(method: str, config: Config, rounds: int | None) -> MethodCoverage:
-    settled = settle(config, resolve("algorithm", config.algorithm["name"]))
-    unmeasured = [{"capacity": capacity} for capacity in settled.submodel.capacities]
-    parts = build(config.model_copy(update={"engine": EngineOptions.model_validate({"modes": unmeasured})}))
+    resolved = resolve(config)
+    unmeasured = EngineOptions.model_validate({"modes": VariantMode()})
+    parts = build(replace(resolved, config=resolved.config.model_copy(update={"engine": unmeasured})))
     if parts.task.cutter.strategy.rank is not None:
         raise ConfigError(
             f"windows of strategy {parts.config.submodel.strategy!r} follow the model as it is trained: its coverage is"
@@ -109,8 +109,8 @@ def _examine_one(method: str, config: Config, rounds: int | None) -> MethodCover
     if num_rounds < 1:
         raise ConfigError(f"--rounds {num_rounds} is below 1: give how many rounds to follow")
     reaches, matrix = [], None
-    for capacity in parts.task.capacities:
-        reach, coverage = _follow(parts, num_rounds, capacity)
+    for variant in parts.task.variants:
+        reach, coverage = _follow(parts, num_rounds, variant)
         reaches.append(reach)
         if matrix is None:
             matrix = _largest_matrix(parts, coverage)
@@ -119,46 +119,44 @@ def _examine_one(method: str, config: Config, rounds: int | None) -> MethodCover
     return MethodCoverage(method, parts.config.submodel.strategy, num_rounds, reaches, matrix, parts.task.count_labels)
 
 
-def _follow(parts: Parts, num_rounds: int, capacity: float | None) -> tuple[Reach, Coverage]:
-    """Mark round after round what all participants would hold if they had `capacity`; None: what each of them has."""
+def _follow(parts: Parts, num_rounds: int, variant: Variant | None) -> tuple[Reach, Coverage]:
+    """Mark round after round what all participants would hold if they had `variant`; None: what each of them has."""
     layout, strategy = parts.workload.layout, parts.config.submodel.strategy
     coverage, now = Coverage(layout), 0.0  # simulated seconds: who is available, and in time, depends on them
-    same_for_all = capacity is not None and parts.task.cutter.shares(capacity)
     points = {round(num_rounds ** (point / NUM_POINTS)) for point in range(NUM_POINTS + 1)}
     curve: list[tuple[int, float, float]] = []
     channels_after = weights_after = None
     channels = weights = 0.0
     for number in range(num_rounds):
         if weights_after is None:
-            if capacity is not None and same_for_all:
-                coverage.add(parts.task.cutter.cut(capacity, number, 0))
+            if variant is not None and variant.shares_window:
+                coverage.add(parts.task.cut(variant, number))
             else:
                 timed = parts.planner.timed_plan(number, now)
                 now += timed.costs.simulated_seconds
-                for cut in _cuts(parts, timed.plan, capacity):
+                for cut in _cuts(parts, timed.plan, variant):
                     coverage.add(cut)
             channels, weights = coverage.channels, coverage.weights
             channels_after = number + 1 if channels_after is None and channels == 1.0 else channels_after
             weights_after = number + 1 if weights == 1.0 else None
         if number + 1 in points:
             curve.append((number + 1, channels, weights))
-    states_bound = strategy == "covering" and capacity is not None and not covering.unreachable(layout, capacity)
-    bound = covering.period(layout, capacity) if states_bound and capacity is not None else None
-    label = ALL if capacity is None else capacity
+    bound, label = None, ALL if variant is None else variant.capacity
+    if strategy == "covering" and variant is not None and not covering.unreachable(layout, variant.capacity):
+        bound = covering.period(layout, variant.capacity)
     return Reach(label, channels, weights, channels_after, weights_after, bound, curve), coverage
 
 
-def _cuts(parts: Parts, plan: RoundPlan, capacity: float | None) -> Iterator[Cut]:
+def _cuts(parts: Parts, plan: RoundPlan, variant: Variant | None) -> Iterator[Cut]:
     """Yield the distinct cuts of a round's participants."""
-    cutter, number = parts.task.cutter, plan.round
-    seen = set()
-    for client, variant in zip(plan.client.tolist(), plan.variant.tolist(), strict=True):
-        level = plan.capacities[variant] if capacity is None else capacity
-        if not cutter.shares(level):
-            yield cutter.cut(level, number, client)
-        elif level not in seen:
-            seen.add(level)
-            yield cutter.cut(level, number, 0)
+    task, seen = parts.task, set[int]()
+    for client, index in zip(plan.client.tolist(), plan.variant.tolist(), strict=True):
+        held = task.variants[index] if variant is None else variant
+        if not held.shares_window:
+            yield task.cut(held, plan.round, client)
+        elif held.index not in seen:
+            seen.add(held.index)
+            yield task.cut(held, plan.round)
 
 
 def _largest_matrix(parts: Parts, coverage: Coverage) -> tuple[str, Tensor] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,26 +13,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gossamer.aggregate.codecs import Codec
-from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss, of_capacity, scalars_of
+from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss, scalars_of
 from gossamer.simulation.costs import VariantCosts
-from gossamer.submodel import Cutter, Layout
+from gossamer.submodel import Layout
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Workload
 
 BYTES_PER_FLOAT = 4
 
 
+class Holding(Protocol):
+    """What a participant holds; a task's variants are."""
+
+    @property
+    def capacity(self) -> float:
+        """Share of the channels of each axis."""
+
+    @property
+    def layout(self) -> Layout:
+        """Of its sub-model."""
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """As such participants run it."""
+
+
 def count_variants(
     workload: Workload,
     algorithm: Algorithm,
-    cutter: Cutter,
-    capacities: Sequence[float],
+    variants: Sequence[Holding],
     *,
     batch_size: int,
     scaler: bool,
     bytes_per_number: int = BYTES_PER_FLOAT,
 ) -> list[VariantCosts]:
-    """Count what a participant of each capacity costs, by training one batch of the largest client.
+    """Count what a participant of each variant costs, by training one batch of the largest client.
 
     What a peer sends and receives is one message, to or from one neighbour.
 
@@ -40,14 +55,16 @@ def count_variants(
         scaler: whether a sub-model's activations are multiplied by 1 / capacity while training.
         bytes_per_number: of a parameter.
     """
-    scales = {capacity: 1.0 / capacity if scaler else 1.0 for capacity in capacities}
-    bound = {capacity: of_capacity(algorithm, cutter.layout, capacity) for capacity in capacities}
-    steps = {c: count_step(workload, cutter.sub_layout(c), batch_size, scales[c], bound[c]) for c in capacities}
+    scales = [1.0 / variant.capacity if scaler else 1.0 for variant in variants]
+    steps = {
+        variant.capacity: count_step(workload, variant.layout, batch_size, scale, variant.algorithm)
+        for variant, scale in zip(variants, scales, strict=True)
+    }
     found = []
-    for capacity in capacities:
-        layout = cutter.sub_layout(capacity)
+    for variant in variants:
+        capacity, layout = variant.capacity, variant.layout
         size = layout.num_parameters * bytes_per_number
-        passes = _passes(algorithm, capacities, capacity)
+        passes = _passes(algorithm, list(steps), capacity)
         # At worst a step goes through the whole sub-model and then, if it makes two passes, through the next smaller.
         widest = sorted(passes, reverse=True)[: 1 if sum(passes.values()) < 1.5 else 2]
         found.append(

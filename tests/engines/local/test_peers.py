@@ -19,6 +19,7 @@ from gossamer.build import Parts, build
 from gossamer.config.loading import parse
 from gossamer.engines.local import peers
 from gossamer.engines.local.peers import PeerEngine
+from gossamer.engines.task import WHOLE
 from gossamer.engines.training.peer_worker import _consecutive
 from slow_peers import LEAST_SQUARES, SlowPeers, decentralized, error
 
@@ -81,7 +82,7 @@ def drive(parts: Parts, workers: int = 0, block_size: int | None = None) -> Outc
             engine.exchange(plan)
             losses.append(dict(sorted(found.items())))
         state = {name: value.clone() for name, value in engine.read().items()}
-        sums = {name: value.tolist() for name, value in engine.evaluate(1.0, 0).items()}
+        sums = {name: value.tolist() for name, value in engine.evaluate(WHOLE, 0).items()}
         return Outcome(state, losses, engine.measure(3), sums)
     finally:
         engine.close()

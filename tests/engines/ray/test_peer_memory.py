@@ -34,7 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
     described = {"round": 0, "mixing": plan.mixing, "pieces": True, "bounds": BOUNDS, "block": 0}
     job = job_message(plan, Block(0, 0, 4, slice(0, 4)))
     state = host.init(0, 4)[1]
-    question = {"kind": "evaluate", "peers": [0], "capacity": 1.0, "round": 0, "statistics": [{}], "chunk": 0}
+    question = {"kind": "evaluate", "peers": [0], "variant": -1, "round": 0, "statistics": [{}], "chunk": 0}
     train = json.dumps(described | {"jobs": [job]})
     block = host.train(train, state)[1]
     mix = json.dumps(described | {"lr": 0.1})

@@ -161,12 +161,10 @@ def test_an_actor_that_trained_nothing_evaluates_the_windows_of_the_round() -> N
     before, after = ({"x": parts.workload.init(seed)[None].numpy()} for seed in (1, 2))
     plan = parts.planner.plan(3)
     first = (values[:1] for values in (plan.client, plan.weight, plan.steps))
-    job = Job(3, 0, Block(0, 0, 1, slice(0, 1)), LEVELS[0], *first, 0.1)
+    job = Job(3, 0, Block(0, 0, 1, slice(0, 1)), *first, 0.1)
     trained, idle, other = (Host(json.dumps(recipe), []) for _ in range(3))
     trained.train(json.dumps(job.message() | {"is_cut": False, "memory": None, "slot": None}), [ray.put(before)], {})
-    message = json.dumps(
-        {"kind": "evaluate", "capacity": LEVELS[0], "round": 3, "chunk": 0, "statistics": {}, "memory": None}
-    )
+    message = json.dumps({"kind": "evaluate", "variant": 0, "round": 3, "chunk": 0, "statistics": {}, "memory": None})
     expected = trained.handle(message, after, [ray.put(before)])
     assert idle.handle(message, after, [ray.put(before)]) == expected
     assert other.handle(message, after, [ray.put(after)]) != expected  # the comparison could fail

@@ -51,21 +51,20 @@ def test_nothing_is_left_behind_on_the_processor(
     monkeypatch.setattr(trainer, "numbers", lambda values: 0.0 if values.dim() == 0 else [0.0] * len(values))
     monkeypatch.setattr(trainer, "on_processor", lambda arrays: arrays)
     hosted = trainer.Trainer(task, rows)
-    for variant, capacity in enumerate(task.capacities):
+    for variant in task.variants:
         clients = np.arange(3)
-        steps = -(-task.workload.num_samples[clients] // task.train.batch_size)
+        steps = -(-task.workload.num_samples[clients] // task.batch_size)
         order = np.argsort(-steps, kind="stable")
         job = Job(
             0,
             0,
-            Block(variant, 0, 1, slice(0, 3)),
-            capacity,
+            Block(variant.index, 0, 1, slice(0, 3)),
             clients[order],
             np.ones(3),
             steps[order].astype("i4"),
             0.1,
         )
-        width = task.cutter.sub_layout(capacity).d
+        width = variant.layout.d
         received = {name: torch.randn(1, width) for name in rows}
         private = task.algorithm.init_client(torch.zeros(3, width))
         payload, kept, losses = hosted._train_locally(job, [received] * 3, private)

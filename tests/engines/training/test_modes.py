@@ -60,9 +60,9 @@ def test_the_quickest_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     other = LAST if quickest != LAST else SINGLY
     tried: list[tuple[int, VariantMode]] = []
 
-    def trial(task: Any, state: Any, variant: int, mode: VariantMode, *size: int) -> Callable[[], float]:
-        tried.append((variant, mode))
-        return lambda: 0.1 if mode == (quickest, other)[variant] else 0.2
+    def trial(task: Any, state: Any, variant: Any, mode: VariantMode, *size: int) -> Callable[[], float]:
+        tried.append((variant.index, mode))
+        return lambda: 0.1 if mode == (quickest, other)[variant.index] else 0.2
 
     monkeypatch.setattr(measuring, "_trial", trial)
     config = configure(mixed("fedrolex", (0.5, 1.0)) | {"engine.modes": "auto"} | CNN | RAGGED)

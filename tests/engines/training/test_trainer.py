@@ -83,7 +83,7 @@ def slow_federation(config: dict[str, Any]) -> dict[str, Tensor]:
     for round in range(parts.config.rounds):
         plan, sent = parts.planner.plan(round), []
         for client, variant in zip(plan.client.tolist(), plan.variant.tolist(), strict=True):
-            capacity = plan.capacities[variant]
+            capacity = parts.task.capacities[variant]
             cut = extract(model, AXES, capacity, round, sub.strategy, parts.config.seed, client, sub.stride)
             scale = 1 / capacity if sub.scaler else 1.0
             trained = train_slowly(parts, round, client, cut.params, scale)

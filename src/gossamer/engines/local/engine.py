@@ -84,8 +84,7 @@ class LocalEngine(FederatedEngine):
                 if self.stop_requested():
                     return
                 with one_thread():
-                    d_sub = self._task.cutter.sub_layout(job.capacity).d
-                    result = self._local.train(job, self._client_state(job.client, d_sub))
+                    result = self._local.train(job, self._client_state(job))
                 yield result
             return
         self._slots.begin(self._trees.values())
@@ -100,9 +99,8 @@ class LocalEngine(FederatedEngine):
         """Write a job's client state into a free slot and describe the job."""
         number = self._slots.take()
         assert number is not None, "there are more slots than jobs under way"
-        d_sub = self._task.cutter.sub_layout(job.capacity).d
         taken = 0
-        for rows in self._client_state(job.client, d_sub).values():
+        for rows in self._client_state(job).values():
             self._slots.memory[number][taken : taken + rows.numel()].copy_(rows.view(-1))
             taken += rows.numel()
         return {"kind": "train", "slot": number} | job.message()

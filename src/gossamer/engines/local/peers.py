@@ -15,7 +15,7 @@ from gossamer.engines.base import Record
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.peers import distance_record, job_message, peers_record, rows_of_block
-from gossamer.engines.task import Task
+from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.engines.training.peer_worker import Message, PeerState, PeerWorker
 from gossamer.plan import Block, BlockResult, RoundPlan
@@ -49,7 +49,7 @@ class PeerEngine:
             for name in task.algorithm.uplink
             if name not in state
         }
-        holders = None if task.capacities == (1.0,) else self._place(len(x), torch.uint8)
+        holders = None if task.is_whole else self._place(len(x), torch.uint8)
         merged = shared_zeros(len(x), x.dtype)[None]
         self._peers = PeerState(state, outbox, holders, merged)
         self.write({name: row.expand(self._num_peers, -1) for name, row in initial.items()})
@@ -75,7 +75,7 @@ class PeerEngine:
     def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
         """Train all peers where their rows lie; a request to stop is heeded after the round."""
         self.is_whole = False
-        blocks = [block for variant in range(len(plan.capacities)) for block in self._blocks(plan, variant)]
+        blocks = [block for variant in self._task.variants for block in self._blocks(plan, variant)]
         by_first = {block.rows.start: block for block in blocks}
         for reply in self._map((job_message(plan, block) for block in blocks), small=False):
             yield BlockResult(by_first[reply["first"]], {}, reply["loss"], reply["finite"])
@@ -91,10 +91,10 @@ class PeerEngine:
 
     # ---- evaluation and state
 
-    def evaluate(self, capacity: float, round: int) -> Sums:
-        """Evaluate the merged model, the mean of all peers', or its sub-model of `capacity` at `round`."""
+    def evaluate(self, variant: int, round: int) -> Sums:
+        """Evaluate the merged model, the mean of all peers', or its sub-model of a variant at `round`."""
         self._merge()
-        return self._evaluate([-1], capacity, round)[0]
+        return self._evaluate([-1], variant, round)[0]
 
     def measure(self, num_peers: int) -> Record:
         """Return how far peers are from their mean, and what they reach by themselves.
@@ -111,7 +111,7 @@ class PeerEngine:
         if not count:
             return record
         chosen = (np.arange(count) * self._num_peers // count).tolist()
-        return record | peers_record([workload.metrics(sums) for sums in self._evaluate(chosen, 1.0, 0)])
+        return record | peers_record([workload.metrics(sums) for sums in self._evaluate(chosen, WHOLE, 0)])
 
     def merged(self) -> Tensor:
         """Return the mean of all peers' models, [d]."""
@@ -136,11 +136,11 @@ class PeerEngine:
 
     # ---- inside
 
-    def _blocks(self, plan: RoundPlan, variant: int) -> list[Block]:
-        rows = plan.variant_rows(variant)
+    def _blocks(self, plan: RoundPlan, variant: Variant) -> list[Block]:
+        rows = plan.variant_rows(variant.index)
         size = self._block_size or rows_of_block(self._task, variant, self._peers.merged.itemsize, self._sample_bytes)
         starts = range(rows.start, rows.stop, size)
-        return [Block(variant, 0, size, slice(low, min(low + size, rows.stop))) for low in starts]
+        return [Block(variant.index, 0, size, slice(low, min(low + size, rows.stop))) for low in starts]
 
     def _map(self, jobs: Iterable[Message], *, small: bool) -> Iterator[Message]:
         """Handle messages here or in the workers; yield the replies in any order."""
@@ -160,9 +160,9 @@ class PeerEngine:
             self._squares = sum(each["squares"] for each in sorted(replies, key=lambda reply: int(reply["first"])))
         return self._squares
 
-    def _evaluate(self, peers: list[int], capacity: float, round: int) -> list[Sums]:
+    def _evaluate(self, peers: list[int], variant: int, round: int) -> list[Sums]:
         """Return the sums over all chunks of the test data of each of `peers`; -1 is the merged model."""
-        workload, where = self._task.workload, {"peers": peers, "capacity": capacity, "round": round}
+        workload, where = self._task.workload, {"peers": peers, "variant": variant, "round": round}
         statistics = self._over_chunks({"kind": "statistics"} | where, workload.num_statistics_chunks)
         listed: list[dict[str, Any]] = [{name: value.tolist() for name, value in one.items()} for one in statistics]
         return self._over_chunks({"kind": "evaluate", "statistics": listed} | where, workload.num_evaluation_chunks)

@@ -110,7 +110,7 @@ class Host:
         return json.dumps(self._worker.handle(described))
 
     def _receive(self, job: Job, reference: list[Any], *, is_cut: bool) -> None:
-        address = (job.round, job.phase, job.capacity if is_cut else None)
+        address = (job.round, job.phase, job.block.variant if is_cut else None)
         if address == self._received_at:  # further blocks of the same round
             return
         import ray

@@ -20,7 +20,7 @@ from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.engines.ray.shared_memory import Nearby
 from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS
-from gossamer.engines.task import Task
+from gossamer.engines.task import Task, Variant
 from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError
 from gossamer.plan import Block, BlockResult, RoundPlan
@@ -66,7 +66,7 @@ class RayEngine(FederatedEngine):
         self._leave = start_ray(address, workers or None)
         self._adapts = not workers
         owned = {name: value.clone() for name, value in state.items()}
-        is_on_gpu = any(mode.is_on_gpu for mode in task.modes)
+        is_on_gpu = any(variant.mode.is_on_gpu for variant in task.variants)
         self._num_gpus = num_gpus() if is_on_gpu else 0
         if is_on_gpu and not self._num_gpus:
             self._leave()
@@ -87,7 +87,7 @@ class RayEngine(FederatedEngine):
             on_event=lambda kind, **fields: self.report(kind, **fields),
             others={GPU: (make_actor(Host, *arguments, num_gpus=1), self._num_gpus)},
         )
-        self._received: dict[float | None, Any] = {}
+        self._received: dict[int | None, Any] = {}
 
     @staticmethod
     def of_peers(task: Task, x: Tensor, **options: Any) -> RayPeerEngine:
@@ -120,7 +120,7 @@ class RayEngine(FederatedEngine):
         by_key = {(block.variant, block.rows.start): block for block in blocks}
         by_kind: dict[str, list[Block]] = {}
         for block in blocks:
-            by_kind.setdefault(GPU if self._task.modes[block.variant].is_on_gpu else CPU, []).append(block)
+            by_kind.setdefault(GPU if self._task.variants[block.variant].mode.is_on_gpu else CPU, []).append(block)
         calls = {kind: self._calls(plan, of_kind) for kind, of_kind in by_kind.items()}
         for key, (reply, arrays) in self._actors.map(calls, self.stop_requested):
             described = json.loads(reply)
@@ -131,43 +131,42 @@ class RayEngine(FederatedEngine):
                 values = [torch.from_numpy(array) for array in arrays]
             yield self._block_result(plan, by_key[key], described, values)  # type: ignore[index]
 
-    def _blocks_of(self, plan: RoundPlan, variant: int) -> list[Block]:
+    def _blocks_of(self, plan: RoundPlan, variant: Variant) -> list[Block]:
         """Cut the last rows of a round finely and the first ones coarsely: every block sends one sum."""
         blocks = super()._blocks_of(plan, variant)
-        capacity = plan.capacities[variant]
-        if self._block_size or self._task.modes[variant].stacked or not self._task.cutter.shares(capacity):
+        if self._block_size or variant.mode.stacked or not variant.shares_window:
             return blocks
-        rows, found, low, size = plan.variant_rows(variant), list[Block](), 0, 1
+        rows, found, low, size = plan.variant_rows(variant.index), list[Block](), 0, 1
         while (left := rows.stop - rows.start - low) > 0:
             if len(found) % self.num_workers == 0:  # every actor has got one of the size before
                 size = 1 << (min(max(1, left // self.num_workers), MAX_BLOCK_ROWS_ONE_BY_ONE).bit_length() - 1)
-            found.append(Block(variant, low // size, size, slice(rows.start + low, rows.start + low + size)))
+            found.append(Block(variant.index, low // size, size, slice(rows.start + low, rows.start + low + size)))
             low += size
         return found
 
     def _calls(self, plan: RoundPlan, blocks: Iterable[Block]) -> Iterator[Call]:
-        cutter, nearby = self._task.cutter, self._nearby
+        nearby = self._nearby
         for block in blocks:
-            job = self._job(plan, block)
-            is_cut = cutter.shares(job.capacity) and cutter.strategy.rank is None
+            job, variant = self._job(plan, block), self._task.variants[block.variant]
+            is_cut = variant.shares_window and self._task.cutter.strategy.rank is None
             message = job.message() | {"is_cut": is_cut, "memory": nearby and nearby.address, "slot": None}
-            rows = self._client_state(job.client, cutter.sub_layout(job.capacity).d)
+            rows = self._client_state(job)
             rest = [] if nearby else [self._put(job, is_cut=is_cut)], arrays_of(rows)
             first = message | {"slot": nearby and nearby.slots.take()}
-            cost = float(job.steps.sum()) * cutter.sub_layout(job.capacity).d
+            cost = float(job.steps.sum()) * variant.layout.d
             key = (block.variant, block.rows.start)
             # Another attempt gets no slot: the one before may still write to it.
             yield Call(key, "train", (json.dumps(first), *rest), cost=cost, again=(json.dumps(message), *rest))
 
     def _put(self, job: Job, *, is_cut: bool) -> Any:
         """Return a reference to what the clients of a capacity start from, put into the object store once a round."""
-        key = job.capacity if is_cut else None
+        key = job.block.variant if is_cut else None
         if key not in self._received:
             import ray
 
             names = self._task.algorithm.downlink if is_cut else self._state
             rows = {name: self._state[name] for name in names or ()}
-            cut = self._task.cutter.cut(job.capacity, job.round, 0)
+            cut = self._task.cut(self._task.variants[job.block.variant], job.round)
             if is_cut and not cut.is_full:
                 rows = {name: cut.read(row[0], row.new_zeros(cut.sub.d))[None] for name, row in rows.items()}
             self._received[key] = ray.put(arrays_of(rows))

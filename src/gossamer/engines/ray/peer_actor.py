@@ -78,7 +78,7 @@ class PeerHost:
             for name in algorithm.uplink
             if name not in arrays
         }
-        holders = None if self._task.capacities == (1.0,) else torch.zeros(high - low, d, dtype=torch.uint8)
+        holders = None if self._task.is_whole else torch.zeros(high - low, d, dtype=torch.uint8)
         peers = PeerState(arrays, outbox, holders, x[:1], low)
         worker = PeerWorker(self._task, peers)
         replies = [worker.train(job) for job in described["jobs"]]

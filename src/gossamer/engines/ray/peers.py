@@ -23,7 +23,7 @@ from gossamer.engines.ray.actor_pool import Actors, Call
 from gossamer.engines.ray.cluster import make_actor, num_cpus, num_gpus, put_data, start_ray
 from gossamer.engines.ray.collective import Together
 from gossamer.engines.ray.peer_actor import PeerHost
-from gossamer.engines.task import Task
+from gossamer.engines.task import WHOLE, Task
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.errors import ConfigError, StateLost
 from gossamer.plan import Block, BlockResult, RoundPlan
@@ -63,7 +63,7 @@ class RayPeerEngine:
             ConfigError: peers shall be trained on GPUs, or sent by them and there are too few; see also `Together`.
         """
         assert task.topology is not None
-        if any(mode.is_on_gpu for mode in task.modes):
+        if any(variant.mode.is_on_gpu for variant in task.variants):
             raise ConfigError(
                 "engine.modes trains peers on another device than cpu, which engine ray does not: use cpu"
             )
@@ -152,10 +152,10 @@ class RayPeerEngine:
 
     # ---- evaluation and state
 
-    def evaluate(self, capacity: float, round: int) -> Sums:
-        """Evaluate the merged model, the mean of all peers', or its sub-model of `capacity` at `round`."""
+    def evaluate(self, variant: int, round: int) -> Sums:
+        """Evaluate the merged model, the mean of all peers', or its sub-model of a variant at `round`."""
         merged, _ = self._merge()
-        return self._evaluate(merged[None], capacity, round)[0]
+        return self._evaluate(merged[None], variant, round)[0]
 
     def measure(self, num_peers: int) -> Record:
         """Return how far peers are from their mean, and what they reach by themselves, as the local engine does."""
@@ -168,7 +168,7 @@ class RayPeerEngine:
         if not count:
             return record
         models = self._rows((np.arange(count) * self._num_peers // count).tolist())
-        found = [self._task.workload.metrics(sums) for sums in self._evaluate(models, 1.0, 0)]
+        found = [self._task.workload.metrics(sums) for sums in self._evaluate(models, WHOLE, 0)]
         return record | peers_record(found)
 
     def read(self) -> Arrays:
@@ -223,11 +223,11 @@ class RayPeerEngine:
         """Return what is trained together within one block, and how it is described."""
         low, high = self._bounds[number]
         found = []
-        for variant in range(len(plan.capacities)):
-            rows = plan.variant_rows(variant)
+        for variant in self._task.variants:
+            rows = plan.variant_rows(variant.index)
             size = self._block_size or rows_of_block(self._task, variant, self._dtype.itemsize, self._sample_bytes)
             for first, last in _runs(plan.client[rows], low, high, size):
-                block = Block(variant, 0, size, slice(rows.start + first, rows.start + last))
+                block = Block(variant.index, 0, size, slice(rows.start + first, rows.start + last))
                 found.append((block, job_message(plan, block)))
         return found
 
@@ -259,10 +259,10 @@ class RayPeerEngine:
         assert tree.total is not None
         return tree.total
 
-    def _evaluate(self, models: Tensor, capacity: float, round: int) -> list[Sums]:
+    def _evaluate(self, models: Tensor, variant: int, round: int) -> list[Sums]:
         """Return the sums over all chunks of the test data of each of several models [k, d]."""
         workload = self._task.workload
-        where = {"peers": list(range(len(models))), "capacity": capacity, "round": round}
+        where = {"peers": list(range(len(models))), "variant": variant, "round": round}
         statistics = self._over_chunks({"kind": "statistics"} | where, models, workload.num_statistics_chunks)
         listed = [{name: value.tolist() for name, value in one.items()} for one in statistics]
         message = {"kind": "evaluate", "statistics": listed} | where

@@ -30,7 +30,8 @@ class Batches:
         Tensors have a leading client dimension, unless a single client is trained (`one_by_one`).
         """
         task, clients = self._task, job.client[rows]
-        size, mode = task.train.batch_size, task.modes[job.block.variant]
+        size, variant = task.batch_size, task.variants[job.block.variant]
+        mode = variant.mode
         num_steps = int(job.steps[rows].max())
         fetch_steps = max(1, FETCH_BYTES // (len(clients) * size * self._sample_bytes))
         for first in range(0, num_steps, fetch_steps):
@@ -45,7 +46,7 @@ class Batches:
                 samples.pop("mask", None)
                 lengths = (wanted[0].reshape(-1, size) >= 0).sum(axis=1).tolist()
             samples, constants = on(mode.device, samples), on(mode.device, constants)
-            merged: dict[str, Any] = {"scale": 1.0 / job.capacity if task.scaler else 1.0, **constants}
+            merged: dict[str, Any] = {"scale": 1.0 / variant.capacity if task.scaler else 1.0, **constants}
             if one_by_one:
                 samples = {key: value[0] for key, value in samples.items()}
                 merged |= {key: value[0] for key, value in constants.items()}
@@ -71,7 +72,7 @@ def local_positions(task: Task, job: Job) -> NDArray[np.int64]:
     Returns:
         int64 [s, max(steps) * batch size] of positions in the client's own data; -1 is padding.
     """
-    size = task.train.batch_size
+    size = task.batch_size
     num_samples = task.workload.num_samples[job.client]
     most = int(job.steps.max())
     per_epoch = -(-num_samples // size)  # batches

@@ -17,7 +17,6 @@ class Job(NamedTuple):
     round: int
     phase: int
     block: Block
-    capacity: float
     client: NDArray[np.int64]
     weight: NDArray[np.float64]
     steps: NDArray[np.int32]
@@ -30,7 +29,6 @@ class Job(NamedTuple):
             message["round"],
             message["phase"],
             Block(message["variant"], message["first_leaf"], message["leaf"], slice(0, len(message["client"]))),
-            message["capacity"],
             np.array(message["client"], dtype=np.int64),
             np.array(message["weight"], dtype=np.float64),
             np.array(message["steps"], dtype=np.int32),
@@ -45,7 +43,6 @@ class Job(NamedTuple):
             "variant": self.block.variant,
             "first_leaf": self.block.first_leaf,
             "leaf": self.block.leaf,
-            "capacity": self.capacity,
             "client": self.client.tolist(),
             "weight": self.weight.tolist(),
             "steps": self.steps.tolist(),

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import numpy as np
 from torch import Tensor
 
 from gossamer.engines.memory import keep_freed_memory
-from gossamer.engines.task import Task, VariantMode
+from gossamer.engines.task import Task, Variant, VariantMode
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block
@@ -28,11 +27,11 @@ def choose_modes(task: Task, state: Mapping[str, Tensor]) -> tuple[VariantMode, 
     """Time every admissible mode for every capacity and return the quickest ones.
 
     Args:
-        task: the task; its `modes` are ignored.
+        task: the task; the modes of its variants are ignored.
         state: state arrays [1, d].
     """
     keep_freed_memory()
-    return tuple(_quickest(task, state, variant) for variant in range(len(task.capacities)))
+    return tuple(_quickest(task, state, variant) for variant in task.variants)
 
 
 def admissible(task: Task) -> list[VariantMode]:
@@ -40,14 +39,14 @@ def admissible(task: Task) -> list[VariantMode]:
     workload = task.workload
     formats = [True, False] if workload.has_images else [False]
     modes = [VariantMode(channels_last=last) for last in formats]
-    ragged = bool((workload.num_samples % task.train.batch_size != 0).any())
+    ragged = bool((workload.num_samples % task.batch_size != 0).any())
     stackable = workload.supports_stacking and getattr(task.algorithm, "stackable", True)
     if stackable and (workload.supports_padding or not ragged):
         modes.append(VariantMode(stacked=True, padding=ragged))
     return modes
 
 
-def _quickest(task: Task, state: Mapping[str, Tensor], variant: int) -> VariantMode:
+def _quickest(task: Task, state: Mapping[str, Tensor], variant: Variant) -> VariantMode:
     """Time the modes in turn, several times over, so that a disturbance does not hit one of them alone."""
     modes = admissible(task)
     if len(modes) == 1:
@@ -67,27 +66,25 @@ def _quickest(task: Task, state: Mapping[str, Tensor], variant: int) -> VariantM
 
 
 def _trial(
-    task: Task, state: Mapping[str, Tensor], variant: int, mode: VariantMode, num_clients: int, max_steps: int
+    task: Task, state: Mapping[str, Tensor], variant: Variant, mode: VariantMode, num_clients: int, max_steps: int
 ) -> Callable[[], float]:
     """Return a function that trains a block for a few steps in `mode` and returns the seconds per client."""
-    layout = task.cutter.sub_layout(task.capacities[variant])
+    layout = variant.layout
     num_rows = num_clients if not mode.stacked else max(2, min(num_clients, STACKED_BLOCK_FLOATS // layout.d))
     clients = np.argsort(-task.workload.num_samples, kind="stable")[:num_rows].astype(np.int64)
-    num_steps = max(1, min(max_steps, int(task.workload.num_samples[clients[0]]) // task.train.batch_size))
+    num_steps = max(1, min(max_steps, int(task.workload.num_samples[clients[0]]) // task.batch_size))
     job = Job(
         round=0,
         phase=0,
-        block=Block(variant, 0, MAX_CLIENTS, slice(0, len(clients))),
-        capacity=task.capacities[variant],
+        block=Block(variant.index, 0, MAX_CLIENTS, slice(0, len(clients))),
         client=clients,
         weight=np.ones(len(clients)),
         steps=np.full(len(clients), num_steps, dtype=np.int32),
         lr=0.0,
     )
-    modes = list(task.modes)
-    modes[variant] = mode
-    trainer = Trainer(replace(task, modes=tuple(modes)), state)
-    row = task.cutter.cut(job.capacity, 0, 0).read(state["x"][0], state["x"].new_zeros(layout.d))
+    modes = [mode if other is variant else other.mode for other in task.variants]
+    trainer = Trainer(task.with_modes(modes), state)
+    row = task.cut(variant, 0).read(state["x"][0], state["x"].new_zeros(layout.d))
     fresh = task.algorithm.init_client(row.new_zeros(len(clients), layout.d))
     peers = task.algorithm.init(row.repeat(len(clients), 1)) if task.topology is not None else None
 

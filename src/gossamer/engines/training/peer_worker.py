@@ -72,11 +72,11 @@ class PeerWorker:
     def train(self, message: Message) -> Message:
         """Train the peers of one block and write what they send and keep to where it belongs."""
         task, peers = self._task, np.array(message["peers"], dtype=np.int64)
+        layout = task.variants[message["variant"]].layout
         job = Job(
             message["round"],
             message["phase"],
             Block(message["variant"], 0, len(peers), slice(0, len(peers))),
-            message["capacity"],
             peers,
             np.ones(len(peers)),
             np.array(message["steps"], dtype=np.int32),
@@ -84,7 +84,7 @@ class PeerWorker:
         )
         where = _consecutive(peers - self._peers.first)
         payload, site, losses, finite = self._trainer.train_peers(job, self._read(job, where))
-        real = task.cutter.sub_layout(job.capacity).coordinates  # padding takes no part in a codec
+        real = layout.coordinates  # padding takes no part in a codec
         for name, codec in getattr(task.algorithm, "codecs", {}).items():
             rows = payload[name][:, real]
             payload[name][:, real] = codec.compress(rows, seed=task.seed, round=job.round, peers=peers)
@@ -94,31 +94,33 @@ class PeerWorker:
             self._write(job, where, self._peers.state[name], rows)
         if self._peers.holders is not None:
             self._peers.holders[where] = 0
-            held = torch.ones(len(peers), task.cutter.sub_layout(job.capacity).d, dtype=torch.uint8)
+            held = torch.ones(len(peers), layout.d, dtype=torch.uint8)
             self._write(job, where, self._peers.holders, held)
         return {"first": message["first"], "loss": losses, "finite": finite}
 
     def _read(self, job: Job, where: slice | Tensor) -> Arrays:
         """Return the rows [s, d_sub] of all state arrays."""
+        variant = self._task.variants[job.block.variant]
         rows = {name: value[where] for name, value in self._peers.state.items()}
-        if job.capacity == 1.0:
+        if variant.capacity == 1.0:
             return rows
         cut_rows = {}
         for name, value in rows.items():
             cut_rows[name] = value
             if name not in self._scalars:
-                cut_rows[name] = value.new_zeros(len(value), self._task.cutter.sub_layout(job.capacity).d)
+                cut_rows[name] = value.new_zeros(len(value), variant.layout.d)
                 for peer, row, out in zip(job.client.tolist(), value, cut_rows[name], strict=True):
-                    self._task.cutter.cut(job.capacity, job.round, peer).read(row, out)
+                    self._task.cut(variant, job.round, peer).read(row, out)
         return cut_rows
 
     def _write(self, job: Job, where: slice | Tensor, target: Tensor, rows: Tensor) -> None:
         """Write rows [s, d_sub] into their windows of `target` [n, d]."""
-        if job.capacity == 1.0 or target.shape[1] == 1:
+        variant = self._task.variants[job.block.variant]
+        if variant.capacity == 1.0 or target.shape[1] == 1:
             target[where] = rows
             return
         for peer, row in zip(job.client.tolist(), rows, strict=True):
-            self._task.cutter.cut(job.capacity, job.round, peer).write(target[peer - self._peers.first], row)
+            self._task.cut(variant, job.round, peer).write(target[peer - self._peers.first], row)
 
     # ---- mix
 
@@ -199,7 +201,7 @@ class PeerWorker:
         found: list[dict[str, list[float]]] = []
         with torch.no_grad():
             for number, peer in enumerate(message["peers"]):
-                params = self._params(peer, message["capacity"], message["round"])
+                params = self._params(peer, message["variant"], message["round"])
                 if message["kind"] == "statistics":
                     sums: Mapping[str, Any] = workload.statistics(params, chunk)
                 else:
@@ -209,9 +211,9 @@ class PeerWorker:
                 found.append({name: value.tolist() for name, value in sums.items()})
         return {"chunk": chunk, "sums": found}
 
-    def _params(self, peer: int, capacity: float, round: int) -> Arrays:
+    def _params(self, peer: int, variant: int, round: int) -> Arrays:
         row = self._peers.merged[0] if peer < 0 else self._peers.state["x"][peer]
-        cut = self._task.cutter.cut(capacity, round, 0)
+        cut = self._task.cut(self._task.variant(variant), round)
         if cut.is_full:
             return cut.full.views(row)
         return cut.sub.views(cut.read(row, row.new_zeros(cut.sub.d)))

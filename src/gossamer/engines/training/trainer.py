@@ -34,7 +34,7 @@ class Trainer:
         self._local_loss = getattr(task.algorithm, "local_loss", None)
         self._batches = Batches(task)
         self._factored = may_leave_products(task)
-        self._received_at: tuple[int, int, float] | None = None
+        self._received_at: tuple[int, int, int] | None = None
         self._received: Arrays = {}
 
     def train(self, job: Job, client_state: Arrays, target: Tensor | None = None) -> BlockResult:
@@ -46,9 +46,8 @@ class Trainer:
             target: memory that may hold weighted rows of the first payload, row i from float i * d_sub on, where that
                 spares a copy.
         """
-        task = self.task
-        shared = task.cutter.shares(job.capacity)
-        layout, working = self._layouts(job)
+        variant = self.task.variants[job.block.variant]
+        shared, layout, working = variant.shares_window, variant.layout, variant.working_layout
         received = [self._receive(job, int(client), shared) for client in job.client]
         if working is not layout:
             client_state = {name: layout.reorder_(rows.clone(), working) for name, rows in client_state.items()}
@@ -79,7 +78,8 @@ class Trainer:
             payload and new state, shaped like `rows`; losses; whose update was finite. The other peers idle: what they
             send and keep is that of zero steps.
         """
-        algorithm, (layout, working) = self.task.algorithm_of(job.capacity), self._layouts(job)
+        variant = self.task.variants[job.block.variant]
+        algorithm, layout, working = variant.algorithm, variant.layout, variant.working_layout
         if working is not layout:
             rows = self._reordered({name: value.clone() for name, value in rows.items()}, layout, working)
         *ended, losses = self._train_locally(job, rows, {})
@@ -112,7 +112,7 @@ class Trainer:
         Args:
             received: what each participant starts from: arrays [1, d] of one each, or arrays [s, d] of all.
         """
-        positions, mode = local_positions(self.task, job), self.task.modes[job.block.variant]
+        positions, mode = local_positions(self.task, job), self.task.variants[job.block.variant].mode
         client_state = on(mode.device, client_state)
         if mode.stacked:
             if isinstance(received, list):
@@ -127,16 +127,11 @@ class Trainer:
             ended = self._train_singly(job, [moved[id(one)] for one in received], positions, client_state)
         return ended if not mode.is_on_gpu else (on_processor(ended[0]), on_processor(ended[1]), ended[2])
 
-    def _layouts(self, job: Job) -> tuple[Layout, Layout]:
-        """Return the sub-model's layout, and the one in whose order in memory it is trained."""
-        layout = self.task.cutter.sub_layout(job.capacity)
-        return layout, layout.as_channels_last if self.task.modes[job.block.variant].channels_last else layout
-
     def _weighted(
         self, job: Job, name: str, rows: Rows, finite: list[bool], shared: bool, target: Tensor | None
     ) -> list[Tensor | None]:
         """Weight the rows of one payload and, where they share a window, add them up leaf by leaf."""
-        task, (_, layout) = self.task, self._layouts(job)
+        task, layout = self.task, self.task.variants[job.block.variant].working_layout
         if task.algorithm.uplink[name] == "mean":
             weights = torch.from_numpy(job.weight).float()
             per_label = task.count_labels and name not in self._scalars
@@ -159,11 +154,11 @@ class Trainer:
         """Return the downlink arrays [1, d_sub], cut to the client's window; a shared cut is made once a round."""
         downlink = self.task.algorithm.downlink
         names = tuple(self._state) if downlink is None else downlink
-        address = (job.round, job.phase, job.capacity)
+        address, variant = (job.round, job.phase, job.block.variant), self.task.variants[job.block.variant]
         if shared and self._received_at == address:
             return self._received
-        cut = self.task.cutter.cut(job.capacity, job.round, client)
-        layout, working = self._layouts(job)
+        cut = self.task.cut(variant, job.round, client)
+        layout, working = variant.layout, variant.working_layout
         if cut.is_full and working is layout:
             return {name: self._state[name] for name in names}
         received = {
@@ -176,16 +171,18 @@ class Trainer:
         return received
 
     def receive(self, job: Job, received: Arrays) -> None:
-        """Take what a round's participants of a capacity start from, [1, d_sub] each, cut elsewhere; not written to."""
-        layout, working = self._layouts(job)
+        """Take what a round's participants of a variant start from, [1, d_sub] each, cut elsewhere; not written to."""
+        variant = self.task.variants[job.block.variant]
+        layout, working = variant.layout, variant.working_layout
         if working is not layout:
             received = {name: layout.reorder_(row.clone(), working) for name, row in received.items()}
-        self._received_at, self._received = (job.round, job.phase, job.capacity), received
+        self._received_at, self._received = (job.round, job.phase, variant.index), received
 
     def _train_singly(
         self, job: Job, received: list[Arrays], positions: NDArray[np.int64], client_state: Arrays
     ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
-        algorithm, (_, layout) = self.task.algorithm_of(job.capacity), self._layouts(job)
+        variant = self.task.variants[job.block.variant]
+        algorithm, layout, clip_norm = variant.algorithm, variant.working_layout, variant.optimizer.clip_norm
         payload: dict[str, list[Tensor]] = defaultdict(list)
         private: dict[str, list[Tensor]] = defaultdict(list)
         losses = []
@@ -200,8 +197,8 @@ class Trainer:
             for step, batch in enumerate(self._batches.of(job, slice(i, i + 1), positions, one_by_one=True)):
                 value = self._loss(job, i, step, given_to_loss(algorithm, leaves.params, carries), batch)
                 grads, factors = gradients(value, leaves)
-                if self.task.train.clip_norm is not None:
-                    grads = clip(grads, self.task.train.clip_norm)
+                if clip_norm is not None:
+                    grads = clip(grads, clip_norm)
                 for name, grad in grads.items():
                     step_in_place(algorithm, carries[name], grad, job.lr)
                 for name, left, right in factors:
@@ -225,13 +222,14 @@ class Trainer:
             """Return the step's own random numbers."""
             return rng.generator(task.seed, purpose, job.round, job.phase, int(job.client[row]), step)
 
-        loss: Tensor = self._local_loss(task, job.capacity, params, batch, generator)
+        loss: Tensor = self._local_loss(task, task.variants[job.block.variant].capacity, params, batch, generator)
         return loss
 
     def _train_stacked(
         self, job: Job, rows: Arrays, positions: NDArray[np.int64], client_state: Arrays
     ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
-        algorithm, (_, layout), s = self.task.algorithm_of(job.capacity), self._layouts(job), len(job.client)
+        variant, s = self.task.variants[job.block.variant], len(job.client)
+        algorithm, layout, clip_norm = variant.algorithm, variant.working_layout, variant.optimizer.clip_norm
         if s == 1:  # a ghost: kernels of one row may round differently from those of two
             job = job._replace(client=job.client.repeat(2), weight=job.weight.repeat(2), steps=job.steps.repeat(2))
             positions = positions.repeat(2, axis=0)
@@ -252,8 +250,8 @@ class Trainer:
                 trained = {leaf: {name: rows[:active] for name, rows in carries[leaf].items()} for leaf in leaves}
             values = self._losses(given_to_loss(algorithm, leaves.params, carries), batch)
             grads, factors = gradients(values.sum(), leaves)
-            if self.task.train.clip_norm is not None:
-                grads = clip_rows(grads, self.task.train.clip_norm)
+            if clip_norm is not None:
+                grads = clip_rows(grads, clip_norm)
             for name, grad in grads.items():
                 step_in_place(algorithm, trained[name], grad[:active], job.lr)
             for name, left, right in factors:
@@ -302,7 +300,9 @@ def end_rows(
 
 def may_leave_products(task: Task) -> bool:
     """Say whether gradients of linear layers may be left in two factors: nothing but plain steps asks for them."""
-    is_plain = getattr(task.algorithm, "is_plain_sgd", False) and task.train.clip_norm is None
+    is_plain = getattr(task.algorithm, "is_plain_sgd", False) and all(
+        one.optimizer.clip_norm is None for one in task.variants
+    )
     losses = [task.workload] + [task.algorithm] * (getattr(task.algorithm, "local_loss", None) is not None)
     return is_plain and all(getattr(one, "leaves_products", False) for one in losses)
 

@@ -35,29 +35,30 @@ class Worker:
         if message["kind"] == "train":
             return self._train(message)
         if message["kind"] == "statistics":
-            sums = self.statistics(message["capacity"], message["round"], message["chunk"])
+            sums = self.statistics(message["variant"], message["round"], message["chunk"])
             return {"chunk": message["chunk"], "sums": {name: value.tolist() for name, value in sums.items()}}
         statistics = {name: torch.tensor(value, dtype=torch.float64) for name, value in message["statistics"].items()}
-        found = self.evaluate(message["capacity"], message["round"], statistics, message["chunk"])
+        found = self.evaluate(message["variant"], message["round"], statistics, message["chunk"])
         return {"chunk": message["chunk"], "sums": {name: value.tolist() for name, value in found.items()}}
 
     def train(self, job: Job, client_state: Arrays) -> BlockResult:
         """Train one block in this process."""
         return self._trainer.train(job, client_state)
 
-    def statistics(self, capacity: float, round: int, chunk: int) -> dict[str, Tensor]:
+    def statistics(self, variant: int, round: int, chunk: int) -> dict[str, Tensor]:
         """Return the BatchNorm sums of one chunk of training data."""
         with torch.no_grad():
-            return self._task.workload.statistics(self._params(capacity, round), chunk)
+            return self._task.workload.statistics(self._params(variant, round), chunk)
 
-    def evaluate(self, capacity: float, round: int, statistics: Mapping[str, Tensor], chunk: int) -> Sums:
+    def evaluate(self, variant: int, round: int, statistics: Mapping[str, Tensor], chunk: int) -> Sums:
         """Return the metric sums of one chunk of test data."""
         with torch.no_grad():
-            return self._task.workload.evaluate(self._params(capacity, round), statistics, chunk)
+            return self._task.workload.evaluate(self._params(variant, round), statistics, chunk)
 
-    def _params(self, capacity: float, round: int) -> dict[str, Tensor]:
-        cut, x = self._task.cutter.cut(capacity, round, 0), self._state["x"][0]
-        evaluated = getattr(self._task.algorithm_of(capacity), "evaluated", None)
+    def _params(self, index: int, round: int) -> dict[str, Tensor]:
+        variant, x = self._task.variant(index), self._state["x"][0]
+        cut = self._task.cut(variant, round)
+        evaluated = getattr(variant.algorithm, "evaluated", None)
         x = x if evaluated is None else evaluated(x)
         if cut.is_full:
             return cut.full.views(x)
@@ -66,7 +67,7 @@ class Worker:
     def _train(self, message: Message) -> Message:
         job = Job.of_message(message)
         slot, num_rows = self._slots[message["slot"]], len(job.client)
-        d_sub = self._task.cutter.sub_layout(job.capacity).d
+        d_sub = self._task.variants[job.block.variant].layout.d
         taken = 0
         client_state = {}
         for name in self._task.algorithm.client_arrays:
