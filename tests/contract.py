@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
+from gossamer.algorithms import base
+from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.errors import ConfigError
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Batch, Workload, add_sums
 
@@ -58,7 +60,10 @@ def check_algorithm(algorithm: Algorithm, layout: Layout) -> None:
     Raises:
         AssertionError: it breaks the contract.
     """
-    _check_declarations(algorithm)
+    try:
+        base.check_algorithm(type(algorithm).__name__, algorithm)
+    except ConfigError as error:
+        raise AssertionError(str(error)) from None
     _check_states(algorithm, layout)
     _check_begin(algorithm, layout)
     _check_step(algorithm, layout)
@@ -283,9 +288,9 @@ def _rows(layout: Layout, count: int, number: int) -> Tensor:
 
 def _states(algorithm: Algorithm, layout: Layout, count: int) -> tuple[Arrays, Arrays]:
     """Return what `count` clients receive and keep, both random."""
-    names = algorithm.init(_rows(layout, 1, 0)) if algorithm.downlink is None else algorithm.downlink
+    names = algorithm.init(_rows(layout, 1, 0)) if algorithm.traits.downlink is None else algorithm.traits.downlink
     received = {name: _rows(layout, 1, 10 + i).expand(count, -1) for i, name in enumerate(names)}
-    return received, {name: _rows(layout, count, 20 + i) for i, name in enumerate(algorithm.client_arrays)}
+    return received, {name: _rows(layout, count, 20 + i) for i, name in enumerate(algorithm.traits.client_arrays)}
 
 
 def _check_shapes(arrays: Tensors, names: set[str], shape: tuple[int, int], what: str) -> None:
@@ -295,31 +300,16 @@ def _check_shapes(arrays: Tensors, names: set[str], shape: tuple[int, int], what
         assert value.shape == shape, f"{what}[{name!r}] has shape {tuple(value.shape)}, not {shape}"
 
 
-def _check_declarations(algorithm: Algorithm) -> None:
-    assert algorithm.uplink, "uplink must name at least one payload"
-    for name, kind in algorithm.uplink.items():
-        assert kind in ("mean", "sum"), f"uplink[{name!r}] is {kind!r}: give 'mean' or 'sum'"
-    assert "held" not in algorithm.uplink, "a payload must not be named 'held'"
-    assert isinstance(algorithm.client_arrays, tuple), "client_arrays must be a tuple of names"
-    scalars = scalars_of(algorithm)
-    assert isinstance(scalars, tuple), "scalars must be a tuple of names"
-    for name in scalars:
-        assert name in algorithm.uplink, f"scalars names {name!r}, which uplink does not"
-    assert "x" not in scalars, "the payload 'x' must be model-shaped"
-    reason = getattr(algorithm, "whole_models_only", None)
-    assert reason is None or isinstance(reason, str), "whole_models_only must be a reason, or None"
-
-
 def _check_states(algorithm: Algorithm, layout: Layout) -> None:
     x = _rows(layout, 1, 0)
     state = algorithm.init(x.clone())
     assert "x" in state, "init must return the model under 'x'"
     assert torch.equal(state["x"], x), "init must keep the initial model"
     _check_shapes(state, set(state), (1, layout.d), "init")
-    for name in algorithm.downlink or ():
+    for name in algorithm.traits.downlink or ():
         assert name in state, f"downlink names {name!r}, which init does not return"
     newcomers = algorithm.init_client(torch.zeros(3, layout.d))
-    _check_shapes(newcomers, set(algorithm.client_arrays), (3, layout.d), "init_client")
+    _check_shapes(newcomers, set(algorithm.traits.client_arrays), (3, layout.d), "init_client")
 
 
 def _check_begin(algorithm: Algorithm, layout: Layout) -> None:
@@ -358,13 +348,13 @@ def _check_end(algorithm: Algorithm, layout: Layout) -> None:
     carry = algorithm.step(algorithm.begin(received, kept), _rows(layout, 3, 30), 0.1)
     copies = {name: value.clone() for name, value in carry.items()}
     payload, private = algorithm.end(received, kept, carry, 1, 0.1)
-    assert set(payload) == set(algorithm.uplink), (
-        f"the payload of end has the arrays {sorted(payload)}, declared are {sorted(algorithm.uplink)}"
+    assert set(payload) == set(algorithm.traits.uplink), (
+        f"the payload of end has the arrays {sorted(payload)}, declared are {sorted(algorithm.traits.uplink)}"
     )
-    scalars = set(scalars_of(algorithm))
+    scalars = set(algorithm.traits.scalars)
     for names, width in ((scalars, 1), (set(payload) - scalars, layout.d)):
         _check_shapes({name: payload[name] for name in names}, names, (3, width), "the payload of end")
-    _check_shapes(private, set(algorithm.client_arrays), (3, layout.d), "the client state of end")
+    _check_shapes(private, set(algorithm.traits.client_arrays), (3, layout.d), "the client state of end")
     for name, value in (received | kept).items():
         assert torch.equal(value, before[name]), f"end must not change {name!r}, which belongs to the caller"
     others = {value.untyped_storage().data_ptr() for value in (*received.values(), *kept.values(), *private.values())}
@@ -381,8 +371,8 @@ def _check_end(algorithm: Algorithm, layout: Layout) -> None:
 
 def _check_update(algorithm: Algorithm, layout: Layout) -> None:
     held = torch.arange(layout.d) % 3 > 0
-    payload = {name: _rows(layout, 1, 40 + number)[0] for number, name in enumerate(algorithm.uplink)}
-    scalars = {name: torch.full((1, 1), 2.5) for name in scalars_of(algorithm)}
+    payload = {name: _rows(layout, 1, 40 + number)[0] for number, name in enumerate(algorithm.traits.uplink)}
+    scalars = {name: torch.full((1, 1), 2.5) for name in algorithm.traits.scalars}
     state = algorithm.init(_rows(layout, 1, 0))
     for mask in (None, held):  # in this order, so that there is something like a velocity by then
         inbox: dict[str, Any] = {n: (v if mask is None else v * mask)[None] for n, v in payload.items()}

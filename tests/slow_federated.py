@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.aggregate import Part, combine
-from gossamer.algorithms.base import Algorithm, Arrays, scalars_of
+from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.build import Parts
 from gossamer.planning.schedule import learning_rate
 from gossamer.submodel import Layout, cut_of, extract
@@ -151,17 +151,17 @@ def federate(algorithm: Algorithm, clients: Sequence[Quadratic], num_rounds: int
         sums: dict[str, Tensor] = {}
         before = {name: value.clone() for name, value in state.items()}
         for number, one in enumerate(clients):
-            received = {name: state[name] for name in algorithm.downlink or ()}
+            received = {name: state[name] for name in algorithm.traits.downlink or ()}
             carry = algorithm.begin(received, private[number])
             for _ in range(one.steps):
                 carry = algorithm.step(carry, one.curvature * (carry["x"] - one.centre), lr)
             payload, private[number] = algorithm.end(received, private[number], carry, one.steps, lr)
             for name, rows in payload.items():
-                weight = one.weight if algorithm.uplink[name] == "mean" else 1.0
+                weight = one.weight if algorithm.traits.uplink[name] == "mean" else 1.0
                 sums[name] = sums.get(name, torch.zeros(())) + weight * rows[0]
         assert all(torch.equal(state[name], value) for name, value in before.items()), "training changed the state"
         parts = [Part(CUT, sums, total, None)]
-        inbox: Mapping[str, Tensor | None] = combine(LAYOUT, algorithm.uplink, parts, scalars_of(algorithm))
+        inbox: Mapping[str, Tensor | None] = combine(LAYOUT, algorithm.traits.uplink, parts, algorithm.traits.scalars)
         views = {name: None if value is None else value[None] for name, value in inbox.items()}
         state = state | algorithm.update(state, views, len(clients))
     return state

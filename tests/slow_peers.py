@@ -297,7 +297,7 @@ class SlowPeers:
 
     def choco(self) -> Rows:
         """CHOCO-SGD, Algorithm 2: every peer has a copy of what it knows of each other one."""
-        codec, gamma = self.parts.algorithm.codecs["q"], self.parts.algorithm.options.gamma
+        codec, gamma = self.parts.algorithm.traits.codecs["q"], self.parts.algorithm.options.gamma
         real, seed, found, velocity = self.parts.workload.layout.coordinates, self.config.seed, [self.x], None
         known = np.zeros((self.n, *self.x.shape))  # of i about j
         for round in range(self.num_rounds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -241,24 +242,16 @@ class Counting(FedNova):
         return payload | {"normaliser": torch.arange(1.0, len(payload["x"]) + 1)[:, None]}, private
 
 
-class Unsent(FedNova):
-    scalars = ("normaliser", "tau")
-
-
-class AllScalar(FedNova):
-    scalars = ("normaliser", "x")
-
-
 class Unknown(FedAvg):
-    downlink = ("x", "velocity")
+    traits = replace(FedAvg.traits, downlink=("x", "velocity"))
 
 
 class Undeclared(Scaffold):
-    client_arrays = ("control", "history")
+    traits = replace(Scaffold.traits, client_arrays=("control", "history"))
 
 
 class Misspelt(FedAvg):
-    uplink = {"x": "average"}  # type: ignore[dict-item]
+    stackabel = False
 
 
 @pytest.mark.parametrize(
@@ -276,9 +269,7 @@ class Misspelt(FedAvg):
         (Undeclared, "init_client has the arrays"),
         (Wide, "end\\['normaliser'\\] has shape \\(3, 48\\), not \\(3, 1\\)"),
         (Counting, "end is not row-wise: 'normaliser' of row 1 differs"),
-        (Unsent, "scalars names 'tau', which uplink does not"),
-        (AllScalar, "the payload 'x' must be model-shaped"),
-        (Misspelt, "uplink\\['x'\\] is 'average'"),
+        (Misspelt, "has an attribute 'stackabel' that has no effect; did you mean 'stackable'"),
     ],
 )
 def test_broken_algorithms(algorithm: Any, message: str) -> None:

@@ -81,9 +81,9 @@ class Parts:
                 given["collective"] = options.collective
             return self.engine_class.of_peers(self.task, x, **given), None
         store = None
-        if self.algorithm.client_arrays:
+        if self.algorithm.traits.client_arrays:
             store = ClientStore(directory / "clients", keep=self.config.checkpoint.keep)
-            for name in self.algorithm.client_arrays:
+            for name in self.algorithm.traits.client_arrays:
                 store.declare(name, self.workload.layout.d)
         state = self.algorithm.init(x[None])
         return self.engine_class(self.task, state, store, **given), store
@@ -133,7 +133,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     resolved = resolve(config) if isinstance(config, Config) else config
     config, algorithm = resolved.config, resolved.algorithm
     workload = load_workload(config, data)
-    if algorithm.client_arrays and workload.init(config.seed).dtype != torch.float32:
+    if algorithm.traits.client_arrays and workload.init(config.seed).dtype != torch.float32:
         raise ConfigError(
             f"algorithm {config.algorithm['name']!r} keeps private state in float32, but workload"
             f" {config.workload['name']!r} trains in float64: set workload.precision to single"
@@ -169,7 +169,7 @@ def make_planner(config: Config, task: Task) -> Planner | PeerPlanner:
             batch_size=train.batch_size,
             lr=train.lr,
             schedule=train.schedule,
-            merge_every=peers.merge_every or getattr(task.algorithm, "merge_every", None),
+            merge_every=peers.merge_every or task.algorithm.traits.merge_every,
             final_merge=peers.final_merge,
         )
     assert clients is not None
@@ -233,7 +233,7 @@ def check_modes(task: Task, algorithm: str) -> None:
     ragged = bool((task.workload.num_samples % task.batch_size != 0).any())
     for variant in task.variants:
         mode, capacity = variant.mode, variant.capacity
-        if mode.stacked and not getattr(task.algorithm, "stackable", True):
+        if mode.stacked and not task.algorithm.traits.stackable:
             raise ConfigError(
                 f"engine.modes stacks capacity {capacity}, but algorithm {algorithm!r} trains"
                 " participants one by one: use auto"

@@ -62,9 +62,13 @@ class Interrupted(GossamerError):
     exit_code = 130
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint such as ``; did you mean 'rolling'?`` for a misspelt `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return a hint such as ``; did you mean 'rolling'?`` for a misspelt `name`, or an empty string.
+
+    Args:
+        cutoff: least similarity, in [0, 1], as `difflib` measures it.
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -90,16 +94,17 @@ def plugin_errors(plugin: str) -> Iterator[None]:
         raise ConfigError(f"{plugin} fails with {one_line(error)}: correct it, or name another one") from error
 
 
-def require_attributes(plugin: str, found: object, names: Iterable[str]) -> None:
-    """Check that what a plug-in is, or makes, has the attributes `names`.
+def require_attributes(plugin: str, found: object, names: Iterable[str], remedy: str = "correct it") -> None:
+    """Check that what a plug-in is, or makes, has the attributes `names`, and no abstract methods of these.
 
     Raises:
         ConfigError: it lacks some.
     """
-    missing = [name for name in names if not hasattr(found, name)]
+    abstract: Iterable[str] = vars(found).get("__abstractmethods__", ()) if isinstance(found, type) else ()
+    missing = [name for name in names if not hasattr(found, name) or name in abstract]
     if missing:
         kind = found.__name__ if isinstance(found, type) else type(found).__name__
-        raise ConfigError(f"{plugin} is a {kind} without {', '.join(missing)}: correct it, or name another one")
+        raise ConfigError(f"{plugin} is a {kind} without {', '.join(missing)}: {remedy}, or name another one")
 
 
 @contextmanager

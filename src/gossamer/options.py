@@ -1,10 +1,12 @@
-"""Frozen, strict option models, and their errors as one clear sentence."""
+"""Frozen, strict option models and traits of plug-ins, and their errors as one clear sentence."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from types import MappingProxyType, UnionType
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
@@ -84,3 +86,111 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+
+
+class Traits:
+    """Base of frozen dataclasses in which plug-ins state what they can and cannot do; mappings become read-only.
+
+    Attributes:
+        hooks: ``{trait: optional method}``: the trait is true exactly where a class has that method.
+
+    Raises (when made):
+        ConfigError: an unknown name (with the nearest known one), or a value of the wrong type.
+    """
+
+    hooks: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, **given: Any) -> Self:
+        """Refuse unknown names, before `__init__` would with a `TypeError`."""
+        for name in given:
+            if name not in cls.names():
+                known = f"(known: {', '.join(cls.names())})"
+                raise ConfigError(f"{cls.__name__} has no trait {name!r}{nearest(name, cls.names())} {known}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        """Check every value by its annotation."""
+        hints = get_type_hints(type(self))
+        for name in self.names():
+            value = vars(self)[name]
+            if not _fits(value, hints[name]):
+                raise ConfigError(f"{type(self).__name__}.{name} = {value!r}: give {_described(hints[name])}")
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, MappingProxyType(dict(value)))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of all traits."""
+        return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+
+def check_traits(plugin: str, found: Any, kind: type[Traits], protocol: type) -> None:
+    """Check that a plug-in's class, or an instance, states its traits, and nothing that contradicts them.
+
+    Args:
+        plugin: what errors call it, such as ``"algorithm 'mine:MyAlgorithm'"``.
+        found: the class, or the instance.
+        kind: the class that its traits are to have.
+        protocol: what it implements; attributes of this are no misspelt traits.
+
+    Raises:
+        ConfigError: there are no such traits, an attribute has the name of a trait or nearly so, or a trait says
+            otherwise than the methods.
+    """
+    if not hasattr(found, "traits") or not isinstance(found.traits, kind):
+        given = f"traits = {found.traits!r}" if hasattr(found, "traits") else "no traits"
+        raise ConfigError(f"{plugin} has {given}: state what it can do in an attribute traits = {kind.__name__}(...)")
+    parts = found.__mro__ if isinstance(found, type) else (found, *type(found).__mro__)
+    own = {name: value for part in parts if part is not protocol for name, value in vars(part).items()}
+    for name, value in own.items():
+        if name in kind.names():
+            raise ConfigError(
+                f"{plugin} states {name!r} beside its traits, where it would have no effect: state it in traits ="
+                f" {kind.__name__}({name}=...) alone"
+            )
+        known = kind.hooks.values() if callable(value) else kind.names()
+        close = "" if name[0] == "_" or hasattr(protocol, name) else nearest(name, known, cutoff=0.85)
+        if close:
+            raise ConfigError(
+                f"{plugin} has an attribute {name!r} that has no effect{close} (traits belong into traits ="
+                f" {kind.__name__}(...); anything else needs a name less like theirs)"
+            )
+    for trait, method in kind.hooks.items():
+        stated = vars(found.traits)[trait]
+        if stated != (method in own) and (stated or isinstance(found, type)):  # an instance may go without
+            has = "a" if method in own else "no"
+            raise ConfigError(
+                f"{plugin} has {has} method {method!r}, but traits.{trait} is {stated}: set it to {not stated}, or"
+                f" {'rename' if method in own else 'write'} the method"
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Say whether a value is of a type, as far as traits have them."""
+    origin, members = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, member) for member in members)
+    if origin is Literal:
+        return isinstance(value, str) and value in members
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(one, members[0]) for one in value)
+    if origin is not None:
+        return isinstance(value, Mapping) and all(
+            _fits(key, members[0]) and _fits(one, members[1]) for key, one in value.items()
+        )
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _described(hint: Any) -> str:
+    """Return what a value of a type is to be, as a noun."""
+    origin, members = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_described(member) for member in members)
+    if origin is Literal:
+        return " or ".join(repr(member) for member in members)
+    if origin is tuple:
+        return "a tuple of strings"
+    if origin is not None:
+        return f"a mapping of names to {_described(members[1])}"
+    named = {bool: "True or False", int: "a whole number", str: "a string", type(None): "None"}
+    return named.get(hint, f"a {hint.__name__}")

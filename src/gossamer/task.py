@@ -46,7 +46,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
     assert sub.scaler is not None
     strategy = registry.resolve("strategy", sub.strategy)
     require_attributes(f"submodel.strategy {sub.strategy!r}", strategy, STRATEGY)
-    whole = getattr(algorithm, "full_size", False)
+    whole = algorithm.traits.full_size
     cutter = Cutter(workload.layout, strategy, sub.stride, config.seed, sub.offsets, full_size=whole)
     optimizer = LocalSGD(train.momentum, train.weight_decay, train.clip_norm)
     capacities = sorted(sub.capacities)

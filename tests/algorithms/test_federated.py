@@ -47,13 +47,13 @@ def start(seed: int = 0) -> Tensor:
 
 def local_change(algorithm: FedAvg, state: dict[str, Tensor], client: int) -> Tensor:
     """What one client returns after its steps."""
-    received = {name: state[name] for name in algorithm.downlink or ()}
+    received = {name: state[name] for name in algorithm.traits.downlink or ()}
     carry = algorithm.begin(received, {})
     for _ in range(STEPS[client]):
         carry = algorithm.step(carry, CURVATURE[client] * (carry["x"] - CENTRE[client]), LR)
     payload, private = algorithm.end(received, {}, carry, STEPS[client], LR)
     assert private == {}
-    assert set(payload) == {"x"} == set(algorithm.uplink)
+    assert set(payload) == {"x"} == set(algorithm.traits.uplink)
     return payload["x"]
 
 
@@ -62,7 +62,7 @@ def one_round(algorithm: FedAvg, state: dict[str, Tensor]) -> dict[str, Tensor]:
     before = {name: array.clone() for name, array in state.items()}
     rows = [local_change(algorithm, state, client)[0] * WEIGHT[client] for client in range(3)]
     assert all(torch.equal(state[name], array) for name, array in before.items()), "training changed the state"
-    inbox = combine(LAYOUT, algorithm.uplink, [Part(CUT, {"x": sum(rows)}, sum(WEIGHT), None)])
+    inbox = combine(LAYOUT, algorithm.traits.uplink, [Part(CUT, {"x": sum(rows)}, sum(WEIGHT), None)])
     return algorithm.update(state, inbox, 3)
 
 
@@ -116,7 +116,7 @@ class TestRounds:
         assert set(make().begin({"x": x}, {})) == {"x"}
         assert set(make(momentum=0.1).begin({"x": x}, {})) == {"x", "momentum"}
         assert make().init_client(x) == {}
-        assert make().client_arrays == ()
+        assert make().traits.client_arrays == ()
 
 
 class TestLocalSteps:
@@ -156,7 +156,7 @@ class TestLocalSteps:
         except ConfigError:
             return
         plain = name in PLAIN and not train
-        assert getattr(algorithm, "is_plain_sgd", False) == plain
+        assert algorithm.is_plain_sgd == plain
         if plain:
             x, grad = torch.randn(1, 5), torch.randn(1, 5)
             assert torch.equal(algorithm.step({"x": x.clone()}, grad, 0.3)["x"], x.sub(grad, alpha=0.3))
@@ -231,8 +231,9 @@ class TestOptions:
         ],
     )
     def test_presets(self, preset: type[FedAvg], strategy: str | None, capacities: str, label_mask: str) -> None:
-        assert (preset.strategy, preset.capacities, preset.default_label_mask) == (strategy, capacities, label_mask)
+        traits = preset.traits
+        assert (traits.strategy, traits.capacities, traits.default_label_mask) == (strategy, capacities, label_mask)
         algorithm = preset({"server_lr": 0.5, "server_momentum": 0.25}, momentum=0.5, weight_decay=0.1)
         assert (algorithm.options.server_lr, algorithm.options.server_momentum) == (0.5, 0.25)
         assert (algorithm.momentum, algorithm.weight_decay) == (0.5, 0.1)
-        assert (algorithm.uplink, algorithm.downlink) == ({"x": "mean"}, ("x",))
+        assert (algorithm.traits.uplink, algorithm.traits.downlink) == ({"x": "mean"}, ("x",))

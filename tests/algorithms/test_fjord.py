@@ -251,7 +251,8 @@ def test_wrong_options(options: dict[str, Any], expected: str) -> None:
 
 
 def test_what_it_fixes() -> None:
-    assert (FjORD.strategy, FjORD.capacities, FjORD.default_label_mask) == ("static", "given", "zero")
+    traits = FjORD.traits
+    assert (traits.strategy, traits.capacities, traits.default_label_mask) == ("static", "given", "zero")
     algorithm = FjORD({"server_momentum": 0.5}, momentum=0.9, weight_decay=0.1)
     assert (algorithm.options.server_momentum, algorithm.momentum, algorithm.weight_decay) == (0.5, 0.9, 0.1)
 

@@ -128,11 +128,11 @@ class TestRefused:
 def test_a_settled_configuration_settles_to_itself(algorithm: str, given: dict[str, Any]) -> None:
     """So the file that a run writes can be run, or resumed, and means the same."""
     found = resolve("algorithm", algorithm)
-    if given and getattr(found, "whole_models_only", None) is not None:
+    if given and found.traits.whole_models_only is not None:
         with pytest.raises(ConfigError, match="trains whole models only, because"):
             settled(algorithm, **given)
         return
-    strategy = {"submodel__strategy": "rolling"} if getattr(found, "capacities", "one") == "one" and given else {}
+    strategy = {"submodel__strategy": "rolling"} if found.traits.capacities == "one" and given else {}
     config = settled(algorithm, **given, **strategy)
     written = parse(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
     assert written == config

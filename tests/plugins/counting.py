@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ NEWCOMER = 10.0
 class Counting(FedAvg):
     """Trains as FedAvg does; what it keeps has no influence."""
 
-    client_arrays = ("last", "times")
+    traits = replace(FedAvg.traits, client_arrays=("last", "times"))
 
     def init_client(self, x: Tensor) -> Arrays:
         return {"times": torch.full_like(x, NEWCOMER), "last": torch.zeros_like(x)}

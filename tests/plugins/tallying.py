@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, Uplink
+from gossamer.algorithms.base import Arrays
 from gossamer.algorithms.federated import FedAvg
 
 
 class Tallying(FedAvg):
     """FedAvg whose participants also send 1, to be added up, and their number of steps, to be averaged."""
 
-    uplink: Mapping[str, Uplink] = {"count": "sum", "x": "mean", "steps": "mean"}
-    scalars: ClassVar[tuple[str, ...]] = ("count", "steps")
+    traits = replace(FedAvg.traits, uplink={"count": "sum", "x": "mean", "steps": "mean"}, scalars=("count", "steps"))
 
     def init(self, x: Tensor) -> Arrays:
         return {"x": x, "count": torch.zeros_like(x), "steps": torch.zeros_like(x)}
@@ -30,5 +30,5 @@ class Tallying(FedAvg):
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         assert inbox["count"].shape == inbox["steps"].shape == (1, 1)
-        tallies = {name: inbox[name].expand_as(state["x"]) for name in self.scalars}
+        tallies = {name: inbox[name].expand_as(state["x"]) for name in self.traits.scalars}
         return super().update(state, inbox, num_clients) | tallies

@@ -50,8 +50,7 @@ def mlp_parameters(hidden: int) -> int:
 class Talkative(FedAvg):
     """Sends three arrays and receives two."""
 
-    uplink = {"x": "mean", "y": "sum", "z": "sum"}
-    downlink = ("x", "y")
+    traits = replace(FedAvg.traits, uplink={"x": "mean", "y": "sum", "z": "sum"}, downlink=("x", "y"))
 
     def init(self, x: Tensor) -> dict[str, Tensor]:
         return {"x": x, "y": x.clone()}
@@ -106,7 +105,7 @@ class TestBytes:
 
     def test_by_arrays_that_travel(self, perceptron: ImageClassification) -> None:
         class AtHome(FedAvg):
-            downlink = None
+            traits = replace(FedAvg.traits, downlink=None)
 
         found = costs_of(perceptron, [2], [1], algorithm=Talkative({}))
         assert (found.bytes_up, found.bytes_down) == (12 * mlp_parameters(16), 8 * mlp_parameters(16))
@@ -178,8 +177,7 @@ class TestSeconds:
 class Reporting(FedAvg):
     """Sends a number beside the model."""
 
-    uplink = {"x": "mean", "loss": "sum"}
-    scalars = ("loss",)
+    traits = replace(FedAvg.traits, uplink={"x": "mean", "loss": "sum"}, scalars=("loss",))
 
 
 class Drawing(FedAvg):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from gossamer.options import Options, parse_options
 INDEX_BYTES = 4
 
 
+@runtime_checkable
 class Codec(Protocol):
     """Compresses rows before they are sent; contracts: ``E ||Q(v) - v||^2 <= (1 - contraction) ||v||^2``."""
 

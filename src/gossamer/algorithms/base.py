@@ -6,65 +6,58 @@ Participants of a smaller capacity see the same functions on rows cut to their w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
+from gossamer.algorithms.traits import AlgorithmTraits
+from gossamer.errors import ConfigError, require_attributes
+from gossamer.options import Options, check_traits, parse_options
+from gossamer.registry import resolve
 from gossamer.submodel import Layout
 
+if TYPE_CHECKING:
+    from gossamer.topology import Topology
+
 Arrays = dict[str, Tensor]
-Uplink = Literal["mean", "sum"]
 
 
 class Algorithm(Protocol):
-    """A training algorithm.
+    """A training algorithm, made as ``cls(options, momentum=..., weight_decay=...)``.
+
+    To write one, derive it from this class, or from `FedAvg`: what is abstract must be written, the rest has defaults.
 
     Attributes:
-        uplink: ``{payload name: "mean" (weighted, over the holders of a coordinate) | "sum"}``.
-        downlink: names of the state arrays that a participant receives; None: the participant is the site.
-        client_arrays: names of the arrays that `init_client` makes; () if clients keep nothing.
-
-    A class may also have the attributes ``strategy``, ``capacities``, ``default_label_mask`` and ``default_scaler``,
-    see `FedAvg`, and
-
-    * ``scalars``: names among `uplink` of payloads that are one number a client: rows [s, 1] instead of [s, d]. They
-      are weighted and added up like any other; a mean divides by the weight of all survivors, whatever they hold.
-    * ``whole_models_only``: why the algorithm cannot train sub-models (a sentence's end, after "because"), or None.
-    * ``no_offsets``: why windows cannot be moved by ``submodel.offsets`` (likewise), or None.
-    * ``is_plain_sgd``: True if `step` is ``x - lr * grad`` and nothing else; then not every gradient need be made.
-    * ``stackable``: False if participants must be trained one by one.
-    * ``local_loss(task, capacity, params, batch, generator)``: the loss of a local step instead of the workload's own,
-      see `FjORD`; needs ``stackable = False``. With ``leaves_products`` it may be given `Leaves` that are factored.
-    * ``full_size``: True if everybody holds the whole model, whatever the capacity.
-    * ``of_capacity(layout, capacity)``: the algorithm as participants of a capacity run it, where that differs.
-    * ``forward(x, carry)``: what the loss is given instead of ``carry["x"]``, differentiable by x; coordinatewise, as
-      `step` is.
-    * ``evaluated(x)``: what a server's model [d] is evaluated as, where that is not itself. See `FIARSE` for these.
-    * ``mean_passes(capacities, capacity)``: ``{width: expected passes a local step}``, by which FLOPs and memory are
-      counted where a step is not one pass of the client's own width.
+        traits: what it can and cannot do. Those of the class are read when it is named; options may change some on an
+            instance.
     """
 
-    uplink: Mapping[str, Uplink]
-    downlink: tuple[str, ...] | None
-    client_arrays: tuple[str, ...]
+    traits: AlgorithmTraits
 
+    @abstractmethod
     def init(self, x: Tensor) -> Arrays:
         """Return the state of n sites from the initial model x [n, d]."""
         ...
 
+    @abstractmethod
     def init_client(self, x: Tensor) -> Arrays:
         """Return the state of clients that never took part; x [s, d] gives the shape."""
         ...
 
+    @abstractmethod
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
         """Return what local steps work on; ``carry["x"]`` [s, d] is owned and may be changed in place."""
         ...
 
+    @abstractmethod
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """One local step. Coordinatewise: it is called per parameter, on tensors of any one shape."""
         ...
 
+    @abstractmethod
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
@@ -74,6 +67,7 @@ class Algorithm(Protocol):
         """
         ...
 
+    @abstractmethod
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Return the new state.
 
@@ -85,30 +79,142 @@ class Algorithm(Protocol):
         """
         ...
 
+    def of_phase(self, phase: int) -> Algorithm:
+        """Return the algorithm as it is in a phase of a round, counted from 0, where it has several."""
+        return self
 
-def of_capacity(algorithm: Any, layout: Layout, capacity: float) -> Any:
-    """Return an algorithm as participants of a capacity run it; `layout` is that of the whole model."""
-    bind = getattr(algorithm, "of_capacity", None)
-    return algorithm if bind is None else bind(layout, capacity)
+    def of_capacity(self, layout: Layout, capacity: float) -> Algorithm:
+        """Return the algorithm as participants of a capacity run it; `layout` is that of the whole model."""
+        return self
+
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether `step` is ``x - lr * grad`` and nothing else; then not every gradient need be made."""
+        return False
+
+    def forward(self, x: Tensor, carry: Mapping[str, Tensor]) -> Tensor:
+        """Return what the loss is given instead of x, differentiable by it; coordinatewise, as `step` is.
+
+        Traits must say `transforms_parameters`.
+        """
+        return x
+
+    def local_loss(
+        self,
+        task: Any,
+        capacity: float,
+        params: Mapping[str, Tensor],
+        batch: Mapping[str, Any],
+        generator: Callable[[str], np.random.Generator],
+    ) -> Tensor:
+        """Return the loss (scalar) of one local step of one client; by default the workload's.
+
+        Traits must say `has_local_loss`; see `gossamer.algorithms.fjord.FjORD` for an example.
+
+        Args:
+            task: the run, see `gossamer.algorithms.fjord.Setting`.
+            capacity: the client's.
+            params: ``{name: tensor}`` of its sub-model.
+            batch: the step's batch, see `gossamer.workloads.base.Workload.loss`.
+            generator: returns the random numbers of this very step for a named purpose.
+        """
+        loss: Tensor = task.workload.loss(params, batch)
+        return loss
+
+    def mean_passes(self, capacities: Sequence[float], capacity: float) -> dict[float, float]:
+        """Return the expected passes of a local step by the width that they go through: one, of the client's own.
+
+        FLOPs and memory are counted by it.
+
+        Args:
+            capacities: all capacity levels of the run.
+            capacity: the client's, one of them.
+        """
+        return {capacity: 1.0}
+
+    def evaluated(self, x: Tensor) -> Tensor:
+        """Return what the server's model [d] is evaluated as."""
+        return x
+
+    def check(self, topology: Topology) -> list[str]:
+        """Return warnings about the topology of peers, one sentence each.
+
+        Raises:
+            ConfigError: theory excludes the topology.
+        """
+        return []
 
 
-def given_to_loss(algorithm: Any, x: Mapping[str, Tensor], carries: Mapping[str, Arrays]) -> Mapping[str, Tensor]:
+class BaseAlgorithm(Algorithm):
+    """What `FedAvg` and the methods of peers share: options, and local steps of SGD."""
+
+    class Options(Options):
+        """No options."""
+
+    def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
+        self.options: Any = parse_options(type(self).Options, options, "algorithm")
+        if momentum and self.traits.no_momentum is not None:
+            raise ConfigError(
+                f"{type(self).__name__} does not go with train.momentum = {momentum!r}, because"
+                f" {self.traits.no_momentum}: set train.momentum to 0"
+            )
+        self.momentum, self.weight_decay = momentum, weight_decay
+
+    def init_client(self, x: Tensor) -> Arrays:
+        """Return nothing: participants keep no state of their own."""
+        return {}
+
+    @property
+    def is_plain_sgd(self) -> bool:
+        """Whether a step is that of SGD without momentum and weight decay."""
+        return type(self).step is BaseAlgorithm.step and not self.momentum and not self.weight_decay
+
+    def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
+        """One step of SGD, as `torch.optim.SGD` takes it with the same momentum and weight decay."""
+        grad = self.decayed(carry, grad)
+        if self.momentum:
+            grad = carry["momentum"].mul_(self.momentum).add_(grad)
+        carry["x"].sub_(grad, alpha=lr)
+        return carry
+
+    def decayed(self, carry: Mapping[str, Tensor], grad: Tensor) -> Tensor:
+        """Return the gradient with weight decay."""
+        return grad.add(carry["x"], alpha=self.weight_decay) if self.weight_decay else grad
+
+
+def check_algorithm(plugin: str, found: Any) -> None:
+    """Check the methods and the traits of the class of an algorithm, or of an instance.
+
+    Args:
+        plugin: what errors call it, such as ``"algorithm 'mine:MyAlgorithm'"``.
+
+    Raises:
+        ConfigError: it lacks a method, or its traits are missing or contradicted, see `check_traits`.
+    """
+    methods = [name for name in vars(Algorithm) if not name.startswith("_")]
+    require_attributes(plugin, found, ["traits", *methods], "derive it from gossamer.algorithms.base.Algorithm")
+    check_traits(plugin, found, AlgorithmTraits, Algorithm)
+
+
+def find_algorithm(name: str) -> type[Algorithm]:
+    """Return the class of an algorithm's name.
+
+    Raises:
+        RegistryError: the name is unknown.
+        ConfigError: see `check_algorithm`.
+    """
+    found: type[Algorithm] = resolve("algorithm", name)
+    check_algorithm(f"algorithm {name!r}", found)
+    return found
+
+
+def given_to_loss(algorithm: Algorithm, x: Mapping[str, Tensor], carries: Mapping[str, Arrays]) -> Mapping[str, Tensor]:
     """Return the parameters that a loss is given: x, unless the algorithm puts something in their place.
 
     Args:
         x: ``{parameter: tensor}``.
         carries: ``{parameter: {name: tensor}}``, what local steps work on.
     """
-    forward = getattr(algorithm, "forward", None)
-    return x if forward is None else {name: forward(value, carries[name]) for name, value in x.items()}
-
-
-def takes_plain_steps(algorithm: Any, step: Any) -> bool:
-    """Say whether an algorithm's steps are those of the function `step`, without momentum and weight decay."""
-    return type(algorithm).step is step and not algorithm.momentum and not algorithm.weight_decay
-
-
-def scalars_of(algorithm: Any) -> tuple[str, ...]:
-    """Return the names of the payloads of an algorithm, or of its class, that are one number a client."""
-    names: tuple[str, ...] = getattr(algorithm, "scalars", ())
-    return names
+    if not algorithm.traits.transforms_parameters:
+        return x
+    return {name: algorithm.forward(value, carries[name]) for name, value in x.items()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, Uplink
+from gossamer.algorithms.base import Arrays
 from gossamer.algorithms.fedprox import FedProx
 
 
@@ -30,11 +31,14 @@ class FedNova(FedProx):
 
     options: FedNova.Options
 
-    uplink: Mapping[str, Uplink] = {"x": "mean", "normaliser": "mean"}
-    scalars: ClassVar[tuple[str, ...]] = ("normaliser",)
-    whole_models_only: ClassVar[str | None] = (
-        "the mean number of local steps by which it scales the change is one number, and would differ from coordinate"
-        " to coordinate where these have different holders"
+    traits = replace(
+        FedProx.traits,
+        uplink={"x": "mean", "normaliser": "mean"},
+        scalars=("normaliser",),
+        whole_models_only=(
+            "the mean number of local steps by which it scales the change is one number, and would differ from"
+            " coordinate to coordinate where these have different holders"
+        ),
     )
 
     def end(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, takes_plain_steps
+from gossamer.algorithms.base import Arrays
 from gossamer.algorithms.federated import FedAvg
 
 
@@ -34,7 +34,8 @@ class FedProx(FedAvg):
     @property
     def is_plain_sgd(self) -> bool:
         """Whether a step is that of SGD without pull, momentum and weight decay."""
-        return takes_plain_steps(self, FedProx.step) and not self.options.mu
+        is_own = type(self).step is FedProx.step
+        return is_own and not self.options.mu and not self.momentum and not self.weight_decay
 
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """One step of SGD on the loss and the proximal term."""

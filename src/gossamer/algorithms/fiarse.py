@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Self
+from dataclasses import replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer.aggregate.codecs import Bitmap
-from gossamer.algorithms.base import Arrays, Uplink
+from gossamer.algorithms.base import Arrays
 from gossamer.algorithms.federated import FedAvg
 from gossamer.submodel import Layout
 
@@ -46,13 +47,17 @@ class FIARSE(FedAvg):
     k. [M] Weight decay acts where the mask is 1. Weights as large as theta are all trained, so a matrix of zeros is.
     """
 
-    uplink: Mapping[str, Uplink] = {"x": "mean", "mask": "mean"}
-    strategy = "static"
-    capacities = "given"
-    default_label_mask = "zero"
-    default_scaler: ClassVar[bool] = False
-    full_size: ClassVar[bool] = True
-    codecs: ClassVar[Mapping[str, Any]] = {"mask": Bitmap()}
+    traits = replace(
+        FedAvg.traits,
+        uplink={"x": "mean", "mask": "mean"},
+        codecs={"mask": Bitmap()},
+        strategy="static",
+        capacities="given",
+        default_label_mask="zero",
+        default_scaler=False,
+        full_size=True,
+        transforms_parameters=True,
+    )
 
     shares: tuple[Share, ...] = ()  # of the capacity that it is bound to; none: everything is trained
 

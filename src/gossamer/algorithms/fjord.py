@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -69,13 +70,17 @@ class FjORD(FedAvg):
 
     options: FjORD.Options
 
-    strategy = "static"
-    capacities = "given"
-    default_label_mask = "zero"
-    default_scaler: ClassVar[bool] = False
-    no_offsets: ClassVar[str] = "a narrower width is made of the first channels of a wider one"
-    stackable: ClassVar[bool] = False  # widths differ from client to client within a step
-    leaves_products: ClassVar[bool] = True
+    traits = replace(
+        FedAvg.traits,
+        strategy="static",
+        capacities="given",
+        default_label_mask="zero",
+        default_scaler=False,
+        no_offsets="a narrower width is made of the first channels of a wider one",
+        has_local_loss=True,
+        leaves_products=True,
+        stackable=False,  # widths differ from client to client within a step
+    )
 
     def local_loss(
         self,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, Uplink
-from gossamer.errors import ConfigError
-from gossamer.options import Options, parse_options
+from gossamer.algorithms.base import Arrays, BaseAlgorithm
+from gossamer.algorithms.traits import AlgorithmTraits
 
 
-class Scaffold:
+class Scaffold(BaseAlgorithm):
     """SCAFFOLD (Karimireddy et al., arXiv 1910.06378, Algorithm 1 with option II).
 
     A local step goes along ``gradient - own control + server's control``. Afterwards the client's control becomes the
@@ -23,27 +22,21 @@ class Scaffold:
     changes are averaged with the weights of the run, where the paper has equal ones (``clients.weighting: equal``).
     """
 
-    class Options(Options):
+    class Options(BaseAlgorithm.Options):
         """Options of SCAFFOLD; server_lr: the paper's global step size."""
 
         server_lr: float = Field(default=1.0, gt=0)
 
-    uplink: Mapping[str, Uplink] = {"x": "mean", "control": "sum"}
-    downlink: tuple[str, ...] | None = ("x", "control")
-    client_arrays: tuple[str, ...] = ("control",)
-    whole_models_only: ClassVar[str | None] = (
-        "the server's control variate is the mean over all registered clients at every coordinate, and windows leave"
-        " clients out"
+    traits = AlgorithmTraits(
+        uplink={"x": "mean", "control": "sum"},
+        downlink=("x", "control"),
+        client_arrays=("control",),
+        whole_models_only=(
+            "the server's control variate is the mean over all registered clients at every coordinate, and windows"
+            " leave clients out"
+        ),
+        no_momentum="its control variates take a client's change for a sum of plain gradient steps",
     )
-
-    def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        self.options = parse_options(Scaffold.Options, options, "algorithm")
-        if momentum:
-            raise ConfigError(
-                f"SCAFFOLD does not go with train.momentum = {momentum!r}, because its control variates take a client's"
-                " change for a sum of plain gradient steps: set train.momentum to 0"
-            )
-        self.weight_decay = weight_decay
 
     def init(self, x: Tensor) -> Arrays:
         """Return the model and the server's control variate, 0."""
@@ -59,9 +52,7 @@ class Scaffold:
 
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """One step of SGD along the corrected gradient."""
-        if self.weight_decay:
-            grad = grad.add(carry["x"], alpha=self.weight_decay)
-        carry["x"].sub_(grad + carry["correction"], alpha=lr)
+        carry["x"].sub_(self.decayed(carry, grad) + carry["correction"], alpha=lr)
         return carry
 
     def end(

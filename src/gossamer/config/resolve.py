@@ -9,7 +9,7 @@ from typing import Any
 
 from gossamer import registry
 from gossamer import topology as topologies
-from gossamer.algorithms.base import Algorithm
+from gossamer.algorithms.base import Algorithm, check_algorithm, find_algorithm
 from gossamer.config.rules import (
     check_peers,
     is_topology_file,
@@ -23,7 +23,6 @@ from gossamer.simulation.devices import DeviceShare
 from gossamer.topology import Topology
 
 ENGINE = ("is_remote", "train", "exchange", "evaluate", "measure", "read", "write", "close")
-ALGORITHM = ("uplink", "downlink", "client_arrays", "init", "begin", "step", "end", "update")
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,13 @@ def make_algorithm(config: Config) -> Algorithm:
     """Make the algorithm of a configuration, resolved or not.
 
     Raises:
-        ConfigError: it is unknown, its options are wrong, or it lacks a method.
+        ConfigError: it is unknown, its options are wrong, it lacks a method, or its traits are wrong.
     """
     name, options = split(config.algorithm)
-    make = registry.resolve("algorithm", name)
+    make: Any = find_algorithm(name)
     with plugin_errors(f"algorithm {name!r}"):
         algorithm: Algorithm = make(options, momentum=config.train.momentum, weight_decay=config.train.weight_decay)
-    require_attributes(f"algorithm {name!r}", algorithm, ALGORITHM)
+    check_algorithm(f"algorithm {name!r}", algorithm)
     return algorithm
 
 
@@ -118,15 +117,15 @@ def settle(config: Config, algorithm: Any) -> Config:
     Raises:
         ConfigError: the algorithm contradicts the configuration.
     """
-    sub, rule = config.submodel, getattr(algorithm, "capacities", "one")
+    sub, rule = config.submodel, algorithm.traits.capacities
     name = config.algorithm["name"]
-    fixed = getattr(algorithm, "strategy", None)
+    fixed = algorithm.traits.strategy
     if fixed is not None and sub.strategy not in (None, fixed):
         raise ConfigError(
             f"submodel.strategy = {sub.strategy!r} contradicts algorithm {name!r}, which is {fixed!r} by definition:"
             " leave submodel.strategy out, or use algorithm 'fedavg'"
         )
-    reason = getattr(algorithm, "no_offsets", None)
+    reason = algorithm.traits.no_offsets
     if reason is not None and any(sub.offsets.values()):
         raise ConfigError(
             f"submodel.offsets = {sub.offsets} does not go with algorithm {name!r}, because {reason}: leave it out"
@@ -140,7 +139,7 @@ def settle(config: Config, algorithm: Any) -> Config:
             f"algorithm {name!r} trains whole models but submodel.capacities = {sub.capacities}: choose fedrolex,"
             " heterofl or federated-dropout, or give submodel.strategy"
         )
-    default_mask = getattr(algorithm, "default_label_mask", "none")
+    default_mask = algorithm.traits.default_label_mask
     defaults = _workload_defaults(workload["name"])
     for option, value in (("model", defaults.get("model")), ("label_mask", default_mask)):
         if option in defaults:
@@ -161,7 +160,7 @@ def settle(config: Config, algorithm: Any) -> Config:
                 f"algorithm {name!r} scales workload.model.width, which workload {workload['name']!r} does not have"
             )
     if sub.scaler is None:
-        changes["scaler"] = getattr(algorithm, "default_scaler", True)
+        changes["scaler"] = algorithm.traits.default_scaler
     if sub.mask_labels is None:
         changes["mask_labels"] = default_mask != "none"
     devices = settle_devices(config, rule)

@@ -22,7 +22,7 @@ def require_population(config: Config, algorithm: Any) -> None:
     Raises:
         ConfigError: they do not fit.
     """
-    name, needs_peers = config.algorithm["name"], getattr(algorithm, "downlink", ()) is None
+    name, needs_peers = config.algorithm["name"], algorithm.traits.downlink is None
     if needs_peers and config.peers is None:
         raise ConfigError(
             f"algorithm {name!r} has no server: give peers and their topology instead of clients, or choose an"
@@ -46,8 +46,8 @@ def require_whole_models(config: Config, algorithm: Any) -> None:
         ConfigError: capacities other than 1, or label rows that only some clients hold.
     """
     sub, name = config.submodel, config.algorithm["name"]
-    reason: str | None = getattr(algorithm, "whole_models_only", None)
-    kept: tuple[str, ...] = getattr(algorithm, "client_arrays", ())
+    reason: str | None = algorithm.traits.whole_models_only
+    kept: tuple[str, ...] = algorithm.traits.client_arrays
     if reason is not None and sub.mask_labels:
         raise ConfigError(
             f"algorithm {name!r} needs all participants to hold all coordinates, because {reason}: set"
@@ -67,7 +67,7 @@ def unused_options(config: Config, algorithm: Any) -> tuple[str, ...]:
     sub = config.submodel
     assert sub.strategy is not None
     unused = getattr(resolve("strategy", sub.strategy), "unused", ())
-    unused = ("stride", "offsets") if getattr(algorithm, "full_size", False) else unused
+    unused = ("stride", "offsets") if algorithm.traits.full_size else unused
     given = {"stride": sub.stride != 1, "offsets": any(sub.offsets.values())}
     if tuple(sub.capacities) == (1.0,):
         return ()
@@ -84,14 +84,14 @@ def check_peers(config: Config, algorithm: Any, topology: Topology) -> tuple[str
     Raises:
         ConfigError: theory excludes the combination.
     """
-    reason, name = getattr(algorithm, "one_step_only", None), config.algorithm["name"]
+    reason, name = algorithm.traits.one_step_only, config.algorithm["name"]
     if reason is not None and config.train.steps != 1:
         given = f"train.epochs = {config.train.epochs}" if config.train.steps is None else ""
         raise ConfigError(
             f"algorithm {name!r} takes one local step a round, because {reason}: set train.steps to 1 instead of"
             f" {given or f'train.steps = {config.train.steps}'}"
         )
-    peers, no_merge = config.peers, getattr(algorithm, "no_merge", None)
+    peers, no_merge = config.peers, algorithm.traits.no_merge
     if no_merge is not None and peers is not None and (peers.merge_every is not None or peers.final_merge):
         given = f"merge_every = {peers.merge_every}" if peers.merge_every is not None else "final_merge = True"
         raise ConfigError(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.aggregate import Part, TreeSum, combine
-from gossamer.algorithms.base import Arrays, scalars_of
+from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Record
 from gossamer.engines.task import Task, Variant
 from gossamer.engines.training.job import Job
@@ -92,7 +92,7 @@ class FederatedEngine(ABC):
             of_variant = self._blocks_of(plan, variant)
             rows = plan.variant_rows(variant.index)
             count = rows.stop - rows.start
-            trees |= {(variant.index, name): TreeSum(count) for name in self._task.algorithm.uplink if count}
+            trees |= {(variant.index, name): TreeSum(count) for name in self._task.algorithm.traits.uplink if count}
             blocks += of_variant
         for result in self._train_blocks(plan, blocks):
             block = result.block
@@ -124,7 +124,7 @@ class FederatedEngine(ABC):
         if parts:
             with one_thread():  # memory-bound, and waiting threads would take time from busy workers
                 algorithm = self._task.algorithm
-                inbox = combine(self._task.cutter.layout, algorithm.uplink, parts, scalars_of(algorithm))
+                inbox = combine(self._task.cutter.layout, algorithm.traits.uplink, parts, algorithm.traits.scalars)
                 views = {name: value[None] if value is not None else None for name, value in inbox.items()}
                 updated = algorithm.update(self._state, views, self._task.workload.num_clients)
                 self.write(updated)
@@ -177,7 +177,9 @@ class FederatedEngine(ABC):
         """Put together what came of a block: `arrays` are what ``reply["arrays"]`` names, see `named_arrays`."""
         shared = self._task.variants[block.variant].shares_window
         num_parts = num_leaves_of(block) if shared else block.rows.stop - block.rows.start
-        payload: dict[str, list[Tensor | None]] = {name: [None] * num_parts for name in self._task.algorithm.uplink}
+        payload: dict[str, list[Tensor | None]] = {
+            name: [None] * num_parts for name in self._task.algorithm.traits.uplink
+        }
         private: dict[str, Tensor] = {}
         for (key, part), value in zip(reply["arrays"], arrays, strict=True):
             group, name = key.split(".", 1)
@@ -190,12 +192,12 @@ class FederatedEngine(ABC):
     def _floats_of_a_slot(self) -> int:
         """Return how large a slot for the results of any block must be, client state included."""
         task, largest = self._task, 0
-        num_scalars = len(scalars_of(task.algorithm))
+        num_scalars = len(task.algorithm.traits.scalars)
         for variant in task.variants:
             leaf, leaves = self._block_shape(variant, LARGEST_ROUND)
             num_sums = leaves if variant.shares_window else leaf * leaves
-            num_rows = (len(task.algorithm.uplink) - num_scalars) * num_sums
-            num_rows += 2 * len(task.algorithm.client_arrays) * leaf * leaves
+            num_rows = (len(task.algorithm.traits.uplink) - num_scalars) * num_sums
+            num_rows += 2 * len(task.algorithm.traits.client_arrays) * leaf * leaves
             num_floats = num_rows * variant.layout.d + num_scalars * num_sums * ALIGNMENT
             largest = max(largest, num_floats)
         return largest
@@ -223,7 +225,7 @@ class FederatedEngine(ABC):
 
     def _client_state(self, job: Job) -> Arrays:
         """Return the private rows [s, d] of a job's clients, those of newcomers as the algorithm starts them."""
-        names = self._task.algorithm.client_arrays
+        names = self._task.algorithm.traits.client_arrays
         if not names:
             return {}
         assert self._store is not None
@@ -257,13 +259,13 @@ class FederatedEngine(ABC):
         if self._task.count_labels:
             labels = self._task.workload.client_labels(plan.client[survivors]).numpy() * plan.weight[survivors, None]
         if variant.shares_window:
-            sums = {name: self._sums[variant.index, name] for name in self._task.algorithm.uplink}
+            sums = {name: self._sums[variant.index, name] for name in self._task.algorithm.traits.uplink}
             label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).float()
             cut = self._task.cut(variant, plan.round)
             yield Part(cut, sums, math.fsum(plan.weight[survivors]), label_weights)
             return
         for number, row in enumerate(survivors.tolist()):
-            sums = {name: self._window_rows[row, name] for name in self._task.algorithm.uplink}
+            sums = {name: self._window_rows[row, name] for name in self._task.algorithm.traits.uplink}
             label_weights = None if labels is None else torch.from_numpy(labels[number]).float()
             cut = self._task.cut(variant, plan.round, int(plan.client[row]))
             yield Part(cut, sums, float(plan.weight[row]), label_weights)

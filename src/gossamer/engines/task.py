@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from pydantic import field_validator
 
-from gossamer.algorithms.base import Algorithm, of_capacity
+from gossamer.algorithms.base import Algorithm
 from gossamer.errors import ConfigError, one_line
 from gossamer.options import Options
 from gossamer.submodel import Cut, Cutter, Layout
@@ -99,7 +99,7 @@ class Variant:
             modules=tuple(dict.fromkeys(name.partition(".")[0] for name in layout.names)),
             layout=layout,
             working_layout=layout.as_channels_last if mode.channels_last else layout,
-            algorithm=of_capacity(algorithm, cutter.layout, capacity),
+            algorithm=algorithm.of_capacity(cutter.layout, capacity),
             optimizer=optimizer,
             mode=mode,
             shares_window=cutter.shares(capacity),

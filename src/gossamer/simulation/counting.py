@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from gossamer.aggregate.codecs import Codec
-from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss, scalars_of
+from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss
 from gossamer.simulation.costs import VariantCosts
 from gossamer.submodel import Layout
 from gossamer.threads import one_thread
@@ -64,7 +63,7 @@ def count_variants(
     for variant in variants:
         capacity, layout = variant.capacity, variant.layout
         size = layout.num_parameters * bytes_per_number
-        passes = _passes(algorithm, list(steps), capacity)
+        passes = algorithm.mean_passes(list(steps), capacity)
         # At worst a step goes through the whole sub-model and then, if it makes two passes, through the next smaller.
         widest = sorted(passes, reverse=True)[: 1 if sum(passes.values()) < 1.5 else 2]
         found.append(
@@ -72,8 +71,8 @@ def count_variants(
                 capacity=capacity,
                 num_parameters=layout.num_parameters,
                 bytes_up=sent_bytes(algorithm, layout.num_parameters, bytes_per_number),
-                bytes_down=size * len(algorithm.downlink)
-                if algorithm.downlink is not None
+                bytes_down=size * len(algorithm.traits.downlink)
+                if algorithm.traits.downlink is not None
                 else sent_bytes(algorithm, layout.num_parameters, bytes_per_number),
                 flops_per_sample=sum(steps[width].flops_per_sample * times for width, times in passes.items()),
                 memory_bytes=size + carried_bytes(algorithm, layout) + sum(steps[w].saved_bytes for w in widest),
@@ -84,29 +83,23 @@ def count_variants(
 
 def sent_bytes(algorithm: Algorithm, num_parameters: int, bytes_per_number: int = BYTES_PER_FLOAT) -> int:
     """Return the bytes of all payloads of a participant; of a joint mixing's two only one is sent in a round."""
-    codecs: Mapping[str, Codec] = getattr(algorithm, "codecs", {})
+    traits = algorithm.traits
     sizes = [
         bytes_per_number
-        if name in scalars_of(algorithm)
-        else codecs[name].row_bytes(num_parameters, bytes_per_number)
-        if name in codecs
+        if name in traits.scalars
+        else traits.codecs[name].row_bytes(num_parameters, bytes_per_number)
+        if name in traits.codecs
         else num_parameters * bytes_per_number
-        for name in algorithm.uplink
+        for name in traits.uplink
     ]
-    return max(sizes) if getattr(algorithm, "joint", False) else sum(sizes)
-
-
-def _passes(algorithm: Algorithm, capacities: Sequence[float], capacity: float) -> dict[float, float]:
-    """Return the mean number of passes of a local step by the width that they go through: one, of the sub-model."""
-    mean_passes: Callable[..., dict[float, float]] | None = getattr(algorithm, "mean_passes", None)
-    return {capacity: 1.0} if mean_passes is None else mean_passes(capacities, capacity)
+    return max(sizes) if traits.joint else sum(sizes)
 
 
 def carried(algorithm: Algorithm, layout: Layout, dtype: torch.dtype = torch.float32) -> Arrays:
     """Return what local steps of one participant work on: a model of zeros, and whatever else `begin` makes."""
     x = torch.zeros(1, layout.d, dtype=dtype)
-    state = algorithm.init(x)
-    received: Arrays = {name: state[name] for name in (state if algorithm.downlink is None else algorithm.downlink)}
+    state, downlink = algorithm.init(x), algorithm.traits.downlink
+    received: Arrays = {name: state[name] for name in (state if downlink is None else downlink)}
     return algorithm.begin(received, algorithm.init_client(x))
 
 
@@ -194,6 +187,7 @@ def count_step(
     counter, saved = FlopCounter(), SavedBytes(carry.values())
     with one_thread(), counter:
         with saved.watching():
-            loss = workload.loss(given_to_loss(algorithm, leaves, carries), merged | {"scale": scale})
+            given = leaves if algorithm is None else given_to_loss(algorithm, leaves, carries)
+            loss = workload.loss(given, merged | {"scale": scale})
         torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return StepCosts(float(counter.total) / count, saved.total)

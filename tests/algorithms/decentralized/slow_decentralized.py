@@ -115,7 +115,7 @@ def local_work(
             grad = torch.stack([torch.as_tensor(problem.gradient(i, carry["x"][i - lo])) for i in peers])
             carry = by_parameter(algorithm.step, carry, grad.to(carry["x"].dtype), lr)
         payload, site = algorithm.end(rows, {}, carry, steps[lo], lr)
-        assert set(payload) == set(algorithm.uplink)
+        assert set(payload) == set(algorithm.traits.uplink)
         assert all(torch.equal(before[name], rows[name]) for name in rows), "the state changed before its time"
         assert not {each.data_ptr() for each in payload.values()} & {each.data_ptr() for each in rows.values()}
         payloads.append(payload)
@@ -129,12 +129,12 @@ def _concatenate(parts: Sequence[Arrays]) -> Arrays:
 
 def mixed(algorithm: PeerSGD, topology: Topology, round: int, sent: Arrays) -> Arrays:
     """Mix the payloads as an engine does."""
-    if algorithm.merge_every and (round + 1) % algorithm.merge_every == 0:
+    if algorithm.traits.merge_every and (round + 1) % algorithm.traits.merge_every == 0:
         return {name: value.mean(0, keepdim=True).expand_as(value).clone() for name, value in sent.items()}
     mixing = topology.mixing(round)
-    if algorithm.lazy:
+    if algorithm.traits.lazy:
         mixing = mixing.lazy()
-    if algorithm.joint:
+    if algorithm.traits.joint:
         pair = mixing.apply(torch.stack([sent["x"], sent["y"]], dim=1))
         return {"x": pair[:, 0], "y": pair[:, 1]}
     return {name: mixing.apply(value) for name, value in sent.items()}
@@ -159,7 +159,7 @@ def drive(
         rate = lr if isinstance(lr, float) else lr(round)
         payload, site = local_work(algorithm, state, problem, counts, rate, block)
         assert set(site) <= set(state) - set(payload)
-        for name, codec in algorithm.codecs.items():
+        for name, codec in algorithm.traits.codecs.items():
             peers = np.arange(len(x))
             payload[name] = codec.compress(payload[name], seed=CODEC_SEED, round=round, peers=peers)
         inbox: dict[str, Any] = mixed(algorithm, topology, round, payload)
@@ -175,12 +175,12 @@ def _update_by_slices(algorithm: PeerSGD, left: Arrays, inbox: Arrays, sent: Arr
     for where in (slice(0, 2), slice(2, None)):
 
         def cut(arrays: Arrays, where: slice = where) -> Arrays:
-            return {name: each if name in algorithm.scalars else each[:, where] for name, each in arrays.items()}
+            return {name: each if name in algorithm.traits.scalars else each[:, where] for name, each in arrays.items()}
 
         held = {"held": None, "lr": lr, "sent": cut(sent)}
         parts.append(algorithm.update(cut(left), cut(inbox) | held, len(next(iter(sent.values())))))
-    names = [name for name in parts[0] if name not in algorithm.scalars]
-    scalars = {name: parts[0][name] for name in parts[0] if name in algorithm.scalars}
+    names = [name for name in parts[0] if name not in algorithm.traits.scalars]
+    scalars = {name: parts[0][name] for name in parts[0] if name in algorithm.traits.scalars}
     return {name: torch.cat([part[name] for part in parts], dim=1) for name in names} | scalars
 
 

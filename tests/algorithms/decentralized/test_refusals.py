@@ -165,15 +165,19 @@ class TestOptions:
 
 
 def test_who_trains_sub_models() -> None:
-    able = {name for name, each in METHODS.items() if each.capacities == "given" and each.whole_models_only is None}
+    able = {
+        name
+        for name, each in METHODS.items()
+        if each.traits.capacities == "given" and each.traits.whole_models_only is None
+    }
     assert able == {"dsgd", "gossip-pga", "quasi-global-momentum"}
-    assert all(each.whole_models_only for name, each in METHODS.items() if name not in able)
-    assert DSGD({"order": "combine-while-adapt"}).whole_models_only is not None
+    assert all(each.traits.whole_models_only for name, each in METHODS.items() if name not in able)
+    assert DSGD({"order": "combine-while-adapt"}).traits.whole_models_only is not None
 
 
 def test_who_cannot_merge() -> None:
-    assert {name for name, each in METHODS.items() if each.no_merge} == {"exact-diffusion", "d2", "choco-sgd"}
+    assert {name for name, each in METHODS.items() if each.traits.no_merge} == {"exact-diffusion", "d2", "choco-sgd"}
 
 
 def test_who_needs_single_steps() -> None:
-    assert {name for name, each in METHODS.items() if each.one_step_only} == {"exact-diffusion", "d2"}
+    assert {name for name, each in METHODS.items() if each.traits.one_step_only} == {"exact-diffusion", "d2"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,16 +70,16 @@ class TestExactness:
         found = models(drive(method({}), build("ring", self.N), self.PROBLEM, self.START, 1500, 0.05, steps=4))
         assert distance(self.PROBLEM, found[-1]) > 1e-4
         assert distance(self.PROBLEM, found[-1]) == pytest.approx(distance(self.PROBLEM, found[-2]), rel=1e-6)
-        assert method.one_step_only
+        assert method.traits.one_step_only
 
     @pytest.mark.parametrize(("method", "survives"), [(DSGT, True), (ExactDiffusion, False)])
     def test_merging_now_and_then(self, method: Any, survives: bool) -> None:
         """Why `no_merge` is set: the correction wants the same W in all rounds."""
         algorithm = method({})
-        algorithm.merge_every = 5
+        algorithm.traits = replace(algorithm.traits, merge_every=5)
         found = models(drive(algorithm, build("ring", self.N), self.PROBLEM, self.START, 600, 0.05))[-1]
         assert (distance(self.PROBLEM, found) < 1e-12) is survives
-        assert (algorithm.no_merge is None) is survives
+        assert (algorithm.traits.no_merge is None) is survives
 
     def test_d2_diverges_below_a_third(self) -> None:
         """A hypercube of dimension 3 with equal weights has the eigenvalue -1/2."""
@@ -121,7 +122,7 @@ class TestMeans:
     @given(n=st.integers(2, 9), seed=st.integers(0, 100))
     @settings(max_examples=8, deadline=None)
     def test_move_by_the_mean_gradient(self, algorithm: Any, n: int, seed: int) -> None:
-        graph = built("ceca" if algorithm.joint else "ring", n, seed)
+        graph = built("ceca" if algorithm.traits.joint else "ring", n, seed)
         problem, x = quadratics(n, seed), start(n, seed)
         found = models(drive(algorithm, graph, problem, x, 8, 0.05))
         for before, after in itertools.pairwise(found):
@@ -211,7 +212,7 @@ class TestIdling:
 
     @pytest.mark.parametrize("algorithm", METHODS, ids=lambda each: type(each).__name__)
     def test_all_of_them_agree_on_the_mean(self, algorithm: Any) -> None:
-        graph, x = build("ceca" if algorithm.joint else "complete", 4), start(4)
+        graph, x = build("ceca" if algorithm.traits.joint else "complete", 4), start(4)
         found = models(drive(algorithm, graph, quadratics(4), x, 400, 0.1, steps=0))
         # Quasi-global momentum takes the mixing for movement, and moves on by it: its mean is kept all the same.
         np.testing.assert_allclose(found[-1], np.tile(x.mean(0), (4, 1)), atol=1e-10)
@@ -219,7 +220,7 @@ class TestIdling:
     @pytest.mark.parametrize("algorithm", METHODS, ids=lambda each: type(each).__name__)
     def test_one_of_them_does_not_move_the_mean_by_itself(self, algorithm: Any) -> None:
         """In the first round, when no method has a memory yet."""
-        graph, problem, x = build("ceca" if algorithm.joint else "ring", 4), quadratics(4), start(4)
+        graph, problem, x = build("ceca" if algorithm.traits.joint else "ring", 4), quadratics(4), start(4)
         found = models(drive(algorithm, graph, problem, x, 1, 0.1, steps=[1, 0, 1, 1]))
         gradient = problem.gradients(x)
         expected = x.mean(0) - 0.1 * (gradient.sum(0) - gradient[1]) / 4

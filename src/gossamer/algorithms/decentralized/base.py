@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from gossamer.aggregate.codecs import Codec
-from gossamer.algorithms.base import Arrays, Uplink, takes_plain_steps
+from gossamer.algorithms.base import Algorithm, Arrays, BaseAlgorithm
+from gossamer.algorithms.traits import AlgorithmTraits
 from gossamer.errors import ConfigError
-from gossamer.options import Options, parse_options
 from gossamer.topology import Mixing, Topology
 
 
-class PeerAlgorithm(Protocol):
+class PeerAlgorithm(Algorithm, Protocol):
     """A training algorithm of peers without a server; to write one, derive it from `PeerSGD`.
 
     In a round every peer calls `begin` on its rows of the state, `step` for each local step and `end`. The payloads are
     mixed by the round's W, and `update` makes the new state.
 
-    Attributes:
-        uplink: ``{payload name: "mean" | "sum"}``: both are mixed by W. Where not all peers hold a coordinate, a mean
-            divides the weights by their sum over the holders, a sum does not.
-        downlink: None: the participant is the site.
-        client_arrays: ().
-
-    A class may also have the attributes of `PeerSGD`.
+    In its traits `downlink` is None.
     """
-
-    uplink: Mapping[str, Uplink]
-    downlink: None
-    client_arrays: tuple[str, ...]
 
     def init(self, x: Tensor) -> Arrays:
         """Return the state of n peers that start from x [n, d].
@@ -77,90 +66,19 @@ class PeerAlgorithm(Protocol):
         """
         ...
 
-    def check(self, topology: Topology) -> list[str]:
-        """Return warnings about a topology, one sentence each.
 
-        Raises:
-            ConfigError: theory excludes the topology.
-        """
-        ...
+class PeerSGD(BaseAlgorithm):
+    """What the methods of peers share: SGD, with momentum that a peer keeps from round to round."""
 
-
-class PeerSGD:
-    """What the methods of peers share: SGD, with momentum that a peer keeps from round to round.
-
-    Attributes:
-        scalars: names of state arrays and payloads that are one number a peer: [n, 1] instead of [n, d].
-        codecs: ``{payload name: codec}`` of payloads that are compressed before they are sent.
-        joint: whether the payloads "x" and "y" go through a joint mixing as a state [n, 2, d].
-        lazy: whether (I + W) / 2 takes the place of each W.
-        merge_every: every so many rounds all peers average exactly; None: never.
-        no_merge: why peers.merge_every must be left out (a sentence's end, after "because"), or None.
-        one_step_only: why a round may not have several local steps (likewise), or None.
-        whole_models_only: why sub-models cannot be trained (likewise), or None.
-        no_momentum: why train.momentum must be 0 (likewise), or None.
-        strategy, capacities, default_label_mask, default_scaler: see `gossamer.algorithms.federated.FedAvg`.
-    """
-
-    class Options(Options):
-        """No options."""
-
-    uplink: Mapping[str, Uplink] = {"x": "mean"}
-    downlink: None = None
-    client_arrays: tuple[str, ...] = ()
-
-    scalars: tuple[str, ...] = ()
-    codecs: Mapping[str, Codec] = {}
-    joint: ClassVar[bool] = False
-    lazy: ClassVar[bool] = False
-    merge_every: int | None = None
-    no_merge: str | None = None
-    one_step_only: ClassVar[str | None] = None
-    whole_models_only: str | None = None
-    no_momentum: ClassVar[str | None] = None
-
-    strategy: ClassVar[str | None] = None
-    capacities: ClassVar[Literal["one", "given"]] = "one"
-    default_label_mask: ClassVar[str] = "none"
-    default_scaler: ClassVar[bool] = True
-
-    def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        self.options: Any = parse_options(type(self).Options, options, "algorithm")
-        if momentum and self.no_momentum:
-            raise ConfigError(
-                f"{type(self).__name__} does not go with train.momentum = {momentum!r}, because {self.no_momentum}:"
-                " set train.momentum to 0"
-            )
-        self.momentum, self.weight_decay = momentum, weight_decay
+    traits = AlgorithmTraits(downlink=None)
 
     def init(self, x: Tensor) -> Arrays:
         """Return the models, and zero momentum if there is any."""
         return {"x": x} | ({"momentum": torch.zeros_like(x)} if self.momentum else {})
 
-    def init_client(self, x: Tensor) -> Arrays:
-        """Return nothing: all that a peer keeps is state."""
-        return {}
-
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
         """Return copies of the model and of the momentum."""
         return {name: state[name].clone() for name in ("x", "momentum") if name in state}
-
-    @property
-    def is_plain_sgd(self) -> bool:
-        """Whether a step is that of SGD without momentum and weight decay."""
-        return takes_plain_steps(self, PeerSGD.step)
-
-    def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
-        """One step of SGD, as `torch.optim.SGD` takes it with the same momentum and weight decay."""
-        grad = self.decayed(carry, grad)
-        if self.momentum:
-            grad = carry["momentum"].mul_(self.momentum).add_(grad)
-        carry["x"].sub_(grad, alpha=lr)
-        return carry
-
-    def decayed(self, carry: Mapping[str, Tensor], grad: Tensor) -> Tensor:
-        """Return the gradient with weight decay."""
-        return grad.add(carry["x"], alpha=self.weight_decay) if self.weight_decay else grad
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
@@ -170,14 +88,14 @@ class PeerSGD:
 
     def kept(self, carry: Arrays) -> Arrays:
         """Return what of the carry is no payload."""
-        return {name: value for name, value in carry.items() if name not in self.uplink}
+        return {name: value for name, value in carry.items() if name not in self.traits.uplink}
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Take what was mixed; what nobody near held stays as it is."""
         sent, held = inbox["sent"], inbox["held"]
         if held is None:
-            return {name: inbox[name] for name in self.uplink}
-        return {name: torch.where(held, inbox[name], sent[name]) for name in self.uplink}
+            return {name: inbox[name] for name in self.traits.uplink}
+        return {name: torch.where(held, inbox[name], sent[name]) for name in self.traits.uplink}
 
     def check(self, topology: Topology) -> list[str]:
         """Refuse column-stochastic and joint mixings; warn of row-stochastic ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -18,9 +19,12 @@ class DSGDCECA(PeerSGD):
     gradient. The paper takes it at the row that the round sends, x or y; here it is always taken at x, the model.
     """
 
-    uplink = {"x": "sum", "y": "sum"}
-    joint = True
-    whole_models_only = "its mixings need all coordinates of both rows"
+    traits = replace(
+        PeerSGD.traits,
+        uplink={"x": "sum", "y": "sum"},
+        joint=True,
+        whole_models_only="its mixings need all coordinates of both rows",
+    )
 
     def init(self, x: Tensor) -> Arrays:
         """Return the models, twice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,13 +41,17 @@ class ChocoSGD(PeerSGD):
         compressor: str | dict[str, Any] = {"name": "top-k", "share": 0.1}
         gamma: float = Field(default=0.1, gt=0, le=1)
 
-    uplink = {"q": "sum"}
-    no_merge = "what a peer keeps of its neighbours' sum belongs to the topology's W"
-    whole_models_only = "neighbours know a peer by the sum of all that it ever sent"
+    traits = replace(
+        PeerSGD.traits,
+        uplink={"q": "sum"},
+        no_merge="what a peer keeps of its neighbours' sum belongs to the topology's W",
+        whole_models_only="neighbours know a peer by the sum of all that it ever sent",
+    )
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(options, momentum=momentum, weight_decay=weight_decay)
-        self.codecs = {"q": make_codec(self.options.compressor, "algorithm.compressor")}
+        codec = make_codec(self.options.compressor, "algorithm.compressor")
+        self.traits = replace(self.traits, codecs={"q": codec})
 
     def init(self, x: Tensor) -> Arrays:
         """Return the models, of which nothing is known yet."""

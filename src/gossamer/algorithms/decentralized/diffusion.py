@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -19,11 +20,14 @@ class D2(PeerSGD):
     that is, with psi starting at x, ``x_{k+1} = W (2 x_k - x_{k-1} - lr_k g_k + lr_{k-1} g_{k-1})``.
     """
 
-    uplink = {"x": "sum"}
-    whole_models_only = "the correction belongs to coordinates that a peer also held in the round before"
-    no_merge = "its correction takes every mixing for the same W, and diverges if some are exact means"
-    one_step_only = "the correction removes the bias of single gradient steps only, not the drift of several"
-    no_momentum = "its correction takes the last step for a plain gradient step"
+    traits = replace(
+        PeerSGD.traits,
+        uplink={"x": "sum"},
+        whole_models_only="the correction belongs to coordinates that a peer also held in the round before",
+        no_merge="its correction takes every mixing for the same W, and diverges if some are exact means",
+        one_step_only="the correction removes the bias of single gradient steps only, not the drift of several",
+        no_momentum="its correction takes the last step for a plain gradient step",
+    )
 
     def init(self, x: Tensor) -> Arrays:
         """Return the models, twice."""
@@ -57,7 +61,7 @@ class D2(PeerSGD):
 class ExactDiffusion(D2):
     """Exact diffusion (Yuan et al., arXiv 1702.05122 and 1702.05142): D2 with (I + W) / 2 in the place of W."""
 
-    lazy = True
+    traits = replace(D2.traits, lazy=True)
 
     def check(self, topology: Topology) -> list[str]:
         """Refuse all but one symmetric W."""

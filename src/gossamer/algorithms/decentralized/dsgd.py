@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -34,18 +35,21 @@ class DSGD(PeerSGD):
         order: Literal["adapt-then-combine", "combine-while-adapt"] = "adapt-then-combine"
         mix_momentum: bool = False
 
-    capacities = "given"
+    traits = replace(PeerSGD.traits, capacities="given")
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(options, momentum=momentum, weight_decay=weight_decay)
         self.overlaps = self.options.order == "combine-while-adapt"
         if self.overlaps:
-            self.no_merge = "peers add their own last change after it"
-            self.whole_models_only = "peers add their own change to whatever coordinates they receive"
+            self.traits = replace(
+                self.traits,
+                no_merge="peers add their own last change after it",
+                whole_models_only="peers add their own change to whatever coordinates they receive",
+            )
         if self.options.mix_momentum:
             if not momentum:
                 raise ConfigError("algorithm.mix_momentum = True, but train.momentum is 0: set it, or leave this out")
-            self.uplink = {"x": "mean", "momentum": "mean"}
+            self.traits = replace(self.traits, uplink={"x": "mean", "momentum": "mean"})
 
     def init(self, x: Tensor) -> Arrays:
         """Return the models, with zero momentum and changes where these are needed."""
@@ -58,7 +62,7 @@ class DSGD(PeerSGD):
         if self.overlaps:
             carry["change"] = carry["x"] - state["x"]
             carry["x"].copy_(state["x"])
-        return {name: carry[name] for name in self.uplink}, self.kept(carry)
+        return {name: carry[name] for name in self.traits.uplink}, self.kept(carry)
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Take what was mixed, and add the changes that were not."""
@@ -78,7 +82,7 @@ class GossipPGA(DSGD):
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(options, momentum=momentum, weight_decay=weight_decay)
-        self.merge_every = self.options.period
+        self.traits = replace(self.traits, merge_every=self.options.period)
 
 
 class QuasiGlobalMomentum(PeerSGD):
@@ -96,9 +100,7 @@ class QuasiGlobalMomentum(PeerSGD):
 
         mu: float | None = Field(default=None, ge=0, lt=1)
 
-    uplink = {"half": "mean"}
-    scalars = ("steps",)
-    capacities = "given"
+    traits = replace(PeerSGD.traits, uplink={"half": "mean"}, scalars=("steps",), capacities="given")
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(options, momentum=momentum, weight_decay=weight_decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -19,9 +20,12 @@ class StochasticGradientPush(PeerSGD):
     Local steps move w x by -lr times the gradients, unscaled. Doubly stochastic W keep w at 1: then it is DSGD.
     """
 
-    uplink = {"x": "sum", "weight": "sum"}
-    scalars = ("weight",)
-    whole_models_only = "a peer's weight is the same for all coordinates"
+    traits = replace(
+        PeerSGD.traits,
+        uplink={"x": "sum", "weight": "sum"},
+        scalars=("weight",),
+        whole_models_only="a peer's weight is the same for all coordinates",
+    )
 
     def init(self, x: Tensor) -> Arrays:
         """Return the models and weights 1, [n, 1]."""

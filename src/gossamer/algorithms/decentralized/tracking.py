@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,9 +26,12 @@ class DSGT(PeerSGD):
     steps.
     """
 
-    uplink = {"x": "sum", "y": "sum"}
-    whole_models_only = "the trackers' sum must stay the sum of all gradients, coordinate by coordinate"
-    no_momentum = "its trackers follow plain gradients"
+    traits = replace(
+        PeerSGD.traits,
+        uplink={"x": "sum", "y": "sum"},
+        whole_models_only="the trackers' sum must stay the sum of all gradients, coordinate by coordinate",
+        no_momentum="its trackers follow plain gradients",
+    )
 
     def init(self, x: Tensor) -> Arrays:
         """Return the models, trackers 0, and last gradients 0."""

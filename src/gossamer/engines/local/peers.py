@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, scalars_of
+from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Record
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
@@ -43,10 +43,10 @@ class PeerEngine:
         self._task, self._block_size, self._num_peers = task, block_size, task.topology.n
         initial = task.algorithm.init(x[None])
         state = {name: self._place(row.shape[1], row.dtype) for name, row in initial.items()}
-        scalars = scalars_of(task.algorithm)
+        scalars = task.algorithm.traits.scalars
         outbox = {
             name: self._place(1 if name in scalars else len(x), x.dtype)
-            for name in task.algorithm.uplink
+            for name in task.algorithm.traits.uplink
             if name not in state
         }
         holders = None if task.is_whole else self._place(len(x), torch.uint8)
@@ -84,7 +84,7 @@ class PeerEngine:
         """Mix and update, panel by panel; scalars last."""
         message = {"kind": "mix", "round": plan.round, "mixing": plan.mixing, "lr": plan.lr}
         small = self._peers.state["x"].numel() <= SMALL_FLOATS
-        for columns in (self._columns, [[0, 0]] if scalars_of(self._task.algorithm) else []):
+        for columns in (self._columns, [[0, 0]] if self._task.algorithm.traits.scalars else []):
             for _ in self._map(({**message, "columns": one} for one in columns), small=small):
                 pass
         self.is_whole, self._squares = True, None

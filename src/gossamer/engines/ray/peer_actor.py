@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, scalars_of
+from gossamer.algorithms.base import Arrays
 from gossamer.engines.collective.group import Group, GroupBroken, Place
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.engines.ray.client_actor import prepare, tensors
@@ -35,7 +35,7 @@ class PeerHost:
     def __init__(self, recipe: str, data: list[Any]) -> None:
         """Rebuild the task, see `prepare`."""
         self._task = prepare(recipe, data)
-        self._scalars = scalars_of(self._task.algorithm)
+        self._scalars = self._task.algorithm.traits.scalars
         self._needs = lru_cache(maxsize=4)(self._make_needs)
         empty = PeerState({}, {}, None, torch.zeros(1, self._task.workload.layout.d))
         self._mixer = PeerWorker(self._task, empty)
@@ -75,14 +75,14 @@ class PeerHost:
         x = arrays["x"]
         outbox = {
             name: x.new_zeros(high - low, 1 if name in self._scalars else d)
-            for name in algorithm.uplink
+            for name in algorithm.traits.uplink
             if name not in arrays
         }
         holders = None if self._task.is_whole else torch.zeros(high - low, d, dtype=torch.uint8)
         peers = PeerState(arrays, outbox, holders, x[:1], low)
         worker = PeerWorker(self._task, peers)
         replies = [worker.train(job) for job in described["jobs"]]
-        sent = {name: peers.payload(name) for name in algorithm.uplink}
+        sent = {name: peers.payload(name) for name in algorithm.traits.uplink}
         if holders is not None:
             sent[HOLDERS] = holders
         kept = {f"state.{name}": value for name, value in arrays.items() if name not in sent}

@@ -81,7 +81,7 @@ class RayPeerEngine:
                 collective,
                 self._bounds,
                 num_actors,
-                most_bytes=self._num_peers * x.nbytes * len(task.algorithm.uplink),
+                most_bytes=self._num_peers * x.nbytes * len(task.algorithm.traits.uplink),
                 straggler_seconds=straggler_seconds,
             )
             require_gpus(collective, self._together.size)

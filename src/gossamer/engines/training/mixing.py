@@ -16,7 +16,7 @@ def _mixing_of(task: Task, round: int, kind: str) -> Mixing:
     if kind == "mean":
         return BlockAverage(1, task.topology.n, 1)
     mixing = task.topology.mixing(round)
-    return mixing.lazy() if getattr(task.algorithm, "lazy", False) else mixing
+    return mixing.lazy() if task.algorithm.traits.lazy else mixing
 
 
 def column_sums(rows: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def admissible(task: Task) -> list[VariantMode]:
     formats = [True, False] if workload.has_images else [False]
     modes = [VariantMode(channels_last=last) for last in formats]
     ragged = bool((workload.num_samples % task.batch_size != 0).any())
-    stackable = workload.supports_stacking and getattr(task.algorithm, "stackable", True)
+    stackable = workload.supports_stacking and task.algorithm.traits.stackable
     if stackable and (workload.supports_padding or not ragged):
         modes.append(VariantMode(stacked=True, padding=ragged))
     return modes

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, scalars_of
+from gossamer.algorithms.base import Arrays
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.mixing import _mixing_of, column_sums, squared_distance
@@ -51,7 +51,7 @@ class PeerWorker:
 
     def __init__(self, task: Task, peers: PeerState) -> None:
         self._task, self._peers = task, peers
-        self._scalars = scalars_of(task.algorithm)
+        self._scalars = task.algorithm.traits.scalars
         self._num_peers = task.workload.num_clients
         self._trainer = Trainer(task, peers.state)
         # Of a method of its own it would be a cycle, and keep the peers' rows until the garbage is collected.
@@ -85,7 +85,7 @@ class PeerWorker:
         where = _consecutive(peers - self._peers.first)
         payload, site, losses, finite = self._trainer.train_peers(job, self._read(job, where))
         real = layout.coordinates  # padding takes no part in a codec
-        for name, codec in getattr(task.algorithm, "codecs", {}).items():
+        for name, codec in task.algorithm.traits.codecs.items():
             rows = payload[name][:, real]
             payload[name][:, real] = codec.compress(rows, seed=task.seed, round=job.round, peers=peers)
         for name, rows in payload.items():
@@ -135,7 +135,9 @@ class PeerWorker:
             """Return the panel of an array, all of it if it is a scalar's."""
             return array if name in self._scalars else array[:, columns]
 
-        sent = {name: panel(name, self._peers.payload(name)).contiguous() for name in self._task.algorithm.uplink}
+        sent = {
+            name: panel(name, self._peers.payload(name)).contiguous() for name in self._task.algorithm.traits.uplink
+        }
         holders = None if self._peers.holders is None else self._peers.holders[:, columns]
         state = {name: panel(name, value) for name, value in self._peers.state.items()}
         updated = self.mix_rows(message, sent, holders, state, slice(0, self._num_peers))
@@ -171,10 +173,10 @@ class PeerWorker:
             weight = torch.where(held, weight, 1.0)
             for name, value in sent.items():
                 mixed[name] = self._apply(mixing, value if name in self._scalars else value * mask, rows)
-                if algorithm.uplink[name] == "mean" and name not in self._scalars:
+                if algorithm.traits.uplink[name] == "mean" and name not in self._scalars:
                     mixed[name] = torch.where(held, mixed[name] / weight, own[name])
         inbox = {**mixed, "sent": own, "held": held, "lr": message["lr"]}
-        kept = {name: value for name, value in state.items() if name not in algorithm.uplink}
+        kept = {name: value for name, value in state.items() if name not in algorithm.traits.uplink}
         return algorithm.update(kept, inbox, self._num_peers)
 
     def _apply(self, mixing: Mixing, value: Tensor, rows: slice) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
-from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss, scalars_of
+from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss
 from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Batches, local_positions, on
 from gossamer.engines.training.job import Job
@@ -30,8 +30,7 @@ class Trainer:
     """Trains blocks against resident state arrays [1, d]; keeps the last shared cut."""
 
     def __init__(self, task: Task, state: Mapping[str, Tensor]) -> None:
-        self.task, self._state, self._scalars = task, state, scalars_of(task.algorithm)
-        self._local_loss = getattr(task.algorithm, "local_loss", None)
+        self.task, self._state, self._scalars = task, state, task.algorithm.traits.scalars
         self._batches = Batches(task)
         self._factored = may_leave_products(task)
         self._received_at: tuple[int, int, int] | None = None
@@ -132,7 +131,7 @@ class Trainer:
     ) -> list[Tensor | None]:
         """Weight the rows of one payload and, where they share a window, add them up leaf by leaf."""
         task, layout = self.task, self.task.variants[job.block.variant].working_layout
-        if task.algorithm.uplink[name] == "mean":
+        if task.algorithm.traits.uplink[name] == "mean":
             weights = torch.from_numpy(job.weight).float()
             per_label = task.count_labels and name not in self._scalars
             labels = task.workload.client_labels(job.client) * weights[:, None] if per_label else None
@@ -152,7 +151,7 @@ class Trainer:
 
     def _receive(self, job: Job, client: int, shared: bool) -> Arrays:
         """Return the downlink arrays [1, d_sub], cut to the client's window; a shared cut is made once a round."""
-        downlink = self.task.algorithm.downlink
+        downlink = self.task.algorithm.traits.downlink
         names = tuple(self._state) if downlink is None else downlink
         address, variant = (job.round, job.phase, job.block.variant), self.task.variants[job.block.variant]
         if shared and self._received_at == address:
@@ -215,15 +214,15 @@ class Trainer:
     def _loss(self, job: Job, row: int, step: int, params: Mapping[str, Tensor], batch: dict[str, Any]) -> Tensor:
         """Return the loss of one local step of one client: the workload's, unless the algorithm has its own."""
         task = self.task
-        if self._local_loss is None:
+        if not task.algorithm.traits.has_local_loss:
             return task.workload.loss(params, batch)
 
         def generator(purpose: str) -> np.random.Generator:
             """Return the step's own random numbers."""
             return rng.generator(task.seed, purpose, job.round, job.phase, int(job.client[row]), step)
 
-        loss: Tensor = self._local_loss(task, task.variants[job.block.variant].capacity, params, batch, generator)
-        return loss
+        capacity = task.variants[job.block.variant].capacity
+        return task.algorithm.local_loss(task, capacity, params, batch, generator)
 
     def _train_stacked(
         self, job: Job, rows: Arrays, positions: NDArray[np.int64], client_state: Arrays
@@ -300,11 +299,10 @@ def end_rows(
 
 def may_leave_products(task: Task) -> bool:
     """Say whether gradients of linear layers may be left in two factors: nothing but plain steps asks for them."""
-    is_plain = getattr(task.algorithm, "is_plain_sgd", False) and all(
-        one.optimizer.clip_norm is None for one in task.variants
-    )
-    losses = [task.workload] + [task.algorithm] * (getattr(task.algorithm, "local_loss", None) is not None)
-    return is_plain and all(getattr(one, "leaves_products", False) for one in losses)
+    algorithm = task.algorithm
+    leave = getattr(task.workload, "leaves_products", False)
+    leave = leave and (algorithm.traits.leaves_products or not algorithm.traits.has_local_loss)
+    return leave and algorithm.is_plain_sgd and all(one.optimizer.clip_norm is None for one in task.variants)
 
 
 def numbers(values: Tensor) -> Any:

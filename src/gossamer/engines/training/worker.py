@@ -58,8 +58,7 @@ class Worker:
     def _params(self, index: int, round: int) -> dict[str, Tensor]:
         variant, x = self._task.variant(index), self._state["x"][0]
         cut = self._task.cut(variant, round)
-        evaluated = getattr(variant.algorithm, "evaluated", None)
-        x = x if evaluated is None else evaluated(x)
+        x = variant.algorithm.evaluated(x)
         if cut.is_full:
             return cut.full.views(x)
         return cut.sub.views(cut.read(x, x.new_zeros(cut.sub.d)))
@@ -70,7 +69,7 @@ class Worker:
         d_sub = self._task.variants[job.block.variant].layout.d
         taken = 0
         client_state = {}
-        for name in self._task.algorithm.client_arrays:
+        for name in self._task.algorithm.traits.client_arrays:
             client_state[name] = slot[taken : taken + num_rows * d_sub].view(num_rows, d_sub).clone()
             taken += num_rows * d_sub
         result = self._trainer.train(job, client_state, slot)
