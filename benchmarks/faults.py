@@ -151,7 +151,7 @@ def descendants(ancestor: int) -> list[tuple[int, int, str, str]]:
 
 def is_actor(title: str) -> bool:
     """Tell whether a process's title is that of one of our actors."""
-    return title.startswith(("ray::Host", "ray::PeerHost"))
+    return title.startswith(("ray::ClientActor", "ray::PeerActor"))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

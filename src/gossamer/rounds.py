@@ -25,7 +25,7 @@ from gossamer.storage.runlog import RunLog
 from gossamer.workloads.base import Workload
 
 MAX_LISTED = 100  # clients that one event names
-MOST_LOSSES = 3  # of the state in a row, without a commit in between
+MAX_LOSSES = 3  # of the state in a row, without a commit in between
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Loop:
             except StateLost as error:
                 losses = losses + 1 if self.committed_round == lost_at else 1
                 lost_at = self.committed_round
-                if losses > MOST_LOSSES:
+                if losses > MAX_LOSSES:
                     raise
                 self._go_back(error, losses)
 

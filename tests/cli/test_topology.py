@@ -92,7 +92,7 @@ class TestMeasure:
         measured = topology.measure(topology.build("od-equidyn", 100, seed=2), 500, 2)
         assert found["rounds_to_tolerance"] == measured.rounds
         assert found["rate_measured"] == measured.rate < found["bound"]
-        assert found["least_real_part"] == pytest.approx(0.01)
+        assert found["min_real_part"] == pytest.approx(0.01)
         assert (found["max_degree"], found["period"], found["tolerance"]) == (1, None, 1e-10)
 
     def test_rounds_are_a_limit(self) -> None:

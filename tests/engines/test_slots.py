@@ -18,8 +18,8 @@ pytestmark = pytest.mark.timeout(60)
 def test_arrays_come_back(shapes: list[tuple[int, int]]) -> None:
     arrays = [torch.randn(shape) for shape in shapes]
     slot = torch.zeros(5 * 3 * 64)
-    places = write_arrays(slot, arrays)
-    for found, array in zip(read_arrays(slot, places), arrays, strict=True):
+    extents = write_arrays(slot, arrays)
+    for found, array in zip(read_arrays(slot, extents), arrays, strict=True):
         assert torch.equal(found, array)
         assert found.data_ptr() % 64 == slot.data_ptr() % 64
 

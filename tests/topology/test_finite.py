@@ -39,7 +39,7 @@ def is_smooth(n: int, k: int) -> bool:
     return n == 1
 
 
-def most_rounds(n: int, k: int) -> int:
+def max_rounds(n: int, k: int) -> int:
     """Return floor(2 log_{k+1} n + 2) by integers: the largest t with (k+1)^(t - 2) <= n^2."""
     rounds = 2
     while (k + 1) ** (rounds - 1) <= n * n:
@@ -66,7 +66,7 @@ def test_exact_for_every_n(name: str, k: int) -> None:
                 length(n, k)
             continue
         num_rounds = length(n, k)
-        assert num_rounds <= most_rounds(n, k)
+        assert num_rounds <= max_rounds(n, k)
         mixings = [draw(n, k, round) for round in range(num_rounds)]
         x = start_of(n)
         assert error_after(mixings, x) < 1e-12, n

@@ -29,7 +29,7 @@ def tiny(block_bytes: int, panel_bytes: int) -> Iterator[None]:
         for name in ("BLOCK_BYTES", "WALK_BYTES", "STREAM_BYTES"):
             patch.setattr(streaming, name, block_bytes)
         patch.setattr(streaming, "PANEL_BYTES", panel_bytes)
-        patch.setattr(streaming, "LEAST_PANEL_BYTES_PER_ROW", 64)
+        patch.setattr(streaming, "MIN_PANEL_BYTES_PER_ROW", 64)
         yield
 
 

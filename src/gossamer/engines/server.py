@@ -27,7 +27,7 @@ STACKED_BLOCK_FLOATS = 1 << 20  # weights of one stacked block: a few MB, to sta
 MAX_BLOCK_ROWS = 64
 MAX_BLOCK_ROWS_ONE_BY_ONE = 8
 BLOCKS_PER_WORKER = 8
-LARGEST_ROUND = 1 << 40  # participants: more only make more blocks, not larger ones
+MAX_PARTICIPANTS = 1 << 40  # participants: more only make more blocks, not larger ones
 SMALL_BLOCK_FLOATS = 1 << 18  # weights of a block of participants trained one by one, below which it is made larger
 
 
@@ -194,7 +194,7 @@ class FederatedEngine(ABC):
         task, largest = self._task, 0
         num_scalars = len(task.algorithm.traits.scalars)
         for variant in task.variants:
-            leaf, leaves = self._block_shape(variant, LARGEST_ROUND)
+            leaf, leaves = self._block_shape(variant, MAX_PARTICIPANTS)
             num_sums = leaves if variant.shares_window else leaf * leaves
             num_rows = (len(task.algorithm.traits.uplink) - num_scalars) * num_sums
             num_rows += 2 * len(task.algorithm.traits.client_arrays) * leaf * leaves

@@ -12,7 +12,7 @@ from gossamer.aggregate import TreeSum
 from gossamer.submodel.layout import ALIGNMENT
 
 SPARE_SLOTS = 16  # beyond those that can be under way, so that partial sums need not move at once
-Place = tuple[int, Sequence[int]]  # where an array begins in its slot, and its shape
+Extent = tuple[int, Sequence[int]]  # where an array begins in its slot, and its shape
 
 
 class Slots:
@@ -59,19 +59,19 @@ class Slots:
         return low <= value.data_ptr() < low + self.memory.nbytes
 
 
-def write_arrays(slot: Tensor, arrays: Iterable[Tensor]) -> list[Place]:
-    """Write arrays into a slot, those aside that are where they belong, and return their places."""
-    places: list[Place] = []
+def write_arrays(slot: Tensor, arrays: Iterable[Tensor]) -> list[Extent]:
+    """Write arrays into a slot, those aside that are where they belong, and return their extents."""
+    extents: list[Extent] = []
     taken = 0
     for value in arrays:
         place = slot[taken : taken + value.numel()].view(value.shape)
         if place.data_ptr() != value.data_ptr():
             place.copy_(value)
-        places.append((taken, list(value.shape)))
+        extents.append((taken, list(value.shape)))
         taken += -(-value.numel() // ALIGNMENT) * ALIGNMENT  # after a scalar, rows still start aligned
-    return places
+    return extents
 
 
-def read_arrays(slot: Tensor, places: Iterable[Any]) -> list[Tensor]:
+def read_arrays(slot: Tensor, extents: Iterable[Any]) -> list[Tensor]:
     """Return the arrays of a slot, on its memory."""
-    return [slot[start : start + math.prod(shape)].view(shape) for start, shape in places]
+    return [slot[start : start + math.prod(shape)].view(shape) for start, shape in extents]

@@ -18,7 +18,7 @@ from gossamer.simulation.devices import Ints
 from gossamer.simulation.traffic import Traffic, exchanged, reduced
 from gossamer.topology import Topology
 
-MOST_REMEMBERED = 64  # rounds of a topology that repeats
+MAX_CACHED_ROUNDS = 64  # rounds of a topology that repeats
 
 
 class PeerPlanner:
@@ -48,7 +48,7 @@ class PeerPlanner:
         self.steps = (per_epoch * epochs if epochs is not None else np.full(len(num_samples), steps)).astype(np.int32)
         whole, rest = np.divmod(self.steps, per_epoch)
         self.samples_trained: Ints = whole * num_samples + np.minimum(rest * batch_size, num_samples)
-        remembered = min(topology.schedule.cycle or 1, MOST_REMEMBERED)  # lists of edges are long
+        remembered = min(topology.schedule.cycle or 1, MAX_CACHED_ROUNDS)  # lists of edges are long
         self._traffic = lru_cache(maxsize=remembered)(lambda round: Traffic.of(topology.mixing(round)))
 
     def plan(self, round: int, now: float = 0.0) -> RoundPlan:

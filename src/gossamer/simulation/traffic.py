@@ -11,7 +11,7 @@ from gossamer.simulation.costs import Efforts
 from gossamer.simulation.devices import Floats, Ints
 from gossamer.topology import BlockAverage, Edges, Mixing
 
-MOST_LINKS = 1_000_000  # that are listed one by one
+MAX_LINKS = 1_000_000  # that are listed one by one
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Traffic:
     @classmethod
     def of(cls, mixing: Mixing) -> Traffic:
         """Return the traffic of a mixing; the links of large groups that all hear each other are not listed."""
-        if isinstance(mixing, BlockAverage) and mixing.n * (mixing.size - 1) > MOST_LINKS:
+        if isinstance(mixing, BlockAverage) and mixing.n * (mixing.size - 1) > MAX_LINKS:
             messages = np.full(mixing.n, mixing.size - 1, dtype=np.int64)
             return cls(messages, messages, None)
         links = mixing.edges()

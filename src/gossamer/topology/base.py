@@ -27,8 +27,8 @@ Stochasticity = Literal["doubly", "row", "column"]
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-MOST_DENSE = 5_000  # rows of a matrix that `Mixing.dense` still builds, 200 MB
-MOST_EDGES = 100_000_000
+MAX_DENSE = 5_000  # rows of a matrix that `Mixing.dense` still builds, 200 MB
+MAX_EDGES = 100_000_000
 
 
 class Edges(NamedTuple):
@@ -153,7 +153,7 @@ class Mixing(ABC):
         """Return W as float64 [n, n], for tests and pictures.
 
         Raises:
-            ConfigError: n is beyond `MOST_DENSE`.
+            ConfigError: n is beyond `MAX_DENSE`.
         """
         self._require_small("a dense matrix")
         edges = self.edges()
@@ -169,9 +169,9 @@ class Mixing(ABC):
         return digest.hexdigest()
 
     def _require_small(self, what: str) -> None:
-        if self.n * self.rows_per_site > MOST_DENSE:
+        if self.n * self.rows_per_site > MAX_DENSE:
             raise ConfigError(
-                f"{what} of n = {self.n} peers is refused, the most is {MOST_DENSE // self.rows_per_site}: use apply,"
+                f"{what} of n = {self.n} peers is refused, the most is {MAX_DENSE // self.rows_per_site}: use apply,"
                 " rows or edges instead"
             )
 
@@ -202,14 +202,14 @@ def _on_torch(x: Any, num_peers: int, rows_per_peer: int, kernel: Callable[[Tens
 
 
 def check_num_edges(num_edges: int) -> None:
-    """Refuse to list more than `MOST_EDGES` edges.
+    """Refuse to list more than `MAX_EDGES` edges.
 
     Raises:
         ConfigError: there are more.
     """
-    if num_edges > MOST_EDGES:
+    if num_edges > MAX_EDGES:
         raise ConfigError(
-            f"a list of {num_edges} edges is refused, the most is {MOST_EDGES}: use apply, rows, send_ranks or"
+            f"a list of {num_edges} edges is refused, the most is {MAX_EDGES}: use apply, rows, send_ranks or"
             " recv_ranks instead"
         )
 

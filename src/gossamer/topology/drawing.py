@@ -8,16 +8,16 @@ import numpy as np
 
 from gossamer.topology.base import Floats, Mixing
 from gossamer.topology.consensus import measure
-from gossamer.topology.spectra import MOST_EXACT, spectrum
+from gossamer.topology.spectra import MAX_EXACT, spectrum
 from gossamer.topology.topology import Topology
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MOST_ROUNDS = 6  # in a strip
-MOST_ON_CIRCLE = 120  # peers that are drawn as points; above, the entries of W are
-MOST_MARKS = 200_000  # entries of W that are drawn
+MAX_ROUNDS = 6  # in a strip
+MAX_ON_CIRCLE = 120  # peers that are drawn as points; above, the entries of W are
+MAX_MARKS = 200_000  # entries of W that are drawn
 MEASURED_ROUNDS = 200
 PANEL_INCHES = (3.0, 3.1)
 DARK, LIGHT, ACCENT = "#0072B2", "0.6", "#D55E00"
@@ -32,9 +32,9 @@ def draw(topology: Topology) -> Figure:
     import matplotlib.pyplot as plt
 
     cycle = topology.schedule.cycle
-    num_rounds = min(MOST_ROUNDS, cycle or MOST_ROUNDS)
+    num_rounds = min(MAX_ROUNDS, cycle or MAX_ROUNDS)
     mixings = [topology.mixing(round) for round in range(num_rounds)]
-    has_spectrum = cycle == 1 and (mixings[0].kind == "shift" or topology.n <= MOST_EXACT)
+    has_spectrum = cycle == 1 and (mixings[0].kind == "shift" or topology.n <= MAX_EXACT)
     num_panels = num_rounds + has_spectrum + 1
     figure, panels = plt.subplots(
         1, num_panels, figsize=(PANEL_INCHES[0] * num_panels, PANEL_INCHES[1]), squeeze=False, layout="constrained"
@@ -55,7 +55,7 @@ def _places(mixing: Mixing, is_static: bool) -> Floats:
     n = mixing.n
     angle = 2.0 * np.pi * np.arange(n) / n
     circle = np.stack([np.sin(angle), np.cos(angle)], axis=1)
-    if mixing.kind != "sparse" or not is_static or n > MOST_ON_CIRCLE:
+    if mixing.kind != "sparse" or not is_static or n > MAX_ON_CIRCLE:
         return circle
     import networkx
 
@@ -68,16 +68,16 @@ def _places(mixing: Mixing, is_static: bool) -> Floats:
 def _draw_graph(panel: Axes, mixing: Mixing, places: Floats) -> None:
     from matplotlib.collections import LineCollection
 
-    edges = mixing.edges() if mixing.n * mixing.max_degree <= 2 * MOST_MARKS else None
+    edges = mixing.edges() if mixing.n * mixing.max_degree <= 2 * MAX_MARKS else None
     panel.set_aspect("equal")
-    if mixing.n <= MOST_ON_CIRCLE and edges is not None:
+    if mixing.n <= MAX_ON_CIRCLE and edges is not None:
         panel.set_axis_off()
         lines: Any = np.stack([places[edges.sender], places[edges.receiver]], axis=1)
         strongest = edges.weight.max(initial=1e-12)
         widths = 0.3 + 1.2 * edges.weight / strongest
         panel.add_collection(LineCollection(lines, colors=LIGHT, linewidths=widths.tolist(), zorder=1))
         panel.scatter(places[:, 0], places[:, 1], s=max(4.0, 600.0 / mixing.n), color=DARK, zorder=2)
-    elif edges is not None and len(edges.weight) <= MOST_MARKS:
+    elif edges is not None and len(edges.weight) <= MAX_MARKS:
         size = max(0.05, 2e4 / mixing.n**2)
         panel.scatter(edges.sender, edges.receiver, s=size, color=DARK, linewidths=0, rasterized=True)
         panel.set(xlim=(-0.5, mixing.n - 0.5), ylim=(mixing.n - 0.5, -0.5), xlabel="sender", ylabel="receiver")

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from gossamer import rng
 from gossamer.errors import ConfigError
 from gossamer.topology.base import Floats, Integers, Mixing
-from gossamer.topology.family import MOST_ATTEMPTS, Family, Schedule, TopologyOptions, static
+from gossamer.topology.family import MAX_ATTEMPTS, Family, Schedule, TopologyOptions, static
 from gossamer.topology.mixings import Matching, Shift
 from gossamer.topology.spectra import norm
 
@@ -94,14 +94,14 @@ def draw_basis(n: int, num_graphs: int, seed: int) -> tuple[Integers, int]:
         int64 [M], and how many draws were disconnected: gcd(u_1, ..., u_M, n) > 1.
 
     Raises:
-        ConfigError: `MOST_ATTEMPTS` draws were disconnected.
+        ConfigError: `MAX_ATTEMPTS` draws were disconnected.
     """
-    for attempt in range(MOST_ATTEMPTS):
+    for attempt in range(MAX_ATTEMPTS):
         shifts = rng.generator(seed, "topology-basis", extra=attempt).integers(1, n, size=num_graphs)
         if math.gcd(n, *shifts.tolist()) == 1:
             return shifts.astype(np.int64), attempt
     raise ConfigError(
-        f"{MOST_ATTEMPTS} draws of M = {num_graphs} basis graphs of n = {n} peers were disconnected: raise M"
+        f"{MAX_ATTEMPTS} draws of M = {num_graphs} basis graphs of n = {n} peers were disconnected: raise M"
     )
 
 

@@ -14,7 +14,7 @@ from gossamer.errors import ConfigError
 from gossamer.options import Options
 from gossamer.topology.base import Integers, Mixing
 
-MOST_ATTEMPTS = 100  # draws of a random graph before it is called hopelessly disconnected
+MAX_ATTEMPTS = 100  # draws of a random graph before it is called hopelessly disconnected
 
 
 class TopologyOptions(Options):
@@ -108,12 +108,12 @@ def connected(
         the edges, and how many draws were thrown away.
 
     Raises:
-        ConfigError: `MOST_ATTEMPTS` draws were disconnected.
+        ConfigError: `MAX_ATTEMPTS` draws were disconnected.
     """
     from gossamer.topology.weights import is_connected
 
-    for attempt in range(MOST_ATTEMPTS):
+    for attempt in range(MAX_ATTEMPTS):
         first, second = draw(rng.generator(seed, f"topology-{name}", extra=attempt))
         if is_connected(n, first, second):
             return first, second, attempt
-    raise ConfigError(f"{MOST_ATTEMPTS} draws of {name!r} with n = {n} were all disconnected: {advice}")
+    raise ConfigError(f"{MAX_ATTEMPTS} draws of {name!r} with n = {n} were all disconnected: {advice}")

@@ -10,10 +10,10 @@ from pydantic import Field
 from gossamer.errors import ConfigError
 from gossamer.topology.base import Integers
 from gossamer.topology.classic import NEDIC
-from gossamer.topology.family import MOST_ATTEMPTS, Family, Schedule, TopologyOptions, connected, static
+from gossamer.topology.family import MAX_ATTEMPTS, Family, Schedule, TopologyOptions, connected, static
 from gossamer.topology.weights import averaging
 
-MOST_DENSE_GRAPH = 5_000  # peers of a graph with about n^2 / 4 edges
+MAX_DENSE_GRAPH = 5_000  # peers of a graph with about n^2 / 4 edges
 
 
 class ErdosRenyiOptions(TopologyOptions):
@@ -116,7 +116,7 @@ def regular_edges(n: int, degree: int, source: np.random.Generator) -> tuple[Int
 
 
 def _regular(n: int, degree: int, source: np.random.Generator) -> tuple[Integers, Integers]:
-    for _ in range(MOST_ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS):
         stubs = np.repeat(np.arange(n, dtype=np.int64), degree)
         edges = np.empty(0, dtype=np.int64)
         idle = 0
@@ -144,9 +144,9 @@ def _erdos_renyi(n: int, seed: int, options: ErdosRenyiOptions) -> Schedule:
 
 def _half_random(n: int, seed: int, options: TopologyOptions) -> Schedule:
     """Each pair is linked with probability 1/2."""
-    if n > MOST_DENSE_GRAPH:
+    if n > MAX_DENSE_GRAPH:
         raise ConfigError(
-            f"'half-random' with n = {n} peers has about {n * (n - 1) // 4} edges: the most is n = {MOST_DENSE_GRAPH};"
+            f"'half-random' with n = {n} peers has about {n * (n - 1) // 4} edges: the most is n = {MAX_DENSE_GRAPH};"
             " take 'erdos-renyi' with a lower probability"
         )
     return _of_pairs("half-random", n, seed, 0.5)

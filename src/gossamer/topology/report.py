@@ -68,7 +68,7 @@ def describe(topology: Topology) -> dict[str, Any]:
         "period": topology.period,
         "consensus_rate": _if_possible(topology.consensus_rate),
         "bound": topology.bound,
-        "least_real_part": _if_possible(topology.least_real_part),
+        "min_real_part": _if_possible(topology.min_real_part),
         "resamples": topology.resamples,
         "digest_of_round_0": first.digest(),
     }

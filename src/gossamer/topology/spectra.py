@@ -15,7 +15,7 @@ from gossamer.errors import ConfigError
 from gossamer.topology.base import Floats, Mixing
 from gossamer.topology.mixings import BlockAverage, Matching, Shift
 
-MOST_EXACT = 1_500  # rows of a matrix that is decomposed densely
+MAX_EXACT = 1_500  # rows of a matrix that is decomposed densely
 Spectrum = NDArray[np.complex128]
 
 
@@ -32,14 +32,14 @@ def spectrum(mixing: Mixing) -> Spectrum:
     """
     if isinstance(mixing, Shift):
         return circulant_spectrum(mixing)
-    if mixing.n * mixing.rows_per_site > MOST_EXACT:
-        raise ConfigError(f"all eigenvalues of n = {mixing.n} peers are refused, the most is {MOST_EXACT}: use fewer")
+    if mixing.n * mixing.rows_per_site > MAX_EXACT:
+        raise ConfigError(f"all eigenvalues of n = {mixing.n} peers are refused, the most is {MAX_EXACT}: use fewer")
     matrix = mixing.dense()
     values = np.linalg.eigvalsh(matrix) if mixing.is_symmetric else np.linalg.eigvals(matrix)
     return values.astype(np.complex128)
 
 
-def least_real_part(mixing: Mixing) -> float:
+def min_real_part(mixing: Mixing) -> float:
     """Return the least real part of an eigenvalue of W: below 0, methods such as gradient tracking may need ``lazy``.
 
     Raises:
@@ -49,7 +49,7 @@ def least_real_part(mixing: Mixing) -> float:
         return 1.0 - 2.0 * mixing.weight
     if isinstance(mixing, BlockAverage):
         return 1.0 - mixing.weight
-    if isinstance(mixing, Shift) or mixing.n * mixing.rows_per_site <= MOST_EXACT:
+    if isinstance(mixing, Shift) or mixing.n * mixing.rows_per_site <= MAX_EXACT:
         return float(spectrum(mixing).real.min())
     if not mixing.is_symmetric or mixing.kind != "sparse":  # iterations for unsymmetric matrices may miss it
         raise ConfigError(f"the spectrum of a {mixing.kind} mixing of n = {mixing.n} peers is refused: use fewer")
@@ -71,7 +71,7 @@ def _least_by_iteration(mixing: Mixing) -> float:
 def norm(mixings: Sequence[Mixing]) -> float:
     """Return ``||P W_T ... W_1 P||_2`` of mixings applied one after the other, W_1 first.
 
-    Circulants by one Fourier transform each; up to `MOST_EXACT` peers by a dense decomposition; else by Lanczos
+    Circulants by one Fourier transform each; up to `MAX_EXACT` peers by a dense decomposition; else by Lanczos
     iterations, to a relative 1e-9.
 
     Raises:
@@ -81,7 +81,7 @@ def norm(mixings: Sequence[Mixing]) -> float:
         product = np.prod([circulant_spectrum(each) for each in mixings if isinstance(each, Shift)], axis=0)
         return float(np.abs(product[1:]).max())
     n = mixings[0].n
-    if n <= MOST_EXACT:
+    if n <= MAX_EXACT:
         product = np.eye(n) - 1.0 / n
         for each in mixings:
             product = each.apply(product)

@@ -21,7 +21,7 @@ BLOCK_BYTES = 512 * 1024  # rows that a kernel works on at a time: a few such bl
 WALK_BYTES = 16 * 1024 * 1024  # rows that all threads work on together, from a block to the next that needs it
 STREAM_BYTES = 32 * 1024 * 1024  # the same where what is read again lies in the last-level cache: long runs pay more
 PANEL_BYTES = 8 * 1024 * 1024  # a panel's copy: it and the result stay in the last-level cache
-LEAST_PANEL_BYTES_PER_ROW = 256  # shorter pieces of rows waste memory bandwidth
+MIN_PANEL_BYTES_PER_ROW = 256  # shorter pieces of rows waste memory bandwidth
 CACHE_LINE_BYTES = 64
 
 
@@ -124,7 +124,7 @@ def panels(num_rows: int, d: int, itemsize: int) -> list[slice]:
         d: its columns.
         itemsize: bytes of an element.
     """
-    num_bytes = max(LEAST_PANEL_BYTES_PER_ROW, PANEL_BYTES // num_rows)
+    num_bytes = max(MIN_PANEL_BYTES_PER_ROW, PANEL_BYTES // num_rows)
     width = num_bytes // CACHE_LINE_BYTES * CACHE_LINE_BYTES // itemsize
     return [slice(lo, min(lo + width, d)) for lo in range(0, d, width)]
 

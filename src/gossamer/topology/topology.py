@@ -21,7 +21,7 @@ from gossamer.topology.base import Mixing
 from gossamer.topology.family import Family, Schedule, TopologyOptions
 
 NUM_ESTIMATION_ROUNDS = 200
-MOST_CACHED = 100_000  # peers of a topology that remembers the mixings of several rounds
+MAX_CACHED = 100_000  # peers of a topology that remembers the mixings of several rounds
 NUM_CACHED = 64
 
 
@@ -43,7 +43,7 @@ class Topology:
     schedule: Schedule
 
     def __post_init__(self) -> None:
-        remembered = NUM_CACHED if self.n <= MOST_CACHED else 1
+        remembered = NUM_CACHED if self.n <= MAX_CACHED else 1
         object.__setattr__(self, "_mixing", lru_cache(maxsize=remembered)(self.schedule.draw))
 
     @property
@@ -117,7 +117,7 @@ class Topology:
             squares.append(mixed.var() / start.var())
         return float(np.sqrt(np.mean(squares)))
 
-    def least_real_part(self, num_rounds: int = 16) -> float | None:
+    def min_real_part(self, num_rounds: int = 16) -> float | None:
         """Return the least real part of an eigenvalue of a round's W, over a cycle or the first rounds.
 
         Below 0, gradient tracking can diverge at steps where other graphs converge: set ``lazy: true``. None for joint
@@ -130,7 +130,7 @@ class Topology:
         mixings = [self.mixing(round) for round in rounds]
         if any(mixing.rows_per_site != 1 for mixing in mixings):
             return None
-        return min(spectra.least_real_part(mixing) for mixing in mixings)
+        return min(spectra.min_real_part(mixing) for mixing in mixings)
 
 
 class TopologySpec(Options):

@@ -8,7 +8,7 @@ from gossamer.errors import ConfigError
 from gossamer.topology.base import Floats, Integers
 from gossamer.topology.sparse import Sparse
 
-MOST_OPTIMISED = 300  # peers for which the fastest weights are still computed
+MAX_OPTIMISED = 300  # peers for which the fastest weights are still computed
 
 
 def metropolis(n: int, first: Integers, second: Integers) -> Floats:
@@ -56,13 +56,13 @@ def fastest(n: int, first: Integers, second: Integers) -> Floats:
         float64 [e].
 
     Raises:
-        ConfigError: n is beyond `MOST_OPTIMISED`.
+        ConfigError: n is beyond `MAX_OPTIMISED`.
     """
     from scipy.optimize import minimize
 
-    if n > MOST_OPTIMISED:
+    if n > MAX_OPTIMISED:
         raise ConfigError(
-            f"weights = 'fastest' for n = {n} peers is refused, the most is {MOST_OPTIMISED}: use metropolis"
+            f"weights = 'fastest' for n = {n} peers is refused, the most is {MAX_OPTIMISED}: use metropolis"
         )
 
     def smoothed(weight: Floats, sharpness: float) -> tuple[float, Floats]:

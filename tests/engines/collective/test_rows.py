@@ -18,7 +18,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Group, GroupBroken, Meeting, Place, address_of
+from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Group, GroupBroken, Member, Rendezvous, address_of
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.errors import ConfigError
 
@@ -53,12 +53,12 @@ def heard_of(edges: list[list[int]]) -> Callable[[int, int, int, int], NDArray[n
     return heard
 
 
-def member(place: Place, mode: str) -> None:
-    """Be one rank of a group: swap the rows of all cases, or go before it comes to that."""
-    with closing(Group(place)) as group:
-        if mode == "die" and place.rank == 0:
+def run_member(member: Member, mode: str) -> None:
+    """Be one member of a group: swap the rows of all cases, or go before it comes to that."""
+    with closing(Group(member)) as group:
+        if mode == "die" and member.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        low, high = SPANS[place.rank]
+        low, high = SPANS[member.rank]
         for seed, edges in enumerate(CASES.values()):
             everyone = arrays(seed)
             mine = {name: torch.zeros_like(value) for name, value in everyone.items()}
@@ -79,16 +79,16 @@ def member(place: Place, mode: str) -> None:
 
 
 @pytest.fixture
-def members() -> Iterator[Callable[[list[Place], str], list[list[str]]]]:
-    """Run the ranks of a group, each in a process of its own, and return what they print."""
+def run_group() -> Iterator[Callable[[list[Member], str], list[list[str]]]]:
+    """Run the members of a group, each in a process of its own, and return what they print."""
     started: list[subprocess.Popen[str]] = []
 
-    def run(places: list[Place], mode: str = "") -> list[list[str]]:
-        commands = [[sys.executable, __file__, json.dumps(place), mode] for place in places]
+    def run(members: list[Member], mode: str = "") -> list[list[str]]:
+        commands = [[sys.executable, __file__, json.dumps(member), mode] for member in members]
         started.extend(subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands)
         ended = [process.communicate(timeout=60)[0].split() for process in started]
         died = [process.returncode for process in started]
-        assert died == [-signal.SIGKILL if mode == "die" and place.rank == 0 else 0 for place in places]
+        assert died == [-signal.SIGKILL if mode == "die" and member.rank == 0 else 0 for member in members]
         return ended
 
     yield run
@@ -96,10 +96,10 @@ def members() -> Iterator[Callable[[list[Place], str], list[list[str]]]]:
         process.kill()
 
 
-def test_rows_that_others_hear(members: Callable[..., list[list[str]]]) -> None:
+def test_rows_that_others_hear(run_group: Callable[..., list[list[str]]]) -> None:
     """What is heard arrives, nothing else, in one message for each pair of ranks; and what was sent is counted."""
-    meeting = Meeting()
-    told = members(meeting.places(3, "gloo", 20))
+    rendezvous = Rendezvous()
+    told = run_group(rendezvous.members(3, "gloo", 20))
     row_bytes = 3 + 5 * 4 + 8
     for (low, high), counts in zip(SPANS, told, strict=True):
         expected = []
@@ -113,34 +113,34 @@ def test_rows_that_others_hear(members: Callable[..., list[list[str]]]) -> None:
         assert [int(count) for count in counts] == expected
 
 
-def test_a_member_that_dies(members: Callable[..., list[list[str]]]) -> None:
-    meeting = Meeting()
-    told = members(meeting.places(3, "gloo", 20), "die")
+def test_a_member_that_dies(run_group: Callable[..., list[list[str]]]) -> None:
+    rendezvous = Rendezvous()
+    told = run_group(rendezvous.members(3, "gloo", 20), "die")
     assert told == [[], ["broken"], ["broken"]]
 
 
-def test_members_that_do_not_come(members: Callable[..., list[list[str]]]) -> None:
+def test_members_that_do_not_come(run_group: Callable[..., list[list[str]]]) -> None:
     """One of three waits in vain, and can be in another group afterwards, with processes that know nothing of it."""
-    meeting = Meeting()
-    with pytest.raises(GroupBroken, match="a group of 3 did not come together"):
-        Group(meeting.places(3, "gloo", 1)[1])
-    places = meeting.places(3, "gloo", 20)
+    rendezvous = Rendezvous()
+    with pytest.raises(GroupBroken, match="a group of 3 did not form"):
+        Group(rendezvous.members(3, "gloo", 1)[1])
+    members = rendezvous.members(3, "gloo", 20)
     with ThreadPoolExecutor(1) as pool:
-        others = pool.submit(members, [places[0], places[2]])
-        with closing(Group(places[1])) as group:
+        others = pool.submit(run_group, [members[0], members[2]])
+        with closing(Group(members[1])) as group:
             for seed, edges in enumerate(CASES.values()):
                 swap_rows_(group, SPANS, arrays(seed), heard_of(edges))
         assert all(len(told) == len(CASES) for told in others.result())
 
 
-def test_a_meeting_that_is_closed() -> None:
-    meeting = Meeting()
-    places = meeting.places(1, "gloo", 2)
-    with closing(Group(places[0])):
-        meeting.close()
+def test_a_rendezvous_that_is_closed() -> None:
+    rendezvous = Rendezvous()
+    members = rendezvous.members(1, "gloo", 2)
+    with closing(Group(members[0])):
+        rendezvous.close()
         assert "0100007F" in listening()  # the group's own
-    with pytest.raises(GroupBroken, match="did not come together"):
-        Group(places[0])
+    with pytest.raises(GroupBroken, match="did not form"):
+        Group(members[0])
 
 
 def listening() -> set[str]:
@@ -157,26 +157,26 @@ def listening() -> set[str]:
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's list of sockets")
 def test_loopback_only() -> None:
-    meeting = Meeting()
-    with closing(Group(meeting.places(1, "gloo", 20)[0])):
+    rendezvous = Rendezvous()
+    with closing(Group(rendezvous.members(1, "gloo", 20)[0])):
         assert listening() == {"0100007F"}
 
 
 def test_no_network_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(INTERFACE, raising=False)
-    meeting = Meeting("127.0.0.2")
-    place = meeting.places(1, "gloo", 20)[0]
+    rendezvous = Rendezvous("127.0.0.2")
+    member = rendezvous.members(1, "gloo", 20)[0]
     with pytest.raises(ConfigError, match=f"set {INTERFACE} there to the interface of a private one"):
-        Group(place)
+        Group(member)
     monkeypatch.setenv(INTERFACE, "lo")
-    Group(place).close()
+    Group(member).close()
     assert address_of("lo") == LOOPBACK
-    with pytest.raises(ConfigError, match=r"'no-such' is no interface with an IPv4 address of .* \(No such device\)"):
+    with pytest.raises(ConfigError, match=r"'no-such' is no interface of .* with an IPv4 address \(No such device\)"):
         address_of("no-such")
 
 
 def main(arguments: list[Any]) -> None:
-    member(Place(*json.loads(arguments[0])), arguments[1])
+    run_member(Member(*json.loads(arguments[0])), arguments[1])
 
 
 if __name__ == "__main__":

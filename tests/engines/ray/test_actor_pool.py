@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from federation import wait_for
-from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, MOST_FAILURES, READY, Actors, Call
+from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, MAX_FAILURES, READY, ActorPool, Call
 from gossamer.errors import DataError, EngineError, RoundAborted
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
@@ -72,12 +72,12 @@ def tiny(flag: str = "", fault: str = "") -> type:
 
 
 @contextmanager
-def acting(num_actors: int, cls: type | None = None, num_cpus: int = 1, **options: Any) -> Iterator[Actors]:
+def acting(num_actors: int, cls: type | None = None, num_cpus: int = 1, **options: Any) -> Iterator[ActorPool]:
     """Start actors, and kill them afterwards."""
     import ray
 
     remote = ray.remote(num_cpus=num_cpus, max_restarts=0)(cls or tiny())
-    actors = Actors(remote.remote, num_actors, **options)
+    actors = ActorPool(remote.remote, num_actors, **options)
     try:
         yield actors
     finally:
@@ -106,10 +106,10 @@ class Told:
         return sum((event["kind"], event["reason"]) == (kind, reason) for event in self.events)
 
 
-def pids(actors: Actors) -> Counter[int]:
+def pids(actors: ActorPool) -> Counter[int]:
     """Return which process answered how many of as many calls as there are actors, once all are up."""
     calls = [Call(number, "pid", ()) for number in range(len(actors))]
-    wait_for(lambda: bool(dict(actors.map(calls))) and all(slot.starting is None for slot in actors._slots))
+    wait_for(lambda: bool(dict(actors.map(calls))) and all(actor.starting is None for actor in actors._actors))
     return Counter(dict(actors.map(calls)).values())
 
 
@@ -183,16 +183,16 @@ class TestKinds:
             }
             assert dict(actors.map(faults)) == {(kind, i): i**2 for kind in (CPU, GPU) for i in range(4)}
             assert told.count("actor-replaced", "ActorDiedError") == 2
-            assert sorted(slot.kind for slot in actors._slots) == [CPU, CPU, GPU]
+            assert sorted(actor.kind for actor in actors._actors) == [CPU, CPU, GPU]
             actors.resize(1)
-            assert sorted(slot.kind for slot in actors._slots) == [CPU, GPU]
+            assert sorted(actor.kind for actor in actors._actors) == [CPU, GPU]
             with pytest.raises(EngineError, match="no Ray actor of kind tpu"):
                 list(actors.map({"tpu": [READY]}))
-        assert actors._slots == []
+        assert actors._actors == []
 
 
-def starting(actors: Actors) -> bool:
-    return any(slot.starting is not None for slot in actors._slots)
+def starting(actors: ActorPool) -> bool:
+    return any(actor.starting is not None for actor in actors._actors)
 
 
 def is_alive(pid: int) -> bool:
@@ -229,7 +229,7 @@ class TestFaults:
         told = Told()
         with acting(2, on_event=told) as actors, pytest.raises(RoundAborted, match=r"ActorDiedError.*then resume"):
             list(actors.map(squares(3, dict.fromkeys(range(3), ("kill",)))))
-        assert told.count("actor-replaced", "ActorDiedError") == MOST_FAILURES * 2 + 1
+        assert told.count("actor-replaced", "ActorDiedError") == MAX_FAILURES * 2 + 1
 
     def test_hangs_for_good(self, tmp_path: Path) -> None:
         """The only actor is stopped, so nobody else can do what it was given."""
@@ -240,7 +240,7 @@ class TestFaults:
 
     def test_hangs_without_a_limit_being_given(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Many times the longest answer so far is long enough."""
-        monkeypatch.setattr("gossamer.engines.ray.actor_pool.LEAST_PATIENCE_SECONDS", 0.5)
+        monkeypatch.setattr("gossamer.engines.ray.actor_pool.MIN_PATIENCE_SECONDS", 0.5)
         told, faults = Told(), {1: ("stop", str(tmp_path / "flag"))}
         with acting(2, on_event=told) as actors:
             assert actors.limit_seconds("work") == math.inf
@@ -299,6 +299,6 @@ class TestErrors:
     def test_nobody_comes_up(self) -> None:
         with (
             acting(2, num_cpus=1000, start_seconds=0.5) as actors,
-            pytest.raises(RoundAborted, match=r"2 of 2 Ray actors did not come up in 0.5 seconds: give the cluster"),
+            pytest.raises(RoundAborted, match=r"2 of 2 Ray actors did not start in 0.5 seconds: give the cluster"),
         ):
             list(actors.map(squares(1)))

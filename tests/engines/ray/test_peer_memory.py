@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
     """What a host is asked in a round, while nobody collects garbage."""
     parts = build(parse(decentralized({"algorithm": "dsgt", "peers.topology": "random-match"} | modes(**STACKED))))
     monkeypatch.setattr(peer_actor, "prepare", lambda *arguments: parts.task)
-    host = peer_actor.PeerHost("", [])
+    host = peer_actor.PeerActor("", [])
     plan = parts.planner.timed_plan(0, 0.0).plan
     described = {"round": 0, "mixing": plan.mixing, "pieces": True, "bounds": BOUNDS, "block": 0}
     job = job_message(plan, Block(0, 0, 4, slice(0, 4)))

@@ -31,8 +31,8 @@ from federation import (
 from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.ray.client_actor import Host
-from gossamer.engines.ray.shared_memory import Nearby
+from gossamer.engines.ray.client_actor import ClientActor
+from gossamer.engines.ray.shared_memory import SharedMemory
 from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError, DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
@@ -84,9 +84,9 @@ def test_bits_of_the_local_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Make engines take the Ray of the tests for one of their own; list what they find in their own memory."""
     replies: list[Any] = []
-    take_back = Nearby.take_back
+    take_back = SharedMemory.take_back
     monkeypatch.setattr("gossamer.engines.ray.engine.is_running", lambda: False)
-    monkeypatch.setattr(Nearby, "take_back", lambda self, reply: replies.append(reply) or take_back(self, reply))
+    monkeypatch.setattr(SharedMemory, "take_back", lambda self, reply: replies.append(reply) or take_back(self, reply))
     return replies
 
 
@@ -95,15 +95,15 @@ import sys, yaml, ray
 from federation import digest
 from gossamer import run
 from gossamer.engines.base import VariantMode
-from gossamer.engines.ray.actor_pool import Actors
+from gossamer.engines.ray.actor_pool import ActorPool
 ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, logging_level="ERROR")
 # The device is the processor, but the engine takes it for a GPU's.
 VariantMode.is_on_gpu = property(lambda self: self.device == "cpu:0")
-inner, seen = Actors.map, []
+inner, seen = ActorPool.map, []
 def noted(self, calls, *rest):
     yield from inner(self, calls, *rest)
-    seen.append((sorted(slot.kind for slot in self._slots), ray.available_resources().get("GPU", 0)))
-Actors.map = noted
+    seen.append((sorted(actor.kind for actor in self._actors), ray.available_resources().get("GPU", 0)))
+ActorPool.map = noted
 done = run(yaml.safe_load(open(sys.argv[1])), out=sys.argv[2])
 print(seen[-1])
 print(digest(done.params))
@@ -162,7 +162,7 @@ def test_an_actor_that_trained_nothing_evaluates_the_windows_of_the_round() -> N
     plan = parts.planner.plan(3)
     first = (values[:1] for values in (plan.client, plan.weight, plan.steps))
     job = Job(3, 0, Block(0, 0, 1, slice(0, 1)), *first, 0.1)
-    trained, idle, other = (Host(json.dumps(recipe), []) for _ in range(3))
+    trained, idle, other = (ClientActor(json.dumps(recipe), []) for _ in range(3))
     trained.train(json.dumps(job.message() | {"is_cut": False, "memory": None, "slot": None}), [ray.put(before)], {})
     message = json.dumps({"kind": "evaluate", "variant": 0, "round": 3, "chunk": 0, "statistics": {}, "memory": None})
     expected = trained.handle(message, after, [ray.put(before)])

@@ -13,9 +13,9 @@ import pytest
 
 from federation import LEVELS, STACKED, assert_same, events, modes
 from gossamer import resume, run
-from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Meeting, Place
+from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Member, Rendezvous
 from gossamer.engines.ray import collective
-from gossamer.engines.ray.collective import meeting_host
+from gossamer.engines.ray.collective import rendezvous_host
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.errors import ConfigError, RoundAborted
 from gossamer.experiment import Hooks
@@ -54,7 +54,7 @@ def own_actors() -> list[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             pid = int(path.parent.name)
-            if path.read_bytes().startswith(b"ray::PeerHost") and parent(parent(pid)) == os.getpid():
+            if path.read_bytes().startswith(b"ray::PeerActor") and parent(parent(pid)) == os.getpid():
                 found.append(pid)
     return sorted(found)
 
@@ -109,19 +109,19 @@ def test_a_killed_actor_costs_no_bits(tmp_path: Path, collective: dict[str, str]
     assert_same(there, here)
 
 
-def test_a_member_that_dies_while_its_group_comes_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_member_that_dies_while_its_group_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The survivors and the replacement meet in the next group."""
-    places, fired = Meeting.places, list[int]()
+    members, fired = Rendezvous.members, list[int]()
 
-    def strike(self: Meeting, size: int, backend: Backend, seconds: float) -> list[Place]:
-        found = places(self, size, backend, seconds)
+    def strike(self: Rendezvous, size: int, backend: Backend, seconds: float) -> list[Member]:
+        found = members(self, size, backend, seconds)
         if not fired:
             fired.append(own_actors()[0])
             os.kill(fired[0], signal.SIGKILL)
         return found
 
-    monkeypatch.setattr(Meeting, "places", strike)
-    monkeypatch.setattr(collective, "MEETING_SECONDS", 0.0)  # as little as there may be
+    monkeypatch.setattr(Rendezvous, "members", strike)
+    monkeypatch.setattr(collective, "TIMEOUT_SECONDS", 0.0)  # as little as there may be
     changes = CASES["codecs"]
     there = run(decentralized(changes | RAY | GLOO), out=tmp_path / "ray")
     assert fired
@@ -131,7 +131,7 @@ def test_a_member_that_dies_while_its_group_comes_together(tmp_path: Path, monke
 
 def test_a_member_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It alone is replaced, although the others wait for it."""
-    monkeypatch.setattr(collective, "LEAST_MEETING_SECONDS", 3.0)
+    monkeypatch.setattr(collective, "MIN_TIMEOUT_SECONDS", 3.0)
     strike, changes = Strike(2, signal.SIGSTOP), CASES["codecs"]
     quick = {"engine.straggler_seconds": 0.5}
     there = run(decentralized(changes | RAY | GLOO | quick), out=tmp_path / "ray", hooks=strike.hooks())
@@ -142,11 +142,11 @@ def test_a_member_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_groups_that_break_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The round is given up in one sentence, and what was committed goes on without a group, and elsewhere."""
-    places = Meeting.places
-    monkeypatch.setattr(Meeting, "places", lambda *given: [one._replace(size=9) for one in places(*given)])
-    monkeypatch.setattr(collective, "LEAST_MEETING_SECONDS", 0.5)
+    members = Rendezvous.members
+    monkeypatch.setattr(Rendezvous, "members", lambda *given: [one._replace(size=9) for one in members(*given)])
+    monkeypatch.setattr(collective, "MIN_TIMEOUT_SECONDS", 0.5)
     changes, quick = CASES["codecs"], {"engine.straggler_seconds": 0.1}
-    with pytest.raises(RoundAborted, match=r"5 groups of Ray actors in a row broke \(a group of 9 did not"):
+    with pytest.raises(RoundAborted, match=r"5 groups of Ray actors in a row broke \(a group of 9 did not form"):
         run(decentralized(changes | RAY | GLOO | quick), out=tmp_path / "ray")
     shutil.copytree(tmp_path / "ray", tmp_path / "elsewhere")
     here = run(decentralized(changes), out=tmp_path / "local")
@@ -164,17 +164,17 @@ def test_several_machines_need_the_name_of_a_network(monkeypatch: pytest.MonkeyP
 
     nodes = [{"NodeManagerAddress": f"10.0.0.{number}", "Alive": True} for number in (1, 2)]
     monkeypatch.delenv(INTERFACE, raising=False)
-    assert meeting_host() == LOOPBACK
+    assert rendezvous_host() == LOOPBACK
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     with pytest.raises(ConfigError, match=f"name the interface of a private network by the variable {INTERFACE}"):
-        meeting_host()
+        rendezvous_host()
     monkeypatch.setenv(INTERFACE, "no-such")
     with pytest.raises(ConfigError, match=f"{INTERFACE} = 'no-such' is no interface"):
-        meeting_host()
+        rendezvous_host()
     monkeypatch.setenv(INTERFACE, "lo")
-    assert meeting_host() == LOOPBACK
+    assert rendezvous_host() == LOOPBACK
     nodes[1]["Alive"] = False
-    assert meeting_host() == LOOPBACK
+    assert rendezvous_host() == LOOPBACK
 
 
 def test_resumed_on_the_other_engine(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engines.memory import Mappable, attach
-from gossamer.engines.ray.shared_memory import Attached, Nearby
+from gossamer.engines.ray.shared_memory import AttachedMemory, SharedMemory
 from gossamer.engines.slots import write_arrays
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="maps memory by /proc"), pytest.mark.timeout(60)]
@@ -45,36 +45,36 @@ def test_another_process_reads_and_writes(dtype: torch.dtype) -> None:
 
 
 def test_state_and_slots() -> None:
-    nearby, attached = Nearby(state(), 2, 32), Attached()
-    assert all(torch.equal(nearby.state[name], value) for name, value in state().items())
-    nearby.state["x"].mul_(2)
-    assert attached.state(nearby.address)["x"].tolist() == [[0.0, 2.0, 4.0, 6.0]]
-    nearby.begin(())
-    number = nearby.slots.take()
+    shared, attached = SharedMemory(state(), 2, 32), AttachedMemory()
+    assert all(torch.equal(shared.state[name], value) for name, value in state().items())
+    shared.state["x"].mul_(2)
+    assert attached.state(shared.address)["x"].tolist() == [[0.0, 2.0, 4.0, 6.0]]
+    shared.begin(())
+    number = shared.slots.take()
     assert number is not None
-    places = write_arrays(attached.slot(nearby.address, number), [torch.ones(1, 3), torch.full((1, 1), 2.0)])
-    first, second = nearby.take_back({"slot": number, "places": places})
+    extents = write_arrays(attached.slot(shared.address, number), [torch.ones(1, 3), torch.full((1, 1), 2.0)])
+    first, second = shared.take_back({"slot": number, "extents": extents})
     assert (first.tolist(), second.tolist()) == ([[1.0, 1.0, 1.0]], [[2.0]])
-    assert nearby.slots.holds(first)
-    assert not nearby.slots.holds(torch.ones(3))
-    nearby.close()
+    assert shared.slots.holds(first)
+    assert not shared.slots.holds(torch.ones(3))
+    shared.close()
 
 
 def test_a_slot_that_does_not_come_back_is_never_used_again() -> None:
     """Whoever has it may still write to it, when the next round has begun."""
-    nearby, straggler, punctual = Nearby(state(), 3, 8), Attached(), Attached()
-    nearby.begin(())
-    kept, lost = nearby.slots.take(), nearby.slots.take()
+    shared, straggler, punctual = SharedMemory(state(), 3, 8), AttachedMemory(), AttachedMemory()
+    shared.begin(())
+    kept, lost = shared.slots.take(), shared.slots.take()
     assert kept is not None
     assert lost is not None
-    nearby.take_back({"slot": kept, "places": []})
-    late, before = straggler.slot(nearby.address, lost), nearby.address["slots"]
-    nearby.begin(())
-    assert nearby.address["slots"] != before
-    taken = [nearby.slots.take() for _ in range(4)]
+    shared.take_back({"slot": kept, "extents": []})
+    late, before = straggler.slot(shared.address, lost), shared.address["slots"]
+    shared.begin(())
+    assert shared.address["slots"] != before
+    taken = [shared.slots.take() for _ in range(4)]
     assert sorted(number for number in taken if number is not None) == [0, 1, 2]
     late.fill_(float("nan"))
-    assert not nearby.slots.memory.isnan().any()
-    punctual.slot(nearby.address, 0).fill_(1.0)
-    assert nearby.slots.memory[0].tolist() == [1.0] * 8
-    nearby.close()
+    assert not shared.slots.memory.isnan().any()
+    punctual.slot(shared.address, 0).fill_(1.0)
+    assert shared.slots.memory[0].tolist() == [1.0] * 8
+    shared.close()

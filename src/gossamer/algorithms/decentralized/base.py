@@ -163,11 +163,11 @@ def stochasticity(topology: Topology) -> Literal["doubly", "row", "column"]:
     return next((each.stochasticity for each in mixings(topology) if each.stochasticity != "doubly"), "doubly")
 
 
-def least_real_part(topology: Topology, most_peers: int = 2_000) -> float | None:
+def min_real_part(topology: Topology, max_peers: int = 2_000) -> float | None:
     """Return the least real part of an eigenvalue of W, or None where it is too dear or undefined."""
-    if topology.n > most_peers:
+    if topology.n > max_peers:
         return None
     try:
-        return topology.least_real_part(num_rounds=1)
+        return topology.min_real_part(num_rounds=1)
     except ConfigError:
         return None

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.algorithms.decentralized.base import PeerSGD, least_real_part
+from gossamer.algorithms.decentralized.base import PeerSGD, min_real_part
 from gossamer.topology import Topology
 
 
@@ -42,7 +42,7 @@ class D2(PeerSGD):
     def check(self, topology: Topology) -> list[str]:
         """Refuse all but one symmetric W whose eigenvalues lie above -1/3."""
         self._require_fixed(topology)
-        least = least_real_part(topology)
+        least = min_real_part(topology)
         if least is None:
             return [
                 f"the least eigenvalue of topology {topology.name!r} is not computed for n = {topology.n}: D2 diverges"

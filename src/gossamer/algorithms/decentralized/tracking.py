@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.algorithms.decentralized.base import PeerSGD, least_real_part
+from gossamer.algorithms.decentralized.base import PeerSGD, min_real_part
 from gossamer.topology import Topology
 
 
@@ -59,7 +59,7 @@ class DSGT(PeerSGD):
         """Refuse all but doubly stochastic mixings; warn of eigenvalues with a negative real part."""
         reason = "its trackers must keep the sum of all gradients"
         self.require_doubly(topology, reason, "choose a doubly stochastic topology")
-        least = least_real_part(topology)
+        least = min_real_part(topology)
         if least is None or least > -1e-9:
             return []
         return [

@@ -1,4 +1,4 @@
-"""Groups of processes that send tensors to each other, and where they meet."""
+"""Groups of processes that send tensors to each other, and the rendezvous at which they form."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class GroupBroken(EngineError):
     """A member of a group is gone or does not answer; what was under way must be done again by a new group."""
 
 
-class Place(NamedTuple):
-    """A process's place in a group.
+class Member(NamedTuple):
+    """A process's membership of a group.
 
     Attributes:
-        host, port: of the meeting.
-        name: of the group, which no earlier one of that meeting had.
-        rank: of the process, in 0, ..., size - 1.
+        host, port: address of the rendezvous.
+        name: name of the group, unique at its rendezvous.
+        rank: rank of the process, in 0, ..., size - 1.
         size: number of processes.
         backend: gloo, between processors; nccl, between CUDA devices, one each.
-        seconds: in which all members must have come, and then every message must have gone.
+        timeout_seconds: timeout for the rendezvous, then for each message.
     """
 
     host: str
@@ -44,14 +44,17 @@ class Place(NamedTuple):
     rank: int
     size: int
     backend: Backend
-    seconds: float
+    timeout_seconds: float
 
 
-class Meeting:
-    """Where the members of groups find each other: a small server that listens at one address only."""
+class Rendezvous:
+    """A server, listening at one address only, by which the members of groups find each other."""
 
     def __init__(self, host: str = LOOPBACK) -> None:
-        """Listen at `host`, which names one interface of this machine, on any free port.
+        """Listen on any free port.
+
+        Args:
+            host: address of one interface of this machine.
 
         Raises:
             OSError: this machine has no such interface.
@@ -67,61 +70,61 @@ class Meeting:
         )
         self._num_groups = 0
 
-    def places(self, size: int, backend: Backend, seconds: float) -> list[Place]:
-        """Return the places of a new group."""
+    def members(self, size: int, backend: Backend, timeout_seconds: float) -> list[Member]:
+        """Return the members of a new group, by rank."""
         self._num_groups += 1
         name = str(self._num_groups)
-        return [Place(self.host, self.port, name, rank, size, backend, seconds) for rank in range(size)]
+        return [Member(self.host, self.port, name, rank, size, backend, timeout_seconds) for rank in range(size)]
 
     def close(self) -> None:
-        """Listen no longer; groups that have come together stay."""
+        """Stop listening; groups that have formed stay."""
         self._server = None
 
 
 class Group:
-    """A member of a group, apart from torch's default group and from any other that the process is in."""
+    """A process group, independent of torch's default group and of any other that this process is in."""
 
-    def __init__(self, place: Place) -> None:
-        """Wait for the others.
+    def __init__(self, member: Member) -> None:
+        """Join as one member, and wait for the others.
 
         Raises:
-            GroupBroken: they did not come.
-            ConfigError: they are on other machines, and the variable that names a network is not set here.
+            GroupBroken: the others did not come in time.
+            ConfigError: the rendezvous is on another machine, and `INTERFACE` is not set in the environment here.
         """
         import torch.distributed as dist
 
-        self.place, limit = place, timedelta(seconds=place.seconds)
-        _listen_where_told(place)
+        self.member, limit = member, timedelta(seconds=member.timeout_seconds)
+        _set_interface(member)
         try:
-            meeting = dist.TCPStore(  # type: ignore[attr-defined]
-                place.host, place.port, is_master=False, wait_for_workers=False, timeout=limit
+            rendezvous = dist.TCPStore(  # type: ignore[attr-defined]
+                member.host, member.port, is_master=False, wait_for_workers=False, timeout=limit
             )
-            store = dist.PrefixStore(place.name, meeting)  # type: ignore[attr-defined]
+            store = dist.PrefixStore(member.name, rendezvous)  # type: ignore[attr-defined]
             self._members = self._start(store, limit)
         except RuntimeError as error:  # of which torch's own errors are
-            raise GroupBroken(f"a group of {place.size} did not come together: {_first_line(error)}") from None
+            raise GroupBroken(f"a group of {member.size} did not form: {_first_line(error)}") from None
 
     def _start(self, store: Any, limit: timedelta) -> Any:
         import torch.distributed as dist
 
-        if self.place.backend == "gloo":
-            return dist.ProcessGroupGloo(store, self.place.rank, self.place.size, limit)
+        if self.member.backend == "gloo":
+            return dist.ProcessGroupGloo(store, self.member.rank, self.member.size, limit)
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = limit
-        return dist.ProcessGroupNCCL(store, self.place.rank, self.place.size, options)
+        return dist.ProcessGroupNCCL(store, self.member.rank, self.member.size, options)
 
     def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
-        """Send one tensor to each of some other ranks, and receive one from each of some; all at a time.
+        """Send a tensor to each of some other ranks, and receive one from each of some, all at once.
 
         Args:
             outgoing: ``{rank: contiguous tensor}``, uint8.
-            incoming: ``{rank: contiguous tensor}``, uint8, overwritten; as large as the one that the rank sends.
+            incoming: ``{rank: contiguous tensor}``, uint8, overwritten; of the size that the rank sends.
 
         Raises:
-            GroupBroken: a member is gone, or did not do its part in time.
+            GroupBroken: a member is gone, or did not answer in time.
         """
         try:
-            if self.place.backend == "nccl":
+            if self.member.backend == "nccl":
                 self._exchange_on_gpu(outgoing, incoming)
                 return
             under_way = [self._members.send([value], rank, 0) for rank, value in outgoing.items()]
@@ -129,13 +132,13 @@ class Group:
             for work in under_way:
                 work.wait()
         except RuntimeError as error:
-            raise GroupBroken(f"a member of a group of {self.place.size} is gone: {_first_line(error)}") from None
+            raise GroupBroken(f"a member of a group of {self.member.size} is gone: {_first_line(error)}") from None
 
     def _exchange_on_gpu(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
-        """Do it as one all-to-all, in which most may send nothing."""
+        """Exchange by one all-to-all, in which most may send nothing."""
         nothing = torch.empty(0, dtype=torch.uint8)
-        sent = [outgoing.get(rank, nothing).cuda() for rank in range(self.place.size)]
-        received = [incoming.get(rank, nothing).cuda() for rank in range(self.place.size)]
+        sent = [outgoing.get(rank, nothing).cuda() for rank in range(self.member.size)]
+        received = [incoming.get(rank, nothing).cuda() for rank in range(self.member.size)]
         self._members.alltoall(received, sent).wait()
         torch.cuda.synchronize()
         for rank, buffer in incoming.items():
@@ -165,19 +168,19 @@ def address_of(interface: str) -> str:
             return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _GET_ADDRESS, request)[20:24])
     except OSError as error:
         raise ConfigError(
-            f"{INTERFACE} = {interface!r} is no interface with an IPv4 address of {socket.gethostname()}"
+            f"{INTERFACE} = {interface!r} is no interface of {socket.gethostname()} with an IPv4 address"
             f" ({error.strerror}): name one that ip -4 address lists"
         ) from None
 
 
-def _listen_where_told(place: Place) -> None:
-    """Let this process's side listen on loopback if all are on one machine, else on the interface that is named."""
-    if place.host == LOOPBACK:
+def _set_interface(member: Member) -> None:
+    """Make this process listen on loopback if the rendezvous does, else on the interface of the environment."""
+    if member.host == LOOPBACK:
         os.environ[INTERFACE] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     elif INTERFACE not in os.environ:
         raise ConfigError(
-            f"a member of a group would listen on any network at {socket.gethostname()}: set {INTERFACE} there to the"
-            " interface of a private one, for groups know neither authentication nor encryption"
+            f"a member of a group would listen on every network of {socket.gethostname()}: set {INTERFACE} there to the"
+            " interface of a private one, because groups know neither authentication nor encryption"
         )
     os.environ[NCCL_INTERFACE] = os.environ[INTERFACE]
 

@@ -16,29 +16,29 @@ Heard = Callable[[int, int, int, int], NDArray[np.int64] | None]
 
 
 def swap_rows_(group: Group, spans: Sequence[Sequence[int]], rows: Rows, heard: Heard) -> int:
-    """Fill in the rows that this rank's peers hear from other ranks' peers, and let those have theirs.
+    """Send and receive the rows that cross ranks, and fill in those that this rank's peers hear.
 
-    All ranks call it at a time, with the same `spans` and the same answers of `heard`.
+    All ranks call it at the same time, with the same `spans` and the same answers of `heard`.
 
     Args:
-        group: to which this process belongs.
-        spans: [low, high] of each rank: it has the rows low, ..., high - 1.
-        rows: arrays of all n peers, of which this rank's own rows are filled in.
-        heard: given (first, last, low, high), says which of the peers low, ..., high - 1 those in first, ..., last - 1
-            hear from, ascending; None: from nobody.
+        group: the group of this process.
+        spans: [low, high] of each rank, which has the rows low, ..., high - 1.
+        rows: arrays of all n peers, with this rank's own rows filled in.
+        heard: ``(first, last, low, high) -> peers``: those of low, ..., high - 1 from which any of first, ...,
+            last - 1 hears, ascending, or None.
 
     Returns:
-        bytes that were sent.
+        number of bytes sent.
 
     Raises:
         GroupBroken: see `Group.exchange`.
     """
-    own, row_bytes = spans[group.place.rank], sum(value[:1].nbytes for value in rows.values())
+    own, row_bytes = spans[group.member.rank], sum(value[:1].nbytes for value in rows.values())
     outgoing: dict[int, Tensor] = {}
     incoming: dict[int, Tensor] = {}
     senders: dict[int, Tensor] = {}
     for rank, other in enumerate(spans):
-        if rank == group.place.rank:
+        if rank == group.member.rank:
             continue
         wanted = heard(*other, *own)
         if wanted is not None:

@@ -91,7 +91,7 @@ class LocalEngine(FederatedEngine):
         by_address = {(block.variant, block.first_leaf): block for block in blocks}
         for reply in self._pool.map(map(self._message, jobs), self.stop_requested):
             block, slot = by_address[reply["variant"], reply["first_leaf"]], self._slots.memory[reply["slot"]]
-            arrays = read_arrays(slot, reply["places"])
+            arrays = read_arrays(slot, reply["extents"])
             self._slots.give_back(reply["slot"])
             yield self._block_result(plan, block, reply, arrays)
 

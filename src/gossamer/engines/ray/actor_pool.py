@@ -15,27 +15,27 @@ from typing import Any, NamedTuple
 
 from gossamer.errors import EngineError, GossamerError, RoundAborted, StateLost, one_line
 
-AHEAD = 2  # calls that an actor has at once, so that it need not wait for the next
+AHEAD = 2  # calls queued at an actor, so that it need not wait for the next
 POLL_SECONDS = 0.2
-MOST_FAILURES = 3  # of each actor in a row, on average, without a single result
-START_SECONDS = 120.0  # in which one actor at least must have come up
-HUNG = 3  # times that limit without an answer: the first actor of a place is replaced; every next waits twice
-PATIENCE = 20  # times the longest answer so far, the limit where straggler_seconds is not given
-LEAST_PATIENCE_SECONDS = 60.0
+MAX_FAILURES = 3  # of each actor in a row, on average, without a single result
+START_SECONDS = 120.0  # timeout for the first actor to start
+HUNG = 3  # multiple of the limit after which a silent actor is replaced; doubled for every replacement
+PATIENCE = 20  # multiple of the longest answer so far: the limit where straggler_seconds is not given
+MIN_PATIENCE_SECONDS = 60.0
 
 
 class Call(NamedTuple):
     """One call of an actor's method.
 
     Attributes:
-        key: what tells it from the others of its batch.
-        method: of the actor.
-        arguments: what it is given; Ray object references are resolved first.
-        num_returns: how many objects it returns; more than one stay references.
-        cost: about how long it takes, compared with the others of its batch.
-        again: what it is given when it is made again, on a replacement or beside a straggler; None: the same.
-        waits_seconds: that it may wait for other calls of its batch. Such a call is not made elsewhere meanwhile, and
-            whoever makes it notes how long it takes.
+        key: key, unique in its batch.
+        method: name of the actor's method.
+        arguments: arguments; Ray resolves object references among them first.
+        num_returns: number of objects returned; more than one stay references.
+        cost: rough duration, relative to the others of its batch.
+        again: arguments of a repetition, on a replacement or beside a straggler; None: the same.
+        waits_seconds: longest wait for other calls of its batch. A call with one is not repeated elsewhere meanwhile,
+            and its caller calls `ActorPool.note_seconds`.
     """
 
     key: Hashable
@@ -52,18 +52,18 @@ class Call(NamedTuple):
 
 
 @dataclass
-class _Slot:
-    """A place for an actor, and who has it now.
+class _Actor:
+    """One actor of the pool; a replacement takes over its number.
 
     Attributes:
-        actor: its handle.
-        starting: what its first answer comes under; None once it is there.
-        generation: how many had the place before.
-        heard: when it last answered, or was given work while it had none.
-        kind: of actor.
+        handle: its Ray handle.
+        starting: reference to its first answer; None once it has come.
+        generation: number of actors that it replaces, one after another.
+        heard: monotonic time in seconds of its last answer, or of its last call while idle.
+        kind: kind of actor.
     """
 
-    actor: Any
+    handle: Any
     starting: Any
     kind: str
     generation: int = 0
@@ -74,7 +74,7 @@ class _Slot:
 class _Attempt:
     call: Call
     refs: list[Any]
-    slot: int
+    number: int
     generation: int
     is_doubled: bool = False
 
@@ -84,8 +84,8 @@ Calls = Iterable[Call] | Mapping[str, Iterable[Call]]
 READY = Call("ready", "ready", ())
 
 
-class Actors:
-    """Actors of one class, which has a method `ready`; those that die or hang are replaced."""
+class ActorPool:
+    """ActorPool of one class, which has a method `ready`; those that die or hang are replaced."""
 
     def __init__(
         self,
@@ -100,53 +100,54 @@ class Actors:
         """Start actors.
 
         Args:
-            make: starts one actor of kind `CPU` and returns its handle.
-            num_actors: of that kind.
-            straggler_seconds: wall-clock seconds without an answer of an actor after which its calls are done again
-                elsewhere, as soon as another one has time; long after that it is replaced. None: `PATIENCE` times the
-                longest time that an answer to the same method has taken, a minute at least.
-            start_seconds: in which one actor at least must have come up.
-            on_event: is told of every retry and replacement.
-            others: how actors of further kinds are started, and how many of them.
+            make: function that starts one actor of kind `CPU` and returns its handle.
+            num_actors: number of actors of that kind.
+            straggler_seconds: wall-clock seconds without an answer of an actor after which its calls are repeated on
+                the next idle one; after `HUNG` times that it is replaced. None: `PATIENCE` times the longest time that
+                an answer to the same method has taken, a minute at least.
+            start_seconds: timeout for the first actor to start.
+            on_event: callback for every retry and replacement.
+            others: for each further kind, a function as `make` and a number of actors.
         """
         self._make = {CPU: make} | {kind: one for kind, (one, _) in (others or {}).items()}
         self._straggler_seconds, self.on_event, self._start_seconds = straggler_seconds, on_event, start_seconds
-        self._slots = [self._started(kind) for kind, (_, number) in (others or {}).items() for _ in range(number)]
+        self._actors = [self._started(kind) for kind, (_, number) in (others or {}).items() for _ in range(number)]
         self._longest: dict[str, float] = {}
-        self._num_others = len(self._slots)
+        self._num_others = len(self._actors)
         self.resize(num_actors)
 
     def __len__(self) -> int:
-        return len(self._slots) - self._num_others
+        return len(self._actors) - self._num_others
 
     @property
     def generations(self) -> tuple[int, ...]:
-        """How many actors each place has lost; equal as long as all are the same ones."""
-        return tuple(slot.generation for slot in self._slots)
+        """Number of replacements of each actor: equal as long as all actors are the same ones."""
+        return tuple(actor.generation for actor in self._actors)
 
     def resize(self, num_actors: int) -> None:
         """Start further actors of kind `CPU`, or stop the last ones; only between two calls of `map`."""
         import ray
 
         while len(self) > num_actors:
-            ray.kill(self._slots.pop().actor)
+            ray.kill(self._actors.pop().handle)
         while len(self) < num_actors:
-            self._slots.append(self._started(CPU))
+            self._actors.append(self._started(CPU))
 
     def map(self, calls: Calls, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Hashable, Any]]:
-        """Yield (key, result) of all calls, in the order in which they are done; a batch of few is spread evenly.
+        """Yield (key, result) of all calls, in the order in which they end.
 
-        `calls` are for actors of kind `CPU`, or ``{kind: calls}``; they are drawn from lazily. When `stop` turns true
-        no more results are waited for. Of a call with several returned objects the first is fetched, the others stay
-        references.
+        Args:
+            calls: calls for actors of kind `CPU`, or ``{kind: calls}``; drawn from lazily, and spread evenly where they
+                are few. Of a call with several returned objects the first is fetched, the others stay references.
+            stop: predicate that ends the wait for further results.
 
         Raises:
-            RoundAborted: actors died again and again, or none came up, and no call got through.
-            EngineError: a call failed by an error of its own, or there is no actor of its kind.
+            RoundAborted: actors died again and again, or none started, and no call succeeded.
+            EngineError: a call raised an error that is no `GossamerError`, or there is no actor of its kind.
             GossamerError: a call raised one.
         """
         sources = calls if isinstance(calls, Mapping) else {CPU: calls}
-        if missing := set(sources) - {slot.kind for slot in self._slots}:
+        if missing := set(sources) - {actor.kind for actor in self._actors}:
             raise EngineError(f"there is no Ray actor of kind {', '.join(sorted(missing))}")
         batch = _Batch(self, {kind: iter(of_kind) for kind, of_kind in sources.items()})
         while batch.fill():
@@ -159,7 +160,7 @@ class Actors:
                 result = _result(attempt)
             except _lost() as error:
                 if not attempt.is_doubled:
-                    batch.again[self._slots[attempt.slot].kind].append(attempt.call.repeated())
+                    batch.again[self._actors[attempt.number].kind].append(attempt.call.repeated())
                 self._lost_one(attempt, type(error).__name__, batch)
                 continue
             batch.failures = 0
@@ -175,22 +176,22 @@ class Actors:
         self.resize(0)
 
     def note_seconds(self, method: str, seconds: float) -> None:
-        """Take down how long an answer took."""
+        """Note the duration of an answer."""
         self._longest[method] = max(seconds, self._longest.get(method, 0.0))
 
     def limit_seconds(self, method: str) -> float:
-        """Return how long a call may stay without an answer before it is made elsewhere, too."""
+        """Return the time without an answer after which a call is repeated elsewhere."""
         if self._straggler_seconds is not None:
             return self._straggler_seconds
         if method not in self._longest:
             return math.inf
-        return max(LEAST_PATIENCE_SECONDS, PATIENCE * self._longest[method])
+        return max(MIN_PATIENCE_SECONDS, PATIENCE * self._longest[method])
 
     # ---- inside
 
-    def _started(self, kind: str, generation: int = 0) -> _Slot:
+    def _started(self, kind: str, generation: int = 0) -> _Actor:
         actor = self._make[kind]()
-        return _Slot(actor, actor.ready.remote(), kind, generation)
+        return _Actor(actor, actor.ready.remote(), kind, generation)
 
     def _lost_one(self, attempt: _Attempt, reason: str, batch: _Batch) -> None:
         self.on_event("retry", reason=reason, call=str(attempt.call.key))
@@ -199,30 +200,30 @@ class Actors:
     def _give_up(self, attempt: _Attempt, reason: str, batch: _Batch) -> None:
         """Replace the actor that had an attempt, unless that happened too often without a result in between."""
         batch.failures += self._replace(attempt, reason)
-        if batch.failures > MOST_FAILURES * len(self._slots):
+        if batch.failures > MAX_FAILURES * len(self._actors):
             raise RoundAborted(
                 f"{batch.failures} Ray actors in a row were lost ({reason}): look at the memory and the logs of the"
                 " cluster, raise engine.straggler_seconds if it is set, then resume"
             ) from None
 
     def _replace(self, attempt: _Attempt, reason: str) -> bool:
-        """Put a new actor in the place of the one that had an attempt, unless that was done already."""
+        """Replace the actor that had an attempt, unless that was done already; say whether it was done now."""
         import ray
 
-        slot = self._slots[attempt.slot]
-        if slot.generation != attempt.generation:
+        actor = self._actors[attempt.number]
+        if actor.generation != attempt.generation:
             return False
-        ray.kill(slot.actor)
-        self._slots[attempt.slot] = self._started(slot.kind, slot.generation + 1)
-        self.on_event("actor-replaced", reason=reason, slot=attempt.slot)
+        ray.kill(actor.handle)
+        self._actors[attempt.number] = self._started(actor.kind, actor.generation + 1)
+        self.on_event("actor-replaced", reason=reason, actor=attempt.number)
         return True
 
 
 class _Batch:
-    """What `Actors.map` has under way."""
+    """The calls that `ActorPool.map` has under way."""
 
-    def __init__(self, actors: Actors, sources: dict[str, Iterator[Call]]) -> None:
-        self._actors, self._sources = actors, sources
+    def __init__(self, pool: ActorPool, sources: dict[str, Iterator[Call]]) -> None:
+        self._pool, self._sources = pool, sources
         self.again: dict[str, deque[Call]] = {kind: deque() for kind in sources}
         self.flying: dict[Any, _Attempt] = {}
         self.done: set[Hashable] = set()
@@ -230,16 +231,16 @@ class _Batch:
         self._idle_since = time.monotonic()
 
     def fill(self) -> bool:
-        """Give calls to the actors that answer until each has `AHEAD`, to who has least first; False if all is done."""
-        slots = self._actors._slots
-        busy = {number: 0 for number, slot in enumerate(slots) if slot.starting is None}
+        """Send calls until each started actor has `AHEAD`, least loaded first; return False if all is done."""
+        actors = self._pool._actors
+        busy = {number: 0 for number, actor in enumerate(actors) if actor.starting is None}
         load = dict.fromkeys(busy, 0.0)
         for attempt in self._current():
-            busy[attempt.slot] = AHEAD if attempt.is_doubled else busy[attempt.slot] + 1
-            load[attempt.slot] += attempt.call.cost
+            busy[attempt.number] = AHEAD if attempt.is_doubled else busy[attempt.number] + 1
+            load[attempt.number] += attempt.call.cost
         for depth in range(1, AHEAD + 1):
             for number in sorted(busy, key=load.__getitem__):
-                call = self._next(slots[number].kind) if busy[number] < depth else None
+                call = self._next(actors[number].kind) if busy[number] < depth else None
                 if call is not None:
                     self._send(call, number, is_idle=busy[number] == 0)
                     busy[number] += 1
@@ -248,53 +249,53 @@ class _Batch:
         return is_waiting or any(self.again.values()) or bool(self._sources)
 
     def wait(self) -> _Attempt | None:
-        """Wait for a call to end, or an actor to come up, but not long; return the attempt that ended."""
+        """Wait up to `POLL_SECONDS` for a call to end or an actor to start; return the attempt that ended, if any."""
         import ray
 
-        slots, limit = self._actors._slots, self._actors._start_seconds
-        starting = {slot.starting: slot for slot in slots if slot.starting is not None}
+        actors, limit = self._pool._actors, self._pool._start_seconds
+        starting = {actor.starting: actor for actor in actors if actor.starting is not None}
         ready, _ = ray.wait([*self.flying, *starting], num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
         now = time.monotonic()
         if ready or self.flying:
             self._idle_since = now
         elif now - self._idle_since > limit:
             raise RoundAborted(
-                f"{len(starting)} of {len(slots)} Ray actors did not come up in {limit:g} seconds: give the cluster"
+                f"{len(starting)} of {len(actors)} Ray actors did not start in {limit:g} seconds: give the cluster"
                 " that many free CPUs, or set engine.workers lower"
             )
         if not ready:
-            self._do_again(now)
+            self._repeat(now)
             return None
         if ready[0] in starting:
-            self._came_up(starting[ready[0]])
+            self._note_started(starting[ready[0]])
             return None
         attempt = self.flying.pop(ready[0])
-        if slots[attempt.slot].generation == attempt.generation:
+        if actors[attempt.number].generation == attempt.generation:
             if not attempt.call.waits_seconds:
-                self._actors.note_seconds(attempt.call.method, now - slots[attempt.slot].heard)
-            slots[attempt.slot].heard = now
+                self._pool.note_seconds(attempt.call.method, now - actors[attempt.number].heard)
+            actors[attempt.number].heard = now
         return attempt
 
     def _current(self) -> list[_Attempt]:
         """Return the attempts whose actors have not been replaced."""
-        slots = self._actors._slots
-        return [one for one in self.flying.values() if slots[one.slot].generation == one.generation]
+        actors = self._pool._actors
+        return [one for one in self.flying.values() if actors[one.number].generation == one.generation]
 
-    def _came_up(self, slot: _Slot) -> None:
-        """Note that an actor is there, or start another one if it died before."""
+    def _note_started(self, actor: _Actor) -> None:
+        """Note that an actor has started, or replace it if it died before."""
         import ray
 
         try:
-            ray.get(slot.starting)
+            ray.get(actor.starting)
         except _lost() as error:
             if getattr(error, "actor_init_failed", False):
                 raise EngineError(f"a Ray actor cannot start: {str(error).splitlines()[-1]}") from None
-            number = self._actors._slots.index(slot)
-            self._actors._lost_one(_Attempt(READY, [], number, slot.generation), type(error).__name__, self)
+            number = self._pool._actors.index(actor)
+            self._pool._lost_one(_Attempt(READY, [], number, actor.generation), type(error).__name__, self)
         except ray.exceptions.RayTaskError as error:
             raise _own_error(error) from None
         else:
-            slot.starting = None
+            actor.starting = None
 
     def _next(self, kind: str) -> Call | None:
         again = self.again.get(kind, ())
@@ -308,27 +309,27 @@ class _Batch:
         return drawn
 
     def _send(self, call: Call, number: int, *, is_idle: bool) -> None:
-        slot = self._actors._slots[number]
+        actor = self._pool._actors[number]
         if is_idle:
-            slot.heard = time.monotonic()
-        method = getattr(slot.actor, call.method).options(num_returns=call.num_returns)
+            actor.heard = time.monotonic()
+        method = getattr(actor.handle, call.method).options(num_returns=call.num_returns)
         found = method.remote(*call.arguments)
         refs = [found] if call.num_returns == 1 else list(found)
-        self.flying[refs[0]] = _Attempt(call, refs, number, slot.generation)
+        self.flying[refs[0]] = _Attempt(call, refs, number, actor.generation)
 
-    def _do_again(self, now: float) -> None:
-        """Give the calls of actors that do not answer to others, and replace those that never will."""
-        slots = self._actors._slots
+    def _repeat(self, now: float) -> None:
+        """Repeat the calls of silent actors on others, and replace actors that hang."""
+        actors = self._pool._actors
         for attempt in self._current():
-            silent, limit = now - slots[attempt.slot].heard, self._actors.limit_seconds(attempt.call.method)
+            silent, limit = now - actors[attempt.number].heard, self._pool.limit_seconds(attempt.call.method)
             silent -= attempt.call.waits_seconds
             is_alone = not attempt.call.waits_seconds
             if is_alone and silent > limit and not attempt.is_doubled and attempt.call.key not in self.done:
                 attempt.is_doubled = True
-                self.again[slots[attempt.slot].kind].append(attempt.call.repeated())
-                self._actors.on_event("retry", reason="straggler", call=str(attempt.call.key))
+                self.again[actors[attempt.number].kind].append(attempt.call.repeated())
+                self._pool.on_event("retry", reason="straggler", call=str(attempt.call.key))
             if silent > HUNG * limit * 2**attempt.generation:  # the limit may be too short for an honest call
-                self._actors._give_up(attempt, "hung", self)
+                self._pool._give_up(attempt, "hung", self)
 
 
 def _result(attempt: _Attempt) -> Any:

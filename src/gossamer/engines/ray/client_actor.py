@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.cluster import get_data
-from gossamer.engines.ray.shared_memory import Attached
+from gossamer.engines.ray.shared_memory import AttachedMemory
 from gossamer.engines.slots import write_arrays
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
@@ -45,7 +45,7 @@ def prepare(recipe: str, data: list[Any]) -> Task:
     return task
 
 
-class Host:
+class ClientActor:
     """Trains and evaluates blocks of a federation; one torch thread."""
 
     def __init__(self, recipe: str, data: list[Any]) -> None:
@@ -54,7 +54,7 @@ class Host:
         self._state: Arrays = {}
         self._trainer = Trainer(self._task, self._state)
         self._worker = Worker(self._task, self._state, torch.zeros(0, 0))
-        self._attached = Attached()
+        self._attached = AttachedMemory()
         self._received_at: Any = None
         self._ranked_at: int | None = None
 
@@ -73,7 +73,7 @@ class Host:
             client_state: rows [s, d_sub] of the algorithm's client arrays.
 
         Returns:
-            JSON of losses, who was finite, and the names of the arrays that follow, or their places in the slot.
+            JSON of losses, who was finite, and the names of the arrays that follow, or their extents in the slot.
         """
         described = json.loads(message)
         job = Job.of_message(described)
@@ -89,7 +89,7 @@ class Host:
         reply = {"loss": result.loss, "finite": result.finite, "arrays": [[name, part] for name, part, _ in present]}
         if slot is None:
             return json.dumps(reply), [value.numpy() for value in arrays]
-        return json.dumps(reply | {"slot": number, "places": write_arrays(slot, arrays)}), []
+        return json.dumps(reply | {"slot": number, "extents": write_arrays(slot, arrays)}), []
 
     def handle(self, message: str, state: Received, ranked: list[Any]) -> str:
         """Return the sums of one chunk of data, see `Worker.handle`.

@@ -28,7 +28,7 @@ from gossamer.registry import resolve
 def make_actor(cls: type, *arguments: Any, num_gpus: int = 0) -> Callable[[], Any]:
     """Return what starts an actor of one CPU, with GPUs of its own if told so.
 
-    Ray neither restarts it nor repeats its calls, since `Actors` does.
+    Ray neither restarts it nor repeats its calls, since `ActorPool` does.
     """
 
     def make() -> Any:

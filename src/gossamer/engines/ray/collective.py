@@ -1,7 +1,7 @@
-"""Peers' actors that send rows to each other as a group of torch's, instead of through the object store.
+"""Exchange of rows between peers' actors by a process group of torch, instead of through the object store.
 
-Each has blocks of its own, which it trains, too. The rows stay in the object store as well, so that a group whose
-member is gone costs its messages and nothing else: a new one does the whole exchange again.
+Each actor has blocks of its own, which it also trains. The rows stay in the object store as well, so that a lost member
+costs the group's messages and nothing else: a new group does the whole exchange again.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Meeting, Place, address_of
-from gossamer.engines.ray.actor_pool import HUNG, READY, Actors, Call
+from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Member, Rendezvous, address_of
+from gossamer.engines.ray.actor_pool import HUNG, READY, ActorPool, Call
 from gossamer.errors import ConfigError, RoundAborted
 
-MOST_GROUPS = 5  # for one exchange
-MEETING_SECONDS = 60.0  # in which members must have come, or a message gone, unless stragglers are given less
-LEAST_MEETING_SECONDS = 10.0
-SLOW_BYTES_PER_SECOND = 10e6  # of a network that is still waited for
+MAX_GROUPS = 5  # for one exchange
+TIMEOUT_SECONDS = 60.0  # of a rendezvous or a message, where engine.straggler_seconds is not given
+MIN_TIMEOUT_SECONDS = 10.0
+MIN_BYTES_PER_SECOND = 10e6  # of a network, for the timeout of large messages
 
 
-class Together:
-    """Which actor has which blocks, and the group that they are in.
+class CollectiveExchange:
+    """The blocks of each actor, and the group that the actors form.
 
     Attributes:
         size: number of actors.
-        kinds: of actors, of which there is one each.
+        kinds: kinds of actors, one for each rank.
     """
 
     def __init__(
@@ -37,92 +37,92 @@ class Together:
         bounds: Sequence[Sequence[int]],
         num_actors: int,
         *,
-        most_bytes: int,
+        max_bytes: int,
         straggler_seconds: float | None,
     ) -> None:
-        """Open a meeting, and share out blocks.
+        """Open a rendezvous, and assign blocks to actors.
 
         Args:
-            backend: of the group.
+            backend: backend of the group.
             bounds: [low, high] of each block.
-            num_actors: at most; there are no more than blocks.
-            most_bytes: that an actor can send in a round.
-            straggler_seconds: as of the engine.
+            num_actors: largest number of actors; there are no more than blocks.
+            max_bytes: most bytes that an actor can send in a round.
+            straggler_seconds: see `ActorPool`.
 
         Raises:
-            ConfigError: the cluster has several machines, and which network they shall use is not said.
+            ConfigError: the cluster has several machines, and no network is named for them.
         """
         self._backend, self.size = backend, min(num_actors, len(bounds))
         self._rank = [number * self.size // len(bounds) for number in range(len(bounds))]
         self._numbers = [[n for n, rank in enumerate(self._rank) if rank == one] for one in range(self.size)]
         self._spans = [[bounds[numbers[0]][0], bounds[numbers[-1]][1]] for numbers in self._numbers]
-        patience = MEETING_SECONDS if straggler_seconds is None else HUNG * straggler_seconds
-        self._seconds = max(LEAST_MEETING_SECONDS, patience) + most_bytes / SLOW_BYTES_PER_SECOND
+        patience = TIMEOUT_SECONDS if straggler_seconds is None else HUNG * straggler_seconds
+        self._seconds = max(MIN_TIMEOUT_SECONDS, patience) + max_bytes / MIN_BYTES_PER_SECOND
         self.kinds = [f"rank-{rank}" for rank in range(self.size)]
-        self._meeting = Meeting(meeting_host())
-        self._places: list[Place] = []
+        self._rendezvous = Rendezvous(rendezvous_host())
+        self._members: list[Member] = []
         self._formed_with: tuple[int, ...] = ()
 
     def spread(self, calls: Iterable[Call]) -> dict[str, list[Call]]:
-        """Give every call to the actor that has the block of its key; keys beyond the blocks begin again."""
+        """Group calls by the kind of the actor that has the block of their key; keys beyond the blocks wrap around."""
         by_kind = defaultdict(list)
         for call in calls:
             by_kind[self.kinds[self._rank[call.key % len(self._rank)]]].append(call)  # type: ignore[operator]
         return dict(by_kind)
 
     def mix(
-        self, actors: Actors, described: dict[str, Any], trained: Sequence[Any], report: Callable[..., None]
+        self, actors: ActorPool, described: dict[str, Any], trained: Sequence[Any], report: Callable[..., None]
     ) -> list[Any]:
         """Mix all blocks.
 
         Args:
             actors: one of each kind.
-            described: the message, as of `PeerHost.mix_together`, without blocks, spans and places.
-            trained: references to what was trained, block by block.
-            report: is told of a group that broke.
+            described: message of `PeerActor.mix_collectively`, without numbers, spans and member.
+            trained: references to the trained blocks.
+            report: callback for groups that break.
 
         Returns:
-            references to the blocks' new state.
+            references to the new state of each block.
 
         Raises:
-            RoundAborted: one group broke after the other.
+            RoundAborted: `MAX_GROUPS` groups broke one after another.
         """
         reason = ""
-        for _ in range(MOST_GROUPS):
-            places = self._places
-            if not places or self._formed_with != actors.generations:
+        for _ in range(MAX_GROUPS):
+            members = self._members
+            if not members or self._formed_with != actors.generations:
                 # Members wait for each other, but not as long as an actor may take to start.
                 list(actors.map({kind: [READY._replace(key=kind)] for kind in self.kinds}))
-                places = self._meeting.places(self.size, self._backend, self._seconds)
-            self._places, self._formed_with = [], actors.generations  # none, should anything be raised
+                members = self._rendezvous.members(self.size, self._backend, self._seconds)
+            self._members, self._formed_with = [], actors.generations  # none, should anything be raised
             began = time.monotonic()
-            calls = {kind: [self._call(places[rank], described, trained)] for rank, kind in enumerate(self.kinds)}
+            calls = {kind: [self._call(members[rank], described, trained)] for rank, kind in enumerate(self.kinds)}
             answers = dict(actors.map(calls))
             reasons = [answer[0] for answer in answers.values() if answer[0]]
             if not reasons:
-                self._places = places
-                actors.note_seconds("mix_together", time.monotonic() - began)
+                self._members = members
+                actors.note_seconds("mix_collectively", time.monotonic() - began)
                 return [found for rank in range(self.size) for found in answers[rank][1:]]
             reason = reasons[0]
             report("retry", reason="group-broken", call=reason)
         raise RoundAborted(
-            f"{MOST_GROUPS} groups of Ray actors in a row broke ({reason}): look at the memory and the logs of the"
+            f"{MAX_GROUPS} groups of Ray actors in a row broke ({reason}): look at the memory and the logs of the"
             " cluster, or leave engine.collective out, then resume"
         )
 
     def close(self) -> None:
-        """Let nobody meet any more."""
-        self._meeting.close()
+        """Close the rendezvous."""
+        self._rendezvous.close()
 
-    def _call(self, place: Place, described: dict[str, Any], trained: Sequence[Any]) -> Call:
-        """Return the call of one actor; made again it says that its group is broken."""
-        numbers = self._numbers[place.rank]
+    def _call(self, member: Member, described: dict[str, Any], trained: Sequence[Any]) -> Call:
+        """Return the call of one actor; a repetition only reports that its group is broken."""
+        numbers = self._numbers[member.rank]
         message = described | {"numbers": numbers, "spans": self._spans}
-        first, again = (json.dumps(message | {"place": place}) for place in (place, None))
+        first, again = (json.dumps(message | {"member": member}) for member in (member, None))
         blocks = [trained[number] for number in numbers]
         return Call(
-            place.rank,
-            "mix_together",
+            member.rank,
+            "mix_collectively",
             (first, *blocks),
             num_returns=1 + len(blocks),
             again=(again, *blocks),
@@ -130,11 +130,11 @@ class Together:
         )
 
 
-def meeting_host() -> str:
-    """Return at which address of this machine all actors can meet: on loopback, where they all are on it.
+def rendezvous_host() -> str:
+    """Return an address of this machine that all actors reach: loopback, if they are all on it.
 
     Raises:
-        ConfigError: they are not, and the variable that names a network is not set.
+        ConfigError: they are on several machines, and `INTERFACE` is not set in the environment.
     """
     import ray
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gossamer.engines.memory import keep_freed_memory
-from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, Actors, Call
-from gossamer.engines.ray.client_actor import Host
+from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, ActorPool, Call
+from gossamer.engines.ray.client_actor import ClientActor
 from gossamer.engines.ray.cluster import arrays_of, is_running, make_actor, num_cpus, num_gpus, put_data, start_ray
 from gossamer.engines.ray.peers import RayPeerEngine
-from gossamer.engines.ray.shared_memory import Nearby
+from gossamer.engines.ray.shared_memory import SharedMemory
 from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS
 from gossamer.engines.task import Task, Variant
@@ -52,9 +52,9 @@ class RayEngine(FederatedEngine):
             workers: actors, of one CPU each; 0: as many as there are CPUs, anew every round. Changes no bits. Where
                 modes name another device than "cpu", there is one more actor for every GPU of the cluster; these alone
                 train the capacities of such modes.
-            recipe: how actors rebuild the task, see `Host`.
+            recipe: how actors rebuild the task, see `ClientActor`.
             address: None: a Ray of our own; else "auto" or the address of a cluster.
-            straggler_seconds: see `Actors`.
+            straggler_seconds: see `ActorPool`.
 
         Raises:
             EngineError: Ray does not start, or there is no such cluster.
@@ -75,17 +75,17 @@ class RayEngine(FederatedEngine):
                 " use cpu"
             )
         super().__init__(task, owned, store, num_workers=workers or self._num_free_cpus(), block_size=block_size)
-        self._nearby: Nearby | None = None
+        self._memory: SharedMemory | None = None
         if is_own and sys.platform == "linux" and task.cutter.strategy.rank is None:
-            self._nearby = Nearby(owned, AHEAD * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot())
-            self._state = self._nearby.state
+            self._memory = SharedMemory(owned, AHEAD * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot())
+            self._state = self._memory.state
         arguments = json.dumps(recipe), put_data(task.workload)
-        self._actors = Actors(
-            make_actor(Host, *arguments),
+        self._actors = ActorPool(
+            make_actor(ClientActor, *arguments),
             self.num_workers,
             straggler_seconds=straggler_seconds,
             on_event=lambda kind, **fields: self.report(kind, **fields),
-            others={GPU: (make_actor(Host, *arguments, num_gpus=1), self._num_gpus)},
+            others={GPU: (make_actor(ClientActor, *arguments, num_gpus=1), self._num_gpus)},
         )
         self._received: dict[int | None, Any] = {}
 
@@ -99,8 +99,8 @@ class RayEngine(FederatedEngine):
         self._actors.stop()
         self._received = {}
         self._leave()
-        if self._nearby is not None:
-            self._nearby.close()
+        if self._memory is not None:
+            self._memory.close()
 
     def _num_free_cpus(self) -> int:
         """Return how many CPUs are left for actors without a GPU; one at least, to evaluate."""
@@ -115,8 +115,8 @@ class RayEngine(FederatedEngine):
 
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
         self._received = {}
-        if self._nearby is not None:
-            self._nearby.begin(self._trees.values())
+        if self._memory is not None:
+            self._memory.begin(self._trees.values())
         by_key = {(block.variant, block.rows.start): block for block in blocks}
         by_kind: dict[str, list[Block]] = {}
         for block in blocks:
@@ -125,8 +125,8 @@ class RayEngine(FederatedEngine):
         for key, (reply, arrays) in self._actors.map(calls, self.stop_requested):
             described = json.loads(reply)
             if "slot" in described:
-                assert self._nearby is not None
-                values = self._nearby.take_back(described)
+                assert self._memory is not None
+                values = self._memory.take_back(described)
             else:
                 values = [torch.from_numpy(array) for array in arrays]
             yield self._block_result(plan, by_key[key], described, values)  # type: ignore[index]
@@ -145,14 +145,14 @@ class RayEngine(FederatedEngine):
         return found
 
     def _calls(self, plan: RoundPlan, blocks: Iterable[Block]) -> Iterator[Call]:
-        nearby = self._nearby
+        shared = self._memory
         for block in blocks:
             job, variant = self._job(plan, block), self._task.variants[block.variant]
             is_cut = variant.shares_window and self._task.cutter.strategy.rank is None
-            message = job.message() | {"is_cut": is_cut, "memory": nearby and nearby.address, "slot": None}
+            message = job.message() | {"is_cut": is_cut, "memory": shared and shared.address, "slot": None}
             rows = self._client_state(job)
-            rest = [] if nearby else [self._put(job, is_cut=is_cut)], arrays_of(rows)
-            first = message | {"slot": nearby and nearby.slots.take()}
+            rest = [] if shared else [self._put(job, is_cut=is_cut)], arrays_of(rows)
+            first = message | {"slot": shared and shared.slots.take()}
             cost = float(job.steps.sum()) * variant.layout.d
             key = (block.variant, block.rows.start)
             # Another attempt gets no slot: the one before may still write to it.
@@ -174,13 +174,13 @@ class RayEngine(FederatedEngine):
 
     def _owns(self, value: Tensor | None) -> bool:
         """Say whether a part of a payload lies in a slot; what lies in the object store must not be overwritten."""
-        return value is not None and self._nearby is not None and self._nearby.slots.holds(value)
+        return value is not None and self._memory is not None and self._memory.slots.holds(value)
 
     def _map_chunks(self, message: dict[str, Any], num_chunks: int) -> list[Sums]:
         import ray
 
-        message["memory"] = self._nearby and self._nearby.address
-        state: Any = {} if self._nearby else ray.put(arrays_of(self._state))
+        message["memory"] = self._memory and self._memory.address
+        state: Any = {} if self._memory else ray.put(arrays_of(self._state))
         ranked = [self._received[None]] if self._task.cutter.strategy.rank is not None else []
         calls = (
             Call(chunk, "handle", (json.dumps({**message, "chunk": chunk}), state, ranked))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.collective.group import Group, GroupBroken, Place
+from gossamer.engines.collective.group import Group, GroupBroken, Member
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.engines.ray.client_actor import prepare, tensors
 from gossamer.engines.training.mixing import column_sums, squared_distance
@@ -29,7 +29,7 @@ Rows = Mapping[str, NDArray[Any]]
 HOLDERS = "holders"  # travels with the payloads where windows differ
 
 
-class PeerHost:
+class PeerActor:
     """Trains and mixes blocks of peers; one torch thread."""
 
     def __init__(self, recipe: str, data: list[Any]) -> None:
@@ -110,12 +110,12 @@ class PeerHost:
                     rows[torch.from_numpy(piece["peers"])] = torch.from_numpy(piece[name])
         return "", self._mixed(described, everyone, block, bounds)
 
-    def mix_together(self, message: str, *blocks: Rows) -> Any:
-        """Mix several blocks while other actors mix theirs, and hear from them by a group's messages.
+    def mix_collectively(self, message: str, *blocks: Rows) -> Any:
+        """Mix several blocks while other actors mix theirs, exchanging rows by a process group.
 
         Args:
             message: JSON: ``bounds``, ``round``, ``mixing`` and ``lr``, as of `mix`; ``numbers`` of the blocks;
-                ``spans``, see `swap_rows_`; ``place`` in the group, or null: then nothing is done.
+                ``spans``, see `swap_rows_`; ``member``, see `Member`, or null: then nothing is done.
             blocks: what `train` returned for them.
 
         Returns:
@@ -125,7 +125,7 @@ class PeerHost:
         bounds = [described["bounds"][number] for number in described["numbers"]]
         everyone = self._laid_out(bounds, blocks)
         try:
-            group = self._joined(described["place"])
+            group = self._joined(described["member"])
             swap_rows_(group, described["spans"], everyone, lambda *where: self._needed(described, *where))
         except GroupBroken as error:
             self._leave()
@@ -133,17 +133,17 @@ class PeerHost:
         mixed = (self._mixed(described, everyone, *each) for each in zip(blocks, bounds, strict=True))
         return "", *mixed
 
-    def _joined(self, place: list[Any] | None) -> Group:
-        """Return the group of a place, in which this process stays until it is given another.
+    def _joined(self, member: list[Any] | None) -> Group:
+        """Return the group of a member, in which this process stays until it is given another.
 
         Raises:
-            GroupBroken: there is no place for an actor that came late, or the others did not come.
+            GroupBroken: this actor is a replacement, or the others did not come in time.
         """
-        if place is None:
+        if member is None:
             raise GroupBroken("a member was replaced")
-        if self._group is None or self._group.place != Place(*place):
+        if self._group is None or self._group.member != Member(*member):
             self._leave()
-            self._group = Group(Place(*place))
+            self._group = Group(Member(*member))
         return self._group
 
     def _leave(self) -> None:

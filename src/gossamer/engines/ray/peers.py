@@ -19,10 +19,10 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Record
 from gossamer.engines.collective.group import Backend, has_nccl
 from gossamer.engines.peers import distance_record, job_message, peers_record, rows_of_block
-from gossamer.engines.ray.actor_pool import Actors, Call
+from gossamer.engines.ray.actor_pool import ActorPool, Call
 from gossamer.engines.ray.cluster import make_actor, num_cpus, num_gpus, put_data, start_ray
-from gossamer.engines.ray.collective import Together
-from gossamer.engines.ray.peer_actor import PeerHost
+from gossamer.engines.ray.collective import CollectiveExchange
+from gossamer.engines.ray.peer_actor import PeerActor
 from gossamer.engines.task import WHOLE, Task
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.errors import ConfigError, StateLost
@@ -56,11 +56,11 @@ class RayPeerEngine:
             x: [d], the initial model, of which actors make their own.
             workers, recipe, address, straggler_seconds: as of `RayEngine`.
             block_size: peers that are trained stacked together, or None for a size that suits. Changes no bits.
-            collective: by what the actors, whose number is fixed then, send rows to each other; None: by the object
-                store.
+            collective: backend by which actors, whose number is then fixed, exchange rows; None: the object store.
 
         Raises:
-            ConfigError: peers shall be trained on GPUs, or sent by them and there are too few; see also `Together`.
+            ConfigError: modes name a GPU, or collective is nccl and there are too few; see also
+                `CollectiveExchange`.
         """
         assert task.topology is not None
         if any(variant.mode.is_on_gpu for variant in task.variants):
@@ -75,23 +75,23 @@ class RayPeerEngine:
         self.report: Callable[..., None] = lambda kind, **fields: None
         num_actors = workers or num_cpus()
         self._bounds = bounds_of_blocks(self._num_peers, num_actors)
-        self._together: Together | None = None
+        self._collective: CollectiveExchange | None = None
         if collective is not None:
-            self._together = Together(
+            self._collective = CollectiveExchange(
                 collective,
                 self._bounds,
                 num_actors,
-                most_bytes=self._num_peers * x.nbytes * len(task.algorithm.traits.uplink),
+                max_bytes=self._num_peers * x.nbytes * len(task.algorithm.traits.uplink),
                 straggler_seconds=straggler_seconds,
             )
-            require_gpus(collective, self._together.size)
-        make = make_actor(PeerHost, json.dumps(recipe), put_data(task.workload), num_gpus=int(collective == "nccl"))
-        self._actors = Actors(
+            require_gpus(collective, self._collective.size)
+        make = make_actor(PeerActor, json.dumps(recipe), put_data(task.workload), num_gpus=int(collective == "nccl"))
+        self._actors = ActorPool(
             make,
-            num_actors if self._together is None else 0,
+            num_actors if self._collective is None else 0,
             straggler_seconds=straggler_seconds,
             on_event=lambda kind, **fields: self.report(kind, **fields),
-            others=dict.fromkeys(self._together.kinds, (make, 1)) if self._together is not None else None,
+            others=dict.fromkeys(self._collective.kinds, (make, 1)) if self._collective is not None else None,
         )
         self._columns = [[one.start, one.stop] for one in panels(self._num_peers, len(x), x.dtype.itemsize)]
         self._dtype, self._sample_bytes = x.dtype, sample_bytes(task.workload)
@@ -106,7 +106,7 @@ class RayPeerEngine:
         if self._adapts:
             self._actors.resize(num_cpus())
         self._require_state()
-        self._trained, has_pieces = {}, self._together is None
+        self._trained, has_pieces = {}, self._collective is None
         jobs = [self._jobs(plan, number) for number in range(len(self._bounds))]
         blocks = {block.rows.start: block for of_block in jobs for block, _ in of_block}
         calls = (
@@ -128,10 +128,10 @@ class RayPeerEngine:
 
     def exchange(self, plan: RoundPlan) -> None:
         """Mix and update, block by block."""
-        if self._together is not None:
+        if self._collective is not None:
             trained = [self._trained[number][0] for number in range(len(self._bounds))]
             described = self._describe(plan, lr=plan.lr)
-            self._state = self._together.mix(self._actors, described, trained, self.report)
+            self._state = self._collective.mix(self._actors, described, trained, self.report)
         else:
             calls = (
                 Call(
@@ -195,8 +195,8 @@ class RayPeerEngine:
     def close(self) -> None:
         """Stop the actors, and the Ray that was started for them."""
         self._actors.stop()
-        if self._together is not None:
-            self._together.close()
+        if self._collective is not None:
+            self._collective.close()
         self._state, self._trained = [], {}
         self._leave()
 
@@ -211,7 +211,7 @@ class RayPeerEngine:
 
     def _map(self, calls: Iterable[Call], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Any, Any]]:
         """Have calls done, by the actors that have the blocks if each has its own."""
-        return self._actors.map(calls if self._together is None else self._together.spread(calls), stop)
+        return self._actors.map(calls if self._collective is None else self._collective.spread(calls), stop)
 
     def _describe(self, plan: RoundPlan, **more: Any) -> Record:
         return {"round": plan.round, "mixing": plan.mixing, "bounds": self._bounds} | more

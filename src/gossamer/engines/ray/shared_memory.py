@@ -14,7 +14,7 @@ from gossamer.engines.memory import Mappable, attach
 from gossamer.engines.slots import Slots, read_arrays
 
 
-class Nearby:
+class SharedMemory:
     """The driver's side: the state, and slots for results.
 
     A slot that was given to an actor and did not come back is not used again, nor are the others after the round: the
@@ -25,7 +25,7 @@ class Nearby:
     """
 
     def __init__(self, state: Mapping[str, Tensor], num_slots: int, floats_of_a_slot: int) -> None:
-        """Place `state` ({name: [1, d]}, all of the dtype of ``x``) in shared memory, and reserve slots."""
+        """Extent `state` ({name: [1, d]}, all of the dtype of ``x``) in shared memory, and reserve slots."""
         self._dtype = state["x"].dtype
         self._shapes = [[name, list(value.shape)] for name, value in state.items()]
         self._state_memory = Mappable(sum(value.numel() for value in state.values()), self._dtype)
@@ -55,7 +55,7 @@ class Nearby:
 
     def take_back(self, reply: Mapping[str, Any]) -> list[Tensor]:
         """Return the arrays that an actor wrote into its slot."""
-        arrays = read_arrays(self.slots.memory[reply["slot"]], reply["places"])
+        arrays = read_arrays(self.slots.memory[reply["slot"]], reply["extents"])
         self.slots.give_back(reply["slot"])
         return arrays
 
@@ -65,7 +65,7 @@ class Nearby:
         self._slot_memory.close()
 
 
-class Attached:
+class AttachedMemory:
     """An actor's side: maps what an address says, once."""
 
     def __init__(self) -> None:

@@ -81,7 +81,7 @@ class Worker:
             "loss": result.loss,
             "finite": result.finite,
             "arrays": [[name, part] for name, part, _ in present],
-            "places": write_arrays(slot, [value for *_, value in present]),
+            "extents": write_arrays(slot, [value for *_, value in present]),
         }
 
 
