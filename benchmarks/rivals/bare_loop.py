@@ -120,7 +120,7 @@ def federate(options: Options, data: ClientData, model: Tensor, processes: int) 
     totals = torch.zeros(processes, model.numel()).share_memory_()
     trainers = [LocalTrainer(options, data, model, total) for total in totals]
     weight = options.samples * options.per_round
-    clock = RoundClock()
+    clock = RoundClock(options)
 
     def sampled_clients() -> Iterator[list[int]]:
         for number in range(options.total_rounds):

@@ -12,15 +12,21 @@ import argparse
 import gc
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from quiet import Reading, read
 
 LEARNING_RATE = 0.05
 NUM_CLASSES = 10
@@ -169,24 +175,45 @@ def settle() -> None:
     gc.freeze()
 
 
+class Rounds(Protocol):
+    """What a clock must know."""
+
+    @property
+    def warmup(self) -> int:
+        """Rounds that come before the timed ones."""
+        ...
+
+    @property
+    def total_rounds(self) -> int:
+        """Rounds to run, warm-up included."""
+        ...
+
+
 class RoundClock:
-    """Wall-clock stamps: the start of the framework, then each round's end.
+    """Wall-clock stamps of all rounds, and the processors' counters around the timed ones.
 
     A runner makes it when imports, data and initial model are ready, just before
-    the framework starts its workers.
+    the framework starts its workers. The counters are read at the start, after the
+    warm-up and after the last round, which takes milliseconds that no round is charged.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, options: Rounds) -> None:
         settle()
-        self.stamps = [time.perf_counter()]
+        self._read_after = (options.warmup, options.total_rounds)
+        self.readings: list[Reading | None] = [read()]
+        self.began = [time.perf_counter()]
+        self.ended: list[float] = []
 
     def tick(self) -> None:
         """Note that a round has ended: the global model is updated."""
-        self.stamps.append(time.perf_counter())
+        self.ended.append(time.perf_counter())
+        if len(self.ended) in self._read_after:
+            self.readings.append(read())
+        self.began.append(time.perf_counter())
 
     def round_seconds(self) -> list[float]:
         """Return the seconds of each round; the first one includes the start."""
-        return [b - a for a, b in zip(self.stamps, self.stamps[1:], strict=False)]
+        return [b - a for a, b in zip(self.began, self.ended, strict=False)]
 
 
 def report(
@@ -225,5 +252,6 @@ def report(
         "parameter_change": change,
         "first_round_seconds": seconds[0],
         "round_seconds": seconds[options.warmup :],
+        "readings": clock.readings,
     }
     print(json.dumps(line), flush=True)

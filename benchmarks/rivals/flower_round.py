@@ -181,7 +181,7 @@ def main() -> None:
     random.seed(options.seed)
     initial = build_model(options.model, options.seed).state_dict()
     final: list[ArrayRecord] = []
-    clock = RoundClock()
+    clock = RoundClock(options)
     arrays = ArrayRecord(initial)
     server_app = make_server_app(options, clock, arrays, final, own.pull_interval)
     try:

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from common import RoundClock
 from peers_common import BATCH_SIZE, LAYERS, make_parser, read_options
 
 BLOCK_BYTES = 4 << 20  # of models, and of samples, that are multiplied at once
@@ -57,7 +58,7 @@ def main() -> None:
     copied = torch.empty_like(models)
     edges = [options.peers * thread // options.threads for thread in range(options.threads + 1)]
     shares = [slice(low, high) for low, high in itertools.pairwise(edges)]
-    stamps = []
+    clock, stamps = RoundClock(options), []
     with ThreadPoolExecutor(options.threads, initializer=lambda: torch.set_num_threads(1)) as pool:
         for _ in range(options.total_rounds):
             began = time.perf_counter()
@@ -65,6 +66,7 @@ def main() -> None:
             multiplied = time.perf_counter()
             list(pool.map(lambda share: copied[share].copy_(models[share]), shares))
             stamps.append((multiplied - began, time.perf_counter() - multiplied))
+            clock.tick()
     timed = stamps[options.warmup :]
     line = {
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -74,6 +76,7 @@ def main() -> None:
         "first_round_seconds": sum(stamps[0]),
         "round_seconds": [sum(pair) for pair in timed],
         "phase_seconds": {"products": [pair[0] for pair in timed], "copy": [pair[1] for pair in timed]},
+        "readings": clock.readings,
     }
     print(json.dumps(line), flush=True)
 

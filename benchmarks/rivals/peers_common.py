@@ -118,5 +118,6 @@ def report(
         "parameter_change": change,
         "first_round_seconds": seconds[0],
         "round_seconds": seconds[options.warmup :],
+        "readings": clock.readings,
     }
     print(json.dumps(line), flush=True)

@@ -57,8 +57,8 @@ class OnePeer(P2PNetwork):
 class Watch(SimulationEventReceiver):
     """Stamps the end of every round, tells the network, and counts messages."""
 
-    def __init__(self, network: OnePeer) -> None:
-        self.network, self.num_messages, self.clock = network, 0, RoundClock()
+    def __init__(self, options: Options, network: OnePeer) -> None:
+        self.network, self.num_messages, self.clock = network, 0, RoundClock(options)
 
     def update_message(self, failed: bool, msg: object = None) -> None:
         """Count what was sent."""
@@ -103,7 +103,7 @@ def main() -> None:
     before = flatten(nodes[0].model_handler.model.parameters())
     simulator = GossipSimulator(nodes, dispatcher, delta=1, protocol=AntiEntropyProtocol.PUSH)
     simulator.initialized = True  # `init_nodes` would train
-    watch = Watch(network)
+    watch = Watch(options, network)
     simulator.add_receiver(watch)
     simulator.start(n_rounds=options.total_rounds)
     if watch.num_messages != options.peers * options.total_rounds:

@@ -48,7 +48,7 @@ def main() -> None:
     data = make_data(options.peers, BATCH_SIZE, options.seed)
     peers = [Peer(options) for _ in range(options.peers)]
     before = flatten(peers[0].model.parameters())
-    clock = RoundClock()
+    clock = RoundClock(options)
     for shift in options.shifts:
         train(peers, data)
         mix(peers, shift)

@@ -112,7 +112,7 @@ def make_dataset(options: Options) -> FederatedDataset:
 
 def federate(options: Options, model: PyTorchModel, data: FederatedDataset) -> RoundClock:
     """Run all rounds. Clients are of equal size, so an unweighted mean is FedAvg."""
-    clock = RoundClock()
+    clock = RoundClock(options)
     FederatedAveragingOnly().run(
         algorithm_params=NNAlgorithmParams(
             central_num_iterations=options.total_rounds,

@@ -1,0 +1,172 @@
+"""Whether anything else used the processors while something was timed, by what Linux counts.
+
+Two workers on two cores run at half their speed as soon as a third process is busy anywhere on the machine, and no
+number of theirs says so: their own processor time stays the same. What tells is the processor time of everybody else:
+
+- ``/proc/stat`` has the processor time of all processes together, and the time that a hypervisor gave to other machines
+  ("steal");
+- ``/proc/<pid>/stat`` has that of a process, and that of its children that it has waited for. Added up over the
+  benchmark, its children, theirs and so on, it is what the trial itself used, at any instant, whoever has ended since;
+- what is left belongs to others. Divided by the seconds that passed it is a share of one core: the most that a trial
+  can have lost to them on average.
+
+So a trial need not keep all cores busy to be judged, and may start by importing on one of them. Waiting of the trial's
+processes for each other, which the kernel's run delay cannot tell from waiting for others, does not count.
+
+Limits. The counters move in steps of 10 ms, so nothing below half a second can be judged by itself. A process whose
+parent ignores that its children end (Ray's raylet does) takes what it used along when it ends, and then appears as
+somebody else: the start of a Ray, in which idle workers end, may look up to a processor second noisier than it was.
+Where there is no ``/proc/stat``, or it does not follow what the benchmark itself uses (some sandboxes show zeros),
+nothing is known, and every trial counts as one of which nothing is known.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+MOST_SHARE = 0.05  # of one core that others may use on average
+ROUNDING_SECONDS = 0.03  # by which the counters of a short trial may be off
+ROOT = "GOSSAMER_BENCHMARK_ROOT"  # the process under which all contenders run
+
+
+class Reading(NamedTuple):
+    """The counters at an instant.
+
+    Attributes:
+        seconds: of the monotonic clock, which all processes of a machine share.
+        everyone: processor seconds that all processes have used.
+        stolen: processor seconds that a hypervisor gave to other machines.
+        own: processor seconds that the benchmark and all its descendants have used.
+    """
+
+    seconds: float
+    everyone: float
+    stolen: float
+    own: float
+
+
+class Usage(NamedTuple):
+    """What the processors did between two readings.
+
+    Attributes:
+        seconds: that passed.
+        own: processor seconds of the benchmark and its descendants.
+        others: processor seconds of everybody else, other machines included; None: nothing is known.
+    """
+
+    seconds: float
+    own: float
+    others: float | None
+
+    @property
+    def share(self) -> float | None:
+        """Cores that others kept busy on average, or None."""
+        return None if self.others is None else self.others / max(self.seconds, 1e-9)
+
+
+def read(root: int | None = None, proc: Path = Path("/proc")) -> Reading | None:
+    """Read the counters; takes a few milliseconds. None where there are none.
+
+    Args:
+        root: the process whose descendants are the benchmark; None: the one that the variable `ROOT` names, else this.
+        proc: where the kernel tells about processes.
+    """
+    root = root or int(os.environ.get(ROOT, os.getpid()))
+    try:
+        first, *_ = (proc / "stat").read_text().splitlines()
+        ticks = os.sysconf("SC_CLK_TCK")
+        user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, first.split()[1:9])
+    except (OSError, ValueError, AttributeError):
+        return None
+    own = tree_ticks(_processes(proc), root)
+    everyone = user + nice + system + interrupts + soft_interrupts
+    return Reading(time.monotonic(), everyone / ticks, stolen / ticks, own / ticks)
+
+
+def tree_ticks(processes: Mapping[int, tuple[int, int]], root: int) -> int:
+    """Add up the ticks of a process and all its descendants.
+
+    Args:
+        processes: the parent and the ticks of every process.
+        root: number of the first one.
+    """
+    children = defaultdict(list)
+    for process, (parent, _) in processes.items():
+        children[parent].append(process)
+    found = [root]
+    for process in found:
+        found += children[process]
+    return sum(processes[process][1] for process in found if process in processes)
+
+
+def descendants(root: int, proc: Path = Path("/proc")) -> list[int]:
+    """Return the processes that a process, its children and theirs started and that are still there."""
+    processes = _processes(proc)
+    found = [root]
+    for ancestor in found:
+        found += [process for process, (parent, _) in processes.items() if parent == ancestor]
+    return found[1:]
+
+
+def usage(before: Reading | None, after: Reading | None) -> Usage:
+    """Return what happened between two readings."""
+    if before is None or after is None:
+        return Usage(0.0, 0.0, None)
+    seconds, own = after.seconds - before.seconds, after.own - before.own
+    left = after.everyone - before.everyone - own
+    if left < -max(ROUNDING_SECONDS * 4, own / 2):  # a counter of everyone that does not count us
+        return Usage(seconds, own, None)
+    # What was stolen is no part of `everyone`, but may be of `own`, so that only what is left is cut off at 0.
+    return Usage(seconds, own, max(0.0, left) + after.stolen - before.stolen)
+
+
+def is_quiet(used: Usage, most_share: float = MOST_SHARE) -> bool | None:
+    """Tell whether others left the processors alone; None where nothing is known.
+
+    Args:
+        used: between the start and the end of what was timed.
+        most_share: of one core that others may use on average.
+    """
+    return None if used.others is None else used.others <= most_share * used.seconds + ROUNDING_SECONDS
+
+
+def wait_until_quiet(
+    patience: float,
+    most_share: float = MOST_SHARE,
+    reader: Callable[[], Reading | None] = read,
+    sleep: Callable[[float], None] = time.sleep,
+    window: float = 1.0,
+) -> bool:
+    """Wait until others leave the processors alone for a while; returns False if they do not in time.
+
+    Args:
+        patience: seconds to wait at most.
+        most_share: of one core that others may use.
+        reader, sleep: for tests.
+        window: seconds that are looked at together.
+    """
+    for _ in range(int(patience / window)):
+        before = reader()
+        sleep(window)
+        if is_quiet(usage(before, reader()), most_share) is not False:
+            return True
+    return False
+
+
+def _processes(proc: Path) -> dict[int, tuple[int, int]]:
+    """Return the parent of every process, and the ticks of it and of the children that it has waited for."""
+    found = {}
+    for name in os.listdir(proc):
+        if name.isdigit():
+            try:
+                text = (proc / name / "stat").read_bytes()
+            except OSError:  # it ended in between
+                continue
+            fields = text[text.rindex(b")") + 2 :].split()
+            found[int(name)] = int(fields[1]), sum(map(int, fields[11:15]))
+    return found
