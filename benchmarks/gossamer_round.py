@@ -18,10 +18,8 @@ import numpy as np
 import torch
 from common import LEARNING_RATE, Options, RoundClock, flatten, make_parser, read_options, report
 
+from building import initial_model, parts_of, read_config
 from gossamer import experiment
-from gossamer.build import build
-from gossamer.config.loading import parse
-from gossamer.storage.runlog import read_config
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.partitions import Partition
 
@@ -100,14 +98,12 @@ def main() -> None:
     _data.append(make_data(options.clients, options.samples, options.seed))
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        clock = RoundClock()
+        clock = RoundClock(options)
         hooks = experiment.Hooks(observer=lambda name, rounds: Watch(clock))
         run = experiment.run(configuration(options, own), out=Path(directory) / "run", hooks=hooks)
-        clock.stamps.pop()
-        config = parse(read_config(run.directory))
-        workload = build(config).workload
-    before = flatten(workload.layout.views(workload.init(options.seed)).values())
-    modes = [mode.model_dump() for mode in config.engine.modes]
+        clock.ended.pop()
+        config = read_config(run.directory)
+        before = flatten(initial_model(parts_of(config), options.seed).values())
     report(
         "gossamer",
         options,
@@ -116,7 +112,7 @@ def main() -> None:
         flatten(run.params.values()),
         ("torch", "numpy"),
         processes=own.workers,
-        modes=modes,
+        modes=config["engine"]["modes"],
         phase_seconds=[record["phase_seconds"] for record in run.metrics[options.warmup : -1]][-1],
     )
 

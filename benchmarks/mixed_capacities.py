@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -31,15 +30,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from building import Parts, engine_of, parts_of
 from gossamer import rng
-from gossamer.build import Parts, build
-from gossamer.config.loading import parse
 from gossamer.engines.local.engine import LocalEngine
 from gossamer.engines.server import STACKED_BLOCK_FLOATS
 from gossamer.engines.training import batches, trainer
 from gossamer.submodel.layout import as_dim
 from gossamer.submodel.windows import window_length
-from harness import goal, machine
+from harness import Gate, machine, spread
 
 CAPACITIES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 NUM_CLIENTS, SAMPLES, BATCH = 100, 50, 10
@@ -75,9 +73,8 @@ class Gossamer:
     """The engine of one machine, without workers, evaluation, logs and commits."""
 
     def __init__(self, model: Mapping[str, Any], *, stacked: bool) -> None:
-        self.parts: Parts = build(parse(configuration(model, stacked=stacked)))
-        engine, _ = self.parts.start_engine(Path())
-        self.engine: LocalEngine = engine
+        self.parts: Parts = parts_of(configuration(model, stacked=stacked))
+        self.engine: LocalEngine = engine_of(self.parts)
 
     def round(self, number: int) -> None:
         """Train and aggregate."""
@@ -274,18 +271,24 @@ def clocked(contender: Gossamer) -> Iterator[Clock]:
             one.stop()
 
 
-def shares(contender: Gossamer, rounds: range) -> dict[str, Any]:
+def shares(contender: Gossamer, rounds: range, gate: Gate) -> dict[str, Any]:
     """Return where the time of some rounds goes, as shares of 1."""
-    with clocked(contender) as clock:
-        clock.switch()
-        clock.seconds.clear()
-        for number in rounds:
-            contender.round(number)
-    total, least = sum(clock.seconds.values()), len(rounds) * unavoidable_seconds(contender, rounds)
-    found = {name: seconds / total for name, seconds in sorted(clock.seconds.items(), key=lambda item: -item[1])}
+
+    def trial() -> tuple[dict[str, float], float]:
+        """Return the seconds of every stretch, and the least that is outside gradients."""
+        with clocked(contender) as clock:
+            clock.switch()
+            clock.seconds.clear()
+            for number in rounds:
+                contender.round(number)
+        return clock.seconds, len(rounds) * unavoidable_seconds(contender, rounds)
+
+    seconds, least = gate.gated(trial).results[0]
+    total = sum(seconds.values())
+    found = {name: value / total for name, value in sorted(seconds.items(), key=lambda item: -item[1])}
     return {
-        "outside gradients": goal(1 - found["gradients"], 0.1),
-        "least possible": least / (least + clock.seconds["gradients"]),
+        "outside gradients": gate.goal(1 - found["gradients"], 0.1),
+        "least possible": least / (least + seconds["gradients"]),
         "shares": found,
     }
 
@@ -318,8 +321,10 @@ def distance(found: State, expected: State) -> float:
     return max(float((found[key] - value).norm() / value.norm()) for key, value in expected.items())
 
 
-def measure(name: str, num_rounds: int) -> dict[str, Any]:
+def measure(name: str, num_rounds: int, gate: Gate) -> dict[str, Any]:
     """Time all ways of one model in turn, and return their medians, factors and shares.
+
+    A trial is one round of each way; all train on from there, whether it counts or not.
 
     Raises:
         SystemExit: their models differ.
@@ -327,26 +332,33 @@ def measure(name: str, num_rounds: int) -> dict[str, Any]:
     stacked, singly = (Gossamer(MODELS[name], stacked=way) for way in (True, False))
     naive = Naive(name, singly.parts)
     ways: dict[str, Gossamer | Naive] = {"stacked": stacked, "one by one": singly, "naive": naive}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    differences = []
-    for number in range(1 + num_rounds):  # the first round warms up
+    differences: list[float] = []
+
+    def one_round() -> dict[str, float]:
+        """Return the seconds of every way."""
+        number, seconds = len(differences), {}
         for way, contender in ways.items():
             began = time.perf_counter()
             contender.round(number)
-            seconds[way].append(time.perf_counter() - began)
+            seconds[way] = time.perf_counter() - began
         difference = max(distance(contender.read(), naive.read()) for contender in (stacked, singly))
         differences.append(difference)
         if not difference < (1e-5 if number == 0 else 1e-2):  # rounding grows from round to round
             raise SystemExit(f"{name}: the ways differ by {difference} after {1 + number} rounds")
-    medians = {way: statistics.median(values[1:]) for way, values in seconds.items()}
-    extra = range(1 + num_rounds, 1 + num_rounds + max(3, num_rounds // 3))
+        return seconds
+
+    one_round()  # warms up
+    rounds = gate.gated(one_round, num_rounds).results
+    seconds = {way: [one[way] for one in rounds] for way in ways}
+    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    extra = range(len(differences), len(differences) + max(3, num_rounds // 3))
     return {
         "seconds_per_round": medians,
-        "ranges": {way: [min(values[1:]), max(values[1:])] for way, values in seconds.items()},
+        "ranges": {way: spread(values) for way, values in seconds.items()},
         "naive / stacked": medians["naive"] / medians["stacked"],
         "naive / one by one": medians["naive"] / medians["one by one"],
         "largest relative difference of a parameter": {"first round": differences[0], "last round": differences[-1]},
-        "where time goes": {"stacked": shares(stacked, extra), "one by one": shares(singly, extra)},
+        "where time goes": {"stacked": shares(stacked, extra, gate), "one by one": shares(singly, extra, gate)},
     }
 
 
@@ -355,16 +367,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each way")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    Gate.add_options(parser)
     arguments = parser.parse_args()
-    before = machine()
+    before, gate = machine(), Gate.of(arguments)
     torch.set_num_threads(1)
     result = {
         "benchmark": "mixed_capacities",
         "machine": before,
         "versions": {"torch": version("torch"), "numpy": version("numpy"), "threads": torch.get_num_threads()},
         "clients": {"number": NUM_CLIENTS, "capacities": CAPACITIES, "samples": SAMPLES, "batch": BATCH},
-        "models": {name: measure(name, arguments.rounds) for name in arguments.models},
+        "models": {name: measure(name, arguments.rounds, gate) for name in arguments.models},
     }
+    result |= gate.report()
     print(json.dumps(result, indent=1))
 
 

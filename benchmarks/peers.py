@@ -16,10 +16,9 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from harness import HERE, RIVALS, Report, goal, interleave, machine, rivals_python, summary
+from harness import HERE, RIVALS, Gate, Report, interleave, machine, rivals_python, summary
 
 sys.path.insert(0, str(RIVALS))
 
@@ -27,9 +26,8 @@ import torch
 from common import LEARNING_RATE, RoundClock, flatten
 from peers_common import BATCH_SIZE, Options, build_model, make_parser, read_options, report
 
+from building import engine_of, parts_of
 from gossamer import topology
-from gossamer.build import build
-from gossamer.config.loading import parse
 from gossamer.workloads.datasets import ImageData
 from gossamer_round import make_data
 
@@ -81,15 +79,15 @@ def run_gossamer() -> None:
     sys.modules.setdefault("peers", sys.modules["__main__"])
     torch.set_num_threads(options.threads)
     _data.append(make_data(options.peers, BATCH_SIZE, options.seed))
-    parts = build(parse(configuration(options, own.topology, own.workers)))
-    engine, _ = parts.start_engine(Path())
+    parts = parts_of(configuration(options, own.topology, own.workers))
+    engine = engine_of(parts)
     layout, model = parts.workload.layout, build_model(options.model, options.seed)
     start = torch.zeros(layout.d)  # has padding, which a module has not
     for value, parameter in zip(layout.views(start).values(), model.parameters(), strict=True):
         value.copy_(parameter.detach())
     engine.write({"x": start.expand(options.peers, -1)})
     phases: dict[str, list[float]] = {"plan": [], "train": [], "mix": []}
-    clock = RoundClock()
+    clock = RoundClock(options)
     for number in range(options.total_rounds):
         stamps = [time.perf_counter()]
         plan = parts.planner.plan(number)
@@ -98,8 +96,8 @@ def run_gossamer() -> None:
             pass
         stamps.append(time.perf_counter())
         engine.exchange(plan)
-        clock.tick()
         stamps.append(time.perf_counter())
+        clock.tick()
         for name, began, ended in zip(phases, stamps, stamps[1:], strict=False):
             phases[name].append(ended - began)
     after = flatten(layout.views(engine.merged()).values())
@@ -150,11 +148,12 @@ def bound(options: list[str]) -> list[str]:
     return [sys.executable, str(RIVALS / "peers_bound.py"), *options, "--threads", "2"]
 
 
-def measured(commands: Mapping[str, list[str]], repeats: int, num_peers: int) -> dict[str, Report]:
+def measured(commands: Mapping[str, list[str]], repeats: int, num_peers: int, gate: Gate) -> dict[str, Report]:
     """Run all contenders in turn and sum up."""
-    reports = interleave(commands, repeats)
-    found = summary(reports)
-    for name, runs in reports.items():
+    trials = interleave(commands, repeats, gate)
+    found = summary(trials)
+    for name, of_one in trials.items():
+        runs = of_one.results
         found[name]["microseconds_per_peer"] = found[name]["seconds_per_round"] / num_peers * 1e6
         for detail in ("parameter_change", "flops", "copied_bytes"):
             if detail in runs[0]:
@@ -188,16 +187,17 @@ def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="processes of each contender")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds a process")
+    parser.add_argument("--rounds", type=int, default=8, help="timed rounds a process")
     parser.add_argument("--many", type=int, default=MANY, help="peers of the largest case")
     parser.add_argument("--few", type=int, default=FEW, help="peers of the comparisons")
+    Gate.add_options(parser)
     arguments = parser.parse_args()
-    before, repeats = machine(), arguments.repeats
-    many = measured(graphs(arguments_of("softmax", arguments.many, arguments.rounds, 2)), repeats, arguments.many)
+    before, repeats, gate = machine(), arguments.repeats, Gate.of(arguments)
+    many = measured(graphs(arguments_of("softmax", arguments.many, arguments.rounds, 2)), repeats, arguments.many, gate)
     cases = {f"softmax, {arguments.many:,} peers": many}
     for model in MODELS:
         options = arguments_of(model, arguments.few, arguments.rounds, 2)
-        found = cases[f"{model}, {arguments.few:,} peers"] = measured(contenders(options), repeats, arguments.few)
+        found = cases[f"{model}, {arguments.few:,} peers"] = measured(contenders(options), repeats, arguments.few, gate)
         check_same(found)  # in the end, those of the MLP
     ratios = {
         f"{case}: gossamer / {rival}": ratio(found, rival)
@@ -205,14 +205,11 @@ def main() -> None:
         for rival in dict.fromkeys(name.split(",")[0] for name in found if not name.startswith("gossamer"))
     }
     goals = {
-        f"softmax, {arguments.many:,} peers, seconds a round": goal(many["gossamer"]["seconds_per_round"], 0.8),
-        f"mlp, {arguments.few:,} peers, gossamer / loop": goal(ratio(found, "loop"), 1 / 3),
+        f"softmax, {arguments.many:,} peers, seconds a round": gate.goal(many["gossamer"]["seconds_per_round"], 0.8),
+        f"mlp, {arguments.few:,} peers, gossamer / loop": gate.goal(ratio(found, "loop"), 1 / 3),
     }
-    print(
-        json.dumps(
-            {"benchmark": "peers", "machine": before, "cases": cases, "ratios": ratios, "goals": goals}, indent=1
-        )
-    )
+    result = {"benchmark": "peers", "machine": before, **gate.report(), "cases": cases, "ratios": ratios}
+    print(json.dumps(result | {"goals": goals}, indent=1))
 
 
 if __name__ == "__main__":

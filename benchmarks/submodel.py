@@ -1,6 +1,7 @@
 """Extracting ten PreAct ResNet-18 sub-models of mixed capacity and averaging them: slices, fancy indices, a plain copy.
 
 Two clients of each capacity 1, 1/2, 1/4, 1/8, 1/16; rolling windows of a late round, half of the labels each.
+A trial is one pass over all three.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import gossamer
 from gossamer.submodel import LABEL_AXIS, SubModel
 from gossamer.submodel.layout import as_dim
 from gossamer.workloads.resnet import PreActResNet18
-from harness import goal, machine
+from harness import Gate, machine, spread
 
 CAPACITIES = (1.0, 0.5, 0.25, 0.125, 0.0625) * 2
 ROUND = 300
@@ -73,12 +74,20 @@ def copies(subs: list[SubModel], buffers: list[dict[str, Tensor]]) -> None:
             value.copy_(buffer[name])
 
 
+def seconds_of(way: Callable[[], Any]) -> float:
+    """Time one call."""
+    began = time.perf_counter()
+    way()
+    return time.perf_counter() - began
+
+
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
-    repeats = parser.parse_args().repeats
-    before = machine()
+    Gate.add_options(parser)
+    arguments = parser.parse_args()
+    before, gate = machine(), Gate.of(arguments)
     model = PreActResNet18((3, 32, 32), 10)
     axes, params = model.axes, model.init(np.random.default_rng(0))
     labels = [[(i + j) % 10 for j in range(5)] for i in range(len(CAPACITIES))]
@@ -96,25 +105,22 @@ def main() -> None:
     )
     if difference > 1e-5:
         raise SystemExit(f"the two ways differ by {difference}")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - began)
+    passes = gate.gated(lambda: {name: seconds_of(way) for name, way in ways.items()}, arguments.repeats).results
+    seconds = {name: [one[name] for one in passes] for name in ways}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     num_bytes = sum(4 * value.numel() for sub in subs for value in sub.params.values())
     result = {
         "benchmark": "submodel",
         "machine": before,
+        **gate.report(),
         "versions": {"torch": version("torch"), "threads": torch.get_num_threads()},
         "bytes_of_all_sub_models": num_bytes,
         "seconds": medians,
-        "ranges": {name: [min(values), max(values)] for name, values in seconds.items()},
+        "ranges": {name: spread(values) for name, values in seconds.items()},
         "slices as a multiple of the copy": medians["slices"] / medians["copy of the same bytes, there and back"],
         "slices as a share of fancy indices": medians["slices"] / medians["fancy indices"],
         "largest difference": difference,
-        "goals": {"extract + aggregate, seconds": goal(medians["slices"], 0.35)},
+        "goals": {"extract + aggregate, seconds": gate.goal(medians["slices"], 0.35)},
     }
     print(json.dumps(result, indent=1))
 
