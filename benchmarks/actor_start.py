@@ -25,7 +25,7 @@ from importlib.metadata import version
 from typing import Any
 
 from harness import Gate, Report, machine, spread
-from quiet import descendants
+from quiet import descendants, read, together, usage
 
 CAPACITIES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 STAGES = ("process", "import torch", "import gossamer", "data", "task", "answer")
@@ -88,26 +88,31 @@ class Actor:
 
 
 def start(arguments: tuple[Any, ...], *, is_bare: bool) -> Report:
-    """Start an actor, wait until it answers, and end it; return the seconds of every stage."""
+    """Start an actor, wait until it answers, and end it; return the seconds of every stage, and what was used.
+
+    The counters are read while it lives, because it takes what it used along, see quiet.py.
+    """
     import ray
 
-    called = time.monotonic()
+    before, called = read(), time.monotonic()
     actor = ray.remote(num_cpus=1, max_restarts=0)(Actor).remote(*arguments, is_bare=is_bare)
     process, stamps = ray.get(actor.ready.remote())
     stamps = [called, *stamps, time.monotonic()]
+    used = usage(before, read())
     ray.kill(actor)
     deadline = time.monotonic() + GONE_SECONDS
     while process in descendants(os.getpid()) and time.monotonic() < deadline:
         time.sleep(0.05)
     seconds = [after - before for before, after in itertools.pairwise(stamps)]
-    return {"ready": stamps[-1] - called, **dict(zip(STAGES, seconds, strict=True))}
+    return {"used": used, "ready": stamps[-1] - called, **dict(zip(STAGES, seconds, strict=True))}
 
 
 def summary(of_kind: list[Report]) -> Report:
     """Return medians and ranges of every stage."""
+    stages = ("ready", *STAGES)
     return {
-        "seconds": {stage: statistics.median(one[stage] for one in of_kind) for stage in of_kind[0]},
-        "ranges": {stage: spread([one[stage] for one in of_kind]) for stage in of_kind[0]},
+        "seconds": {stage: statistics.median(one[stage] for one in of_kind) for stage in stages},
+        "ranges": {stage: spread([one[stage] for one in of_kind]) for stage in stages},
     }
 
 
@@ -140,7 +145,7 @@ def main() -> None:
         return {kind: start(arguments, is_bare=is_bare) for kind, is_bare in kinds.items()}
 
     one_of_each()  # takes the processes that Ray started ahead, and warms up
-    trials = gate.gated(one_of_each, options.repeats)
+    trials = gate.gated(one_of_each, options.repeats, lambda trial: together(one["used"] for one in trial.values()))
     found = {kind: summary([one[kind] for one in trials.results]) for kind in kinds}
     ray.shutdown()
     result = {

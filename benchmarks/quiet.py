@@ -25,7 +25,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,6 +123,12 @@ def usage(before: Reading | None, after: Reading | None) -> Usage:
         return Usage(seconds, own, None)
     # What was stolen is no part of `everyone`, but may be of `own`, so that only what is left is cut off at 0.
     return Usage(seconds, own, max(0.0, left) + after.stolen - before.stolen)
+
+
+def together(usages: Iterable[Usage]) -> Usage:
+    """Return what happened in several stretches of time."""
+    seconds, own, others = zip(*usages, strict=True)
+    return Usage(sum(seconds), sum(own), None if None in others else sum(others))
 
 
 def is_quiet(used: Usage, most_share: float = MOST_SHARE) -> bool | None:

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from harness import Gate, Trials, all_quiet, start, summary, timed
-from quiet import Reading, Usage, descendants, is_quiet, read, tree_ticks, usage, wait_until_quiet
+from quiet import Reading, Usage, descendants, is_quiet, read, together, tree_ticks, usage, wait_until_quiet
 
 QUIET = Usage(seconds=10.0, own=19.0, others=0.3)
 STARVED = Usage(seconds=10.0, own=13.0, others=6.9)
@@ -60,6 +60,10 @@ class TestUsage:
 
     def test_counters_that_stand_still_tell_nothing(self) -> None:
         assert usage(Reading(0.0, 0.0, 0.0, 0.0), Reading(10.0, 0.0, 0.0, 19.0)).others is None
+
+    def test_stretches_add_up(self) -> None:
+        assert together([QUIET, STARVED]) == pytest.approx(Usage(20.0, 32.0, 7.2))
+        assert together([QUIET, UNKNOWN]).others is None
 
     def test_no_counters_tell_nothing(self) -> None:
         assert usage(None, Reading(0.0, 0.0, 0.0, 0.0)).share is None
