@@ -156,7 +156,7 @@ class Gate:
                     counts = found[name].add(result, what)
                     if describe is not None:
                         label = f"[{repeat + 1}/{repeats}] {name}: {describe(result)}"
-                        log(label if counts else f"{label}, discarded: others used {what.share:.2f} of a core")
+                        log(label if counts else f"{label}, discarded: others used {what.share:.2f} cores")
                     if counts:
                         break
                     if attempt + 1 < self.attempts:

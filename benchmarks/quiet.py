@@ -3,8 +3,9 @@
 Two workers on two cores run at half their speed as soon as a third process is busy anywhere on the machine, and no
 number of theirs says so: their own processor time stays the same. What tells is the processor time of everybody else:
 
-- ``/proc/stat`` has the processor time of all processes together, and the time that a hypervisor gave to other machines
-  ("steal");
+- ``/proc/stat`` has the time that cores were idle, to the microsecond where they sleep without a timer's ticks. Cores
+  that were not idle worked for somebody: for a process, for the kernel, or, in the eyes of a virtual machine, for
+  another one ("steal"). Its other columns count who happens to run at a tick, and miss what is short;
 - ``/proc/<pid>/stat`` has that of a process, and that of its children that it has waited for. Added up over the
   benchmark, its children, theirs and so on, it is what the trial itself used, at any instant, whoever has ended since;
 - what is left belongs to others. Divided by the seconds that passed it is a share of one core: the most that a trial
@@ -13,11 +14,12 @@ number of theirs says so: their own processor time stays the same. What tells is
 So a trial need not keep all cores busy to be judged, and may start by importing on one of them. Waiting of the trial's
 processes for each other, which the kernel's run delay cannot tell from waiting for others, does not count.
 
-Limits. The counters move in steps of 10 ms, so nothing below half a second can be judged by itself. A process whose
+Limits. The counters are printed in steps of 10 ms, so what takes less than half a second cannot be judged by itself.
+What others did to caches and memory bandwidth from outside a virtual machine is not seen at all. A process whose
 parent ignores that its children end (Ray's raylet does) takes what it used along when it ends, and then appears as
 somebody else: the start of a Ray, in which idle workers end, may look up to a processor second noisier than it was.
-Where there is no ``/proc/stat``, or it does not follow what the benchmark itself uses (some sandboxes show zeros),
-nothing is known, and every trial counts as one of which nothing is known.
+Where there is no ``/proc/stat``, or it does not add up to the seconds that passed (some sandboxes show zeros), nothing
+is known: then every trial is accepted, and said to be one of which nothing is known.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from typing import NamedTuple
 
 MOST_SHARE = 0.05  # of one core that others may use on average
 ROUNDING_SECONDS = 0.03  # by which the counters of a short trial may be off
+MOST_DOUBT = 0.25  # by which the columns may miss the time that passed
 ROOT = "GOSSAMER_BENCHMARK_ROOT"  # the process under which all contenders run
 
 
@@ -39,14 +42,16 @@ class Reading(NamedTuple):
 
     Attributes:
         seconds: of the monotonic clock, which all processes of a machine share.
-        everyone: processor seconds that all processes have used.
-        stolen: processor seconds that a hypervisor gave to other machines.
+        cores: how many there are.
+        counted: seconds of all cores in all columns together; grows by `cores` a second if the columns tell the truth.
+        idle: seconds of all cores without anything to do.
         own: processor seconds that the benchmark and all its descendants have used.
     """
 
     seconds: float
-    everyone: float
-    stolen: float
+    cores: int
+    counted: float
+    idle: float
     own: float
 
 
@@ -56,7 +61,7 @@ class Usage(NamedTuple):
     Attributes:
         seconds: that passed.
         own: processor seconds of the benchmark and its descendants.
-        others: processor seconds of everybody else, other machines included; None: nothing is known.
+        others: seconds that cores were busy for somebody else; None: nothing is known.
     """
 
     seconds: float
@@ -78,14 +83,15 @@ def read(root: int | None = None, proc: Path = Path("/proc")) -> Reading | None:
     """
     root = root or int(os.environ.get(ROOT, os.getpid()))
     try:
-        first, *_ = (proc / "stat").read_text().splitlines()
+        first, *others = (proc / "stat").read_text().splitlines()
+        seconds = time.monotonic()
         ticks = os.sysconf("SC_CLK_TCK")
-        user, nice, system, _, _, interrupts, soft_interrupts, stolen = map(int, first.split()[1:9])
+        columns = [int(value) / ticks for value in first.split()[1:9]]  # guests', behind them, are in "user", too
     except (OSError, ValueError, AttributeError):
         return None
-    own = tree_ticks(_processes(proc), root)
-    everyone = user + nice + system + interrupts + soft_interrupts
-    return Reading(time.monotonic(), everyone / ticks, stolen / ticks, own / ticks)
+    cores = sum(line.startswith("cpu") for line in others)
+    own = tree_ticks(_processes(proc), root) / ticks
+    return Reading(seconds, cores, sum(columns), columns[3] + columns[4], own)
 
 
 def tree_ticks(processes: Mapping[int, tuple[int, int]], root: int) -> int:
@@ -118,11 +124,10 @@ def usage(before: Reading | None, after: Reading | None) -> Usage:
     if before is None or after is None:
         return Usage(0.0, 0.0, None)
     seconds, own = after.seconds - before.seconds, after.own - before.own
-    left = after.everyone - before.everyone - own
-    if left < -max(ROUNDING_SECONDS * 4, own / 2):  # a counter of everyone that does not count us
+    passed, counted = after.cores * seconds, after.counted - before.counted
+    if abs(counted - passed) > MOST_DOUBT * passed + after.cores * ROUNDING_SECONDS:
         return Usage(seconds, own, None)
-    # What was stolen is no part of `everyone`, but may be of `own`, so that only what is left is cut off at 0.
-    return Usage(seconds, own, max(0.0, left) + after.stolen - before.stolen)
+    return Usage(seconds, own, max(0.0, passed - (after.idle - before.idle) - own))
 
 
 def together(usages: Iterable[Usage]) -> Usage:

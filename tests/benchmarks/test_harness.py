@@ -24,11 +24,11 @@ def readings(*others: float, seconds: float = 10.0) -> Callable[[], Reading]:
 
     def instants() -> Iterator[Reading]:
         """Yield two readings a trial."""
-        now = Reading(100.0, 50.0, 1.0, 20.0)
+        now = Reading(seconds=100.0, cores=2, counted=200.0, idle=40.0, own=20.0)
         for used in others:
             yield now
-            own = 2 * seconds - used
-            now = Reading(now.seconds + seconds, now.everyone + own + used, now.stolen, now.own + own)
+            own, passed = 1.5 * seconds - used, 2 * seconds
+            now = Reading(now.seconds + seconds, 2, now.counted + passed, now.idle + passed - own - used, now.own + own)
             yield now
 
     source = instants()
@@ -46,27 +46,29 @@ class Waiting:
 
 
 class TestUsage:
-    def test_others_used_what_is_left(self) -> None:
-        found = usage(Reading(100.0, 50.0, 1.0, 20.0), Reading(110.0, 69.0, 1.0, 34.0))
+    BEFORE = Reading(seconds=100.0, cores=2, counted=200.0, idle=40.0, own=20.0)
+
+    def test_others_used_what_was_neither_idle_nor_ours(self) -> None:
+        found = usage(self.BEFORE, Reading(seconds=110.0, cores=2, counted=220.0, idle=41.0, own=34.0))
         assert found == Usage(seconds=10.0, own=14.0, others=5.0)
         assert found.share == pytest.approx(0.5)
 
-    def test_stolen_time_is_that_of_others(self) -> None:
-        found = usage(Reading(100.0, 50.0, 1.0, 20.0), Reading(110.0, 68.0, 3.0, 38.0))
-        assert found.others == pytest.approx(2.0)
-
     def test_rounding_makes_no_negative_seconds(self) -> None:
-        assert usage(Reading(0.0, 0.0, 0.0, 0.0), Reading(1.0, 1.98, 0.0, 2.0)).others == 0.0
+        assert usage(self.BEFORE, Reading(101.0, 2, 202.0, 40.02, 22.0)).others == 0.0
 
-    def test_counters_that_stand_still_tell_nothing(self) -> None:
-        assert usage(Reading(0.0, 0.0, 0.0, 0.0), Reading(10.0, 0.0, 0.0, 19.0)).others is None
+    @pytest.mark.parametrize("counted", [200.0, 210.0, 400.0])
+    def test_counters_that_miss_the_time_tell_nothing(self, counted: float) -> None:
+        assert usage(self.BEFORE, Reading(110.0, 2, counted, 40.0, 39.0)).others is None
+
+    def test_ticks_may_miss_a_little(self) -> None:
+        assert usage(self.BEFORE, Reading(110.0, 2, 219.0, 41.0, 39.0)).others == 0.0
 
     def test_stretches_add_up(self) -> None:
         assert together([QUIET, STARVED]) == pytest.approx(Usage(20.0, 32.0, 7.2))
         assert together([QUIET, UNKNOWN]).others is None
 
     def test_no_counters_tell_nothing(self) -> None:
-        assert usage(None, Reading(0.0, 0.0, 0.0, 0.0)).share is None
+        assert usage(None, self.BEFORE).share is None
 
 
 class TestIsQuiet:
@@ -93,7 +95,7 @@ class TestTree:
 
     def test_reads_what_the_kernel_tells(self, tmp_path: Path) -> None:
         ticks = os.sysconf("SC_CLK_TCK")
-        (tmp_path / "stat").write_text("cpu  500 20 300 9000 70 6 4 30 0 0\ncpu0 1 2 3\n")
+        (tmp_path / "stat").write_text("cpu  500 20 300 9000 70 6 4 30 8 0\ncpu0 1 2\ncpu1 1 2\nintr 5\n")
         for process, (parent, used) in self.PROCESSES.items():
             (tmp_path / str(process)).mkdir()
             fields = ["S", str(parent), *["0"] * 9, str(used), "1", "2", "3", "20", "0"]
@@ -101,7 +103,7 @@ class TestTree:
         (tmp_path / "uptime").write_text("1 2\n")
         found = read(root=10, proc=tmp_path)
         assert found is not None
-        assert found[1:] == pytest.approx((830 / ticks, 30 / ticks, (21 + 3 * 6) / ticks))
+        assert found[1:] == pytest.approx((2, 9930 / ticks, 9070 / ticks, (21 + 3 * 6) / ticks))
         assert sorted(descendants(10, tmp_path)) == [11, 12]
 
     def test_there_may_be_nothing_to_read(self, tmp_path: Path) -> None:
