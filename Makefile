@@ -56,6 +56,8 @@ bench: $(VENV)/.installed rivals
 	$(BIN)/python benchmarks/mixing.py
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/ray_overhead.py
+	$(BIN)/python benchmarks/ray_peers.py
+	$(BIN)/python benchmarks/actor_start.py
 
 # Kills actors, drivers and nodes of Ray runs, and compares bits.
 faults: $(VENV)/.installed
