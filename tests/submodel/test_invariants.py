@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -49,10 +50,9 @@ def layout_and_row(model: Any) -> tuple[Layout, Tensor]:
     return layout, layout.flatten(layout.views(x))
 
 
-def cutter_of(layout: Layout, strategy: str, x: Tensor) -> Cutter:
+def cutter_and_order(layout: Layout, strategy: str, x: Tensor) -> tuple[Cutter, Mapping[str, Tensor]]:
     cutter = Cutter(layout, resolve("strategy", strategy), 1, 5)
-    cutter.rank_(x)
-    return cutter
+    return cutter, cutter.order(x)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -62,9 +62,9 @@ class TestEveryStrategy:
         model, images = MODELS[name]
         layout, x = layout_and_row(model)
         expected = model.apply(layout.views(x), images)
-        cutter = cutter_of(layout, strategy, x)
+        cutter, order = cutter_and_order(layout, strategy, x)
         for number in ROUNDS:
-            cut = cutter.cut(1.0, number, client=number)
+            cut = cutter.cut(1.0, number, client=number, order=order)
             held = cut.read(x, torch.zeros(cut.sub.d))
             assert (model.apply(cut.sub.views(held), images) - expected).abs().max() < 1e-5
 
@@ -72,9 +72,9 @@ class TestEveryStrategy:
         """What a sub-model holds of each parameter is exactly the rows and columns of its windows."""
         model, _ = MODELS[name]
         layout, x = layout_and_row(model)
-        cutter = cutter_of(layout, strategy, x)
+        cutter, order = cutter_and_order(layout, strategy, x)
         for number in ROUNDS[:4]:
-            cut = cutter.cut(0.5, number, client=number)
+            cut = cutter.cut(0.5, number, client=number, order=order)
             marked = cut.sub.views(cut.read(x, torch.zeros(cut.sub.d)))
             for parameter, full in layout.views(x).items():
                 expected = full
@@ -88,10 +88,10 @@ class TestEveryStrategy:
 
 def changed(layout: Layout, strategy: str, order: list[int], labels: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Average updates of six clients of mixed capacity into `x`, in this order; return the model and what was held."""
-    cutter, total = cutter_of(layout, strategy, x), SelectiveMean(layout)
+    (cutter, channels), total = cutter_and_order(layout, strategy, x), SelectiveMean(layout)
     held = torch.zeros(layout.d, dtype=torch.bool)
     for client in order:
-        cut = cutter.cut(CAPACITIES[client % 2], 4, client)
+        cut = cutter.cut(CAPACITIES[client % 2], 4, client, channels)
         change = torch.randn(cut.sub.d, generator=torch.Generator().manual_seed(client))
         weight = 1.0 + client
         total.add_params(cut, cut.sub.views(change), weight, labels[client])

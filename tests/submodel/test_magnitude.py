@@ -6,7 +6,7 @@ import torch
 
 from federation import configure, digest, mixed
 from gossamer import experiment
-from gossamer.submodel import Cutter, Dim, Layout
+from gossamer.submodel import Cutter, Dim, Layout, extract
 from gossamer.submodel.magnitude import by_magnitude, magnitude
 
 LAYOUT = Layout.of(
@@ -43,17 +43,17 @@ class TestRank:
 class TestCutter:
     def test_windows_hold_the_largest_channels(self) -> None:
         cutter = Cutter(LAYOUT, magnitude, 1, 0)
-        assert cutter.cut(0.5, 0, 0).windows["a"].indices.tolist() == [0, 1]
-        cutter.rank_(model([0.5, -2.0, 1.0, 0.0]))
-        assert cutter.cut(0.5, 0, 0).windows["a"].indices.tolist() == [1, 2]
-        cutter.rank_(model([0.5, 0.0, 1.0, 3.0]))
-        assert cutter.cut(0.5, 0, 7).windows["a"].indices.tolist() == [2, 3]
+        first, second = (cutter.order(model(rows)) for rows in ([0.5, -2.0, 1.0, 0.0], [0.5, 0.0, 1.0, 3.0]))
+        assert cutter.cut(0.5, 0, 0, first).windows["a"].indices.tolist() == [1, 2]
+        assert cutter.cut(0.5, 0, 7, second).windows["a"].indices.tolist() == [2, 3]
+        assert cutter.cut(0.5, 0, 0, first).windows["a"].indices.tolist() == [1, 2]  # nothing was remembered
 
-    def test_ranks_can_be_shared(self) -> None:
-        cutter, memory = Cutter(LAYOUT, magnitude, 1, 0), torch.zeros(4)
-        cutter.share_ranks(lambda count: memory[:count])
-        cutter.rank_(model([0.5, -2.0, 1.0, 0.0]))
-        assert memory.view(torch.int32).tolist() == [1, 2, 0, 3]
+    def test_of_the_parameters_that_are_extracted_from(self) -> None:
+        params = LAYOUT.views(model([0.5, 0.0, 1.0, 3.0]))
+        axes = dict(zip(LAYOUT.names, LAYOUT.axes, strict=True))
+        sub = extract(params, axes, 0.5, 0, strategy="magnitude")
+        assert sub.windows["a"].indices.tolist() == [2, 3]
+        assert sub.params["a.weight"][:, 0].tolist() == [1.0, 3.0]
 
 
 class TestFederation:

@@ -58,6 +58,7 @@ class FederatedEngine(ABC):
         self.stop_requested: Callable[[], bool] = lambda: False
         self.report: Callable[..., None] = lambda kind, **fields: None
         self._state: Arrays = dict(state)
+        self._order = task.cutter.order(self._state["x"][0])
         self._results: list[tuple[Block, list[bool], list[float]]] = []
         self._trees: dict[tuple[int, str], TreeSum] = {}
         self._sums: dict[tuple[int, str], Tensor] = {}
@@ -85,7 +86,8 @@ class FederatedEngine(ABC):
     def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
         """Train the plan's participants; sums are kept for `exchange`. Payloads of the results are valid until then."""
         self._results, self._sums, self._window_rows, self._private = [], {}, {}, {}
-        self._task.cutter.rank_(self._state["x"][0])
+        for axis, order in self._task.cutter.order(self._state["x"][0]).items():
+            self._order[axis].copy_(order)
         trees = self._trees = dict[tuple[int, str], TreeSum]()
         blocks: list[Block] = []
         for variant in self._task.variants:
@@ -261,13 +263,13 @@ class FederatedEngine(ABC):
         if variant.shares_window:
             sums = {name: self._sums[variant.index, name] for name in self._task.algorithm.traits.uplink}
             label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).float()
-            cut = self._task.cut(variant, plan.round)
+            cut = self._task.cut(variant, plan.round, order=self._order)
             yield Part(cut, sums, math.fsum(plan.weight[survivors]), label_weights)
             return
         for number, row in enumerate(survivors.tolist()):
             sums = {name: self._window_rows[row, name] for name in self._task.algorithm.traits.uplink}
             label_weights = None if labels is None else torch.from_numpy(labels[number]).float()
-            cut = self._task.cut(variant, plan.round, int(plan.client[row]))
+            cut = self._task.cut(variant, plan.round, int(plan.client[row]), self._order)
             yield Part(cut, sums, float(plan.weight[row]), label_weights)
 
 

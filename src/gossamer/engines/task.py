@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from pydantic import field_validator
+from torch import Tensor
 
 from gossamer.algorithms.base import Algorithm
 from gossamer.errors import ConfigError, one_line
@@ -148,9 +149,9 @@ class Task:
             return Variant.bind(WHOLE, 1.0, self.algorithm, self.cutter, LocalSGD(), VariantMode())
         return self.variants[index]
 
-    def cut(self, variant: Variant, round: int, client: int = 0) -> Cut:
-        """Return the windows of a participant in a round."""
-        return self.cutter.cut(variant.capacity, round, client)
+    def cut(self, variant: Variant, round: int, client: int = 0, order: Mapping[str, Tensor] | None = None) -> Cut:
+        """Return the windows of a participant in a round, see `Cutter.cut`."""
+        return self.cutter.cut(variant.capacity, round, client, order)
 
     def with_modes(self, modes: Sequence[VariantMode]) -> Task:
         """Return the same task, trained in other modes."""

@@ -7,7 +7,7 @@ runs at memory speed; windows of many segments (random ones) go through index te
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -171,10 +171,7 @@ def count_shapes(layout: Layout) -> list[tuple[int, ...]]:
 
 
 class Cutter:
-    """Cuts sub-models from one layout with one strategy; the last cuts are remembered.
-
-    Where the strategy ranks channels by the model, `rank_` must be called with the model at the start of every round.
-    """
+    """Cuts sub-models from one layout with one strategy; the last cuts are remembered."""
 
     def __init__(
         self,
@@ -205,7 +202,6 @@ class Cutter:
                 f"unknown axis {unknown[0]!r} in submodel.offsets{nearest(unknown[0], layout.cut_axes)}"
                 f" (the model's axes: {', '.join(layout.cut_axes)})"
             )
-        self._ranks = {axis: torch.arange(layout.widths[axis], dtype=torch.int32) for axis in layout.cut_axes}
         self._sub_layout = lru_cache(maxsize=64)(layout.cut)
         self._groups = lru_cache(maxsize=64)(self._make_groups)
         self._shared_cut = lru_cache(maxsize=64)(self._make)
@@ -218,26 +214,31 @@ class Cutter:
         """Whether all clients of `capacity` have the same cut in a round."""
         return self.strategy.shared or self._held(capacity) == 1.0
 
-    def cut(self, capacity: float, round: int, client: int) -> Cut:
-        """Return the cut of `client` in `round`."""
+    def cut(self, capacity: float, round: int, client: int, order: Mapping[str, Tensor] | None = None) -> Cut:
+        """Return the cut of `client` in `round`.
+
+        Args:
+            order: what `order` returned for the model at the start of the round; needed only where the strategy ranks.
+        """
         capacity = self._held(capacity)
         if self.strategy.rank is not None:
-            return self._make(capacity, round, client)
+            assert order is not None, "this strategy ranks channels, so their order is needed"
+            return self._cut_ranked(capacity, order)
         if self.shares(capacity):
             return self._shared_cut(capacity, round, 0)
         return self._make(capacity, round, client)
 
-    def rank_(self, x: Tensor) -> None:
-        """Rank the channels by the model x [d], if the strategy does so at all."""
-        if self.strategy.rank is not None:
-            for axis, order in self.strategy.rank(self.layout, x).items():
-                self._ranks[axis].copy_(order)
+    def order(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the order of channels by the model x [d], see `Strategy.rank`; nothing where the strategy has none."""
+        return {} if self.strategy.rank is None else dict(self.strategy.rank(self.layout, x))
 
-    def share_ranks(self, allocate: Callable[[int], Tensor]) -> None:
-        """Move the ranks to memory of 4-byte numbers that `allocate` returns, so that other processes see them."""
-        if self.strategy.rank is not None:
-            for axis, order in self._ranks.items():
-                self._ranks[axis] = allocate(len(order)).view(torch.int32).copy_(order)
+    def _cut_ranked(self, capacity: float, order: Mapping[str, Tensor]) -> Cut:
+        windows = {}
+        for axis in self.layout.cut_axes:
+            width = self.layout.widths[axis]
+            first = order[axis][: window_length(width, capacity)]
+            windows[axis] = Window.of_indices(width, np.sort(first.numpy()))
+        return Cut(self.layout, self.layout.windowed(windows), windows)
 
     def _held(self, capacity: float) -> float:
         """Return the share of every axis that participants of a capacity hold."""
@@ -252,13 +253,9 @@ class Cutter:
         windows, groups = {}, self._groups(capacity)
         for axis in self.layout.cut_axes:
             width = self.layout.widths[axis]
-            length = window_length(width, capacity)
-            if self.strategy.rank is not None:
-                windows[axis] = Window.of_indices(width, np.sort(self._ranks[axis][:length].numpy()))
-                continue
             windows[axis] = self.strategy.choose(
                 width,
-                length,
+                window_length(width, capacity),
                 round=round,
                 stride=self.stride,
                 offset=self.offsets[axis],

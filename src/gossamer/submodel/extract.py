@@ -55,7 +55,7 @@ def extract(
     """Cut a sub-model out of `params`.
 
     Args:
-        params: ``{name: float32 tensor}``.
+        params: ``{name: float32 tensor}``; a strategy that ranks channels does so by them.
         axes: ``{name: (axis, ...)}``, one axis name, `Dim` or None per dimension.
         capacity: share of each width, in (0, 1].
         round, strategy, seed, client, stride: see `window`; every axis is its own width group.
@@ -65,7 +65,9 @@ def extract(
     """
     check_capacity(capacity)
     layout = layout_of(params, axes)
-    cut = Cutter(layout, resolve("strategy", strategy), stride, seed).cut(capacity, round, client)
+    cutter = Cutter(layout, resolve("strategy", strategy), stride, seed)
+    order = cutter.order(layout.flatten(params)) if cutter.strategy.rank is not None else None
+    cut = cutter.cut(capacity, round, client, order)
     held = {name: torch.empty(shape) for name, shape in zip(cut.sub.names, cut.sub.shapes, strict=True)}
     for piece in cut.pieces:
         piece.read(params[piece.name].detach(), held[piece.name])

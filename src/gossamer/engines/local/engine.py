@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.algorithms.base import Arrays
 from gossamer.engines.local.peers import PeerEngine
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
@@ -45,18 +46,19 @@ class LocalEngine(FederatedEngine):
         """
         keep_freed_memory()
         require_devices(task)
-        shared = {
-            name: shared_zeros(value.numel(), value.dtype).view(value.shape).copy_(value)
-            for name, value in state.items()
-        }
         num_workers = workers if sys.platform == "linux" else 0
-        super().__init__(task, shared, store, num_workers=num_workers, block_size=block_size)
-        task.cutter.share_ranks(shared_zeros)
+        super().__init__(task, shared(state), store, num_workers=num_workers, block_size=block_size)
+        self._order = shared(self._order)
         self._slots = Slots(self._make_slots() if num_workers else torch.zeros(0, 0))
-        self._local = Worker(task, self._state, self._slots.memory)
+
+        def make_worker() -> Worker:
+            """Return what handles messages, in whichever process."""
+            return Worker(task, self._state, self._order, self._slots.memory)
+
+        self._local = make_worker()
         self._pool: WorkerPool | None = None
         if num_workers:
-            self._pool = WorkerPool(num_workers, lambda: Worker(task, self._state, self._slots.memory).handle)
+            self._pool = WorkerPool(num_workers, lambda: make_worker().handle)
 
     @staticmethod
     def of_peers(task: Task, x: Tensor, *, workers: int, block_size: int | None = None) -> PeerEngine:
@@ -115,3 +117,10 @@ class LocalEngine(FederatedEngine):
             replies = list(self._pool.map(jobs, lambda: False))
         replies.sort(key=lambda reply: int(reply["chunk"]))
         return [{name: np.array(v, dtype=np.float64) for name, v in reply["sums"].items()} for reply in replies]
+
+
+def shared(arrays: Mapping[str, Tensor]) -> Arrays:
+    """Return copies of arrays in memory that forked processes share."""
+    return {
+        name: shared_zeros(value.numel(), value.dtype).view(value.shape).copy_(value) for name, value in arrays.items()
+    }

@@ -52,17 +52,19 @@ class ClientActor:
         """Rebuild the task, see `prepare`."""
         self._task = prepare(recipe, data)
         self._state: Arrays = {}
-        self._trainer = Trainer(self._task, self._state)
-        self._worker = Worker(self._task, self._state, torch.zeros(0, 0))
+        self._order: Arrays = {}
+        self._trainer = Trainer(self._task, self._state, self._order)
+        self._worker = Worker(self._task, self._state, self._order, torch.zeros(0, 0))
         self._attached = AttachedMemory()
         self._received_at: Any = None
-        self._ranked_at: int | None = None
 
     def ready(self) -> bool:
         """Answer, once the task is built."""
         return True
 
-    def train(self, message: str, received: list[Any], client_state: Received) -> tuple[str, list[NDArray[Any]]]:
+    def train(
+        self, message: str, received: list[Any], order: Received, client_state: Received
+    ) -> tuple[str, list[NDArray[Any]]]:
         """Train one block.
 
         Args:
@@ -70,6 +72,7 @@ class ClientActor:
                 driver's memory, or null; and the number of the ``slot`` there that takes the result, or null.
             received: a reference to the downlink arrays [1, d_sub], or to the whole state [1, d]; in a list, so that it
                 is fetched for the first block of a round only.
+            order: the round's order of channels, where the strategy ranks them.
             client_state: rows [s, d_sub] of the algorithm's client arrays.
 
         Returns:
@@ -77,8 +80,9 @@ class ClientActor:
         """
         described = json.loads(message)
         job = Job.of_message(described)
+        _replace(self._order, tensors(order))
         if described["memory"] is not None:
-            self._replace(self._attached.state(described["memory"]))
+            _replace(self._state, self._attached.state(described["memory"]))
         else:
             self._receive(job, received, is_cut=described["is_cut"])
         number = described["slot"]
@@ -91,22 +95,18 @@ class ClientActor:
             return json.dumps(reply), [value.numpy() for value in arrays]
         return json.dumps(reply | {"slot": number, "extents": write_arrays(slot, arrays)}), []
 
-    def handle(self, message: str, state: Received, ranked: list[Any]) -> str:
+    def handle(self, message: str, state: Received, order: Received) -> str:
         """Return the sums of one chunk of data, see `Worker.handle`.
 
         Args:
             message: JSON, with ``memory`` as in `train`.
             state: the whole one, if there is no such memory.
-            ranked: a reference to the state by which the round's channels were ranked, if they were; in a list, so that
-                it is fetched by those actors only that have trained nothing in this round.
+            order: as in `train`.
         """
         described = json.loads(message)
-        if ranked and described["round"] != self._ranked_at:
-            import ray
-
-            self._rank(tensors(ray.get(ranked[0])), described["round"])
         memory = described["memory"]
-        self._replace(tensors(state) if memory is None else self._attached.state(memory))
+        _replace(self._order, tensors(order))
+        _replace(self._state, tensors(state) if memory is None else self._attached.state(memory))
         return json.dumps(self._worker.handle(described))
 
     def _receive(self, job: Job, reference: list[Any], *, is_cut: bool) -> None:
@@ -119,17 +119,13 @@ class ClientActor:
         self._received_at = address
         if is_cut:
             self._trainer.receive(job, tensors(received))
-            return
-        self._replace(tensors(received))
-        self._rank(self._state, job.round)
+        else:
+            _replace(self._state, tensors(received))
 
-    def _rank(self, state: Arrays, round: int) -> None:
-        self._task.cutter.rank_(state["x"][0])
-        self._ranked_at = round
 
-    def _replace(self, state: Arrays) -> None:
-        self._state.clear()
-        self._state.update(state)
+def _replace(arrays: Arrays, new: Arrays) -> None:
+    arrays.clear()
+    arrays.update(new)
 
 
 def tensors(arrays: Received) -> Arrays:

@@ -76,7 +76,7 @@ class RayEngine(FederatedEngine):
             )
         super().__init__(task, owned, store, num_workers=workers or self._num_free_cpus(), block_size=block_size)
         self._memory: SharedMemory | None = None
-        if is_own and sys.platform == "linux" and task.cutter.strategy.rank is None:
+        if is_own and sys.platform == "linux":
             self._memory = SharedMemory(owned, AHEAD * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot())
             self._state = self._memory.state
         arguments = json.dumps(recipe), put_data(task.workload)
@@ -88,6 +88,7 @@ class RayEngine(FederatedEngine):
             others={GPU: (make_actor(ClientActor, *arguments, num_gpus=1), self._num_gpus)},
         )
         self._received: dict[int | None, Any] = {}
+        self._order_there: Any = {}  # or a reference to the round's order
 
     @staticmethod
     def of_peers(task: Task, x: Tensor, **options: Any) -> RayPeerEngine:
@@ -97,7 +98,7 @@ class RayEngine(FederatedEngine):
     def close(self) -> None:
         """Stop the actors, and the Ray that was started for them."""
         self._actors.stop()
-        self._received = {}
+        self._received, self._order_there = {}, {}
         self._leave()
         if self._memory is not None:
             self._memory.close()
@@ -114,7 +115,10 @@ class RayEngine(FederatedEngine):
         return super().train(plan)
 
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
+        import ray
+
         self._received = {}
+        self._order_there = ray.put(arrays_of(self._order)) if self._order else {}
         if self._memory is not None:
             self._memory.begin(self._trees.values())
         by_key = {(block.variant, block.rows.start): block for block in blocks}
@@ -148,10 +152,10 @@ class RayEngine(FederatedEngine):
         shared = self._memory
         for block in blocks:
             job, variant = self._job(plan, block), self._task.variants[block.variant]
-            is_cut = variant.shares_window and self._task.cutter.strategy.rank is None
+            is_cut = variant.shares_window
             message = job.message() | {"is_cut": is_cut, "memory": shared and shared.address, "slot": None}
             rows = self._client_state(job)
-            rest = [] if shared else [self._put(job, is_cut=is_cut)], arrays_of(rows)
+            rest = [] if shared else [self._put(job, is_cut=is_cut)], self._order_there, arrays_of(rows)
             first = message | {"slot": shared and shared.slots.take()}
             cost = float(job.steps.sum()) * variant.layout.d
             key = (block.variant, block.rows.start)
@@ -166,7 +170,7 @@ class RayEngine(FederatedEngine):
 
             names = self._task.algorithm.traits.downlink if is_cut else self._state
             rows = {name: self._state[name] for name in names or ()}
-            cut = self._task.cut(self._task.variants[job.block.variant], job.round)
+            cut = self._task.cut(self._task.variants[job.block.variant], job.round, order=self._order)
             if is_cut and not cut.is_full:
                 rows = {name: cut.read(row[0], row.new_zeros(cut.sub.d))[None] for name, row in rows.items()}
             self._received[key] = ray.put(arrays_of(rows))
@@ -181,9 +185,8 @@ class RayEngine(FederatedEngine):
 
         message["memory"] = self._memory and self._memory.address
         state: Any = {} if self._memory else ray.put(arrays_of(self._state))
-        ranked = [self._received[None]] if self._task.cutter.strategy.rank is not None else []
         calls = (
-            Call(chunk, "handle", (json.dumps({**message, "chunk": chunk}), state, ranked))
+            Call(chunk, "handle", (json.dumps({**message, "chunk": chunk}), state, self._order_there))
             for chunk in range(num_chunks)
         )
         sums = {key: json.loads(reply)["sums"] for key, reply in self._actors.map(calls)}

@@ -83,8 +83,10 @@ def _trial(
         lr=0.0,
     )
     modes = [mode if other is variant else other.mode for other in task.variants]
-    trainer = Trainer(task.with_modes(modes), state)
-    row = task.cut(variant, 0).read(state["x"][0], state["x"].new_zeros(layout.d))
+    x = state["x"][0]
+    order = task.cutter.order(x)
+    trainer = Trainer(task.with_modes(modes), state, order)
+    row = task.cut(variant, 0, order=order).read(x, x.new_zeros(layout.d))
     fresh = task.algorithm.init_client(row.new_zeros(len(clients), layout.d))
     peers = task.algorithm.init(row.repeat(len(clients), 1)) if task.topology is not None else None
 

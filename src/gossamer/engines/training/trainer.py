@@ -27,10 +27,13 @@ Rows = Tensor | list[Tensor]  # [s, d], or s tensors [1, d]
 
 
 class Trainer:
-    """Trains blocks against resident state arrays [1, d]; keeps the last shared cut."""
+    """Trains blocks against resident state arrays [1, d] and the round's order of channels; keeps the last shared cut.
 
-    def __init__(self, task: Task, state: Mapping[str, Tensor]) -> None:
-        self.task, self._state, self._scalars = task, state, task.algorithm.traits.scalars
+    The mappings of both may be changed between rounds.
+    """
+
+    def __init__(self, task: Task, state: Mapping[str, Tensor], order: Mapping[str, Tensor] | None = None) -> None:
+        self.task, self._state, self._order, self._scalars = task, state, order, task.algorithm.traits.scalars
         self._batches = Batches(task)
         self._factored = may_leave_products(task)
         self._received_at: tuple[int, int, int] | None = None
@@ -156,7 +159,7 @@ class Trainer:
         address, variant = (job.round, job.phase, job.block.variant), self.task.variants[job.block.variant]
         if shared and self._received_at == address:
             return self._received
-        cut = self.task.cut(variant, job.round, client)
+        cut = self.task.cut(variant, job.round, client, self._order)
         layout, working = variant.layout, variant.working_layout
         if cut.is_full and working is layout:
             return {name: self._state[name] for name in names}

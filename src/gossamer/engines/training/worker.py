@@ -25,9 +25,9 @@ class Worker:
     A slot is a stretch of shared memory: first the client state that a job reads, then what the job writes.
     """
 
-    def __init__(self, task: Task, state: Mapping[str, Tensor], slots: Tensor) -> None:
-        self._task, self._state, self._slots = task, state, slots
-        self._trainer = Trainer(task, state)
+    def __init__(self, task: Task, state: Mapping[str, Tensor], order: Mapping[str, Tensor], slots: Tensor) -> None:
+        self._task, self._state, self._order, self._slots = task, state, order, slots
+        self._trainer = Trainer(task, state, order)
         self._statistics: tuple[tuple[float, int], dict[str, Tensor]] | None = None
 
     def handle(self, message: Message) -> Message:
@@ -57,7 +57,7 @@ class Worker:
 
     def _params(self, index: int, round: int) -> dict[str, Tensor]:
         variant, x = self._task.variant(index), self._state["x"][0]
-        cut = self._task.cut(variant, round)
+        cut = self._task.cut(variant, round, order=self._order)
         x = variant.algorithm.evaluated(x)
         if cut.is_full:
             return cut.full.views(x)
