@@ -16,6 +16,8 @@ from federation import LEVELS, assert_same, configure, digest, events, failing, 
 from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config.loading import parse
+from gossamer.engines.base import EngineHooks
+from gossamer.engines.local.engine import LocalEngine
 from gossamer.errors import StateLost
 from gossamer.experiment import Hooks
 from gossamer.profiling.spans import Spans
@@ -119,6 +121,38 @@ class TestRecords:
         run(config, out=tmp_path / "run", hooks=hooks)
         assert names == [("observed", 2)]
         assert seen == [(0, 2, 5), (0, 4, 5), (0, 5, 5), 1, (1, 2, 5), (1, 4, 5), (1, 5, 5), 2]
+
+
+class TestMissing:
+    """Participants that trained, but return nothing."""
+
+    def test_every_row_is_reported(self, tmp_path: Path) -> None:
+        parts = build(parse(configure({"engine.block_size": 2})))
+        answers = iter([False, True])
+        engine, _ = parts.start_engine(tmp_path, EngineHooks(stop_requested=lambda: next(answers)))
+        first, *missing = engine.train(parts.planner.plan(0))
+        assert (first.missing, first.finite) == (None, [True, True])
+        assert [report.missing for report in missing] == ["stopped", "stopped"]
+        assert [report.finite for report in missing] == [[False, False], [False]]
+        assert [report.rows for report in (first, *missing)] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+
+    def test_lost(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They count as dropped, and the others' changes are averaged."""
+        original = LocalEngine._train_blocks, LocalEngine.train
+        monkeypatch.setattr(
+            LocalEngine, "_train_blocks", lambda self, plan, blocks: original[0](self, plan, blocks[1:])
+        )
+        monkeypatch.setattr(
+            LocalEngine,
+            "train",
+            lambda self, plan: (one._replace(missing=one.missing and "lost") for one in original[1](self, plan)),
+        )
+        config = configure({"engine.block_size": 2, "rounds": 1, "clients.quorum": 0.5})
+        plan, done = build(parse(config)).planner.plan(0), run(config, out=tmp_path / "run")
+        assert events(done.directory, "update-dropped") == [
+            {"round": 1, "client": client, "reason": "lost"} for client in plan.client[:2].tolist()
+        ]
+        assert (done.metrics[0]["num_participants"], done.metrics[0]["num_survivors"]) == (5, 3)
 
 
 class TestEvaluation:

@@ -17,12 +17,14 @@ from gossamer import registry
 from gossamer.algorithms.base import Algorithm
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
+from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks
 from gossamer.engines.task import Task
 from gossamer.engines.training.mixing import column_sums
 from gossamer.engines.training.modes import choose_modes
 from gossamer.errors import ConfigError, plugin_errors
 from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
-from gossamer.planning.clients import Planner
+from gossamer.planning.base import Planner
+from gossamer.planning.clients import ClientPlanner
 from gossamer.planning.peers import PeerPlanner
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.simulation.costs import Costs
@@ -48,7 +50,7 @@ class Parts:
 
     config: Config
     task: Task
-    planner: Planner | PeerPlanner
+    planner: Planner
     engine_class: Any
     warnings: tuple[str, ...] = ()
 
@@ -62,10 +64,13 @@ class Parts:
         """The task's algorithm."""
         return self.task.algorithm
 
-    def start_engine(self, directory: Path) -> tuple[Any, ClientStore | None]:
+    def start_engine(self, directory: Path, hooks: EngineHooks = NO_HOOKS) -> tuple[Engine, ClientStore | None]:
         """Start the engine from the initial model, with a store for private state if the algorithm keeps some."""
         options, x = self.config.engine, self.workload.init(self.config.seed)
-        given: dict[str, Any] = {"block_size": None if options.block_size == "auto" else options.block_size}
+        given: dict[str, Any] = {
+            "hooks": hooks,
+            "block_size": None if options.block_size == "auto" else options.block_size,
+        }
         if self.engine_class.is_remote:
             given["workers"] = 0 if options.workers == "auto" else options.workers
             given |= {"address": options.address, "straggler_seconds": options.straggler_seconds}
@@ -88,7 +93,7 @@ class Parts:
         state = self.algorithm.init(x[None])
         return self.engine_class(self.task, state, store, **given), store
 
-    def loop(self, engine: Any, store: ClientStore | None, log: RunLog, checkpoints: Checkpoints) -> Loop:
+    def loop(self, engine: Engine, store: ClientStore | None, log: RunLog, checkpoints: Checkpoints) -> Loop:
         """Assemble the loop."""
         config = self.config
         return Loop(
@@ -150,7 +155,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     return Parts(config, task, planner, resolved.engine_class, warnings)
 
 
-def make_planner(config: Config, task: Task) -> Planner | PeerPlanner:
+def make_planner(config: Config, task: Task) -> Planner:
     """Return what plans the rounds of clients, or of peers."""
     train, clients, peers, sub = config.train, config.clients, config.peers, config.submodel
     shares = [share for _, share in sorted(zip(sub.capacities, sub.shares or [1.0] * len(sub.capacities), strict=True))]
@@ -180,7 +185,7 @@ def make_planner(config: Config, task: Task) -> Planner | PeerPlanner:
         with plugin_errors(f"clients.sampler {clients.sampler!r}"):
             return np.asarray(found(seed, round, num_clients, count), dtype=np.int64)
 
-    return Planner(
+    return ClientPlanner(
         seed=config.seed,
         num_rounds=config.rounds,
         num_samples=task.workload.num_samples,

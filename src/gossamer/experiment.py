@@ -16,6 +16,7 @@ from torch import Tensor
 from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import Resolved, resolve
+from gossamer.engines.base import EngineHooks
 from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, storage_errors
 from gossamer.profiling.spans import Spans
 from gossamer.round_record import Observer
@@ -196,12 +197,10 @@ def _run_rounds(
     stop_requested: Callable[[], bool],
 ) -> Tensor:
     """Start the engine, run what is left from `latest` on, and return the final flat model [d]."""
-    engine, store = parts.start_engine(directory)
+    engine, store = parts.start_engine(directory, EngineHooks(stop_requested, log.log_event))
     with closing(engine):
         loop = parts.loop(engine, store, log, checkpoints)
         loop.observer, loop.spans = hooks.observer(name, parts.config.rounds), hooks.spans()
-        loop.stop_requested = engine.stop_requested = stop_requested
-        engine.report = log.log_event
         if latest is not None:
             loop.restore(latest)  # cuts the logs, so what was damaged is told afterwards
             for message in latest.damaged:

@@ -1,15 +1,15 @@
-"""The records that pass between the loop and an engine: the plan of a phase, and what a block returns."""
+"""The records that pass between the loop and an engine: the plan of a phase, and what came of its participants."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 
 class Block(NamedTuple):
@@ -81,21 +81,26 @@ class RoundPlan:
             yield Block(variant, number * leaves_per_block, leaf, slice(low, min(low + size, rows.stop)))
 
 
-@dataclass
-class BlockResult:
-    """What one block of s participants returns.
+class TrainReport(NamedTuple):
+    """What is known outside an engine of participants that were to train.
 
     Attributes:
-        block: which block.
-        payload: ``{name: tensors}``: for each leaf its weighted tree sum [d_sub], None if every row was dropped; where
-            every participant has a window of its own, the weighted rows, [d_sub] each, instead. [1] for scalars.
-        loss: mean training loss of each row, length s.
-        finite: whether each row's update was finite, length s; the others are not in the sum.
-        private: ``{name: rows [s, d]}``, new client state of algorithms that keep some.
+        rows: slice of the plan's rows.
+        loss: mean training loss of each.
+        finite: whether each one's update is finite; the others are dropped.
+        missing: why these participants return nothing; None: they have returned.
     """
 
-    block: Block
-    payload: dict[str, list[Tensor | None]]
-    loss: list[float]
-    finite: list[bool]
-    private: dict[str, Tensor] = field(default_factory=dict)
+    rows: slice
+    loss: Sequence[float]
+    finite: Sequence[bool]
+    missing: str | None = None
+
+    @classmethod
+    def of_missing(cls, rows: slice, reason: str) -> Self:
+        """Return the report of participants that return nothing."""
+        number = rows.stop - rows.start
+        return cls(rows, [math.nan] * number, [False] * number, reason)
+
+
+STOPPED = "stopped"  # why participants are missing where a stop was requested

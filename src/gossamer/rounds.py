@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,9 +13,8 @@ import torch
 from gossamer.engines.base import Engine
 from gossamer.engines.task import WHOLE
 from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
-from gossamer.planning.base import TimedPlan
-from gossamer.planning.clients import Planner
-from gossamer.planning.peers import PeerPlanner
+from gossamer.plan import STOPPED
+from gossamer.planning.base import Planner, TimedPlan
 from gossamer.profiling.spans import Spans
 from gossamer.round_record import Observer, Progress, Record, round_record
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
@@ -55,13 +53,12 @@ class Loop:
 
     engine: Engine
     workload: Workload
-    planner: Planner | PeerPlanner
+    planner: Planner
     log: RunLog
     checkpoints: Checkpoints
     store: ClientStore | None
     options: LoopOptions
     observer: Observer | None = None
-    stop_requested: Callable[[], bool] = lambda: False
     warnings: tuple[str, ...] = ()
     spans: Spans = field(default_factory=Spans)
     progress: Progress = field(default_factory=Progress)
@@ -84,7 +81,7 @@ class Loop:
         Raises:
             StateLost: the engine lost the state again and again.
             QuorumError: too few usable updates; the state before that round is committed.
-            Interrupted: `stop_requested` turned true; the last whole round is committed.
+            Interrupted: a stop was requested; the last whole round is committed.
         """
         self._clock = time.perf_counter()
         if self.committed_round < 0:
@@ -132,7 +129,7 @@ class Loop:
 
     def _round(self) -> None:
         began = time.perf_counter()
-        if self.stop_requested():
+        if self.engine.hooks.stop_requested():
             raise Interrupted(f"stopped after round {self.progress.round} of {self.options.num_rounds}")
         timed = self.planner.timed_plan(self.progress.round, self.progress.simulated_seconds)
         plan = timed.plan
@@ -161,20 +158,21 @@ class Loop:
         plan = timed.plan
         self._check_quorum(timed, len(plan.client), "in time", "raise clients.deadline_seconds")
         losses = np.full(len(plan.client), np.nan)
-        done = 0
+        done, is_stopped = 0, False
         with self.spans.span("train"):
-            for result in self.engine.train(plan):
+            for report in self.engine.train(plan):
+                is_stopped |= report.missing == STOPPED
+                if is_stopped:
+                    continue
                 # A usable update counts even where the loss itself is not finite.
-                losses[result.block.rows] = np.where(result.finite, np.nan_to_num(result.loss), np.nan)
-                for client, finite in zip(plan.client[result.block.rows], result.finite, strict=True):
-                    if not finite:
-                        self.log.log_event(
-                            "update-dropped", round=plan.round + 1, client=int(client), reason="not finite"
-                        )
-                done += len(result.finite)
+                losses[report.rows] = np.where(report.finite, np.nan_to_num(report.loss), np.nan)
+                dropped, reason = plan.client[report.rows][~np.array(report.finite)], report.missing or "not finite"
+                for client in dropped.tolist():
+                    self.log.log_event("update-dropped", round=plan.round + 1, client=client, reason=reason)
+                done += len(report.finite)
                 if self.observer is not None:
                     self.observer.on_block(plan.round, done, len(plan.client))
-        if done < len(plan.client) or (self.stop_requested() and self.engine.is_whole):
+        if is_stopped or (self.engine.hooks.stop_requested() and self.engine.is_whole):
             raise Interrupted(f"stopped after round {self.progress.round} of {self.options.num_rounds}")
         self._check_quorum(timed, int(np.isfinite(losses).sum()), "usable", "lower train.lr or set train.clip_norm")
         return losses
@@ -182,7 +180,7 @@ class Loop:
     def _check_quorum(self, timed: TimedPlan, num_left: int, what: str, remedy: str) -> None:
         needed = max(1, math.ceil(self.options.quorum * timed.num_expected))
         if num_left < needed:
-            section = "peers" if isinstance(self.planner, PeerPlanner) else "clients"
+            section = self.planner.section
             committed = self.progress.round if self.engine.is_whole else self.committed_round
             raise QuorumError(
                 f"round {timed.plan.round + 1}: only {num_left} of {timed.num_expected} updates are {what} and"

@@ -21,7 +21,7 @@ from gossamer.errors import ConfigError
 from gossamer.plan import RoundPlan
 from gossamer.planning.assignment import Capacities, apportion, assign_devices, devices_of_capacities
 from gossamer.planning.base import TimedPlan
-from gossamer.planning.clients import Planner, first_to_finish, uniform
+from gossamer.planning.clients import ClientPlanner, first_to_finish, uniform
 from gossamer.planning.schedule import ScheduleOptions, learning_rate
 from gossamer.simulation.costs import Costs, VariantCosts
 from gossamer.simulation.devices import DeviceProfile, Devices, DeviceShare, uniform_draws
@@ -40,7 +40,7 @@ def costs(*profiles: DeviceProfile) -> Costs:
     return Costs(VARIANTS, assign_devices(entries, "fixed", NUM_CLIENTS, 3))
 
 
-def planner(**changes: Any) -> Planner:
+def planner(**changes: Any) -> ClientPlanner:
     """Return a planner of 40 clients with 5 to 24 samples each, three capacities, two epochs of batches of 8."""
     options: dict[str, Any] = {
         "seed": 3,
@@ -57,7 +57,7 @@ def planner(**changes: Any) -> Planner:
         "lr": 0.1,
         "schedule": ScheduleOptions(),
     }
-    return Planner(**(options | changes))
+    return ClientPlanner(**(options | changes))
 
 
 def plan_of(variants: list[int]) -> RoundPlan:

@@ -2,37 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.plan import BlockResult, RoundPlan
+from gossamer.plan import RoundPlan, TrainReport
 from gossamer.workloads.base import Sums
 
 Record = dict[str, Any]
+
+
+def _never() -> bool:
+    return False
+
+
+def _ignore(kind: str, **fields: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class EngineHooks:
+    """What an engine asks the run that it works for, and tells it.
+
+    Attributes:
+        stop_requested: asked between blocks; once it is true, the participants left are reported as missing.
+        report: told of what goes wrong and is made good: ``report(kind, **fields)``.
+    """
+
+    stop_requested: Callable[[], bool] = _never
+    report: Callable[..., None] = _ignore
+
+
+NO_HOOKS = EngineHooks()
 
 
 class Engine(Protocol):
     """Carries out the two verbs of a phase where the state lives.
 
     Attributes:
+        hooks: see `EngineHooks`.
         is_whole: whether the state is that of a whole round. Peers train in place, so between `train` and the end of
             `exchange` theirs is not, and cannot be committed.
     """
+
+    hooks: EngineHooks
 
     @property
     def is_whole(self) -> bool:
         """See the class."""
         ...
 
-    def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
-        """Train the plan's participants; yields blocks as they come in, in any order."""
+    def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
+        """Train the plan's participants, and keep what they return for `exchange`.
+
+        Yields reports as participants return, in any order, and at last those of the missing: every row of the plan is
+        in one report.
+        """
         ...
 
     def exchange(self, plan: RoundPlan) -> None:
-        """Combine what `train` returned, update the state and keep the survivors' private state."""
+        """Combine what was trained, update the state and keep the survivors' private state."""
         ...
 
     def evaluate(self, variant: int, round: int) -> Sums:

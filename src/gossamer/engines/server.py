@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gossamer.aggregate import Part, TreeSum, combine
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import Record
+from gossamer.engines.base import EngineHooks, Record
 from gossamer.engines.task import Task, Variant
-from gossamer.engines.training.job import Job
-from gossamer.plan import Block, BlockResult, RoundPlan
+from gossamer.engines.training.job import BlockResult, Job
+from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
 from gossamer.storage.client_store import ClientStore
 from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread
@@ -36,8 +36,7 @@ class FederatedEngine(ABC):
 
     Attributes:
         num_workers: processes that train, by which the size of blocks is chosen. Changes no bits.
-        stop_requested: asked between blocks.
-        report: told of what goes wrong and is made good: ``report(kind, **fields)``.
+        hooks: see `EngineHooks`.
     """
 
     is_whole = True
@@ -51,15 +50,14 @@ class FederatedEngine(ABC):
         *,
         num_workers: int,
         block_size: int | None,
+        hooks: EngineHooks,
     ) -> None:
         """Bind a task to the resident arrays `state`, [1, d] each, which are changed in place from now on."""
         self._task, self._store, self._block_size = task, store, block_size
-        self.num_workers = num_workers
-        self.stop_requested: Callable[[], bool] = lambda: False
-        self.report: Callable[..., None] = lambda kind, **fields: None
+        self.num_workers, self.hooks = num_workers, hooks
         self._state: Arrays = dict(state)
         self._order = task.cutter.order(self._state["x"][0])
-        self._results: list[tuple[Block, list[bool], list[float]]] = []
+        self._results: list[tuple[Block, list[bool]]] = []
         self._trees: dict[tuple[int, str], TreeSum] = {}
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._window_rows: dict[tuple[int, str], Tensor] = {}
@@ -67,7 +65,7 @@ class FederatedEngine(ABC):
 
     @abstractmethod
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
-        """Train blocks somewhere, and yield their results in any order."""
+        """Train blocks somewhere, and yield their results in any order; after a request to stop not all of them."""
 
     def _owns(self, value: Tensor | None) -> bool:
         """Say whether a part of a payload may be overwritten."""
@@ -83,8 +81,8 @@ class FederatedEngine(ABC):
 
     # ---- the two verbs
 
-    def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
-        """Train the plan's participants; sums are kept for `exchange`. Payloads of the results are valid until then."""
+    def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
+        """Train the plan's participants, and keep sums for `exchange`."""
         self._results, self._sums, self._window_rows, self._private = [], {}, {}, {}
         for axis, order in self._task.cutter.order(self._state["x"][0]).items():
             self._order[axis].copy_(order)
@@ -96,25 +94,16 @@ class FederatedEngine(ABC):
             count = rows.stop - rows.start
             trees |= {(variant.index, name): TreeSum(count) for name in self._task.algorithm.traits.uplink if count}
             blocks += of_variant
+        missing = {block.rows.start: block for block in blocks}
         for result in self._train_blocks(plan, blocks):
-            block = result.block
-            self._results.append((block, result.finite, result.loss))
-            shared = self._task.variants[block.variant].shares_window
-            with one_thread():
-                for name, parts in result.payload.items():
-                    for part, value in enumerate(parts):
-                        if shared:
-                            trees[block.variant, name].add(
-                                block.first_leaf + part,
-                                value,
-                                level=block.leaf.bit_length() - 1,
-                                owned=self._owns(value),
-                            )
-                        elif value is not None:
-                            self._window_rows[block.rows.start + part, name] = value.clone()
-            if result.private:
-                self._private[block.rows.start] = {name: rows.clone() for name, rows in result.private.items()}
-            yield result
+            del missing[result.block.rows.start]
+            self._keep(result)
+            yield result.report
+        for block in missing.values():  # sums do without them
+            report = TrainReport.of_missing(block.rows, STOPPED)
+            described = {"arrays": [], "loss": report.loss, "finite": report.finite}
+            self._keep(self._block_result(block, described, []))
+            yield report
         for key, tree in trees.items():
             if tree.total is not None:
                 self._sums[key] = tree.total
@@ -131,7 +120,7 @@ class FederatedEngine(ABC):
                 updated = algorithm.update(self._state, views, self._task.workload.num_clients)
                 self.write(updated)
         if self._store is not None:
-            for block, finite, _ in self._results:
+            for block, finite in self._results:
                 survivors = np.array(finite)
                 clients = plan.client[block.rows][survivors]
                 for name, rows in self._private.get(block.rows.start, {}).items():
@@ -141,7 +130,7 @@ class FederatedEngine(ABC):
     def survivors(self, plan: RoundPlan) -> NDArray[np.bool_]:
         """Return bool [p]: whose update is in the sums."""
         kept = np.zeros(len(plan.client), dtype=bool)
-        for block, finite, _ in self._results:
+        for block, finite in self._results:
             kept[block.rows] = finite
         return kept
 
@@ -173,9 +162,27 @@ class FederatedEngine(ABC):
 
     # ---- inside
 
-    def _block_result(
-        self, plan: RoundPlan, block: Block, reply: Mapping[str, Any], arrays: Iterable[Tensor]
-    ) -> BlockResult:
+    def _keep(self, result: BlockResult) -> None:
+        """Add up what a block returned, and keep the rest of it, for `exchange`."""
+        block = result.block
+        self._results.append((block, result.finite))
+        shared = self._task.variants[block.variant].shares_window
+        with one_thread():
+            for name, parts in result.payload.items():
+                for part, value in enumerate(parts):
+                    if shared:
+                        self._trees[block.variant, name].add(
+                            block.first_leaf + part,
+                            value,
+                            level=block.leaf.bit_length() - 1,
+                            owned=self._owns(value),
+                        )
+                    elif value is not None:
+                        self._window_rows[block.rows.start + part, name] = value.clone()
+        if result.private:
+            self._private[block.rows.start] = {name: rows.clone() for name, rows in result.private.items()}
+
+    def _block_result(self, block: Block, reply: Mapping[str, Any], arrays: Iterable[Tensor]) -> BlockResult:
         """Put together what came of a block: `arrays` are what ``reply["arrays"]`` names, see `named_arrays`."""
         shared = self._task.variants[block.variant].shares_window
         num_parts = num_leaves_of(block) if shared else block.rows.stop - block.rows.start

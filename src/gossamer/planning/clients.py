@@ -49,8 +49,10 @@ def first_to_finish(
     return kept, float(seconds[quickest].max(initial=0.0))
 
 
-class Planner:
+class ClientPlanner:
     """Builds the plan of a round."""
+
+    section = "clients"
 
     def __init__(
         self,

@@ -24,6 +24,8 @@ MAX_CACHED_ROUNDS = 64  # rounds of a topology that repeats
 class PeerPlanner:
     """Builds the plan of a round, in which all peers train and mix."""
 
+    section = "peers"
+
     def __init__(
         self,
         *,

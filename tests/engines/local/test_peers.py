@@ -78,7 +78,7 @@ def drive(parts: Parts, workers: int = 0, block_size: int | None = None) -> Outc
             plan, found = parts.planner.plan(round), {}
             for result in engine.train(plan):
                 assert result.finite == [True] * len(result.loss)
-                found |= dict(zip(plan.client[result.block.rows].tolist(), result.loss, strict=True))
+                found |= dict(zip(plan.client[result.rows].tolist(), result.loss, strict=True))
             engine.exchange(plan)
             losses.append(dict(sorted(found.items())))
         state = {name: value.clone() for name, value in engine.read().items()}

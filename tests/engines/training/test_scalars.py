@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from federation import LEVELS, SINGLY, STACKED, assert_same, configure, digest, 
 from gossamer import run
 from gossamer.build import build
 from gossamer.config.loading import parse
+from gossamer.engines.training.job import BlockResult
 from slow_federated import UNEQUAL
 
 EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
@@ -24,12 +26,19 @@ TALLYING = {"algorithm": "tallying:Tallying"} | UNEQUAL
 def tallies(config: dict[str, Any], where: Path) -> tuple[float, float, float, float]:
     """Return the count and the mean number of steps that the server saw in one round, and those expected."""
     parts = build(parse(config))
-    engine, _ = parts.start_engine(where)
-    try:
-        plan = parts.planner.plan(0)
-        for result in engine.train(plan):
+    engine = parts.start_engine(where)[0]
+    train_blocks = engine._train_blocks
+
+    def watched(*arguments: Any) -> Iterator[BlockResult]:
+        for result in train_blocks(*arguments):
             sent = [value for value in result.payload["x"] if value is not None]
             assert all(value.data_ptr() % 64 == 0 for value in sent), "after a scalar, rows must still start aligned"
+            yield result
+
+    engine._train_blocks = watched
+    try:
+        plan = parts.planner.plan(0)
+        list(engine.train(plan))
         engine.exchange(plan)
         kept, state = engine.survivors(plan), engine.read()
     finally:

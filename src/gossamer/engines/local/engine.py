@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
+from gossamer.engines.base import NO_HOOKS, EngineHooks
 from gossamer.engines.local.peers import PeerEngine
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.server import FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS, Slots, read_arrays
 from gossamer.engines.task import Task, require_devices
-from gossamer.engines.training.job import Job
+from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.worker import Message, Worker
-from gossamer.plan import Block, BlockResult, RoundPlan
+from gossamer.plan import Block, RoundPlan
 from gossamer.storage.client_store import ClientStore
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums
@@ -35,6 +37,7 @@ class LocalEngine(FederatedEngine):
         *,
         workers: int,
         block_size: int | None = None,
+        hooks: EngineHooks = NO_HOOKS,
     ) -> None:
         """Place `state` (arrays [1, d]) in shared memory and start the workers.
 
@@ -43,11 +46,12 @@ class LocalEngine(FederatedEngine):
             store: where private client state rests; needed if the algorithm keeps some.
             workers: processes; 0 trains in this process. Changes no bits.
             block_size: participants a block (a power of two), or None for a size that suits. Changes no bits.
+            hooks: see `EngineHooks`.
         """
         keep_freed_memory()
         require_devices(task)
         num_workers = workers if sys.platform == "linux" else 0
-        super().__init__(task, shared(state), store, num_workers=num_workers, block_size=block_size)
+        super().__init__(task, shared(state), store, num_workers=num_workers, block_size=block_size, hooks=hooks)
         self._order = shared(self._order)
         self._slots = Slots(self._make_slots() if num_workers else torch.zeros(0, 0))
 
@@ -61,10 +65,10 @@ class LocalEngine(FederatedEngine):
             self._pool = WorkerPool(num_workers, lambda: make_worker().handle)
 
     @staticmethod
-    def of_peers(task: Task, x: Tensor, *, workers: int, block_size: int | None = None) -> PeerEngine:
+    def of_peers(task: Task, x: Tensor, **options: Any) -> PeerEngine:
         """Return the engine of a task that has a topology instead of a server."""
         require_devices(task)
-        return PeerEngine(task, x, workers=workers, block_size=block_size)
+        return PeerEngine(task, x, **options)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -83,7 +87,7 @@ class LocalEngine(FederatedEngine):
         jobs = (self._job(plan, block) for block in blocks)
         if self._pool is None:
             for job in jobs:
-                if self.stop_requested():
+                if self.hooks.stop_requested():
                     return
                 with one_thread():
                     result = self._local.train(job, self._client_state(job))
@@ -91,11 +95,11 @@ class LocalEngine(FederatedEngine):
             return
         self._slots.begin(self._trees.values())
         by_address = {(block.variant, block.first_leaf): block for block in blocks}
-        for reply in self._pool.map(map(self._message, jobs), self.stop_requested):
+        for reply in self._pool.map(map(self._message, jobs), self.hooks.stop_requested):
             block, slot = by_address[reply["variant"], reply["first_leaf"]], self._slots.memory[reply["slot"]]
             arrays = read_arrays(slot, reply["extents"])
             self._slots.give_back(reply["slot"])
-            yield self._block_result(plan, block, reply, arrays)
+            yield self._block_result(block, reply, arrays)
 
     def _message(self, job: Job) -> Message:
         """Write a job's client state into a free slot and describe the job."""

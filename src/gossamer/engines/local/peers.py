@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import Record
+from gossamer.engines.base import NO_HOOKS, EngineHooks, Record
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.peers import distance_record, job_message, peers_record, rows_of_block
 from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.engines.training.peer_worker import Message, PeerState, PeerWorker
-from gossamer.plan import Block, BlockResult, RoundPlan
+from gossamer.plan import Block, RoundPlan, TrainReport
 from gossamer.threads import one_thread
 from gossamer.topology.streaming import panels
 from gossamer.workloads.base import Sums, add_sums
@@ -29,7 +29,15 @@ SMALL_FLOATS = 1 << 17  # of a state that one process mixes sooner than it could
 class PeerEngine:
     """Trains peers on this machine; see `peerwork.PeerWorker` for what is done with a block and with a panel."""
 
-    def __init__(self, task: Task, x: Tensor, *, workers: int, block_size: int | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        x: Tensor,
+        *,
+        workers: int,
+        block_size: int | None = None,
+        hooks: EngineHooks = NO_HOOKS,
+    ) -> None:
         """Place the peers' state in shared memory and start the workers.
 
         Args:
@@ -37,6 +45,7 @@ class PeerEngine:
             x: [d], the initial model of all peers, unless the workload has a `peer_init`.
             workers: processes; 0 trains in this process. Changes no bits.
             block_size: peers a block, or None for a size that suits. Changes no bits.
+            hooks: see `EngineHooks`.
         """
         assert task.topology is not None
         keep_freed_memory()
@@ -62,9 +71,7 @@ class PeerEngine:
         self._pool: WorkerPool | None = None
         if workers and sys.platform == "linux":
             self._pool = WorkerPool(workers, lambda: PeerWorker(task, self._peers).handle)
-        self.is_whole = True
-        self.stop_requested: Callable[[], bool] = lambda: False
-        self.report: Callable[..., None] = lambda kind, **fields: None
+        self.is_whole, self.hooks = True, hooks
         self._squares: float | None = None
 
     def _place(self, d: int, dtype: torch.dtype) -> Tensor:
@@ -72,13 +79,13 @@ class PeerEngine:
 
     # ---- the two verbs
 
-    def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
+    def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
         """Train all peers where their rows lie; a request to stop is heeded after the round."""
         self.is_whole = False
         blocks = [block for variant in self._task.variants for block in self._blocks(plan, variant)]
         by_first = {block.rows.start: block for block in blocks}
         for reply in self._map((job_message(plan, block) for block in blocks), small=False):
-            yield BlockResult(by_first[reply["first"]], {}, reply["loss"], reply["finite"])
+            yield TrainReport(by_first[reply["first"]].rows, reply["loss"], reply["finite"])
 
     def exchange(self, plan: RoundPlan) -> None:
         """Mix and update, panel by panel; scalars last."""

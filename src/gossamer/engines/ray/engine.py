@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.engines.base import NO_HOOKS, EngineHooks
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, ActorPool, Call
 from gossamer.engines.ray.client_actor import ClientActor
@@ -21,9 +22,9 @@ from gossamer.engines.ray.shared_memory import SharedMemory
 from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS
 from gossamer.engines.task import Task, Variant
-from gossamer.engines.training.job import Job
+from gossamer.engines.training.job import BlockResult, Job
 from gossamer.errors import ConfigError
-from gossamer.plan import Block, BlockResult, RoundPlan
+from gossamer.plan import Block, RoundPlan, TrainReport
 from gossamer.storage.client_store import ClientStore
 from gossamer.workloads.base import Sums
 
@@ -41,6 +42,7 @@ class RayEngine(FederatedEngine):
         *,
         workers: int,
         block_size: int | None = None,
+        hooks: EngineHooks = NO_HOOKS,
         recipe: Mapping[str, Any],
         address: str | None = None,
         straggler_seconds: float | None = None,
@@ -48,7 +50,7 @@ class RayEngine(FederatedEngine):
         """Start Ray or join a cluster, and start actors.
 
         Args:
-            task, state, store, block_size: as of the local engine.
+            task, state, store, block_size, hooks: as of the local engine.
             workers: actors, of one CPU each; 0: as many as there are CPUs, anew every round. Changes no bits. Where
                 modes name another device than "cpu", there is one more actor for every GPU of the cluster; these alone
                 train the capacities of such modes.
@@ -74,7 +76,9 @@ class RayEngine(FederatedEngine):
                 "engine.modes trains on another device than cpu, but Ray finds no GPU: join a cluster that has some, or"
                 " use cpu"
             )
-        super().__init__(task, owned, store, num_workers=workers or self._num_free_cpus(), block_size=block_size)
+        super().__init__(
+            task, owned, store, num_workers=workers or self._num_free_cpus(), block_size=block_size, hooks=hooks
+        )
         self._memory: SharedMemory | None = None
         if is_own and sys.platform == "linux":
             self._memory = SharedMemory(owned, AHEAD * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot())
@@ -84,7 +88,7 @@ class RayEngine(FederatedEngine):
             make_actor(ClientActor, *arguments),
             self.num_workers,
             straggler_seconds=straggler_seconds,
-            on_event=lambda kind, **fields: self.report(kind, **fields),
+            on_event=hooks.report,
             others={GPU: (make_actor(ClientActor, *arguments, num_gpus=1), self._num_gpus)},
         )
         self._received: dict[int | None, Any] = {}
@@ -107,7 +111,7 @@ class RayEngine(FederatedEngine):
         """Return how many CPUs are left for actors without a GPU; one at least, to evaluate."""
         return max(1, num_cpus() - self._num_gpus)
 
-    def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
+    def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
         """Train on as many actors as there are CPUs by now, and cut blocks for them, see `FederatedEngine`."""
         if self._adapts:
             self._actors.resize(self._num_free_cpus())
@@ -126,14 +130,14 @@ class RayEngine(FederatedEngine):
         for block in blocks:
             by_kind.setdefault(GPU if self._task.variants[block.variant].mode.is_on_gpu else CPU, []).append(block)
         calls = {kind: self._calls(plan, of_kind) for kind, of_kind in by_kind.items()}
-        for key, (reply, arrays) in self._actors.map(calls, self.stop_requested):
+        for key, (reply, arrays) in self._actors.map(calls, self.hooks.stop_requested):
             described = json.loads(reply)
             if "slot" in described:
                 assert self._memory is not None
                 values = self._memory.take_back(described)
             else:
                 values = [torch.from_numpy(array) for array in arrays]
-            yield self._block_result(plan, by_key[key], described, values)  # type: ignore[index]
+            yield self._block_result(by_key[key], described, values)  # type: ignore[index]
 
     def _blocks_of(self, plan: RoundPlan, variant: Variant) -> list[Block]:
         """Cut the last rows of a round finely and the first ones coarsely: every block sends one sum."""

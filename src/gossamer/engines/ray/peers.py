@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import Record
+from gossamer.engines.base import NO_HOOKS, EngineHooks, Record
 from gossamer.engines.collective.group import Backend, has_nccl
 from gossamer.engines.peers import distance_record, job_message, peers_record, rows_of_block
 from gossamer.engines.ray.actor_pool import ActorPool, Call
@@ -26,7 +26,7 @@ from gossamer.engines.ray.peer_actor import PeerActor
 from gossamer.engines.task import WHOLE, Task
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.errors import ConfigError, StateLost
-from gossamer.plan import Block, BlockResult, RoundPlan
+from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
 from gossamer.topology.streaming import panels
 from gossamer.workloads.base import Sums, add_sums
 
@@ -44,6 +44,7 @@ class RayPeerEngine:
         *,
         workers: int,
         block_size: int | None = None,
+        hooks: EngineHooks = NO_HOOKS,
         recipe: Mapping[str, Any],
         address: str | None = None,
         straggler_seconds: float | None = None,
@@ -54,7 +55,7 @@ class RayPeerEngine:
         Args:
             task: what trains; it has a topology.
             x: [d], the initial model, of which actors make their own.
-            workers, recipe, address, straggler_seconds: as of `RayEngine`.
+            workers, hooks, recipe, address, straggler_seconds: as of `RayEngine`.
             block_size: peers that are trained stacked together, or None for a size that suits. Changes no bits.
             collective: backend by which actors, whose number is then fixed, exchange rows; None: the object store.
 
@@ -71,8 +72,7 @@ class RayPeerEngine:
         self._adapts = not workers and collective is None
         self._task, self._block_size, self._num_peers = task, block_size, task.topology.n
         self.is_whole = True  # what is in the object store stays until the round is over
-        self.stop_requested: Callable[[], bool] = lambda: False
-        self.report: Callable[..., None] = lambda kind, **fields: None
+        self.hooks = hooks
         num_actors = workers or num_cpus()
         self._bounds = bounds_of_blocks(self._num_peers, num_actors)
         self._collective: CollectiveExchange | None = None
@@ -90,7 +90,7 @@ class RayPeerEngine:
             make,
             num_actors if self._collective is None else 0,
             straggler_seconds=straggler_seconds,
-            on_event=lambda kind, **fields: self.report(kind, **fields),
+            on_event=hooks.report,
             others=dict.fromkeys(self._collective.kinds, (make, 1)) if self._collective is not None else None,
         )
         self._columns = [[one.start, one.stop] for one in panels(self._num_peers, len(x), x.dtype.itemsize)]
@@ -101,7 +101,7 @@ class RayPeerEngine:
 
     # ---- the two verbs
 
-    def train(self, plan: RoundPlan) -> Iterator[BlockResult]:
+    def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
         """Train all peers; what they send goes into the object store."""
         if self._adapts:
             self._actors.resize(num_cpus())
@@ -121,17 +121,18 @@ class RayPeerEngine:
             )
             for number in range(len(self._bounds))
         )
-        for number, (replies, *kept) in self._map(calls, self.stop_requested):
+        for number, (replies, *kept) in self._map(calls, self.hooks.stop_requested):
             self._trained[number] = tuple(kept)
             for reply in json.loads(replies):
-                yield BlockResult(blocks[reply["first"]], {}, reply["loss"], reply["finite"])
+                yield TrainReport(blocks.pop(reply["first"]).rows, reply["loss"], reply["finite"])
+        yield from (TrainReport.of_missing(block.rows, STOPPED) for block in blocks.values())
 
     def exchange(self, plan: RoundPlan) -> None:
         """Mix and update, block by block."""
         if self._collective is not None:
             trained = [self._trained[number][0] for number in range(len(self._bounds))]
             described = self._describe(plan, lr=plan.lr)
-            self._state = self._collective.mix(self._actors, described, trained, self.report)
+            self._state = self._collective.mix(self._actors, described, trained, self.hooks.report)
         else:
             calls = (
                 Call(

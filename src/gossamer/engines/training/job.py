@@ -1,14 +1,16 @@
-"""What one block is to train."""
+"""What one block is to train, and what comes of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from gossamer.plan import Block
+from gossamer.plan import Block, TrainReport
 
 
 class Job(NamedTuple):
@@ -48,3 +50,28 @@ class Job(NamedTuple):
             "steps": self.steps.tolist(),
             "lr": self.lr,
         }
+
+
+@dataclass
+class BlockResult:
+    """What one block of s participants returns.
+
+    Attributes:
+        block: which block.
+        payload: ``{name: tensors}``: for each leaf its weighted tree sum [d_sub], None if every row was dropped; where
+            every participant has a window of its own, the weighted rows, [d_sub] each, instead. [1] for scalars.
+        loss: mean training loss of each row, length s.
+        finite: whether each row's update was finite, length s; the others are not in the sum.
+        private: ``{name: rows [s, d]}``, new client state of algorithms that keep some.
+    """
+
+    block: Block
+    payload: dict[str, list[Tensor | None]]
+    loss: list[float]
+    finite: list[bool]
+    private: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def report(self) -> TrainReport:
+        """What is known of the block outside the engine."""
+        return TrainReport(self.block.rows, self.loss, self.finite)

@@ -17,9 +17,8 @@ from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
 from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss
 from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Batches, local_positions, on
-from gossamer.engines.training.job import Job
+from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.steps import add_product_, clip, clip_rows, gradients, step_in_place
-from gossamer.plan import BlockResult
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Leaves
 

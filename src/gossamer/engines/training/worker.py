@@ -11,9 +11,8 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.slots import write_arrays
 from gossamer.engines.task import Task
-from gossamer.engines.training.job import Job
+from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.trainer import Trainer
-from gossamer.plan import BlockResult
 from gossamer.workloads.base import Sums
 
 Message = dict[str, Any]
