@@ -19,7 +19,7 @@ from torch import Tensor
 from gossamer.errors import ConfigError, DataError, RegistryError
 from gossamer.workloads import label_sets
 from gossamer.workloads.augment import crop_flip
-from gossamer.workloads.base import Workload, add_sums
+from gossamer.workloads.base import ForwardContext, Workload, add_sums
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.images import ImageClassification
 from gossamer.workloads.label_sets import LabelSets, beaten_by
@@ -200,7 +200,7 @@ def test_stacked_losses_equal_single_ones(kind: str) -> None:
 def test_scale_reaches_the_model() -> None:
     workload = build()
     params, batch = params_of(workload), one_client(workload, 0, [0, 1, 2])
-    expected = F.cross_entropy(workload.model.apply(params, batch["x"], scale=4.0), batch["y"])
+    expected = F.cross_entropy(workload.model.apply(params, batch["x"], ForwardContext(scale=4.0)), batch["y"])
     assert workload.loss(params, batch | {"scale": 4.0}).item() == pytest.approx(expected.item(), rel=1e-6)
     assert workload.loss(params, batch).item() != pytest.approx(expected.item(), rel=1e-3)
 
@@ -239,8 +239,10 @@ def test_static_statistics_free_a_sample_from_its_batch() -> None:
     assert statistics["norm.count"] == 120  # one pixel is left of 8 x 8
     assert statistics["stage0.block0.norm0.count"] == 120 * 64
     x = workload._normalised(workload.data.test_images)
-    together = workload.model.apply(params, x, statistics=statistics)
-    alone = torch.cat([workload.model.apply(params, x[i : i + 1], statistics=statistics) for i in (4, 0, 9)])
+    together = workload.model.apply(params, x, ForwardContext(statistics=statistics))
+    alone = torch.cat(
+        [workload.model.apply(params, x[i : i + 1], ForwardContext(statistics=statistics)) for i in (4, 0, 9)]
+    )
     assert torch.allclose(together[[4, 0, 9]], alone, atol=1e-5)
     assert not torch.allclose(workload.model.apply(params, x)[:3], workload.model.apply(params, x[:3]), atol=1e-2)
 

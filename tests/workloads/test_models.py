@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gossamer.errors import ConfigError
 from gossamer.submodel.layout import LABEL_AXIS, Layout
 from gossamer.submodel.windows import Window
+from gossamer.workloads.base import ForwardContext
 from gossamer.workloads.models import CNN, MLP, ImageModel, Softmax
 from gossamer.workloads.resnet import PreActResNet18
 
@@ -161,7 +162,7 @@ def test_stacked_equals_one_by_one(model: type[ImageModel]) -> None:
     labels = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 2, 2]])
 
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(mine.apply(params, x, scale=2.0), y)
+        return F.cross_entropy(mine.apply(params, x, ForwardContext(scale=2.0)), y)
 
     stacked = {name: torch.stack([row[name] for row in rows]).requires_grad_() for name in mine.shapes}
     losses = torch.vmap(loss)(stacked, x, labels)
@@ -267,11 +268,12 @@ def test_scale_multiplies_hidden_layers_only() -> None:
     for i in range(2):
         hidden = F.relu(2.5 * (hidden @ params[f"hidden{i}.weight"].T + params[f"hidden{i}.bias"]))
     expected = hidden @ params["output.weight"].T + params["output.bias"]
-    assert torch.allclose(mine.apply(params, x, scale=2.5), expected, atol=1e-5)
+    assert torch.allclose(mine.apply(params, x, ForwardContext(scale=2.5)), expected, atol=1e-5)
     linear = small(Softmax)
     pixels = inputs(Softmax, 2)
     assert torch.equal(
-        linear.apply(linear.init(source()), pixels, scale=9.0), linear.apply(linear.init(source()), pixels)
+        linear.apply(linear.init(source()), pixels, ForwardContext(scale=9.0)),
+        linear.apply(linear.init(source()), pixels),
     )
 
 
@@ -280,8 +282,8 @@ def test_scale_acts_before_every_normalisation() -> None:
     mine = PreActResNet18((1, 8, 8), 4, width=0.125)
     params, x = mine.init(source()), torch.randn(6, 1, 8, 8)
     one, seen = {}, {}
-    logits = mine.apply(params, x, record=one)
-    scaled = mine.apply(params, x, scale=4.0, record=seen)
+    logits = mine.apply(params, x, ForwardContext(record=one))
+    scaled = mine.apply(params, x, ForwardContext(scale=4.0, record=seen))
     assert torch.allclose(logits, scaled, atol=0.02)
     assert not torch.equal(logits, scaled)
     for layer in ("stage0.block0.norm0", "stage0.block1.norm0"):
@@ -293,12 +295,12 @@ def test_recorded_sums_are_exact_and_additive() -> None:
     mine = PreActResNet18((2, 8, 8), 4, width=0.125)
     params, x = mine.init(source()), torch.randn(10, 2, 8, 8) + 3
     whole: dict[str, Tensor] = {}
-    mine.apply(params, x, record=whole)
+    mine.apply(params, x, ForwardContext(record=whole))
     assert {name.rpartition(".")[0] for name in whole} == set(mine.norms)
     assert len(mine.norms) == 17
     parts: list[dict[str, Tensor]] = [{}, {}]
     for record, piece in zip(parts, (x[:3], x[3:]), strict=True):
-        mine.apply(params, piece, record=record)
+        mine.apply(params, piece, ForwardContext(record=record))
     stem = F.conv2d(x.double(), params["stem.weight"].double(), padding=1).numpy()
     for key in ("sum", "squares", "count"):
         name = f"stage0.block0.norm0.{key}"
@@ -314,9 +316,9 @@ def test_recorded_sums_are_exact_and_additive() -> None:
 def test_statistics_of_a_batch_reproduce_the_batch() -> None:
     mine = PreActResNet18((2, 8, 8), 4, width=0.125)
     params, x, record = mine.init(source()), torch.randn(10, 2, 8, 8), {}
-    logits = mine.apply(params, x, record=record)
-    assert torch.allclose(mine.apply(params, x, statistics=record), logits, atol=1e-4)
-    assert torch.allclose(mine.apply(params, x[:1], statistics=record), logits[:1], atol=1e-4)
+    logits = mine.apply(params, x, ForwardContext(record=record))
+    assert torch.allclose(mine.apply(params, x, ForwardContext(statistics=record)), logits, atol=1e-4)
+    assert torch.allclose(mine.apply(params, x[:1], ForwardContext(statistics=record)), logits[:1], atol=1e-4)
     assert not torch.allclose(mine.apply(params, x[:1]), logits[:1], atol=1e-2)
 
 

@@ -20,6 +20,7 @@ from gossamer.experiment import run
 from gossamer.submodel import Cutter, Dim, Layout, extract
 from gossamer.submodel.layout import as_dim
 from gossamer.submodel.strategies import rolling
+from gossamer.workloads.base import ForwardContext
 from gossamer.workloads.images import ImageClassification
 from gossamer.workloads.models import CNN, MLP
 from gossamer.workloads.modules import ModuleModel
@@ -85,7 +86,10 @@ class TestTwins:
         theirs = {n: params[n].clone().requires_grad_() for n in model.shapes}
         if name == "resnet" and scale != 1.0:
             scale = 1.0  # its scaler stands before the BatchNorm layers instead
-        found, expected = model.apply(mine, inputs(5), scale=scale), declared.apply(theirs, inputs(5), scale=scale)
+        found, expected = (
+            model.apply(mine, inputs(5), ForwardContext(scale=scale)),
+            declared.apply(theirs, inputs(5), ForwardContext(scale=scale)),
+        )
         assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
         found.square().sum().backward()
         expected.square().sum().backward()
@@ -95,23 +99,27 @@ class TestTwins:
     def test_the_scaler_does_something(self) -> None:
         model = wrapped(TWINS["cnn"][0])
         params = initial(model)
-        assert not torch.allclose(model.apply(params, inputs(2), scale=2.0), model.apply(params, inputs(2)))
+        assert not torch.allclose(
+            model.apply(params, inputs(2), ForwardContext(scale=2.0)), model.apply(params, inputs(2))
+        )
 
     def test_static_batch_norm(self) -> None:
         build, declared = TWINS["resnet"]
         model, params = wrapped(build), initial(TWINS["resnet"][1])
         mine: dict[str, Tensor] = {}
         theirs: dict[str, Tensor] = {}
-        model.apply(params, inputs(7), record=mine)
-        declared.apply(params, inputs(7), record=theirs)
+        model.apply(params, inputs(7), ForwardContext(record=mine))
+        declared.apply(params, inputs(7), ForwardContext(record=theirs))
         assert set(model.norms) == set(declared.norms)
         assert mine.keys() == theirs.keys()
         for name, value in theirs.items():
             assert mine[name].dtype == torch.float64
             assert torch.allclose(mine[name], value, rtol=1e-4, atol=1e-4), name
-        found = model.apply(params, inputs(3, seed=1), statistics=mine)
-        assert torch.allclose(found, declared.apply(params, inputs(3, seed=1), statistics=theirs), atol=1e-4)
-        alone = model.apply(params, inputs(3, seed=1)[:1], statistics=mine)
+        found = model.apply(params, inputs(3, seed=1), ForwardContext(statistics=mine))
+        assert torch.allclose(
+            found, declared.apply(params, inputs(3, seed=1), ForwardContext(statistics=theirs)), atol=1e-4
+        )
+        alone = model.apply(params, inputs(3, seed=1)[:1], ForwardContext(statistics=mine))
         assert torch.allclose(found[:1], alone, atol=1e-5)
 
     def test_a_full_window_is_the_identity(self) -> None:
@@ -220,7 +228,7 @@ class TestAttention:
         cut_axes = (f"attend.attention.in_proj.{attention}", "attend.attention.out_proj", "hidden")
         assert layout.cut_axes == cut_axes
         expected = model.apply(params, inputs(3))
-        assert torch.allclose(model.apply(half, inputs(3), scale=2.0), expected, atol=1e-5)
+        assert torch.allclose(model.apply(half, inputs(3), ForwardContext(scale=2.0)), expected, atol=1e-5)
         assert not torch.allclose(model.apply(half, inputs(3)), expected, atol=1e-3)
 
     def test_the_full_model_is_what_pytorch_computes(self) -> None:

@@ -21,7 +21,7 @@ from gossamer.config.loading import parse, with_value
 from gossamer.config.resolve import settle
 from gossamer.errors import ConfigError, DataError, RegistryError
 from gossamer.registry import resolve
-from gossamer.workloads.base import Workload, add_sums
+from gossamer.workloads.base import ForwardContext, Workload, add_sums
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.text import NextCharacter, _tiled, unigram_bits
 from gossamer.workloads.texts import TextData
@@ -220,7 +220,9 @@ def test_the_mask_alone_leaves_windows_out() -> None:
 def test_scale_reaches_the_model() -> None:
     workload = build()
     params, batch = params_of(workload), one_client(workload, 0, [0, 1, 2])
-    expected = slow_loss(workload.model.apply(params, batch["x"], scale=3.0), batch["y"], batch["labels"], "none")
+    expected = slow_loss(
+        workload.model.apply(params, batch["x"], ForwardContext(scale=3.0)), batch["y"], batch["labels"], "none"
+    )
     assert workload.loss(params, batch | {"scale": 3.0}).item() == pytest.approx(expected, rel=1e-5)
     assert workload.loss(params, batch).item() != pytest.approx(expected, rel=1e-3)
 

@@ -16,6 +16,7 @@ from gossamer.errors import ConfigError
 from gossamer.registry import BUILTIN, resolve
 from gossamer.submodel import Cut, Cutter, Dim, Layout
 from gossamer.submodel.layout import LABEL_AXIS
+from gossamer.workloads.base import ForwardContext
 from gossamer.workloads.models import CNN
 from gossamer.workloads.transformer import Transformer
 
@@ -146,7 +147,7 @@ def test_windows_never_cross_a_head(cut: str, strategy: str) -> None:
     params["block0.value.bias"], params["block0.project.weight"] = numbers, numbers.expand(24, -1).clone()
     row = cutter.layout.flatten(params)
     for round in range(10):
-        made = cutter.cut(0.5, round, 4)
+        made = cutter.cut(0.5, round, 4, cutter.order(row))
         sub = made.sub.views(made.read(row, torch.zeros(made.sub.d)))
         assert torch.equal(sub["block0.query.bias"], sub["block0.key.bias"])
         assert torch.equal(sub["block0.value.bias"], sub["block0.project.weight"][0])
@@ -178,7 +179,7 @@ def test_a_sub_model_is_the_full_one_with_the_rest_silenced(
     cutter = Cutter(layout_of(model), STRATEGIES[strategy], 1, 0)
     whole = model.apply(cutter.layout.views(row), x)
     for round in range(5):
-        sub, silenced = cut_and_silenced(model, row, cutter.cut(capacity, round, client=3))
+        sub, silenced = cut_and_silenced(model, row, cutter.cut(capacity, round, 3, cutter.order(row)))
         assert sub["block0.expand.weight"].shape == (12 * capacity, 16)
         logits = model.apply(sub, x)
         assert torch.allclose(logits, model.apply(silenced, x), atol=1e-5)
@@ -194,7 +195,7 @@ def test_capacity_one_is_the_global_model_in_every_round(kind: Any, strategy: st
     cutter = Cutter(layout_of(model), STRATEGIES[strategy], 1, 0)
     expected = model.apply(cutter.layout.views(row), x)
     for round in (0, 1, 5, 11):
-        cut = cutter.cut(1.0, round, client=round)
+        cut = cutter.cut(1.0, round, round, cutter.order(row))
         logits = model.apply(cut.sub.views(cut.read(row, torch.zeros(cut.sub.d))), x)
         assert float((logits - expected).abs().max()) < 1e-5
 
@@ -226,8 +227,8 @@ def test_the_scaler_makes_a_share_of_equal_channels_the_whole(kind: dict[str, An
     row = half.flatten({name: torch.randn(view.shape) for name, view in half.views(torch.zeros(half.d)).items()})
     x = characters(3)
     expected = model.apply(full.views(repeated(full, half, row)), x)
-    assert torch.allclose(model.apply(half.views(row), x, scale=2.0), expected, atol=1e-4)
-    assert torch.allclose(model.apply(half.views(row), x, scale=torch.tensor(2.0)), expected, atol=1e-4)
+    assert torch.allclose(model.apply(half.views(row), x, ForwardContext(scale=2.0)), expected, atol=1e-4)
+    assert torch.allclose(model.apply(half.views(row), x, ForwardContext(scale=torch.tensor(2.0))), expected, atol=1e-4)
     assert not torch.allclose(model.apply(half.views(row), x), expected, atol=1e-1)
 
 
@@ -242,9 +243,9 @@ def test_stacked_models_equal_single_ones(kind: dict[str, Any]) -> None:
         ]
     )
     x = characters(3, 2)
-    logits = torch.vmap(lambda params, one: model.apply(params, one, scale=2.0))(layout.views(rows), x)
+    logits = torch.vmap(lambda params, one: model.apply(params, one, ForwardContext(scale=2.0)))(layout.views(rows), x)
     for i in range(3):
-        assert torch.allclose(logits[i], model.apply(layout.views(rows[i]), x[i], scale=2.0), atol=1e-5)
+        assert torch.allclose(logits[i], model.apply(layout.views(rows[i]), x[i], ForwardContext(scale=2.0)), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

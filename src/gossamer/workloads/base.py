@@ -7,6 +7,7 @@ A workload of your own is any object with the attributes of `Workload`; name it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -157,6 +158,27 @@ class Workload(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ForwardContext:
+    """What a forward pass depends on besides parameters and inputs.
+
+    Attributes:
+        scale: factor for hidden activations, 1 / capacity or 1.0: the Scaler of HeteroFL (arXiv 2010.01264), while
+            training.
+        statistics: added-up sums as `record` receives them, by which BatchNorm normalises (static BatchNorm, same
+            paper); None or empty: the moments of the batch.
+        record: receives of every BatchNorm layer's input, per channel, ``"<layer>.sum"`` and ``"<layer>.squares"``
+            (float64 [channels]) and ``"<layer>.count"`` (float64 []), which may be added up over batches.
+    """
+
+    scale: float | Tensor = 1.0
+    statistics: Mapping[str, Tensor] | None = None
+    record: dict[str, Tensor] | None = None
+
+
+DEFAULT_CONTEXT = ForwardContext()
+
+
 class Model(Protocol):
     """A model as pure functions of its parameters, so that it can be trained stacked.
 
@@ -174,21 +196,13 @@ class Model(Protocol):
         """Return initial parameters, drawn from `source`."""
         ...
 
-    def apply(
-        self,
-        params: Params,
-        x: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        statistics: Mapping[str, Tensor] | None = None,
-        record: dict[str, Tensor] | None = None,
-    ) -> Tensor:
+    def apply(self, params: Params, x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits [b, num_labels] of inputs x [b, channels, height, width].
 
         Args:
-            scale: factor for hidden activations (the Scaler of HeteroFL), 1.0 when evaluating.
-            statistics: sums over training data by which BatchNorm normalises; None or empty: the moments of the batch.
-            record: receives such sums (float64, additive) of this batch for every BatchNorm layer.
+            params: parameters of the model or of a sub-model.
+            x: the inputs.
+            context: how they are treated on their way.
         """
         ...
 

@@ -18,7 +18,7 @@ from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.workloads.augment import crop_flip
-from gossamer.workloads.base import Batch, Params, Sums
+from gossamer.workloads.base import Batch, ForwardContext, Params, Sums
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by, mask_logits
 from gossamer.workloads.modules import ModuleModel
@@ -223,7 +223,7 @@ class ImageClassification:
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits float32 [b, num_labels] of a training batch, masked as `ImageOptions.label_mask` says."""
-        logits: Tensor = self.model.apply(params, batch["x"], scale=batch.get("scale", 1.0))
+        logits: Tensor = self.model.apply(params, batch["x"], ForwardContext(batch.get("scale", 1.0)))
         return mask_logits(logits, batch["labels"].unsqueeze(-2), self.options.label_mask)
 
     def loss_of_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -237,14 +237,14 @@ class ImageClassification:
 
     @torch.no_grad()
     def statistics(self, params: Params, chunk: int) -> dict[str, Tensor]:
-        """Return BatchNorm sums over a chunk of the training data, see `ImageModel.apply`; {} without BatchNorm.
+        """Return BatchNorm sums over a chunk of the training data, see `ForwardContext`; {} without BatchNorm.
 
         The chunk itself is normalised by its own moments on its way through the network.
         """
         sums: dict[str, Tensor] = {}
         if self.num_statistics_chunks:
             part = _chunk(len(self.data.train_labels), self.num_statistics_chunks, chunk)
-            self.model.apply(params, self._forward_only(self.data.train_images[part]), record=sums)
+            self.model.apply(params, self._forward_only(self.data.train_images[part]), ForwardContext(record=sums))
         return sums
 
     def _forward_only(self, images: Tensor) -> Tensor:
@@ -266,7 +266,8 @@ class ImageClassification:
         """
         part = _chunk(len(self.data.test_labels), self.num_evaluation_chunks, chunk)
         labels = self.data.test_labels[part]
-        logits = self.model.apply(params, self._forward_only(self.data.test_images[part]), statistics=statistics)
+        context = ForwardContext(statistics=statistics)
+        logits = self.model.apply(params, self._forward_only(self.data.test_images[part]), context)
         beaten = beaten_by(logits, labels)
         sums = {
             "loss": F.cross_entropy(logits, labels, reduction="none").sum(dtype=torch.float64),

@@ -20,10 +20,9 @@ from gossamer.errors import ConfigError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
-from gossamer.workloads.base import Leaves
+from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, Leaves
 
 WHERE = "workload.model"
-Record = dict[str, Tensor]
 
 
 class ModelOptions(Options):
@@ -51,6 +50,29 @@ def default_init(shapes: Mapping[str, tuple[int, ...]], source: np.random.Genera
 def rescale(x: Tensor, scale: float | Tensor) -> Tensor:
     """Multiply by `scale`: the Scaler of HeteroFL (arXiv 2010.01264); exactly 1.0 costs nothing."""
     return x * scale if isinstance(scale, Tensor) or scale != 1.0 else x
+
+
+def batch_norm(
+    x: Tensor, prefix: str, weight: Tensor | None, bias: Tensor | None, context: ForwardContext, epsilon: float = 1e-5
+) -> Tensor:
+    """Normalise x [b, channels, *] by its own moments, or by the context's; no running moments are kept.
+
+    Args:
+        prefix: the layer's name and a dot; empty where it is the whole model.
+        weight, bias: [channels].
+    """
+    if context.statistics:
+        count = context.statistics[f"{prefix}count"]
+        mean = context.statistics[f"{prefix}sum"] / count
+        variance = (context.statistics[f"{prefix}squares"] / count - mean * mean).clamp_min(0)
+        return F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), weight, bias, eps=epsilon)
+    if context.record is not None:
+        others = [0, *range(2, x.dim())]
+        context.record[f"{prefix}sum"] = x.sum(others, dtype=torch.float64)
+        context.record[f"{prefix}squares"] = torch.linalg.vector_norm(x, dim=others, dtype=torch.float64) ** 2
+        context.record[f"{prefix}count"] = torch.tensor(x.numel() / x.shape[1], dtype=torch.float64)
+    # F.batch_norm refuses a single value a channel, which small images and batches of one come to in a last stage.
+    return torch.batch_norm(x, weight, bias, None, None, True, 0.0, epsilon, False)
 
 
 class ImageModel:
@@ -97,23 +119,10 @@ class ImageModel:
         """Return initial parameters, see `default_init`."""
         return default_init(self.shapes, source)
 
-    def apply(
-        self,
-        params: Mapping[str, Tensor],
-        x: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        statistics: Mapping[str, Tensor] | None = None,
-        record: Record | None = None,
-    ) -> Tensor:
-        """Return logits float32 [b, num_labels] of images float32 [b, channels, height, width].
+    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
+        """Return logits float32 [b, num_labels] of images float32 [b, channels, height, width], see `base.Model`.
 
-        Args:
-            params: parameters of the model or of a sub-model.
-            scale: factor for hidden activations before their non-linearity or normalisation.
-            statistics: sums as `record` holds them, by which BatchNorm normalises; None or empty: the batch's own.
-            record: receives of every BatchNorm layer's input, per channel, ``"<layer>.sum"`` and ``"<layer>.squares"``
-                (float64 [channels]) and ``"<layer>.count"`` (float64 []); they may be added up over batches.
+        The scale meets hidden activations before their non-linearity or normalisation.
         """
         raise NotImplementedError
 
@@ -155,15 +164,7 @@ class Softmax(ImageModel):
         """Declare one linear layer."""
         self.add("output", (num_labels, math.prod(input_shape)), (LABEL_AXIS, None))
 
-    def apply(
-        self,
-        params: Mapping[str, Tensor],
-        x: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        statistics: Mapping[str, Tensor] | None = None,
-        record: Record | None = None,
-    ) -> Tensor:
+    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits, see `ImageModel.apply`.
 
         Written as W x^T, so that the gradient by W of many stacked clients is the quicker of the two batched products.
@@ -199,19 +200,11 @@ class MLP(ImageModel):
             size, axis = length, layer
         self.add("output", (num_labels, size), (LABEL_AXIS, axis))
 
-    def apply(
-        self,
-        params: Mapping[str, Tensor],
-        x: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        statistics: Mapping[str, Tensor] | None = None,
-        record: Record | None = None,
-    ) -> Tensor:
+    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits, see `ImageModel.apply`."""
         x = x.flatten(-3)
         for layer in self.hidden:
-            x = rescale(_linear(params, layer, x), scale).relu_()
+            x = rescale(_linear(params, layer, x), context.scale).relu_()
         return _linear(params, "output", x)
 
 
@@ -239,15 +232,7 @@ class CNN(ImageModel):
         self.add("hidden", (hidden, second * pixels), ("hidden", Dim("conv1", inner=pixels)))
         self.add("output", (num_labels, hidden), (LABEL_AXIS, "hidden"))
 
-    def apply(
-        self,
-        params: Mapping[str, Tensor],
-        x: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        statistics: Mapping[str, Tensor] | None = None,
-        record: Record | None = None,
-    ) -> Tensor:
+    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits, see `ImageModel.apply`.
 
         Pooling comes before ReLU and scale: all three are monotone, so the order changes no bit, and it is a quarter of
@@ -255,6 +240,6 @@ class CNN(ImageModel):
         """
         for layer in ("conv0", "conv1"):
             x = F.conv2d(x, params[f"{layer}.weight"], params[f"{layer}.bias"], padding=2)
-            x = rescale(F.max_pool2d(x, 2), scale).relu_()
-        x = rescale(_linear(params, "hidden", x.flatten(1)), scale).relu_()
+            x = rescale(F.max_pool2d(x, 2), context.scale).relu_()
+        x = rescale(_linear(params, "hidden", x.flatten(1)), context.scale).relu_()
         return _linear(params, "output", x)

@@ -16,7 +16,8 @@ from gossamer.errors import ConfigError, GossamerError
 from gossamer.submodel.layout import Layout, as_dim
 from gossamer.submodel.tracing import Attention, Keep, trace_axes
 from gossamer.threads import one_thread
-from gossamer.workloads.models import Record, rescale
+from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
+from gossamer.workloads.models import batch_norm, rescale
 from gossamer.workloads.module_checks import is_same_function
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -102,24 +103,9 @@ class ModuleModel:
         module = self._built(int(source.integers(2**63)))
         return {name: param.detach().clone() for name, param in module.named_parameters()}
 
-    def apply(
-        self,
-        params: Mapping[str, Tensor],
-        x: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        statistics: Mapping[str, Tensor] | None = None,
-        record: Record | None = None,
-    ) -> Tensor:
-        """Return logits float32 [b, num_labels], see `gossamer.workloads.models.ImageModel.apply`.
-
-        Args:
-            params: parameters of the model or of a sub-model.
-            x: float32 [b, *input_shape].
-            scale: the scaler's factor, see the class; 1.0 when evaluating.
-            statistics, record: sums over the inputs of the BatchNorm layers, to use and to fill.
-        """
-        with _Mending(self, params, scale, statistics, record):
+    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
+        """Return logits float32 [b, num_labels] of x float32 [b, *input_shape], see `gossamer.workloads.base.Model`."""
+        with _Mending(self, params, context):
             logits: Tensor = torch.func.functional_call(self._module, dict(params), (x,))
         return logits
 
@@ -237,17 +223,10 @@ class ModuleModel:
 class _Mending(TorchFunctionMode):
     """Mends the calls of a forward pass whose arguments do not follow the parameters, see `ModuleModel`."""
 
-    def __init__(
-        self,
-        model: ModuleModel,
-        params: Mapping[str, Tensor],
-        scale: float | Tensor,
-        statistics: Mapping[str, Tensor] | None,
-        record: Record | None,
-    ) -> None:
+    def __init__(self, model: ModuleModel, params: Mapping[str, Tensor], context: ForwardContext) -> None:
         super().__init__()
         self._names = {id(value): name for name, value in params.items()}
-        self._axes, self._scale, self._statistics, self._record = model.axes, scale, statistics, record
+        self._axes, self._context = model.axes, context
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -259,7 +238,7 @@ class _Mending(TorchFunctionMode):
     def scaled(self, x: Tensor, weight: Tensor, position: int) -> Tensor:
         """Apply the scaler to what meets a weight, if the dimension at `position` is cut and thus summed over."""
         name = self._names.get(id(weight))
-        return rescale(x, self._scale) if name and as_dim(self._axes[name][position]).cuttable else x
+        return rescale(x, self._context.scale) if name and as_dim(self._axes[name][position]).cuttable else x
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply the scaler."""
@@ -302,7 +281,7 @@ class _Mending(TorchFunctionMode):
         q, k, v = (torch.unflatten(one, -1, split).transpose(-3, -2) for one in projected)
         scores = q * head_dim**-0.5 @ k.transpose(-2, -1)
         if dim.cuttable and dim.inner != head_dim:  # then the products just now were sums over a cut width
-            scores = rescale(scores, self._scale)
+            scores = rescale(scores, self._context.scale)
         places, padding = rest.get("attn_mask"), rest.get("key_padding_mask")
         if places is not None:
             scores = _masked(scores, places.view(scores.shape) if places.dim() == 3 else places)
@@ -344,19 +323,7 @@ class _Mending(TorchFunctionMode):
         weight_name = self._names.get(id(weight), "")
         if not weight_name.endswith("weight"):
             raise ConfigError("F.batch_norm is called without a parameter as weight: use a BatchNorm layer")
-        layer = weight_name.removesuffix("weight")
-        if self._statistics:
-            count = self._statistics[f"{layer}count"]
-            mean = self._statistics[f"{layer}sum"] / count
-            variance = (self._statistics[f"{layer}squares"] / count - mean * mean).clamp_min(0)
-            return F.batch_norm(input, mean.to(input.dtype), variance.to(input.dtype), weight, bias, eps=eps)
-        if self._record is not None:
-            others = [0, *range(2, input.dim())]
-            self._record[f"{layer}sum"] = input.sum(others, dtype=torch.float64)
-            self._record[f"{layer}squares"] = torch.linalg.vector_norm(input, dim=others, dtype=torch.float64) ** 2
-            self._record[f"{layer}count"] = torch.tensor(input.numel() / input.shape[1], dtype=torch.float64)
-        # F.batch_norm refuses a single value a channel.
-        return torch.batch_norm(input, weight, bias, None, None, True, 0.0, eps, False)
+        return batch_norm(input, weight_name.removesuffix("weight"), weight, bias, self._context, eps)
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:

@@ -4,48 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.submodel.layout import LABEL_AXIS
 from gossamer.submodel.windows import window_length
-from gossamer.workloads.models import ImageModel, ModelOptions, Record, rescale
+from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
+from gossamer.workloads.models import ImageModel, ModelOptions, batch_norm, rescale
 
-EPSILON = 1e-5
 STAGE_WIDTHS = (64, 128, 256, 512)
 BLOCKS_PER_STAGE = 2
-
-
-def batch_norm(
-    x: Tensor,
-    layer: str,
-    params: Mapping[str, Tensor],
-    statistics: Mapping[str, Tensor] | None,
-    record: Record | None,
-) -> Tensor:
-    """Normalise x [b, channels, h, w] by its own moments, or by pooled ones; no running moments are kept.
-
-    Args:
-        x: the input.
-        layer: name of the layer, with parameters ``<layer>.weight`` and ``<layer>.bias`` [channels].
-        params: parameters of the model.
-        statistics: pooled sums as `record` receives them (static BatchNorm, arXiv 2010.01264), or None or empty.
-        record: receives float64 ``<layer>.sum``, ``<layer>.squares`` [channels] and ``<layer>.count`` [].
-    """
-    weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
-    if statistics:
-        count = statistics[f"{layer}.count"]
-        mean = statistics[f"{layer}.sum"] / count
-        variance = statistics[f"{layer}.squares"] / count - mean * mean
-        mean, variance = mean.to(x.dtype), variance.clamp_min(0).to(x.dtype)
-        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=EPSILON)
-    if record is not None:
-        record[f"{layer}.sum"] = x.sum((0, 2, 3), dtype=torch.float64)
-        record[f"{layer}.squares"] = torch.linalg.vector_norm(x, dim=(0, 2, 3), dtype=torch.float64) ** 2
-        record[f"{layer}.count"] = torch.tensor(x.numel() / x.shape[1], dtype=torch.float64)
-    # F.batch_norm refuses a single value a channel, which small images and batches of one come to in the last stage.
-    return torch.batch_norm(x, weight, bias, None, None, True, 0.0, EPSILON, False)
 
 
 class PreActResNet18(ImageModel):
@@ -82,20 +50,13 @@ class PreActResNet18(ImageModel):
         self.norms = (*norms, "norm")
         self.add("output", (num_labels, size), (LABEL_AXIS, axis))
 
-    def apply(
-        self,
-        params: Mapping[str, Tensor],
-        x: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        statistics: Mapping[str, Tensor] | None = None,
-        record: Record | None = None,
-    ) -> Tensor:
-        """Return logits, see `ImageModel.apply`; `scale` acts on every BatchNorm's input, as in HeteroFL's code."""
+    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
+        """Return logits, see `ImageModel.apply`; the scale meets every BatchNorm's input, as in HeteroFL's code."""
 
         def activated(x: Tensor, layer: str) -> Tensor:
             """Normalise and activate."""
-            return batch_norm(rescale(x, scale), layer, params, statistics, record).relu_()
+            weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
+            return batch_norm(rescale(x, context.scale), f"{layer}.", weight, bias, context).relu_()
 
         x = F.conv2d(x, params["stem.weight"], padding=1)
         for block, stride in self.blocks:

@@ -17,7 +17,7 @@ from gossamer import rng
 from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
-from gossamer.workloads.base import Batch, Params, Sums
+from gossamer.workloads.base import Batch, ForwardContext, Params, Sums
 from gossamer.workloads.label_sets import beaten_by, mask_logits
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
@@ -177,7 +177,7 @@ class NextCharacter:
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits float32 [b, n, num_labels] of a training batch, masked as `TextOptions.label_mask` says."""
-        logits: Tensor = self.model.apply(params, batch["x"], scale=batch.get("scale", 1.0))
+        logits: Tensor = self.model.apply(params, batch["x"], ForwardContext(batch.get("scale", 1.0)))
         return mask_logits(logits, batch["labels"], self.options.label_mask)
 
     def loss_of_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -27,7 +27,8 @@ from torch import Tensor
 from gossamer.options import parse_options
 from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
-from gossamer.workloads.models import WHERE, ModelOptions, Record, default_init, rescale
+from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
+from gossamer.workloads.models import WHERE, ModelOptions, default_init, rescale
 
 STREAM = "stream"
 
@@ -141,23 +142,15 @@ class Transformer:
         """Return initial parameters, see `default_init`; embeddings are drawn like the rows of a linear layer."""
         return default_init(self.shapes, source)
 
-    def apply(
-        self,
-        params: Mapping[str, Tensor],
-        x: Tensor,
-        *,
-        scale: float | Tensor = 1.0,
-        statistics: Mapping[str, Tensor] | None = None,
-        record: Record | None = None,
-    ) -> Tensor:
+    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits of the next character at every place, float32 [b, n, num_labels].
 
         Args:
             params: parameters of the model or of a sub-model.
             x: int64 [b, n], n at most the context; place i depends on the characters 0 .. i alone.
-            scale: the scaler's factor, 1.0 when evaluating.
-            statistics, record: not used, as there is no BatchNorm.
+            context: only its scale matters, as there is no BatchNorm.
         """
+        scale = context.scale
         wide = scale if self.options.cut_stream else 1.0
         stream = F.embedding(x, params["embedding.weight"]) + params["positions.weight"][: x.shape[-1]]
         for block in self.blocks:
