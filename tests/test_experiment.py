@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-import gossamer
 from federation import LEVELS, Injected, assert_same, configure, digest, failing, mixed, without_clocks
 from gossamer import resume, run
 from gossamer.errors import ConfigError, DataError, GossamerError
-from gossamer.experiment import Hooks
+from gossamer.experiment import Hooks, Run
 from gossamer.storage.runlog import read_config, read_metrics
 
 METHODS = {
@@ -67,8 +67,23 @@ class TestDirectory:
         config = configure(mixed("fedrolex", LEVELS))
         assert_same(run(config, out=tmp_path / "one"), run(config, out=tmp_path / "two"))
 
-    def test_public_names(self) -> None:
-        assert (gossamer.run, gossamer.resume) == (run, resume)
+
+class TestRepr:
+    def test_one_run(self, tmp_path: Path) -> None:
+        done = run(configure({"rounds": 2}), out=tmp_path / "run")
+        directory, rounds, size = repr(done).splitlines()
+        assert directory == f"Run in {tmp_path / 'run'}"
+        last = done.metrics[-1]
+        assert rounds.startswith(f"2 rounds, train_loss {last['train_loss']:.4g}, accuracy {last['accuracy']:.4g}, ")
+        assert "seconds" not in rounds
+        assert size == f"{sum(value.numel() for value in done.params.values()):,} parameters in 4 tensors"
+
+    def test_several(self) -> None:
+        single = Run(Path("a"), [], {"w": torch.zeros(40, 50)})
+        several = Run(Path("b"), [{"lr": 0.1, "train_loss": 2.0}] * 3, single.params, [single, single])
+        lines = ["Run in b", "3 rounds, train_loss 2", "2,000 parameters in 1 tensors, of the first of 2 runs"]
+        assert repr(several).splitlines() == lines
+        assert repr(single).splitlines()[1] == "0 rounds"
 
 
 class TestRefusals:

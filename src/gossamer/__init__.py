@@ -9,18 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gossamer import aggregate, submodel, topology
+    from gossamer import aggregate, submodel, testing, topology
     from gossamer.experiment import Run, resume, run
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "aggregate", "resume", "run", "submodel", "topology"]
+__all__ = ["Run", "__version__", "aggregate", "resume", "run", "submodel", "testing", "topology"]
 
+_MODULES = ("aggregate", "submodel", "testing", "topology")
 _HOMES = {"run": "gossamer.experiment", "resume": "gossamer.experiment", "Run": "gossamer.experiment"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name in ("aggregate", "submodel", "topology"):
+    if name in _MODULES:
         return importlib.import_module(f"gossamer.{name}")
     raise AttributeError(f"module 'gossamer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, loaded or not."""
+    return sorted(__all__)

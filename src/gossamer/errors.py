@@ -28,6 +28,12 @@ class RegistryError(ConfigError):
     """A plug-in name cannot be resolved."""
 
 
+class ContractError(GossamerError, AssertionError):
+    """A plug-in does not keep to the contract that `gossamer.testing` checks."""
+
+    exit_code = 1
+
+
 class DataError(GossamerError):
     """A dataset is missing or malformed, or cannot be split as asked."""
 

@@ -25,7 +25,7 @@ from gossamer.storage.runlog import CONFIG, EXPERIMENT, RunLog, new_directory, r
 from gossamer.storage.sinks import make_sinks
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """What a run left.
 
@@ -40,6 +40,22 @@ class Run:
     metrics: list[dict[str, Any]]
     params: dict[str, Tensor]
     runs: list[Run] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Return three lines: directory; rounds and last metrics; size of the model and number of runs."""
+        last = self.metrics[-1] if self.metrics else {}
+        names = (
+            list(last)[list(last).index("train_loss") :] if "train_loss" in last else []
+        )  # what was spent stands before
+        shown = [f"{name} {last[name]:.4g}" for name in names if isinstance(last[name], float)]
+        size = f"{sum(value.numel() for value in self.params.values()):,} parameters in {len(self.params)} tensors"
+        return "\n".join(
+            (
+                f"Run in {self.directory}",
+                ", ".join([f"{len(self.metrics)} rounds", *shown]),
+                f"{size}, of the first of {len(self.runs)} runs" if self.runs else size,
+            )
+        )
 
 
 # Where a run that has begun may go on: what changes no bits.

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gossamer
-from contract import check_workload
 from gossamer import topology
 from gossamer.errors import ConfigError
+from gossamer.testing import check_workload
 from gossamer.workloads.base import Workload
 from gossamer.workloads.consensus import Consensus
 

@@ -15,8 +15,8 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import gossamer
-from contract import check_workload
 from gossamer.errors import ConfigError
+from gossamer.testing import check_workload
 from gossamer.workloads import convex
 from gossamer.workloads.base import Workload, add_sums
 from gossamer.workloads.convex import BLOCK, LeastSquares, LogisticRegression

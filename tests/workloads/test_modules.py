@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import reference_modules as reference
-from contract import check_workload
 from federation import assert_same, configure, modes
 from gossamer.errors import ConfigError
 from gossamer.experiment import run
 from gossamer.submodel import Cutter, Dim, Layout, extract
 from gossamer.submodel.layout import as_dim
 from gossamer.submodel.strategies import rolling
+from gossamer.testing import check_workload
 from gossamer.workloads.base import ForwardContext
 from gossamer.workloads.images import ImageClassification
 from gossamer.workloads.models import CNN, MLP

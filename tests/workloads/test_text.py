@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gossamer
-from contract import check_workload
 from federation import modes
 from gossamer.config.loading import parse, with_value
 from gossamer.config.resolve import settle
 from gossamer.errors import ConfigError, DataError, RegistryError
 from gossamer.registry import resolve
+from gossamer.testing import check_workload
 from gossamer.workloads.base import ForwardContext, Workload, add_sums
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.text import NextCharacter, _tiled, unigram_bits

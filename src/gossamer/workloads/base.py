@@ -1,7 +1,7 @@
 """What a workload is: data of many clients, a model in a `Layout`, a loss and metrics.
 
 A workload of your own is any object with the attributes of `Workload`; name it in a configuration as
-``my_package.my_module:MyWorkload``. `tests/contract.py` in this repository checks one.
+``my_package.my_module:MyWorkload``. `gossamer.testing.check_workload` checks one.
 """
 
 from __future__ import annotations

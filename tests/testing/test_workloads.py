@@ -1,9 +1,7 @@
-"""The checks for plug-in authors: what ships here passes, and every way of breaking the contract is noticed."""
+"""The contract of workloads: what ships here passes, and every way of breaking it is noticed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,18 +10,10 @@ import torch
 from faulty import Faulty
 from torch import Tensor
 
-from contract import check_algorithm, check_workload
-from gossamer.algorithms.base import Algorithm, Arrays
-from gossamer.algorithms.federated import FedAvg, FedRolex
-from gossamer.algorithms.fednova import FedNova
-from gossamer.algorithms.fedopt import FedAdagrad, FedAdam, FedYogi
-from gossamer.algorithms.fedprox import FedProx
-from gossamer.algorithms.scaffold import Scaffold
-from gossamer.submodel import Layout
+from gossamer.testing import check_workload
 from gossamer.workloads.base import Batch
 from gossamer.workloads.images import ImageClassification
 
-LAYOUT = Layout.of({"w": (3, 5), "b": (3,), "v": (2, 3)}, {"w": ("h", None), "b": ("h",), "v": ("label", "h")})
 DATA = {"name": "synthetic", "num_train": 75, "num_test": 30, "num_labels": 4, "shape": [2, 8, 8]}
 MODELS = {
     "softmax": "softmax",
@@ -51,26 +41,6 @@ class TestWhatShips:
 
     def test_a_plug_in(self) -> None:
         check_workload(build(Faulty))
-
-    @pytest.mark.parametrize(
-        "algorithm",
-        [
-            FedAvg({}),
-            FedAvg({}, momentum=0.9, weight_decay=0.1),
-            FedAvg({"server_lr": 0.5, "server_momentum": 0.9}),
-            FedRolex({}),
-            FedProx({"mu": 0.5}, momentum=0.9, weight_decay=0.1),
-            Scaffold({"server_lr": 0.5}, weight_decay=0.1),
-            FedNova({}),
-            FedNova({"mu": 0.5, "server_momentum": 0.9}, momentum=0.9),
-            FedAdam({}),
-            FedYogi({}, momentum=0.9),
-            FedAdagrad({"beta1": 0.5}),
-        ],
-        ids=lambda algorithm: type(algorithm).__name__,
-    )
-    def test_algorithms(self, algorithm: Algorithm) -> None:
-        check_algorithm(algorithm, LAYOUT)
 
 
 # ---- broken workloads: one method replaced
@@ -146,7 +116,7 @@ BROKEN_WORKLOADS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mean of clients": (
         with_loss(lambda loss, p, b: loss if loss.dim() == 0 else (loss + loss.mean()) / 2),
-        "loss is another of several clients in one call",
+        "loss has another value of several clients in one call",
     ),
     "no padding": (
         {"loss": lambda self, p, b: ImageClassification.loss(self, p, {k: v for k, v in b.items() if k != "mask"})},
@@ -178,100 +148,3 @@ def test_a_claim_that_does_not_hold() -> None:
     workload.supports_padding = True
     with pytest.raises(AssertionError, match="loss must leave out what the mask marks as padding"):
         check_workload(workload)
-
-
-# ---- broken algorithms
-
-
-class Aliasing(FedAvg):
-    def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
-        return {"x": state["x"]}
-
-
-class Normalising(FedAvg):
-    def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
-        return super().step(carry, grad / grad.norm(), lr)
-
-
-class Centring(FedAvg):
-    def end(self, *arguments: Any) -> tuple[Arrays, Arrays]:
-        payload, private = super().end(*arguments)
-        return {"x": payload["x"] - payload["x"].mean(0)}, private
-
-
-class Forgetting(FedAvg):
-    def end(self, *arguments: Any) -> tuple[Arrays, Arrays]:
-        return {}, {}
-
-
-class Careless(FedAvg):
-    def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
-        return {"x": state["x"] * 0.5 + inbox["x"]}
-
-
-class Idle(FedAvg):
-    def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
-        return {"x": state["x"]}
-
-
-class Overwriting(Scaffold):
-    def end(
-        self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
-    ) -> tuple[Arrays, Arrays]:
-        payload, private = super().end(state, client_state, carry, steps, lr)
-        return payload, {"control": client_state["control"].copy_(private["control"])}
-
-
-class Sharing(Scaffold):
-    def end(
-        self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
-    ) -> tuple[Arrays, Arrays]:
-        payload, _ = super().end(state, client_state, carry, steps, lr)
-        return payload, {"control": payload["control"]}
-
-
-class Wide(FedNova):
-    def end(self, *arguments: Any) -> tuple[Arrays, Arrays]:
-        payload, private = super().end(*arguments)
-        return payload | {"normaliser": payload["x"] * 0}, private
-
-
-class Counting(FedNova):
-    def end(self, *arguments: Any) -> tuple[Arrays, Arrays]:
-        payload, private = super().end(*arguments)
-        return payload | {"normaliser": torch.arange(1.0, len(payload["x"]) + 1)[:, None]}, private
-
-
-class Unknown(FedAvg):
-    traits = replace(FedAvg.traits, downlink=("x", "velocity"))
-
-
-class Undeclared(Scaffold):
-    traits = replace(Scaffold.traits, client_arrays=("control", "history"))
-
-
-class Misspelt(FedAvg):
-    stackabel = False
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "message"),
-    [
-        (Aliasing, "begin must copy 'x'"),
-        (Normalising, "step is not coordinatewise: 'x' differs"),
-        (Centring, "end is not row-wise: 'x' of row 0 differs"),
-        (Forgetting, "the payload of end has the arrays"),
-        (Careless, "update must leave the coordinates alone"),
-        (Idle, "update must change the model"),
-        (Overwriting, "end must not change 'control'"),
-        (Sharing, "payload 'control' must be a copy"),
-        (Unknown, "downlink names 'velocity', which init does not return"),
-        (Undeclared, "init_client has the arrays"),
-        (Wide, "end\\['normaliser'\\] has shape \\(3, 48\\), not \\(3, 1\\)"),
-        (Counting, "end is not row-wise: 'normaliser' of row 1 differs"),
-        (Misspelt, "has an attribute 'stackabel' that has no effect; did you mean 'stackable'"),
-    ],
-)
-def test_broken_algorithms(algorithm: Any, message: str) -> None:
-    with pytest.raises(AssertionError, match=message):
-        check_algorithm(algorithm({}), LAYOUT)
