@@ -38,11 +38,9 @@ class RoundPlan:
     Attributes:
         round, phase: address of the phase.
         client: int64 [p], participants.
-        site: int64 [p], row of the resident state that each participant starts from (0 for a server).
         weight: float64 [p], aggregation weights.
         steps: int32 [p], local steps.
         variant: int16 [p], number of each one's variant, see `gossamer.engines.task.Variant`.
-        base: int64 [p], model version that each starts from; equal to `round` unless asynchronous.
         lr: local learning rate.
         dropped: int64 [q], clients that were chosen but do not take part.
         mixing: how peers exchange: by the "topology" of the round, or by the "mean" of all; "none": there is a server.
@@ -51,11 +49,9 @@ class RoundPlan:
     round: int
     phase: int
     client: NDArray[np.int64]
-    site: NDArray[np.int64]
     weight: NDArray[np.float64]
     steps: NDArray[np.int32]
     variant: NDArray[np.int16]
-    base: NDArray[np.int64]
     lr: float
     dropped: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     mixing: Literal["none", "topology", "mean"] = "none"

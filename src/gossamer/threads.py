@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 
 
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch compute with `count` threads inside."""
+def one_thread() -> Iterator[None]:
+    """Compute with one torch thread inside, as every worker does, so that bits agree."""
     before = torch.get_num_threads()
-    if before == count:
+    if before == 1:
         yield
         return
-    torch.set_num_threads(count)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def one_thread() -> AbstractContextManager[None]:
-    """Compute with one torch thread inside, as every worker does, so that bits agree."""
-    return torch_threads(1)

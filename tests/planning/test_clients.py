@@ -67,11 +67,9 @@ def plan_of(variants: list[int]) -> RoundPlan:
         round=2,
         phase=0,
         client=whole * 7,
-        site=np.zeros(count, dtype=np.int64),
         weight=np.ones(count),
         steps=np.ones(count, dtype=np.int32),
         variant=np.array(sorted(variants), dtype=np.int16),
-        base=np.full(count, 2),
         lr=0.1,
     )
 
@@ -183,11 +181,9 @@ class TestPlan:
         assert keys == sorted(keys)
         assert len({key[1] for key in keys}) > 1
         assert (plan.round, plan.phase, plan.lr) == (round, 0, 0.1)
-        assert plan.base.tolist() == [round] * 15
-        assert plan.site.tolist() == [0] * 15
         assert plan.dropped.tolist() == []
-        dtypes = [plan.client, plan.site, plan.weight, plan.steps, plan.variant, plan.base]
-        assert [array.dtype.name for array in dtypes] == ["int64", "int64", "float64", "int32", "int16", "int64"]
+        dtypes = [plan.client, plan.weight, plan.steps, plan.variant]
+        assert [array.dtype.name for array in dtypes] == ["int64", "float64", "int32", "int16"]
 
     def test_the_order_of_the_sampler_does_not_matter(self) -> None:
         def backwards(*arguments: int) -> NDArray[np.int64]:

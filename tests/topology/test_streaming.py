@@ -1,4 +1,4 @@
-"""Mixing into another array and in place: the same bits as `Mixing.apply`, and what a loop over peers gives."""
+"""Mixing by blocks of rows and panels of columns: the same bits however it is cut, and what a loop over peers gives."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from gossamer import topology
 from gossamer.errors import ConfigError
 from gossamer.registry import BUILTIN
 from gossamer.topology import BlockAverage, Matching, Mixing, Shift, streaming
-from gossamer.topology.streaming import mix, mix_
+from gossamer.topology.streaming import panels
 
 GENERATED = sorted(set(BUILTIN["topology"]) - {"file"})
-RING = Shift(4, (1, 3), (0.25, 0.25))
 
 
 @contextmanager
 def tiny(block_bytes: int, panel_bytes: int) -> Iterator[None]:
-    """Cut even small states into many blocks and streaming."""
+    """Cut even small states into many blocks and panels."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("BLOCK_BYTES", "WALK_BYTES", "STREAM_BYTES"):
             patch.setattr(streaming, name, block_bytes)
@@ -35,6 +34,14 @@ def tiny(block_bytes: int, panel_bytes: int) -> Iterator[None]:
 
 def random_state(rows: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, d))).to(dtype)
+
+
+def in_panels(mixing: Mixing, x: torch.Tensor) -> torch.Tensor:
+    """Mix panel by panel, as workers do."""
+    mixed = torch.full_like(x, torch.nan)
+    for one in panels(len(x), x.shape[1], x.itemsize):
+        mixed[:, one] = mixing.apply(x[:, one].contiguous())
+    return mixed
 
 
 def slow_mix(mixing: Mixing, x: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -53,7 +60,6 @@ def slow_mix(mixing: Mixing, x: torch.Tensor) -> np.ndarray[Any, Any]:
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 2**40),
     round=st.integers(0, 100),
-    threads=st.integers(1, 4),
     block_bytes=st.sampled_from([1, 200, 5_000]),
     panel_bytes=st.sampled_from([1, 2_000, 100_000]),
 )
@@ -65,7 +71,6 @@ def test_bits_depend_on_nothing_but_the_state(
     dtype: torch.dtype,
     seed: int,
     round: int,
-    threads: int,
     block_bytes: int,
     panel_bytes: int,
 ) -> None:
@@ -79,25 +84,15 @@ def test_bits_depend_on_nothing_but_the_state(
     np.testing.assert_allclose(expected.numpy(), slow_mix(mixing, x), atol=1e-5 if dtype == torch.float32 else 1e-13)
     with tiny(block_bytes, panel_bytes):
         assert torch.equal(mixing.apply(x), expected)
-        out = torch.full_like(x, torch.nan)
-        mix(mixing, x, out, threads)
-        assert torch.equal(out, expected)
-        assert torch.equal(x, before)
-        mix_(mixing, x, threads=threads)
-    assert torch.equal(x, expected)
+        assert torch.equal(in_panels(mixing, x), expected)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("offset", [1, 5, 18, 19, 30, 36])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_shift_walks_in_steps_that_threads_share(offset: int, threads: int) -> None:
-    shift = Shift(37, (offset,), (0.3,))
-    x = random_state(37, 20_011, torch.float32, offset)  # rows long enough for torch to share
-    out = torch.full_like(x, torch.nan)
-    with tiny(3 * 4 * 20_011, 100_000):
-        mix(shift, x, out, threads)
-        assert torch.equal(out, torch.lerp(x, x.roll(offset, 0), 0.3))
-        mix_(shift, x, threads=threads)
-    assert torch.equal(x, out)
+def test_a_shift_walks_from_senders_to_receivers(offset: int) -> None:
+    x = random_state(37, 50, torch.float32, offset)
+    with tiny(3 * 4 * 50, 100_000):
+        assert torch.equal(Shift(37, (offset,), (0.3,)).apply(x), torch.lerp(x, x.roll(offset, 0), 0.3))
 
 
 MIXINGS: list[Mixing] = [
@@ -115,16 +110,11 @@ MIXINGS: list[Mixing] = [
 @pytest.mark.parametrize("mixing", MIXINGS, ids=lambda mixing: f"{mixing.kind}-{mixing.max_degree}")
 class TestEachKind:
     def test_columns_do_not_meet(self, mixing: Mixing) -> None:
-        """Any slice of columns is mixed to the same bits alone, in place within a wider array or not."""
+        """Any slice of columns is mixed to the same bits alone."""
         x = random_state(12 * mixing.rows_per_site, 53)
         whole = mixing.apply(x)
         for columns in (slice(0, 1), slice(1, 18), slice(50, 53), slice(7, 7)):
             assert torch.equal(mixing.apply(x[:, columns].contiguous()), whole[:, columns])
-            mixed = x.clone()
-            mix_(mixing, mixed, columns=columns, threads=2)
-            assert torch.equal(mixed[:, columns], whole[:, columns])
-            mixed[:, columns] = x[:, columns]
-            assert torch.equal(mixed, x)
 
     def test_rows_are_those_of_the_whole(self, mixing: Mixing) -> None:
         x, step = random_state(12 * mixing.rows_per_site, 21), mixing.rows_per_site
@@ -133,20 +123,9 @@ class TestEachKind:
             for hi in range(lo, 13):
                 assert torch.equal(mixing.rows(x, lo, hi), whole[step * lo : step * hi])
 
-    def test_a_slice_of_a_wider_array(self, mixing: Mixing) -> None:
-        wide = random_state(12 * mixing.rows_per_site, 40)
-        before, inner = wide.clone(), wide[:, 3:24]
-        expected = mixing.apply(inner)
-        with tiny(100, 100):
-            mix_(mixing, inner, threads=3)
-        assert torch.equal(wide[:, 3:24], expected)
-        wide[:, 3:24] = before[:, 3:24]
-        assert torch.equal(wide, before)
-
     def test_a_constant_stays(self, mixing: Mixing) -> None:
         x = torch.full((12 * mixing.rows_per_site, 5), 3.0, dtype=torch.float64)
-        mix_(mixing, x)
-        np.testing.assert_allclose(x.numpy(), 3.0, rtol=1e-15)
+        np.testing.assert_allclose(mixing.apply(x).numpy(), 3.0, rtol=1e-15)
 
 
 class TestTheory:
@@ -157,111 +136,28 @@ class TestTheory:
     def test_a_finite_time_cycle_ends_in_the_mean(self, name: str, n: int, options: dict[str, Any]) -> None:
         found = topology.build(name, n, 0, **options)
         start = random_state(n, 9, torch.float64)
-        inside = found.mixing(0).start(start).clone()
-        source = inside.clone()
+        state = found.mixing(0).start(start).clone()
         for round in range(found.period or 0):
             mixing = found.mixing(round)
             with tiny(300, 600):
-                mix_(mixing, inside, threads=2)
-                target = torch.empty_like(source)
-                mix(mixing, source, target, threads=2)
-            source = target
-            assert torch.equal(inside, source)
+                state = in_panels(mixing, state)
         mean = np.broadcast_to(start.mean(0).numpy(), (n, 9))
-        np.testing.assert_allclose(mixing.read(inside).numpy(), mean, atol=1e-14)
+        np.testing.assert_allclose(mixing.read(state).numpy(), mean, atol=1e-14)
 
     def test_pairwise_means_err_less_than_a_running_sum(self) -> None:
         """Rounding of a sum of n numbers by halves grows as log n (Higham, "Accuracy and stability", 4.2)."""
         n = 1 << 16
         x = torch.full((n, 1), 0.1)
-        mix_(BlockAverage(1, n, 1), x)
-        assert abs(x.double() / float(np.float32(0.1)) - 1.0).max() <= 16 * 2.0**-24
+        mixed = BlockAverage(1, n, 1).apply(x)
+        assert abs(mixed.double() / float(np.float32(0.1)) - 1.0).max() <= 16 * 2.0**-24
 
 
 @given(num_rows=st.integers(1, 10**7), d=st.integers(0, 10_000), itemsize=st.sampled_from([4, 8]))
 @settings(deadline=None)
 def test_panels_cut_all_columns(num_rows: int, d: int, itemsize: int) -> None:
-    found = streaming.panels(num_rows, d, itemsize)
+    found = panels(num_rows, d, itemsize)
     assert [column for one in found for column in range(one.start, one.stop)] == list(range(d))
     for one in found[:-1]:
         num_bytes = (one.stop - one.start) * itemsize
         assert num_bytes % 64 == 0
         assert num_bytes == 256 or num_bytes * num_rows <= 8 * 2**20
-
-
-class Foreign(Mixing):
-    """A mixing of somebody else's, which can only `apply` and give `rows`."""
-
-    kind = "foreign"
-
-    def __init__(self, inner: Mixing) -> None:
-        self.inner, self.n = inner, inner.n
-
-    def _apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner.apply(x)
-
-    def _rows(self, x: torch.Tensor, lo: int, hi: int) -> torch.Tensor:
-        return self.inner.rows(x, lo, hi)
-
-
-Foreign.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
-
-
-def test_a_foreign_mixing() -> None:
-    mixing = Foreign(RING)
-    x = random_state(4, 7)
-    expected, out = RING.apply(x), torch.empty_like(x)
-    mix(mixing, x, out, threads=3)
-    mix_(mixing, x, threads=2)
-    assert torch.equal(out, expected)
-    assert torch.equal(x, expected)
-
-
-class TestJointStates:
-    def test_by_peer_and_flat_are_the_same_memory(self) -> None:
-        mixing = topology.build("ceca", 6).mixing(1)
-        x = random_state(12, 4)
-        expected = mixing.apply(x)
-        out = torch.empty(6, 2, 4)
-        mix(mixing, x, out.view(12, 4), threads=2)
-        assert torch.equal(out.view(12, 4), expected)
-        mix_(mixing, x.view(6, 2, 4))
-        assert torch.equal(x, expected)
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("x", "out", "message"),
-        [
-            (torch.zeros(4, 2), torch.zeros(4, 3), r"cannot mix \(4, 2\) torch.float32 into \(4, 3\)"),
-            (torch.zeros(4, 2), torch.zeros(4, 2).double(), "into .* torch.float64: give the like"),
-            (torch.zeros(5, 2), torch.zeros(5, 2), r"cannot mix \(5, 2\) torch.float32: give 4 rows"),
-            (torch.zeros(4), torch.zeros(4), "give 4 rows"),
-            (torch.zeros(4, 2).half(), torch.zeros(4, 2).half(), "torch.float16: give 4 rows of float32"),
-            (torch.zeros(4, 4)[:, :2], torch.zeros(4, 2), r"strides \(4, 1\) into \(2, 1\): give contiguous arrays"),
-        ],
-        ids=["shape", "type", "rows", "vector", "float16", "strides"],
-    )
-    def test_arrays_that_do_not_fit(self, x: torch.Tensor, out: torch.Tensor, message: str) -> None:
-        with pytest.raises(ConfigError, match=message):
-            mix(RING, x, out)
-
-    def test_shared_memory(self) -> None:
-        x = torch.zeros(6, 2)
-        for out in (x[:4], x[2:]):
-            with pytest.raises(ConfigError, match="into its own memory: use mix_"):
-                mix(RING, x[:4], out)
-
-    def test_columns_apart(self) -> None:
-        with pytest.raises(ConfigError, match=r"strides \(1, 4\) on cpu in place: give rows of one array"):
-            mix_(RING, torch.zeros(3, 4).T)
-
-    def test_threads(self) -> None:
-        with pytest.raises(ConfigError, match="threads = 0 is below 1"):
-            mix_(RING, torch.zeros(4, 1), threads=0)
-
-    def test_a_thread_that_fails_is_heard(self) -> None:
-        broken = Foreign(topology.build("ring", 6).mixing(0))
-        broken.n = 4
-        with pytest.raises(ConfigError, match="give 6 rows"):
-            mix(broken, torch.zeros(4, 2), torch.zeros(4, 2), threads=2)

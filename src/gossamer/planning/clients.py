@@ -112,11 +112,9 @@ class ClientPlanner:
             round=round,
             phase=0,
             client=clients[kept],
-            site=np.zeros(int(kept.sum()), dtype=np.int64),
             weight=weight[kept],
             steps=steps[kept].astype(np.int32),
             variant=variant[kept],
-            base=np.full(int(kept.sum()), round, dtype=np.int64),
             lr=learning_rate(self.lr, self.schedule, round, self.num_rounds),
             dropped=np.sort(clients[~kept]),
         )

@@ -74,11 +74,9 @@ class PeerPlanner:
             round=round,
             phase=0,
             client=peers[order],
-            site=peers[order],
             weight=np.ones(len(peers)),
             steps=self.steps[order],
             variant=variant[order],
-            base=np.full(len(peers), round, dtype=np.int64),
             lr=learning_rate(self.lr, self.schedule, round, self.num_rounds),
             mixing=mixing,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 
@@ -61,11 +60,3 @@ class Coverage:
     def mask(self, name: str) -> torch.Tensor:
         """Return a copy of the marks of parameter `name`, bool, size 1 along dimensions without an axis."""
         return self._held[name].clone()
-
-
-def covered(layout: Layout, cuts: Iterable[Cut]) -> Coverage:
-    """Return the coverage of a sequence of cuts."""
-    coverage = Coverage(layout)
-    for cut in cuts:
-        coverage.add(cut)
-    return coverage

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 
 from gossamer import rng
 from gossamer.errors import ConfigError
 from gossamer.registry import resolve
+from gossamer.submodel.layout import Layout
 from gossamer.submodel.windows import Window, window_length, wrapped
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gossamer.submodel.layout import Layout
 
 
 class Chooser(Protocol):

@@ -10,15 +10,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
 
 Segments = tuple[tuple[int, int], ...]
 

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from gossamer.errors import ConfigError
-from gossamer.topology.base import Floats, Integers
+from gossamer.topology.base import Floats
 from gossamer.topology.family import Family, Schedule, TopologyOptions, static
 from gossamer.topology.mixings import BlockAverage, Shift
 from gossamer.topology.sparse import Sparse
@@ -127,12 +127,6 @@ def _shape(name: str, n: int, rows: int | None, least: int) -> tuple[int, int]:
 
 def _has_shape(n: int, least: int) -> bool:
     return any(n % rows == 0 for rows in range(least, math.isqrt(n) + 1))
-
-
-def complete_edges(n: int) -> tuple[Integers, Integers]:
-    """Return every pair i < j, int64 [n (n - 1) / 2] each."""
-    first, second = np.triu_indices(n, 1)
-    return first.astype(np.int64), second.astype(np.int64)
 
 
 ring = Family(_ring, "static", "2", "1 - Θ(1/n²)", NEDIC, minimum=3)

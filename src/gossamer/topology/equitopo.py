@@ -82,11 +82,6 @@ def theorem_rate(n: int, num_graphs: int, p: float) -> float | None:
     return rho if rho < 1.0 else None
 
 
-def best_eta(n: int) -> float:
-    """Return the eta that contracts most for OD-EquiDyn over all basis graphs: n / (2 (n - 1)), 1 at most."""
-    return min(1.0, n / (2.0 * (n - 1)))
-
-
 def draw_basis(n: int, num_graphs: int, seed: int) -> tuple[Integers, int]:
     """Draw M shifts from 1..n-1 with replacement, again and again until they connect all peers.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gossamer.topology import streaming
 from gossamer.topology.base import Edges, Floats, Integers, check_num_edges, sorted_edges
-from gossamer.topology.streaming import Streaming, arrivals, block_size, row_blocks, share
+from gossamer.topology.streaming import Streaming, arrivals, block_size, row_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,16 +80,11 @@ class Shift(Streaming):
         pairs = sorted(((self.n - u, w) for u, w in zip(self.offsets, self.weights, strict=True)))
         return replace(self, offsets=tuple(u for u, _ in pairs), weights=tuple(w for _, w in pairs))
 
-    @property
-    def walks(self) -> bool:  # type: ignore[override]
-        """Whether there is one offset: the row that a peer sends is read again as the row of the next receiver."""
-        return len(self.offsets) == 1
-
-    def _write(self, x: Tensor, out: Tensor, part: int = 0, num_parts: int = 1) -> None:
+    def _write(self, x: Tensor, out: Tensor) -> None:
         step = min(self.offsets[0], self.n - self.offsets[0])
         most = block_size(x.shape[1] * x.itemsize, streaming.WALK_BYTES)
-        if num_parts > 1 or not self.walks or step < most:
-            super()._write(x, out, part, num_parts)
+        if len(self.offsets) > 1 or step < most:
+            super()._write(x, out)
             return
         # From a block to the one that hears of it, which finds its senders in the cache.
         for first in range(0, step, most):
@@ -126,7 +121,6 @@ class Matching(Streaming):
 
     kind = "matching"
     is_symmetric = True
-    walks = True
     partner: Integers
     weight: float
 
@@ -166,7 +160,7 @@ class Matching(Streaming):
         import torch
 
         partner = torch.from_numpy(self.partner).to(x.device)
-        for a, b in row_blocks(x, lo, hi, streaming.STREAM_BYTES if out.is_contiguous() else None):
+        for a, b in row_blocks(x, lo, hi, streaming.STREAM_BYTES):
             mixed = out[a - lo : b - lo]
             torch.index_select(x, 0, partner[a:b], out=mixed)
             torch.lerp(x[a:b], mixed, self.weight, out=mixed)
@@ -240,22 +234,17 @@ class BlockAverage(Streaming):
         """Return this mixing, which is symmetric."""
         return self
 
-    def _write(self, x: Tensor, out: Tensor, part: int = 0, num_parts: int = 1) -> None:
+    def _write(self, x: Tensor, out: Tensor) -> None:
         import torch
 
-        outers, inners = (0, self.outer), (0, self.inner)
-        if self.outer >= num_parts:
-            outers = share(self.outer, part, num_parts)
-        else:
-            inners = share(self.inner, part, num_parts)
         shape = (self.outer, self.size, self.inner, x.shape[1])
         blocks, mixed = x.view(shape), out.view(shape)
         cells = block_size(self.size * x.shape[1] * x.itemsize)  # groups at a time
         width = min(cells, self.inner)
-        for o in range(*outers, cells // width):
-            outer = slice(o, min(o + cells // width, outers[1]))
-            for i in range(*inners, width):
-                inner = slice(i, min(i + width, inners[1]))
+        for o in range(0, self.outer, cells // width):
+            outer = slice(o, o + cells // width)
+            for i in range(0, self.inner, width):
+                inner = slice(i, i + width)
                 own = blocks[outer, :, inner]
                 torch.lerp(own, _mean(own), self.weight, out=mixed[outer, :, inner])
 

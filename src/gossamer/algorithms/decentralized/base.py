@@ -3,72 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm, Arrays, BaseAlgorithm
+from gossamer.algorithms.base import Arrays, BaseAlgorithm
 from gossamer.algorithms.traits import AlgorithmTraits
 from gossamer.errors import ConfigError
 from gossamer.topology import Mixing, Topology
 
 
-class PeerAlgorithm(Algorithm, Protocol):
-    """A training algorithm of peers without a server; to write one, derive it from `PeerSGD`.
+class PeerSGD(BaseAlgorithm):
+    """A method of peers without a server; derive your own from this one: SGD, with momentum that a peer keeps.
 
     In a round every peer calls `begin` on its rows of the state, `step` for each local step and `end`. The payloads are
-    mixed by the round's W, and `update` makes the new state.
-
-    In its traits `downlink` is None.
+    mixed by the round's W, and `update` makes the new state. ``state["x"]`` is always the model of each peer: where
+    gradients are taken, and what is evaluated. Nothing is received, so `downlink` is None, and there is no client
+    state.
     """
-
-    def init(self, x: Tensor) -> Arrays:
-        """Return the state of n peers that start from x [n, d].
-
-        ``state["x"]`` is always the model of each peer: where gradients are taken, and what is evaluated.
-        """
-        ...
-
-    def init_client(self, x: Tensor) -> Arrays:
-        """Return {}: what a peer keeps is its rows of the state."""
-        ...
-
-    def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
-        """Return what local steps work on, [s, d] or [s, 1] of scalars; ``carry["x"]`` is owned: a copy."""
-        ...
-
-    def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
-        """One local step. Coordinatewise: it is called per parameter, on tensors of any one shape; grad is not kept."""
-        ...
-
-    def end(
-        self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
-    ) -> tuple[Arrays, Arrays]:
-        """Return (payload rows to be mixed; state arrays of the peer that local work changes); row-wise.
-
-        A payload that has the name of a state array takes that array's place, so `update` does not see the old one; a
-        payload with a name of its own has a buffer of its own. With 0 steps, right after `begin`, the peer idles, but
-        still mixes.
-        """
-        ...
-
-    def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
-        """Return the new state, of the arrays that change; coordinatewise over rows [n, any slice of the coordinates].
-
-        Args:
-            state: after `end`; scalars are [n, 1].
-            inbox: the mixed payload under the uplink's names; ``inbox["sent"]``: each peer's own payload as it was
-                sent, after the codec, not to be written to; ``inbox["lr"]``: the round's learning rate;
-                ``inbox["held"]``: bool [n, slice] of the coordinates that the peer or a neighbour held, or None if all
-                were; the others keep the state, which for payloads in the place of a state array is what was "sent".
-            num_clients: number of peers.
-        """
-        ...
-
-
-class PeerSGD(BaseAlgorithm):
-    """What the methods of peers share: SGD, with momentum that a peer keeps from round to round."""
 
     traits = AlgorithmTraits(downlink=None)
 
@@ -77,13 +30,18 @@ class PeerSGD(BaseAlgorithm):
         return {"x": x} | ({"momentum": torch.zeros_like(x)} if self.momentum else {})
 
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
-        """Return copies of the model and of the momentum."""
+        """Return copies of the model and of the momentum, [s, d] each; of others' scalars, [s, 1]."""
         return {name: state[name].clone() for name in ("x", "momentum") if name in state}
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
-        """Return the models; the momentum."""
+        """Return the models, to be mixed; the momentum, a state array of the peer that local work changes.
+
+        A payload that has the name of a state array takes that array's place, so `update` does not see the old one; a
+        payload with a name of its own has a buffer of its own. With 0 steps, right after `begin`, the peer idles, but
+        still mixes.
+        """
         return {"x": carry["x"]}, self.kept(carry)
 
     def kept(self, carry: Arrays) -> Arrays:
@@ -91,7 +49,16 @@ class PeerSGD(BaseAlgorithm):
         return {name: value for name, value in carry.items() if name not in self.traits.uplink}
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
-        """Take what was mixed; what nobody near held stays as it is."""
+        """Return the state arrays that change: what was mixed; what nobody near held stays as it is.
+
+        Args:
+            state: after `end`, [n, any slice of the coordinates]; scalars are [n, 1].
+            inbox: the mixed payload under the uplink's names; ``inbox["sent"]``: each peer's own payload as it was
+                sent, after the codec, not to be written to; ``inbox["lr"]``: the round's learning rate;
+                ``inbox["held"]``: bool [n, slice] of the coordinates that the peer or a neighbour held, or None if all
+                were; the others keep the state, which for payloads in the place of a state array is what was "sent".
+            num_clients: number of peers.
+        """
         sent, held = inbox["sent"], inbox["held"]
         if held is None:
             return {name: inbox[name] for name in self.traits.uplink}
