@@ -372,6 +372,7 @@ def main() -> None:
     """Run the benchmark of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--experiments", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument("--memory", type=int, metavar="ROUNDS")
     parser.add_argument("--seed", type=int, default=0, help="of runs and blows; when one falls is also chance")
     options = parser.parse_args()
@@ -382,8 +383,9 @@ def main() -> None:
                 name: memory(name, options.memory, options.seed, Path(folder)) for name in ("fedrolex", "peers", "gloo")
             }
         else:
-            shares = np.diff(np.round(np.linspace(0, options.faults, len(EXPERIMENTS) + 1)).astype(int)).tolist()
-            for name, num_faults in zip(EXPERIMENTS, shares, strict=True):
+            bounds = np.linspace(0, options.faults, len(options.experiments) + 1)
+            shares = np.diff(np.round(bounds).astype(int)).tolist()
+            for name, num_faults in zip(options.experiments, shares, strict=True):
                 trial = Trial(name, options, Path(folder))
                 try:
                     trial.strike(num_faults)

@@ -6,18 +6,21 @@ Several threads would fight with the workers that tests start, and with other te
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 
+from gossamer.engines.ray.cluster import start_ray
+
 HERE = Path(__file__).parent
 
 sys.path[:0] = [str(HERE), str(HERE / "plugins")]
 torch.set_num_threads(1)
 
-settings.register_profile("sample", max_examples=20, deadline=None)
+settings.register_profile("sample", max_examples=25, deadline=None)
 settings.register_profile("whole", max_examples=100, deadline=None)
 
 
@@ -30,7 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Settle what is sampled; xdist hands these options on, so that all of its workers collect the same tests."""
     from sampling import commit
 
-    config.addinivalue_line("markers", "sweep(keep, at_least=2): run a share of the cases; see tests/sampling.py")
+    config.addinivalue_line(
+        "markers", "sweep(keep, at_least=2, together=()): run a share of the cases; see sampling.py"
+    )
     config.option.all_sweeps |= any("::" in name for name in config.args) or bool(config.option.keyword)
     config.option.sweep_seed = config.option.sweep_seed or commit(HERE)
     settings.load_profile("whole" if config.option.all_sweeps else "sample")
@@ -50,3 +55,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped = left_out(items, config.option.sweep_seed)
         items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=list(dropped))
+
+
+@pytest.fixture(scope="session")
+def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Start a Ray of four CPUs, which all runs in this process find and use; tests that do are xdist's group "ray".
+
+    Returns:
+        The folder of the plug-in `gate` in Ray's processes, which inherit what is set when Ray starts.
+    """
+    folder = tmp_path_factory.mktemp("gate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GATE", str(folder))
+        leave = start_ray(None, 4)
+    yield folder
+    leave()

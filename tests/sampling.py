@@ -2,7 +2,8 @@
 
 A sweep is a test marked ``@pytest.mark.sweep(keep=0.25)``: a quarter of its cases run, all of them with
 ``--all-sweeps``, or where tests are named one by one. Cases of different *kinds* belong into different tests, or tell
-their kind by an argument of their own, since every value of an argument stays for which there is room.
+their kind by an argument of their own, since every value of an argument stays for which there is room; the kind may be
+that of several arguments ``together=("name", "other")``.
 """
 
 from __future__ import annotations
@@ -65,6 +66,14 @@ def left_out(items: Sequence[pytest.Item], seed: str) -> set[pytest.Item]:
     for name, cases in sweeps.items():
         marker = cases[0].get_closest_marker("sweep")
         assert marker is not None
-        chosen = sample([case.callspec.indices for case in cases], seed=f"{seed} {name}", **marker.kwargs)
+        options = dict(marker.kwargs)
+        together = options.pop("together", ())
+        chosen = sample([arguments(case, together) for case in cases], seed=f"{seed} {name}", **options)
         dropped.update(case for index, case in enumerate(cases) if index not in chosen)
     return dropped
+
+
+def arguments(case: pytest.Function, together: Sequence[str]) -> dict[str, Hashable]:
+    """Return what tells the values of a case's arguments apart, those that count `together` as one more argument."""
+    values: dict[str, Hashable] = {name: repr(value) for name, value in case.callspec.params.items()}
+    return values | ({"together": tuple(values[name] for name in together)} if together else {})

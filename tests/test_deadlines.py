@@ -167,6 +167,7 @@ class TestSameBits:
             now = record["simulated_seconds"]
         assert any(waited)
 
+    @pytest.mark.sweep(keep=0.34, at_least=6, together=("name", "every"))
     @pytest.mark.parametrize("name", ["train", "exchange", "commit"])
     @pytest.mark.parametrize("number", [1, 2, 4])
     @pytest.mark.parametrize("every", [0, 1000])

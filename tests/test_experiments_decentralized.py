@@ -26,6 +26,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("file", ["config.yaml", "full.yaml"])
 def test_every_method_trains(name: str, file: str, tmp_path: Path) -> None:

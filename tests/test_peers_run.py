@@ -77,6 +77,7 @@ class Signalling:
 
 
 class TestInterrupted:
+    @pytest.mark.sweep(keep=0.5, together=("name", "started"))
     @pytest.mark.parametrize("started", [True, False], ids=["start", "end"])
     @pytest.mark.parametrize("name", ["train", "exchange", "evaluate", "commit"])
     @pytest.mark.parametrize("kind", ["windows", "choco-sgd"])
@@ -106,6 +107,7 @@ class TestInterrupted:
         path.write_text(path.read_text().replace("workers: 2", "workers: 0"))
         assert_same(resume(tmp_path / "run"), undisturbed(kind))
 
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize("workers", [0, 2])
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_asked_to_stop(
@@ -167,6 +169,7 @@ class Idling(SlowPeers):
 
 
 class TestNotFinite:
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize(("workers", "block_size"), [(0, "auto"), (0, 1), (2, 2)])
     @pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
     def test_who_is_dropped_idles_but_mixes(

@@ -67,6 +67,7 @@ def interrupted(kind: str, directory: Path, name: str, started: bool, number: in
 
 
 class TestEveryPhase:
+    @pytest.mark.sweep(keep=0.25, together=("name", "started"))
     @EACH_KIND
     @pytest.mark.parametrize("started", [True, False], ids=["start", "end"])
     @pytest.mark.parametrize("number", [1, 3])
@@ -125,6 +126,7 @@ class TestDamage:
             content[-5] ^= 1
             path.write_bytes(content)
 
+    @pytest.mark.sweep(keep=0.5)
     @EACH_KIND
     @pytest.mark.parametrize("name", ["arrays.safetensors", "progress.json", "manifest.json"])
     def test_the_one_before_is_used(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -76,7 +76,6 @@ class TestBits:
         assert rng.bits(0, "p", 0, 0, clients(3, 4), count).tolist() == longest[:, :count].tolist()
 
     @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=6), st.integers(0, 5))
-    @settings(max_examples=50, deadline=None)
     def test_rows_do_not_depend_on_the_rest_of_the_call(self, who: list[int], round: int) -> None:
         together = rng.bits(1, "p", round, 0, clients(*who), 3)
         for row, participant in zip(together, who, strict=True):
@@ -99,7 +98,6 @@ class TestBits:
 
 class TestPermutations:
     @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(0, 3))
-    @settings(max_examples=50, deadline=None)
     def test_each_row_permutes_its_range(self, sizes: list[int], round: int) -> None:
         rows = rng.permutations(2, "p", round, 0, np.arange(len(sizes)), np.array(sizes))
         assert rows.shape == (len(sizes), max(sizes))
@@ -108,7 +106,6 @@ class TestPermutations:
             assert row[size:] == [-1] * (max(sizes) - size)
 
     @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 9)), min_size=1, max_size=6))
-    @settings(max_examples=50, deadline=None)
     def test_rows_do_not_depend_on_who_else_is_shuffled(self, rows: list[tuple[int, int]]) -> None:
         who, sizes = clients(*(row[0] for row in rows)), np.array([row[1] for row in rows])
         together = rng.permutations(2, "p", 0, 0, who, sizes, extra=4)
@@ -152,7 +149,6 @@ class TestGenerator:
 
 class TestChoose:
     @given(st.integers(1, 30), st.data())
-    @settings(max_examples=50, deadline=None)
     def test_distinct_and_ascending(self, population: int, data: st.DataObject) -> None:
         count = data.draw(st.integers(0, population))
         chosen = rng.choose(data.draw(st.integers(0, 3)), "p", 0, population, count)

@@ -198,6 +198,7 @@ class TestEvaluation:
 class TestLostState:
     """An engine whose sites lose what they hold goes on from the last commit."""
 
+    @pytest.mark.sweep(keep=0.5, together=("span", "started", "back_to"))
     @pytest.mark.parametrize("make", [configure, decentralized])
     @pytest.mark.parametrize(("every_seconds", "back_to"), [(0, 2), (1000, 0)])
     @pytest.mark.parametrize(("span", "started"), [("train", True), ("exchange", True), ("exchange", False)])

@@ -56,6 +56,17 @@ def test_outside_of_a_repository(tmp_path: Path) -> None:
     assert commit(tmp_path) == NO_COMMIT
 
 
+@pytest.mark.sweep(keep=0.1, at_least=6, together=("phase", "is_start"))
+@pytest.mark.parametrize("case", range(10))
+@pytest.mark.parametrize(("phase", "is_start"), list(product(["train", "exchange", "commit"], [True, False])))
+def test_kinds_of_two_arguments(request: pytest.FixtureRequest, phase: str, is_start: bool, case: int) -> None:
+    """Six of sixty cases, and all six kinds are among them."""
+    if not request.config.option.all_sweeps:
+        prefix = request.node.originalname + "["
+        others = [item.callspec.params for item in request.session.items if item.name.startswith(prefix)]
+        assert len({(params["phase"], params["is_start"]) for params in others}) == len(others) == 6
+
+
 @pytest.mark.sweep(keep=0.1)
 @pytest.mark.parametrize("case", range(40))
 def test_a_sweep(case: int) -> None:

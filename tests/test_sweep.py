@@ -6,7 +6,8 @@ import csv
 import json
 import os
 import signal
-import time
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ from typing import Any
 import gate
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 import gossamer
+from federation import environment, wait_for
 from gossamer import experiment
-from gossamer.cli.main import app
 from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.reports.curves import find_runs, group
 from gossamer.storage.checkpoint import Checkpoints
@@ -42,7 +42,6 @@ DATA: dict[str, Any] = {
     st.lists(st.sampled_from([0.5, 0.25, 0.125]), min_size=1, max_size=3, unique=True),
     st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
 )
-@settings(max_examples=25, deadline=None)
 def test_grid_is_what_nested_loops_give(rounds: list[int], rates: list[float], seeds: list[int]) -> None:
     grid = make_grid(DATA, [f"rounds={','.join(map(str, rounds))}", f"train.lr={','.join(map(str, rates))}"], seeds)
     found = [(one["rounds"], one["train"]["lr"], one["seed"]) for one in grid.singles.values()]
@@ -192,23 +191,24 @@ def test_columns_of_rows_that_differ() -> None:
 
 
 @pytest.fixture
-def no_ray_yet() -> None:
-    """Stop a Ray that other tests left in this process: its workers would not see what is set here."""
-    import ray
-
-    ray.shutdown()
+def closed_gate(one_ray: Path) -> Path:
+    """Return the folder of the plug-in `gate`, without the files of other tests."""
+    for name in ("reached", "open"):
+        (one_ray / name).unlink(missing_ok=True)
+    return one_ray
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.usefixtures("no_ray_yet")
+@pytest.mark.timeout(300)
 def test_command_on_ray(tmp_path: Path) -> None:
-    """Twice as many runs as CPUs: one of them fails for a reason of its own."""
+    """On a Ray of its own, with twice as many runs as CPUs, of which some fail for a reason of their own."""
     data = DATA | {"clients": {"num": 20, "per_round": 2, "partition": "iid"}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
     out = tmp_path / "out"
     command = ["sweep", str(tmp_path / "tiny.yaml"), "clients.num=20,1000000", "--seeds", "0,1", "--parallel", "2"]
-    done = CliRunner().invoke(app, [*command, "--out", str(out)])
-    assert done.exit_code == 2, done.output
+    program = [sys.executable, "-m", "gossamer.cli.main", *command, "--out", str(out)]
+    done = subprocess.run(program, capture_output=True, text=True, env=environment(), timeout=200, check=False)
+    assert done.returncode == 2, done.stderr
     assert "2 of 4 runs failed" in done.stderr
     assert done.stdout.splitlines()[-1] == str(out)
     rows = json.loads((out / "results.json").read_text())
@@ -224,18 +224,15 @@ def test_command_on_ray(tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.usefixtures("no_ray_yet")
-def test_stopping_on_ray_commits_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.timeout(300)
+def test_stopping_on_ray_commits_what_runs(tmp_path: Path, closed_gate: Path) -> None:
     """One run is held in the middle; when another one has ended, the sweep is stopped, and the held one let go."""
-    monkeypatch.setenv("GATE", str(tmp_path))
 
     def interrupt(row: Any) -> None:
         if row["rounds"] == 1:
-            deadline = time.monotonic() + gate.PATIENCE
-            while not (tmp_path / "reached").exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
+            wait_for((closed_gate / "reached").exists, 200)
             os.kill(os.getpid(), signal.SIGINT)
-            (tmp_path / "open").touch()
+            (closed_gate / "open").touch()
 
     data = DATA | {"clients": {"num": 20, "per_round": 2, "sampler": "gate:hold"}}
     out = tmp_path / "out"
@@ -249,20 +246,17 @@ def test_stopping_on_ray_commits_what_runs(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.usefixtures("no_ray_yet")
-def test_task_whose_worker_dies_goes_on_from_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GATE", str(tmp_path))
+@pytest.mark.timeout(300)
+def test_task_whose_worker_dies_goes_on_from_its_commit(tmp_path: Path, closed_gate: Path) -> None:
     data = DATA | {"rounds": 5, "checkpoint": {"every_seconds": 0}}
     data["clients"] = {"num": 20, "per_round": 2, "sampler": "gate:hold"}
     held = tmp_path / "out" / "seed-0"
 
     def kill_when_held() -> None:
-        deadline = time.monotonic() + gate.PATIENCE
-        while not (tmp_path / "reached").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for((closed_gate / "reached").exists, 200)
         (worker,) = {int(link.parts[2]) for link in Path("/proc").glob("[0-9]*/fd/*") if _leads(link, held)}
         os.kill(worker, signal.SIGKILL)
-        (tmp_path / "open").touch()
+        (closed_gate / "open").touch()
 
     with ThreadPoolExecutor(1) as thread:
         killing = thread.submit(kill_when_held)

@@ -98,7 +98,7 @@ class TestEveryCodec:
         assert torch.allclose(found, torch.tensor([[-3.0], [2.0]]) * factor)
 
     @given(rows=arrays(np.float64, (3, 12), elements=st.floats(-1e4, 1e4, width=16)), seed=st.integers(0, 50))
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(derandomize=True)
     def test_contracts(self, spec: Any, rows: Any, seed: int) -> None:
         """Always, or in the mean over what is drawn, within five standard deviations."""
         codec, random = make_codec(spec), "random-k" in str(spec) or "quantise" in str(spec)
@@ -174,7 +174,6 @@ class TestQuantise:
 
     @DTYPES
     @given(seed=st.integers(0, 500), levels=st.integers(1, 50))
-    @settings(max_examples=25, deadline=None)
     def test_neighbouring_points_of_the_grid(self, dtype: torch.dtype, seed: int, levels: int) -> None:
         codec, rows = make_codec({"name": "quantise", "levels": levels}), normal(3, 17, seed).to(dtype)
         found = compressed(codec, rows).double() / codec.contraction(17)

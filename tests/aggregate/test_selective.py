@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -106,7 +106,6 @@ WHO = st.lists(
 
 class TestAgainstLoops:
     @given(st.sampled_from(["rolling", "static", "random"]), st.integers(0, 12), WHO)
-    @settings(max_examples=60, deadline=None)
     def test_exactly_equal_for_whole_numbers(self, strategy: str, round: int, who: list[Any]) -> None:
         contributions = [
             (trained(capacity, round, strategy, client), float(weight), labels)

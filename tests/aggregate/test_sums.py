@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -46,7 +46,6 @@ def same(found: Tensor | None, expected: Tensor | None) -> bool:
 
 class TestTree:
     @given(PRESENT, st.integers(0, 5))
-    @settings(max_examples=60, deadline=None)
     def test_tree_sum(self, present: list[bool], seed: int) -> None:
         assert same(tree_sum(slots_of(present, seed)), slow(slots_of(present, seed)))
 
@@ -81,14 +80,12 @@ class TestTree:
 
 class TestBlocks:
     @given(PRESENT, st.sampled_from([1, 2, 4, 8, 16]), st.integers(0, 5))
-    @settings(max_examples=60, deadline=None)
     def test_aligned_blocks_give_the_same_tree(self, present: list[bool], size: int, seed: int) -> None:
         slots = slots_of(present, seed)
         blocks = [tree_sum(slots[low : low + size]) for low in range(0, len(slots), size)]
         assert same(tree_sum(blocks), slow(slots_of(present, seed)))
 
     @given(PRESENT, st.sampled_from([1, 2, 4, 8]), st.randoms(use_true_random=False))
-    @settings(max_examples=80, deadline=None)
     def test_in_any_order_of_arrival(self, present: list[bool], size: int, random: object) -> None:
         slots = slots_of(present)
         blocks = [tree_sum(slots[low : low + size]) for low in range(0, len(slots), size)]
@@ -100,7 +97,6 @@ class TestBlocks:
         assert same(total.total, slow(slots_of(present)))
 
     @given(PRESENT, st.randoms(use_true_random=False))
-    @settings(max_examples=60, deadline=None)
     def test_freed_buffers_are_those_that_are_merged(self, present: list[bool], random: object) -> None:
         """What is freed may be overwritten at once; all but the total's buffer are freed exactly once."""
         slots = slots_of(present)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -135,7 +135,6 @@ class TestLocalSteps:
             assert torch.equal(carry["x"], parameter.detach())
 
     @given(st.floats(0, 0.99), st.floats(0, 0.5), st.integers(1, 4))
-    @settings(max_examples=30, deadline=None)
     def test_are_coordinatewise(self, momentum: float, weight_decay: float, rows: int) -> None:
         """Called for each piece of a row, or for many rows, a step does the same."""
         algorithm = make(momentum=momentum, weight_decay=weight_decay)

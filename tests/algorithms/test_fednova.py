@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from federation import SINGLY, STACKED, assert_same, configure, modes, relative_error
@@ -73,6 +73,7 @@ def slow_fednova(parts: Parts, momentum: float, weight_decay: float, mu: float) 
 
 
 class TestFederation:
+    @pytest.mark.sweep(keep=0.5)
     @EITHER
     @pytest.mark.parametrize(
         "changes",
@@ -151,13 +152,11 @@ class TestTheory:
 
 class TestNormaliser:
     @given(st.integers(1, 60), st.floats(0.01, 0.99))
-    @settings(max_examples=50, deadline=None)
     def test_momentum(self, steps: int, rho: float) -> None:
         expected = (steps - rho * (1 - rho**steps) / (1 - rho)) / (1 - rho)
         assert normaliser(steps, 0.1, rho, 0.0) == pytest.approx(expected, rel=1e-9)
 
     @given(st.integers(1, 60), st.floats(0.001, 0.5), st.floats(0.01, 1.9))
-    @settings(max_examples=50, deadline=None)
     def test_proximal_term(self, steps: int, lr: float, mu: float) -> None:
         expected = (1 - (1 - lr * mu) ** steps) / (lr * mu)
         assert normaliser(steps, lr, 0.0, mu) == pytest.approx(expected, rel=1e-9)
@@ -167,7 +166,6 @@ class TestNormaliser:
         assert normaliser(steps, 0.1, 0.0, 0.0) == steps
 
     @given(st.integers(1, 12), st.floats(0, 0.9), st.floats(0, 2.0))
-    @settings(max_examples=30, deadline=None)
     def test_both(self, steps: int, rho: float, mu: float) -> None:
         """How far the algorithm's own steps get on a constant gradient."""
         algorithm = FedNova({"mu": mu}, momentum=rho)

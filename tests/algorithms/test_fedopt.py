@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,6 +58,7 @@ def slow_fedopt(parts: Parts, name: str, rate: float, beta1: float, tau: float, 
 
 
 class TestFederation:
+    @pytest.mark.sweep(keep=0.5)
     @EITHER
     @ALL
     def test_slow_version(self, tmp_path: Path, name: str, mode: dict[str, bool]) -> None:
@@ -77,6 +78,7 @@ class TestFederation:
         expected = slow_fedopt(build(parse(config)), name, rate=0.05, beta1=beta1, tau=1e-3)
         assert relative_error(run(config, out=tmp_path / "run").params, expected) < 1e-5
 
+    @pytest.mark.sweep(keep=0.5)
     @ALL
     @pytest.mark.parametrize(("strategy", "levels"), [("rolling", LEVELS), ("random", (0.25, 0.5))])
     def test_sub_models(self, tmp_path: Path, name: str, strategy: str, levels: tuple[float, ...]) -> None:
@@ -131,7 +133,6 @@ class TestServer:
 
     @ALL
     @given(st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=20))
-    @settings(max_examples=30, deadline=None)
     def test_the_second_moment_stays_positive(self, name: str, changes: list[float]) -> None:
         algorithm = METHODS[name]({})
         state = algorithm.init(torch.zeros(1, 1))

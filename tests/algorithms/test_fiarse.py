@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -175,7 +175,6 @@ def test_what_nobody_got_keeps_its_bits(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 30), st.integers(1, 30), st.floats(0.02, 1.0), st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
 def test_masks_hold_what_a_window_would(rows: int, columns: int, capacity: float, seed: int) -> None:
     """Of every matrix as many weights as the sub-model of that capacity has, the largest ones; vectors whole."""
     layout = Layout.of({"a": (rows, columns), "bias": (rows,)}, {"a": ("rows", "columns"), "bias": ("rows",)})
@@ -191,7 +190,6 @@ def test_masks_hold_what_a_window_would(rows: int, columns: int, capacity: float
 
 
 @given(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=20), st.floats(0, 2, width=32), st.floats(-2, 2))
-@settings(max_examples=60, deadline=None)
 def test_the_biased_gradient(weights: list[float], theta: float, arriving: float) -> None:
     x = torch.tensor(weights, dtype=torch.float64).requires_grad_()
     threshold = torch.full_like(x, theta)

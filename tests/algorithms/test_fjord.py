@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -305,7 +305,6 @@ def test_mean_passes() -> None:
 
 
 @given(st.data(), st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.integers(1, 3))
-@settings(max_examples=60, deadline=None)
 def test_a_prefix_of_a_sub_model_is_a_smaller_one(data: Any, a: int, b: int, outer: int, inner: int) -> None:
     """Cut from a sub-model or from the whole model, the first channels are the same ones."""
     few, many = sorted(data.draw(st.lists(st.floats(0.01, 1), min_size=2, max_size=2)))

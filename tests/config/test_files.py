@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.config.loading import expand, load, parse
@@ -123,7 +123,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(data=CONFIGS)
-@settings(max_examples=40, deadline=None)
 def test_written_and_read_again(path: Path, data: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(data))
     config = parse(load(path))
@@ -135,7 +134,6 @@ def test_written_and_read_again(path: Path, data: dict[str, Any]) -> None:
 
 
 @given(data=CONFIGS)
-@settings(max_examples=30, deadline=None)
 def test_single_runs_are_valid_and_single(data: dict[str, Any]) -> None:
     runs = expand(data)
     assert len(runs) == len(data.get("seeds") or [0]) * len(data.get("methods") or [0])

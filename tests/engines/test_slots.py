@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.aggregate import TreeSum, tree_sum
@@ -14,7 +14,6 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @given(shapes=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), max_size=5))
-@settings(deadline=None)
 def test_arrays_come_back(shapes: list[tuple[int, int]]) -> None:
     arrays = [torch.randn(shape) for shape in shapes]
     slot = torch.zeros(5 * 3 * 64)
@@ -32,7 +31,6 @@ def test_what_is_in_its_place_is_not_copied() -> None:
 
 
 @given(count=st.integers(1, 30), num_slots=st.integers(1, 4), seed=st.integers(0, 99))
-@settings(deadline=None)
 def test_sums_in_few_slots(count: int, num_slots: int, seed: int) -> None:
     """Partial sums move out when their slot is needed; the bits are those of one sum over all."""
     generator = torch.Generator().manual_seed(seed)

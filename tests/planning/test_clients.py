@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -76,7 +76,6 @@ def plan_of(variants: list[int]) -> RoundPlan:
 
 class TestApportion:
     @given(SHARES, st.integers(0, 500))
-    @settings(max_examples=100, deadline=None)
     def test_largest_remainders(self, shares: list[int], count: int) -> None:
         """Everybody gets the floor of the exact quota, and those with the largest remainders one more."""
         found = apportion(shares, count)
@@ -223,7 +222,6 @@ class TestPlan:
 
 class TestSamplesTrained:
     @given(st.integers(1, 30), st.integers(1, 9), st.one_of(st.tuples(st.integers(1, 4), st.none()), st.none()))
-    @settings(max_examples=80, deadline=None)
     def test_equal_a_slow_count(self, num_samples: int, batch_size: int, length: tuple[int, None] | None) -> None:
         for steps in range(1, 12) if length is None else [None]:
             epochs = None if length is None else length[0]
@@ -259,7 +257,6 @@ class TestFirstToFinish:
         st.sampled_from([0.5, 1.5, 2.0, math.inf]),
         st.randoms(use_true_random=False),
     )
-    @settings(max_examples=150, deadline=None)
     def test_the_quickest_in_time(self, seconds: list[float], count: int, limit: float, random: Any) -> None:
         count = min(count, len(seconds))
         clients = random.sample(range(100), len(seconds))
@@ -286,7 +283,6 @@ class TestTimedPlan:
         assert timed.num_expected == 15
 
     @given(st.floats(0.1, 300), st.sampled_from([1.0, 1.1, 1.5, 2.0]), st.integers(0, 9))
-    @settings(max_examples=60, deadline=None)
     def test_late_ones_are_dropped(self, deadline: float, factor: float, round: int) -> None:
         timed = self.timed(round=round, deadline_seconds=deadline, over_selection=factor)
         everybody = planner(per_round={1.0: 15, 1.1: 17, 1.5: 23, 2.0: 30}[factor]).plan(round)
@@ -470,7 +466,6 @@ class TestDigest:
 
 class TestBlocks:
     @given(st.lists(st.integers(0, 2), max_size=25), st.sampled_from([1, 2, 4]), st.integers(1, 4))
-    @settings(max_examples=80, deadline=None)
     def test_whole_leaves_variant_by_variant(self, variants: list[int], leaf: int, leaves: int) -> None:
         plan = plan_of(variants)
         seen: list[int] = []
@@ -488,7 +483,6 @@ class TestBlocks:
         assert seen == list(range(len(variants)))
 
     @given(st.integers(1, 25), st.sampled_from([1, 2, 4]), st.integers(1, 4))
-    @settings(max_examples=40, deadline=None)
     def test_leaves_are_subtrees(self, count: int, leaf: int, leaves: int) -> None:
         """Summing leaf by leaf and then over leaves gives the bits of the tree over all rows."""
         source = torch.Generator().manual_seed(count)

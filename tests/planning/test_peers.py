@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from federation import LEVELS, modes
@@ -114,14 +114,12 @@ class TestSimulatedTime:
         seed=st.integers(0, 99),
         round=st.integers(0, 9),
     )
-    @settings(max_examples=60, deadline=None)
     def test_event_by_event(self, name: str, n: int, seed: int, round: int) -> None:
         parameters = {"degree": 2} if name == "el-local" else {}
         found = planner(topology.build(name, n, seed, **parameters))
         assert_close(found.timed_plan(round, 0.0).costs, slow_exchange(found, round))
 
     @given(data=st.data(), n=st.integers(2, 8))
-    @settings(max_examples=40, deadline=None)
     def test_links_of_a_file(self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, n: int) -> None:
         """Latency and bandwidth are known of some links."""
         value = st.one_of(st.none(), st.floats(0.5, 30.0))
@@ -241,7 +239,6 @@ class TestRounds:
         round=st.integers(0, 9),
         assignment=st.sampled_from(["fixed", "dynamic"]),
     )
-    @settings(max_examples=100, deadline=None)
     def test_rows_steps_and_samples(
         self, num_samples: list[int], batch_size: int, epochs: int | None, steps: int, round: int, assignment: str
     ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import ConfigError
@@ -129,7 +129,6 @@ def is_on(trace: list[tuple[int, int]], second: int) -> bool:
 
 class TestTraces:
     @given(TRACES, st.integers(0, 60), st.sampled_from([0.0, 0.25, 0.75]))
-    @settings(max_examples=150, deadline=None)
     def test_equal_a_slow_clock(self, trace: list[tuple[int, int]], second: int, part: float) -> None:
         expected = 0.0
         while not is_on(trace, second):
@@ -165,7 +164,6 @@ class TestAvailability:
         assert set(devices(1, 1000, probability=0.3).available(4, 0.0)[1].tolist()) != rounds[4]
 
     @given(st.floats(0, 1e5))
-    @settings(max_examples=60, deadline=None)
     def test_by_trace(self, now: float) -> None:
         """Every client's trace begins at a place of its own; the round does not matter."""
         made = devices(trace=[(20, 30), (10, 40)])
@@ -182,7 +180,6 @@ class TestAvailability:
         assert all(abs(count - 250) < 60 for count in counts)
 
     @given(st.floats(0, 1e7), st.integers(1, 3), st.floats(0.001, 10))
-    @settings(max_examples=80, deadline=None)
     def test_waits_until_somebody_is_on(self, now: float, num_clients: int, on: float) -> None:
         made = devices(num_clients=num_clients, trace=[(on, 1000)])
         shift = (on + 1000) * uniform_draws(0, "device-phase", 0, np.arange(num_clients))

@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.storage.client_store import ClientStore
@@ -116,7 +116,6 @@ class Checked:
         self.assert_bound()
 
 
-@settings(max_examples=60, deadline=None)
 @given(operations=st.lists(OPERATIONS, max_size=40))
 def test_against_a_model_within_the_bound(tmp_path_factory: pytest.TempPathFactory, operations: list[Any]) -> None:
     checked = Checked(tmp_path_factory.mktemp("clients"))

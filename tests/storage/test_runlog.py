@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -211,7 +211,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     records=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), min_size=1, max_size=4), data=st.data()
 )

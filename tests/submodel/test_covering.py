@@ -46,7 +46,6 @@ WIDTHS = st.lists(st.integers(2, 12), min_size=1, max_size=5)
 
 class TestEveryWeight:
     @given(st.data())
-    @settings(max_examples=60, deadline=None)
     def test_is_reached_within_the_stated_bound(self, data: st.DataObject) -> None:
         widths = data.draw(WIDTHS)
         possible = list(itertools.permutations(range(len(widths)), 2))
@@ -96,6 +95,7 @@ class TestResNet:
         assert coverage.channels == 1.0 or rounds < 512
         return coverage.weights
 
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize(("capacity", "percent"), [(0.5, 99.8), (0.25, 53.6), (0.125, 26.7), (0.0625, 13.3)])
     def test_the_papers_window_leaves_most_weights_of_small_clients_alone(
         self, capacity: float, percent: float
@@ -122,7 +122,6 @@ class TestArray:
         assert levels(blocks, num_columns) == q
 
     @given(st.integers(1, 9), st.integers(2, 8))
-    @settings(max_examples=40, deadline=None)
     def test_any_two_columns_show_every_pair_once(self, blocks: int, num_columns: int) -> None:
         q = levels(blocks, num_columns)
         starts = np.array(
@@ -144,7 +143,6 @@ class TestArray:
 
 class TestWindow:
     @given(st.integers(1, 40), st.sampled_from(CAPACITIES), st.integers(0, 300), st.integers(0, 5), st.integers(-9, 99))
-    @settings(max_examples=100, deadline=None)
     def test_has_the_length_of_any_window(self, width: int, capacity: float, at: int, group: int, offset: int) -> None:
         found = window("covering", width, capacity, at, group=group, offset=offset)
         assert len(found) == len(window("static", width, capacity, 0))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,7 +76,6 @@ def whole_numbers(size: int) -> Tensor:
 
 class TestAgainstFancyIndexing:
     @given(cuts())
-    @settings(max_examples=100, deadline=None)
     def test_read(self, cut: Cut) -> None:
         row = torch.randn(cut.full.d)
         out = torch.full((cut.sub.d,), torch.nan)
@@ -86,7 +85,6 @@ class TestAgainstFancyIndexing:
             assert torch.equal(sub[name], full[name][slow_mesh(cut, number)])
 
     @given(cuts(), st.sampled_from([1.0, -2.0, 0.5]))
-    @settings(max_examples=100, deadline=None)
     def test_add(self, cut: Cut, weight: float) -> None:
         target, row = whole_numbers(cut.full.d), whole_numbers(cut.sub.d)
         expected = {name: view.clone() for name, view in cut.full.views(target).items()}
@@ -97,7 +95,6 @@ class TestAgainstFancyIndexing:
             assert torch.equal(view, expected[name])
 
     @given(cuts())
-    @settings(max_examples=60, deadline=None)
     def test_counts(self, cut: Cut) -> None:
         """Counts of size 1 along dimensions without an axis broadcast to counts of every coordinate."""
         for number, (piece, shape) in enumerate(zip(cut.count_pieces, count_shapes(cut.full), strict=True)):
@@ -109,7 +106,6 @@ class TestAgainstFancyIndexing:
             assert torch.equal(counts.expand_as(expected), expected)
 
     @given(cuts())
-    @settings(max_examples=60, deadline=None)
     def test_few_rectangles_are_slices_and_many_a_mesh(self, cut: Cut) -> None:
         for piece, dims, shape in zip(cut.pieces, cut.full.axes, cut.full.shapes, strict=True):
             count = 1

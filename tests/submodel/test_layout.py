@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import ConfigError
@@ -45,7 +45,6 @@ def plain(shapes: Shapes) -> Layout:
 
 class TestRow:
     @given(SHAPES)
-    @settings(max_examples=60, deadline=None)
     def test_offsets_are_aligned_and_disjoint(self, shapes: Shapes) -> None:
         layout = plain(shapes)
         assert layout.names == tuple(shapes)
@@ -57,7 +56,6 @@ class TestRow:
         assert layout.num_parameters == sum(math.prod(shape) for shape in shapes.values())
 
     @given(SHAPES, st.lists(st.integers(1, 3), max_size=2))
-    @settings(max_examples=60, deadline=None)
     def test_views_share_memory(self, shapes: Shapes, lead: list[int]) -> None:
         layout = plain(shapes)
         rows = torch.arange(math.prod(lead) * layout.d, dtype=torch.float32).view(*lead, layout.d)
@@ -70,7 +68,6 @@ class TestRow:
             assert view.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
 
     @given(SHAPES)
-    @settings(max_examples=40, deadline=None)
     def test_flatten_and_views_are_inverse(self, shapes: Shapes) -> None:
         layout = plain(shapes)
         params = {name: torch.randn(shape).add_(10) for name, shape in shapes.items()}

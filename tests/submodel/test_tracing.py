@@ -265,7 +265,6 @@ class Rearranged(nn.Module):
 
 class TestFactors:
     @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.sampled_from(["heads", "head-dim"]), st.data())
-    @settings(max_examples=40, deadline=None)
     def test_rearranging_is_sound(self, sizes: list[int], attention: Any, data: st.DataObject) -> None:
         order = data.draw(st.permutations(range(len(sizes))))
         wide = [number for number, size in enumerate(sizes) if size > 1] or [0]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer import submodel
@@ -53,7 +53,6 @@ class TestLength:
                 assert window_length(width, channels / width) == channels
 
     @given(WIDTHS, st.fractions(Fraction(1, 1000), 1, max_denominator=1000))
-    @settings(max_examples=100, deadline=None)
     def test_floor_of_the_exact_product(self, width: int, share: Fraction) -> None:
         assert window_length(width, float(share)) == max(1, math.floor(share * width))
 
@@ -71,7 +70,6 @@ class TestLength:
 
 class TestEveryStrategy:
     @given(st.sampled_from(STRATEGIES), WIDTHS, CAPACITIES, st.integers(0, 500), st.integers(-70, 70))
-    @settings(max_examples=100, deadline=None)
     def test_shape_and_order(self, strategy: str, width: int, capacity: float, round: int, stride: int) -> None:
         found = window(strategy, width, capacity, round, stride, seed=1, client=2, group="axis")
         indices = found.indices
@@ -83,7 +81,6 @@ class TestEveryStrategy:
         assert found.width == width
 
     @given(st.sampled_from(STRATEGIES), WIDTHS, st.integers(0, 500), st.integers(-70, 70), st.integers(0, 9))
-    @settings(max_examples=60, deadline=None)
     def test_full_window_is_the_identity(self, strategy: str, width: int, round: int, stride: int, client: int) -> None:
         found = window(strategy, width, 1.0, round, stride, client=client)
         assert found.is_full
@@ -91,7 +88,6 @@ class TestEveryStrategy:
         assert found.indices.tolist() == list(range(width))
 
     @given(st.sampled_from(STRATEGIES), WIDTHS, CAPACITIES, st.integers(0, 500))
-    @settings(max_examples=60, deadline=None)
     def test_segments_are_ascending_with_gaps(self, strategy: str, width: int, capacity: float, round: int) -> None:
         segments = window(strategy, width, capacity, round, client=round).segments
         assert all(start < stop for start, stop in segments)
@@ -123,7 +119,6 @@ class TestEveryStrategy:
 
 class TestRolling:
     @given(WIDTHS, CAPACITIES, st.integers(0, 500), st.integers(-70, 70), st.integers(0, 3))
-    @settings(max_examples=100, deadline=None)
     def test_equation_3(self, width: int, capacity: float, round: int, stride: int, client: int) -> None:
         length = length_of(width, capacity)
         expected = sorted({(round * stride + t) % width for t in range(length)})
@@ -153,7 +148,6 @@ class TestRolling:
 
 class TestStatic:
     @given(WIDTHS, CAPACITIES, st.integers(0, 500), st.integers(-9, 9))
-    @settings(max_examples=50, deadline=None)
     def test_always_the_first_channels(self, width: int, capacity: float, round: int, stride: int) -> None:
         found = window("static", width, capacity, round, stride, seed=round, client=round)
         assert found.indices.tolist() == list(range(length_of(width, capacity)))
@@ -189,7 +183,6 @@ class TestRandom:
 
 class TestOfIndices:
     @given(st.sets(st.integers(0, 40), min_size=1))
-    @settings(max_examples=60, deadline=None)
     def test_round_trip(self, channels: set[int]) -> None:
         found = Window.of_indices(41, sorted(channels))
         assert found.indices.tolist() == sorted(channels)

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer import topology
@@ -60,7 +60,6 @@ class TestBasis:
     @given(
         n=st.integers(2, 20), shifts=st.lists(st.integers(1, 10**6), min_size=1, max_size=12), undirected=st.booleans()
     )
-    @settings(deadline=None)
     def test_mean_of_some(self, n: int, shifts: list[int], undirected: bool) -> None:
         drawn = np.array([u % (n - 1) + 1 for u in shifts])
         expected = sum(basis(n, int(u)) for u in drawn) / len(drawn)
@@ -142,7 +141,6 @@ class TestScan:
                 assert equitopo.num_pairs(n, v) == len(equitopo.scan_sources(n, v))
 
     @given(n=st.integers(2, 3000), v=st.integers(1, 10**6), start=st.integers(0, 10**6))
-    @settings(deadline=None, max_examples=50)
     def test_closed_form_for_large_ones(self, n: int, v: int, start: int) -> None:
         v, start = v % (n - 1) + 1, start % n
         assert equitopo.scan_matching(n, v, start).tolist() == literal_scan(n, v, start)
@@ -187,6 +185,7 @@ class TestRounds:
 
 
 class TestContraction:
+    @pytest.mark.sweep(keep=0.34)
     @pytest.mark.parametrize("eta", [0.2, 0.5, 0.9])
     @pytest.mark.parametrize("n", [2, 3, 12, 13])
     def test_closed_forms_equal_enumeration(self, n: int, eta: float) -> None:
@@ -216,6 +215,7 @@ class TestContraction:
                 rate < equitopo.od_rate(n, np.arange(1, n), eta) for eta in (best - 0.05, best + 0.05) if eta < 1
             )
 
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize("eta", [0.3, 0.5])
     @pytest.mark.parametrize("name", DYNAMIC)
     def test_bounds_hold(self, name: str, eta: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import networkx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer import registry, topology
@@ -94,6 +94,7 @@ class TestClassic:
 
 @pytest.mark.parametrize("name", sorted(set(registry.BUILTIN["topology"]) - {"file"}))
 class TestEveryName:
+    @pytest.mark.sweep(keep=0.2)
     @pytest.mark.parametrize("n", [1, 0, -3, 2.5, True, "8", None])
     def test_number_of_peers(self, name: str, n: Any) -> None:
         with pytest.raises(ConfigError, match=f"topology '{name}'"):
@@ -144,7 +145,6 @@ class TestPairs:
         assert all(abs(count / 2000 - probability) < 0.06 for count in counts.values())
 
     @given(n=st.integers(2, 40), degree=st.integers(0, 39), seed=st.integers(0, 1000))
-    @settings(deadline=None)
     def test_regular_graphs(self, n: int, degree: int, seed: int) -> None:
         source = np.random.default_rng(seed)
         if degree >= n or n * degree % 2:
@@ -157,7 +157,6 @@ class TestPairs:
         assert (np.bincount(np.concatenate([first, second]), minlength=n) == degree).all()
 
     @given(n=st.integers(2, 60), count=st.integers(1, 59), seed=st.integers(0, 1000))
-    @settings(deadline=None)
     def test_distinct_others(self, n: int, count: int, seed: int) -> None:
         count = min(count, n - 1)
         others = onepeer._distinct_others(n, count, np.random.default_rng(seed)).reshape(n, count)

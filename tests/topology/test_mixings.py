@@ -44,7 +44,7 @@ def built(name: str, n: int, seed: int, **parameters: Any) -> topology.Topology:
     lazy=st.booleans(),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 def test_all_views_of_a_mixing_agree(name: str, n: int, seed: int, round: int, lazy: bool, data: Any) -> None:
     found = built(name, n, seed, **({"lazy": True} if lazy else {}))
     mixing = found.mixing(round)

@@ -63,7 +63,7 @@ def slow_mix(mixing: Mixing, x: torch.Tensor) -> np.ndarray[Any, Any]:
     block_bytes=st.sampled_from([1, 200, 5_000]),
     panel_bytes=st.sampled_from([1, 2_000, 100_000]),
 )
-@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 def test_bits_depend_on_nothing_but_the_state(
     name: str,
     n: int,
@@ -153,7 +153,6 @@ class TestTheory:
 
 
 @given(num_rows=st.integers(1, 10**7), d=st.integers(0, 10_000), itemsize=st.sampled_from([4, 8]))
-@settings(deadline=None)
 def test_panels_cut_all_columns(num_rows: int, d: int, itemsize: int) -> None:
     found = panels(num_rows, d, itemsize)
     assert [column for one in found for column in range(one.start, one.stop)] == list(range(d))

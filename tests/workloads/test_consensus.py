@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import gossamer
@@ -76,7 +76,6 @@ def test_points_are_independent_and_normal() -> None:
 
 
 @given(num=st.integers(1, 40), more=st.integers(0, 40), dim=st.integers(1, 20), seed=st.integers(0, 9))
-@settings(max_examples=25, deadline=None)
 def test_a_peers_point_depends_on_seed_and_peer_alone(num: int, more: int, dim: int, seed: int) -> None:
     rows = make(num, dim=dim).peer_init(seed)
     assert torch.equal(rows, make(num + more, seed=1, dim=dim).peer_init(seed)[:num])
@@ -85,7 +84,6 @@ def test_a_peers_point_depends_on_seed_and_peer_alone(num: int, more: int, dim: 
 
 
 @given(num=st.integers(2, 12), dim=st.integers(1, 5), scale=st.floats(1e-9, 1e9), offset=st.floats(-3, 3))
-@settings(max_examples=25, deadline=None)
 def test_relative_distance(num: int, dim: int, scale: float, offset: float) -> None:
     """It is 1 at the start, and that of the points' spread, wherever they lie."""
     workload = make(num, seed=4, dim=dim)

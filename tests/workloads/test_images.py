@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
@@ -281,7 +281,6 @@ def test_metrics_equal_a_slow_version(partition: Any, num_test: int, model: Any)
     assert measured(workload, params) == pytest.approx(slow_metrics(workload, logits), rel=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(0, 10_000))
 def test_sets_are_counted_as_an_argmax_would(num_labels: int, count: int, seed: int) -> None:
     """With ties, which the lower class wins."""
@@ -404,6 +403,8 @@ def test_importing_it_stays_light() -> None:
 
 
 @needs_data
+@pytest.mark.xdist_group("real images")
+@pytest.mark.usefixtures("decoded_once")
 def test_real_images_are_divided_and_evaluated() -> None:
     workload = build(100, {"name": "n-classes", "n": 2}, dataset={"name": "mnist", "limit": 2000}, model="mlp")
     assert workload.num_samples.sum() == 2000

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -72,7 +72,6 @@ def one_client(workload: NextCharacter, client: int, positions: list[int]) -> di
 
 
 @given(st.lists(st.text("abc", min_size=2, max_size=30), min_size=1, max_size=4), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
 def test_windows_predict_every_character_but_the_first_once(texts: list[str], context: int) -> None:
     windows, owner = _tiled([np.array([ord(c) for c in text], dtype=np.int64) for text in texts], context)
     predicted: list[list[tuple[str, str]]] = [[] for _ in texts]
@@ -288,7 +287,6 @@ def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary() -> None:
 
 
 @given(st.lists(st.integers(-1, 3), min_size=1), st.lists(st.integers(-1, 3), min_size=1).filter(lambda x: max(x) >= 0))
-@settings(max_examples=60, deadline=None)
 def test_unigram_bits(train: list[int], test: list[int]) -> None:
     seen, tested = [code for code in train if code >= 0], [code for code in test if code >= 0]
     bits = [-math.log2((seen.count(code) + 1) / (len(seen) + 4)) for code in tested]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import ConfigError, DataError
@@ -67,7 +67,6 @@ class TestRoles:
             max_size=8,
         )
     )
-    @settings(max_examples=60, deadline=None)
     def test_what_is_put_together_is_taken_apart(self, speeches: list[tuple[str, list[str]]]) -> None:
         play = "\n\n".join("\n".join([f"{role}:", *lines]) for role, lines in speeches)
         expected: dict[str, list[str]] = {}

@@ -168,6 +168,7 @@ def cut_and_silenced(model: Transformer, row: Tensor, cut: Cut) -> tuple[dict[st
     return cut.sub.views(cut.read(row, torch.zeros(cut.sub.d))), cut.full.views(row * held)
 
 
+@pytest.mark.sweep(keep=0.34)
 @pytest.mark.parametrize("capacity", [0.5, 0.25])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", [{"cut": "heads"}, {"cut": "head-dim"}, {"cut": "heads", "tied": True}], ids=str)
@@ -186,6 +187,7 @@ def test_a_sub_model_is_the_full_one_with_the_rest_silenced(
         assert not torch.allclose(logits, whole, atol=1e-2)
 
 
+@pytest.mark.sweep(keep=0.34)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", [*KINDS, "cnn"], ids=str)
 def test_capacity_one_is_the_global_model_in_every_round(kind: Any, strategy: str) -> None:

@@ -39,6 +39,7 @@ def ragged(changes: dict[str, Any]) -> dict[str, Any]:
     return configure(digits | skew | {"checkpoint.every_seconds": 1000, "evaluation": {"every": 2}} | changes)
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @pytest.mark.parametrize("algorithm", ["fedavg", *SUB_MODEL_METHODS])
 def test_workers_and_blocks_change_no_bits(tmp_path: Path, algorithm: str, mode: dict[str, bool]) -> None:
@@ -46,6 +47,7 @@ def test_workers_and_blocks_change_no_bits(tmp_path: Path, algorithm: str, mode:
     assert_same_bits(ragged(mixed(algorithm, levels, **mode)), tmp_path, WAYS)
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @pytest.mark.parametrize(
     "changes",
@@ -62,6 +64,7 @@ def test_options_of_training(tmp_path: Path, changes: dict[str, Any], mode: dict
     assert_same_bits(ragged(modes(**mode) | changes), tmp_path, [(0, 1), (0, 4), (2, 2)])
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_convolutions(tmp_path: Path, stacked: bool, channels_last: bool) -> None:

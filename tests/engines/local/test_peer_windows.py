@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -133,7 +133,6 @@ def mixed(task: Task, example: Example, held: Tensor | None, rows: slice | None 
 
 class TestMixing:
     @given(example=examples())
-    @settings(max_examples=150, deadline=None)
     def test_what_is_preserved(self, task: Task, example: Example) -> None:
         graph, round, rows, held = example
         before, heard = rows.clone(), graph.mixing(round).dense() > 0  # the peer itself included
@@ -153,21 +152,18 @@ class TestMixing:
         assert torch.allclose(new[:, 2], rows[:, 2], rtol=1e-6, atol=0.0)  # all agree: it stays
 
     @given(example=examples(), ends=st.tuples(st.integers(0, 8), st.integers(1, 9)))
-    @settings(max_examples=50, deadline=None)
     def test_some_of_the_peers(self, task: Task, example: Example, ends: tuple[int, int]) -> None:
         """They get the same bits as in the company of all."""
         part = slice(min(ends[0], example.graph.n - 1), min(max(ends[0] + 1, ends[1]), example.graph.n))
         assert torch.equal(mixed(task, example, example.held, part), mixed(task, example, example.held)[part])
 
     @given(example=examples())
-    @settings(max_examples=50, deadline=None)
     def test_who_all_hold_everything_mix_by_w(self, task: Task, example: Example) -> None:
         new, plain = mixed(task, example, torch.ones_like(example.held)), mixed(task, example, None)
         assert torch.equal(plain, example.graph.mixing(example.round).apply(example.rows))
         assert torch.allclose(new, plain, rtol=1e-5, atol=1e-6 * float(example.rows.abs().max()))
 
     @given(example=examples(), seed=st.integers(0, 99))
-    @settings(max_examples=50, deadline=None)
     def test_order_does_not_matter_to_a_complete_graph(self, task: Task, example: Example, seed: int) -> None:
         complete = example._replace(graph=topology.build("complete", example.graph.n))
         order = np.random.default_rng(seed).permutation(example.graph.n)

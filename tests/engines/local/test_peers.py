@@ -100,6 +100,7 @@ def built(*changes: Mapping[str, Any]) -> Parts:
 
 
 class TestBits:
+    @pytest.mark.sweep(keep=0.25)
     @pytest.mark.parametrize("workload", WORKLOADS)
     @pytest.mark.parametrize("method", METHODS)
     def test_workers_and_blocks(self, monkeypatch: pytest.MonkeyPatch, workload: str, method: str) -> None:
@@ -125,6 +126,7 @@ class TestBits:
             near = pytest.approx(whole.measured["consensus_distance"], rel=1e-6)
             assert narrow.measured["consensus_distance"] == near
 
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize("strategy", ["rolling", "static", "random"])
     @pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
     def test_windows(self, strategy: str, mode: dict[str, bool]) -> None:
@@ -165,6 +167,7 @@ class TestPlaces:
 
 
 class TestSlowSimulator:
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
     @pytest.mark.parametrize("method", METHODS)
     def test_images(self, method: str, mode: dict[str, bool]) -> None:
@@ -178,6 +181,7 @@ class TestSlowSimulator:
         slow = SlowPeers(decentralized(changes))
         assert error(drive(slow.parts).state["x"], slow.run()[-1]) < 1e-12
 
+    @pytest.mark.sweep(keep=0.25)
     @pytest.mark.parametrize(
         ("name", "method"),
         [
@@ -212,6 +216,7 @@ class TestSlowSimulator:
 
 
 class TestMerges:
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize("method", MERGING)
     @pytest.mark.parametrize("changes", [{"peers.merge_every": 2}, {"peers.final_merge": True}], ids=str)
     def test_slow_simulator(self, method: str, changes: dict[str, Any]) -> None:

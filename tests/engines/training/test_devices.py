@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.sweep(keep=0.34)
 @pytest.mark.parametrize("stacked", [False, True], ids=["one-by-one", "stacked"])
 @pytest.mark.parametrize("algorithm", ["fedrolex", "fedprox", "scaffold"])
 @pytest.mark.parametrize("case", CASES)

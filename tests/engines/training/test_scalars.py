@@ -48,6 +48,7 @@ def tallies(config: dict[str, Any], where: Path) -> tuple[float, float, float, f
     return float(state["count"][0, 0]), float(state["steps"][0, 0]), float(kept.sum()), expected
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @WORKERS
 @pytest.mark.parametrize("changes", [{}, SUB_MODELS], ids=["whole", "sub-models"])
@@ -62,6 +63,7 @@ def test_sums_and_means(
     assert steps == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @WORKERS
 def test_survivors_alone(tmp_path: Path, mode: dict[str, bool], workers: int, block_size: int | str) -> None:
@@ -72,6 +74,7 @@ def test_survivors_alone(tmp_path: Path, mode: dict[str, bool], workers: int, bl
     assert steps == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_models_are_those_of_fedavg(tmp_path: Path, mode: dict[str, bool], channels_last: bool) -> None:
