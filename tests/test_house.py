@@ -29,6 +29,8 @@ LAZY = {
     "grpc",
     "datasets",
     "flwr_datasets",
+    "huggingface_hub",
+    "pyarrow",
     "sklearn",
     "scipy",
     "networkx",
