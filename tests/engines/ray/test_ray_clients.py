@@ -97,7 +97,7 @@ MIXED = """
 import sys, yaml, ray
 from federation import digest
 from gossamer import run
-from gossamer.engines.base import VariantMode
+from gossamer.engines.task import VariantMode
 from gossamer.engines.ray.actor_pool import ActorPool
 ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, logging_level="ERROR")
 # The device is the processor, but the engine takes it for a GPU's.
