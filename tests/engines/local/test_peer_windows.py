@@ -17,9 +17,9 @@ from federation import LEVELS, SINGLY, STACKED, events, modes
 from gossamer import run, topology
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.local.peers import PeerEngine
+from gossamer.engines.local.peers import LocalPeerEngine
 from gossamer.engines.task import Task
-from gossamer.engines.training.peer_worker import PeerState, PeerWorker
+from gossamer.engines.training.mixing import Mixer
 from gossamer.errors import ConfigError
 from gossamer.topology import Topology
 from slow_peers import SlowPeers, decentralized, error, mix_held
@@ -51,7 +51,7 @@ def windowed(strategy: str, levels: tuple[float, ...] = LEVELS, **mode: bool) ->
 def models(config: dict[str, Any]) -> Tensor:
     """Return the models of all peers after all rounds, [n, d]."""
     parts = build(parse(config))
-    engine = PeerEngine(parts.task, parts.workload.init(parts.config.seed), workers=0)
+    engine = LocalPeerEngine(parts.task, parts.workload.init(parts.config.seed), workers=0)
     for round in range(parts.config.rounds):
         plan = parts.planner.plan(round)
         for _ in engine.train(plan):
@@ -125,10 +125,9 @@ def mixed(task: Task, example: Example, held: Tensor | None, rows: slice | None 
     """Mix models as a worker does; return those of all peers, or of `rows`."""
     graph, round, x, _ = example
     holders = None if held is None else held.to(torch.uint8)
-    worker = PeerWorker(replace(task, topology=graph), PeerState({"x": x}, {}, holders, torch.zeros(1, 16)))
     message = {"round": round, "mixing": "topology", "lr": 0.1}
     wanted = rows or slice(0, graph.n)
-    return worker.mix_rows(message, {"x": x}, holders, {"x": x[wanted]}, wanted)["x"]
+    return Mixer(replace(task, topology=graph)).update(message, {"x": x}, holders, {"x": x[wanted]}, wanted)["x"]
 
 
 class TestMixing:
@@ -176,9 +175,8 @@ class TestMixing:
         task = build(parse(decentralized({"algorithm": "push-sum", "peers": {"num": 3, "topology": "complete"}}))).task
         rows, held = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[1, 0], [0, 1], [1, 1]])
         sent = {"x": rows, "weight": torch.tensor([[1.0], [2.0], [6.0]])}
-        worker = PeerWorker(task, PeerState(dict(sent), {}, held.to(torch.uint8), torch.zeros(1, 2)))
         message = {"round": 0, "mixing": "topology", "lr": 0.1}
-        new = worker.mix_rows(message, sent, held.to(torch.uint8), dict(sent), slice(0, 3))
+        new = Mixer(task).update(message, sent, held.to(torch.uint8), dict(sent), slice(0, 3))
         assert torch.allclose(new["weight"], torch.full((3, 1), 3.0))
         assert torch.allclose(new["x"], torch.tensor([[2.0, 10 / 3]]).expand(3, 2) / 3.0)
 

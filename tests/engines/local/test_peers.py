@@ -17,8 +17,9 @@ from federation import LEVELS, SINGLY, STACKED, digest, modes
 from gossamer import run
 from gossamer.build import Parts, build
 from gossamer.config.loading import parse
+from gossamer.engines import peers as every_engine
 from gossamer.engines.local import peers
-from gossamer.engines.local.peers import PeerEngine
+from gossamer.engines.local.peers import LocalPeerEngine
 from gossamer.engines.task import WHOLE
 from gossamer.engines.training.peer_worker import _consecutive
 from slow_peers import LEAST_SQUARES, SlowPeers, decentralized, error
@@ -71,7 +72,7 @@ class Outcome(NamedTuple):
 def drive(parts: Parts, workers: int = 0, block_size: int | None = None) -> Outcome:
     """Run all rounds on an engine of peers."""
     x = parts.workload.init(parts.config.seed)
-    engine = PeerEngine(parts.task, x, workers=workers, block_size=block_size)
+    engine = LocalPeerEngine(parts.task, x, workers=workers, block_size=block_size)
     try:
         losses = []
         for round in range(parts.config.rounds):
@@ -119,7 +120,7 @@ class TestBits:
         parts = built({"rounds": 2, "peers.num": 5}, WORKLOADS["mlp-stacked"], METHODS[method])
         whole = drive(parts)
         monkeypatch.setattr(peers, "SMALL_FLOATS", 0)
-        monkeypatch.setattr(peers, "panels", lambda n, d, size: [slice(lo, lo + 16) for lo in range(0, d, 16)])
+        monkeypatch.setattr(every_engine, "panels", lambda n, d, size: [slice(lo, lo + 16) for lo in range(0, d, 16)])
         for workers in (0, 2):
             narrow = drive(parts, workers)
             assert digest(narrow.state) == digest(whole.state)
@@ -274,7 +275,7 @@ class TestMeasures:
 
     def test_number_of_peers(self) -> None:
         parts = built({"rounds": 1, "peers.num": 4})
-        engine = PeerEngine(parts.task, parts.workload.init(0), workers=0)
+        engine = LocalPeerEngine(parts.task, parts.workload.init(0), workers=0)
         assert list(engine.measure(0)) == ["consensus_distance"]
         assert engine.measure(0)["consensus_distance"] < 1e-6
         list(engine.train(parts.planner.plan(0)))

@@ -8,17 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+import torch
 
 from federation import STACKED, modes
 from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.memory import keep_freed_memory
-from gossamer.engines.peers import job_message
 from gossamer.engines.ray import peer_actor
+from gossamer.engines.training.mixing import sparse_zeros
 from gossamer.engines.training.peer_worker import PeerState
-from gossamer.plan import Block
 from slow_peers import decentralized
 
 BOUNDS = [[0, 4], [4, 8]]
@@ -32,7 +31,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
     host = peer_actor.PeerActor("", [])
     plan = parts.planner.timed_plan(0, 0.0).plan
     described = {"round": 0, "mixing": plan.mixing, "pieces": True, "bounds": BOUNDS, "block": 0}
-    job = job_message(plan, Block(0, 0, 4, slice(0, 4)))
+    job = {"kind": "train", "round": 0, "phase": 0, "variant": 0, "first": 0, "peers": [0, 1, 2, 3], "lr": plan.lr}
+    job["steps"] = plan.steps[:4].tolist()
     state = host.init(0, 4)[1]
     question = {"kind": "evaluate", "peers": [0], "variant": -1, "round": 0, "statistics": [{}], "chunk": 0}
     train = json.dumps(described | {"jobs": [job]})
@@ -67,7 +67,7 @@ def test_zeros_take_the_memory_of_what_is_written_and_give_it_back() -> None:
 
     keep_freed_memory()  # as in an actor
     before = private_mb()
-    rows = peer_actor._sparse_zeros((1 << 10, 1 << 16), np.dtype(np.float32))  # 256 MiB
+    rows = sparse_zeros((1 << 10, 1 << 16), torch.float32)  # 256 MiB
     rows[:128] = 1.0
     assert 24 < private_mb() - before < 48
     assert not rows[128].any()

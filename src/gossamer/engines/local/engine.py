@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import NO_HOOKS, EngineHooks
-from gossamer.engines.local.peers import PeerEngine
+from gossamer.engines.local.peers import LocalPeerEngine
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.server import FederatedEngine
@@ -65,10 +65,10 @@ class LocalEngine(FederatedEngine):
             self._pool = WorkerPool(num_workers, lambda: make_worker().handle)
 
     @staticmethod
-    def of_peers(task: Task, x: Tensor, **options: Any) -> PeerEngine:
+    def of_peers(task: Task, x: Tensor, **options: Any) -> LocalPeerEngine:
         """Return the engine of a task that has a topology instead of a server."""
         require_devices(task)
-        return PeerEngine(task, x, **options)
+        return LocalPeerEngine(task, x, **options)
 
     def close(self) -> None:
         """Stop the workers."""

@@ -7,10 +7,7 @@ repeats it gets the same.
 from __future__ import annotations
 
 import json
-import math
-import mmap
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,11 +19,11 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.collective.group import Group, GroupBroken, Member
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.engines.ray.client_actor import prepare, tensors
-from gossamer.engines.training.mixing import column_sums, squared_distance
-from gossamer.engines.training.peer_worker import PeerState, PeerWorker
+from gossamer.engines.ray.cluster import arrays_of
+from gossamer.engines.training.mixing import HOLDERS, SENT, STATE, Mixer, column_sums, squared_distance
+from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 
 Rows = Mapping[str, NDArray[Any]]
-HOLDERS = "holders"  # travels with the payloads where windows differ
 
 
 class PeerActor:
@@ -35,10 +32,7 @@ class PeerActor:
     def __init__(self, recipe: str, data: list[Any]) -> None:
         """Rebuild the task, see `prepare`."""
         self._task = prepare(recipe, data)
-        self._scalars = self._task.algorithm.traits.scalars
-        self._needs = lru_cache(maxsize=4)(self._make_needs)
-        empty = PeerState({}, {}, None, torch.zeros(1, self._task.workload.layout.d))
-        self._mixer = PeerWorker(self._task, empty)
+        self._mixer = Mixer(self._task)
         self._group: Group | None = None
 
     def ready(self) -> bool:
@@ -47,13 +41,8 @@ class PeerActor:
 
     def init(self, low: int, high: int) -> Any:
         """Return "" and the initial state of the peers low, ..., high - 1."""
-        algorithm, workload = self._task.algorithm, self._task.workload
-        peer_init = getattr(workload, "peer_init", None)
-        if peer_init is None:
-            one = algorithm.init(workload.init(self._task.seed)[None])
-            return "", {name: row.expand(high - low, -1).numpy().copy() for name, row in one.items()}
-        state = algorithm.init(peer_init(self._task.seed)[low:high])
-        return "", {name: rows.numpy() for name, rows in state.items()}
+        rows = initial_rows(self._task, self._task.workload.init(self._task.seed), low, high)
+        return "", {name: value.numpy().copy() for name, value in rows.items()}
 
     def train(self, message: str, state: Rows) -> Any:
         """Train one block of peers.
@@ -65,33 +54,30 @@ class PeerActor:
             state: rows of the block.
 
         Returns:
-            JSON of the jobs' replies; the block's rows of payloads and state; and for each block of the others, what it
-            needs to hear: its payloads' rows and their numbers.
+            JSON of the jobs' replies; the block's rows of payloads and state, see `Mixer.laid_out`; and for each block
+            of the others, what it needs to hear: its payloads' rows and their numbers.
         """
         described = json.loads(message)
-        (low, high), d = described["bounds"][described["block"]], self._task.workload.layout.d
-        algorithm = self._task.algorithm
+        low, high = described["bounds"][described["block"]]
         arrays = {name: torch.from_numpy(rows.copy()) for name, rows in state.items()}
-        x = arrays["x"]
-        outbox = {
-            name: x.new_zeros(high - low, 1 if name in self._scalars else d)
-            for name in algorithm.traits.uplink
-            if name not in arrays
-        }
-        holders = None if self._task.is_whole else torch.zeros(high - low, d, dtype=torch.uint8)
-        peers = PeerState(arrays, outbox, holders, x[:1], low)
+
+        def place(d: int, dtype: torch.dtype) -> Tensor:
+            """Return zeros for all peers of the block."""
+            return torch.zeros(high - low, d, dtype=dtype)
+
+        peers = PeerState.of(self._task, arrays, place, arrays["x"][:1], low)
         worker = PeerWorker(self._task, peers)
         replies = [worker.train(job) for job in described["jobs"]]
-        sent = {name: peers.payload(name) for name in algorithm.traits.uplink}
-        if holders is not None:
-            sent[HOLDERS] = holders
-        kept = {f"state.{name}": value for name, value in arrays.items() if name not in sent}
-        block = {f"sent.{name}": value for name, value in sent.items()} | kept
-        pieces = []
+        sent = {name: peers.payload(name) for name in self._task.algorithm.traits.uplink}
+        if peers.holders is not None:
+            sent[HOLDERS] = peers.holders
+        block = {f"{SENT}{name}": value for name, value in sent.items()}
+        block |= {f"{STATE}{name}": value for name, value in arrays.items() if name not in sent}
+        pieces: list[dict[str, NDArray[Any]] | None] = []
         for number, (first, last) in enumerate(described["bounds"] if described["pieces"] else ()):
-            wanted = self._needed(described, first, last, low, high) if number != described["block"] else None
+            wanted = self._mixer.heard(described, first, last, low, high) if number != described["block"] else None
             pieces.append(None if wanted is None else _piece(sent, wanted, low))
-        return json.dumps(replies), {name: value.numpy() for name, value in block.items()}, *pieces
+        return json.dumps(replies), arrays_of(block), *pieces
 
     def mix(self, message: str, block: Rows, *pieces: Rows | None) -> Any:
         """Return "" and the new rows of a block's state.
@@ -101,14 +87,14 @@ class PeerActor:
             block: what `train` returned for the block.
             pieces: what the other blocks' peers send to this one.
         """
-        described = json.loads(message)
+        described, trained = json.loads(message), tensors(block)
         bounds = described["bounds"][described["block"]]
-        everyone = self._laid_out([bounds], [block])
+        everyone = self._mixer.laid_out([bounds], [trained])
         for piece in pieces:
             if piece is not None:
                 for name, rows in everyone.items():
                     rows[torch.from_numpy(piece["peers"])] = torch.from_numpy(piece[name])
-        return "", self._mixed(described, everyone, block, bounds)
+        return "", arrays_of(self._mixer.update_block(described, everyone, trained, bounds))
 
     def mix_collectively(self, message: str, *blocks: Rows) -> Any:
         """Mix several blocks while other actors mix theirs, exchanging rows by a process group.
@@ -121,17 +107,17 @@ class PeerActor:
         Returns:
             "", or why the group broke; the new rows of each block's state, or None.
         """
-        described = json.loads(message)
+        described, trained = json.loads(message), [tensors(block) for block in blocks]
         bounds = [described["bounds"][number] for number in described["numbers"]]
-        everyone = self._laid_out(bounds, blocks)
+        everyone = self._mixer.laid_out(bounds, trained)
         try:
             group = self._joined(described["member"])
-            swap_rows_(group, described["spans"], everyone, lambda *where: self._needed(described, *where))
+            swap_rows_(group, described["spans"], everyone, lambda *where: self._mixer.heard(described, *where))
         except GroupBroken as error:
             self._leave()
             return str(error), *[None] * len(blocks)
-        mixed = (self._mixed(described, everyone, *each) for each in zip(blocks, bounds, strict=True))
-        return "", *mixed
+        mixed = (self._mixer.update_block(described, everyone, *each) for each in zip(trained, bounds, strict=True))
+        return "", *map(arrays_of, mixed)
 
     def _joined(self, member: list[Any] | None) -> Group:
         """Return the group of a member, in which this process stays until it is given another.
@@ -151,29 +137,6 @@ class PeerActor:
             self._group.close()
             self._group = None
 
-    def _laid_out(self, bounds: Sequence[Sequence[int]], blocks: Sequence[Rows]) -> Arrays:
-        """Return arrays of what all peers send, holders included, with the rows of some blocks filled in."""
-        everyone: Arrays = {}
-        for (low, high), block in zip(bounds, blocks, strict=True):
-            for name, rows in block.items():
-                if name.startswith("sent."):
-                    key = name.removeprefix("sent.")
-                    if key not in everyone:
-                        zeros = _sparse_zeros((self._task.workload.num_clients, rows.shape[1]), rows.dtype)
-                        everyone[key] = torch.from_numpy(zeros)
-                    everyone[key][low:high] = torch.from_numpy(rows)
-        return everyone
-
-    def _mixed(
-        self, described: dict[str, Any], everyone: Arrays, block: Rows, bounds: Sequence[int]
-    ) -> dict[str, NDArray[Any]]:
-        """Return the new rows of a block's state, given what its peers and those that they hear from send."""
-        sent = {name: rows for name, rows in everyone.items() if name != HOLDERS}
-        state = tensors({n.removeprefix("state."): value for n, value in block.items() if n.startswith("state.")})
-        updated = self._mixer.mix_rows(described, sent, everyone.get(HOLDERS), state, slice(*bounds))
-        merged = state | {name: value.contiguous() for name, value in updated.items()}
-        return {name: value.numpy() for name, value in merged.items()}
-
     def sums(self, block: Rows) -> NDArray[np.float64]:
         """Return the sum of a block's models, float64 [d], see `column_sums`."""
         return column_sums(torch.from_numpy(block["x"])).numpy()
@@ -192,36 +155,10 @@ class PeerActor:
         """Return the sums of one chunk of data for several models [k, d], see `PeerWorker.evaluate`."""
         x = torch.from_numpy(models)
         worker = PeerWorker(self._task, PeerState({"x": x}, {}, None, x[:1]))
-        return json.dumps(worker.evaluate(json.loads(message)))
-
-    def _needed(
-        self, described: Mapping[str, Any], first: int, last: int, low: int, high: int
-    ) -> NDArray[np.int64] | None:
-        """Return which of the peers low, ..., high - 1 those in first, ..., last - 1 hear from; None: nobody."""
-        if described["mixing"] == "mean":
-            return np.arange(low, high)
-        receiver, sender = self._needs(described["round"])
-        heard = (receiver >= first) & (receiver < last) & (sender >= low) & (sender < high)
-        found = np.unique(sender[heard])
-        return found if len(found) else None
-
-    def _make_needs(self, round: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return receivers and senders of all messages of a round."""
-        assert self._task.topology is not None
-        edges = self._task.topology.mixing(round).edges()
-        return edges.receiver, edges.sender
+        return json.dumps(worker.evaluate(json.loads(message) | {"peers": range(len(x))}))
 
 
-def _piece(sent: Mapping[str, Tensor], peers: NDArray[np.int64], low: int) -> dict[str, NDArray[Any]]:
+def _piece(sent: Arrays, peers: NDArray[np.int64], low: int) -> dict[str, NDArray[Any]]:
     """Return the rows of some peers of a block that begins with peer `low`."""
-    places = torch.from_numpy(peers - low)
-    return {"peers": peers} | {name: value[places].numpy() for name, value in sent.items()}
-
-
-def _sparse_zeros(shape: tuple[int, int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Return zeros of which only the pages that are written take memory, until nobody holds the array.
-
-    An allocator that keeps freed memory (`keep_freed_memory`) would clear it all anew, and keep it.
-    """
-    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
-    return np.frombuffer(pages, dtype).reshape(shape)
+    rows = torch.from_numpy(peers - low)
+    return {"peers": peers} | {name: value[rows].numpy() for name, value in sent.items()}

@@ -16,25 +16,22 @@ from torch import Tensor
 
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import NO_HOOKS, EngineHooks, Record
+from gossamer.engines.base import NO_HOOKS, EngineHooks
 from gossamer.engines.collective.group import Backend, has_nccl
-from gossamer.engines.peers import distance_record, job_message, peers_record, rows_of_block
+from gossamer.engines.peers import MERGED, Message, PeerEngine, mix_message
 from gossamer.engines.ray.actor_pool import ActorPool, Call
 from gossamer.engines.ray.cluster import make_actor, num_cpus, num_gpus, put_data, start_ray
 from gossamer.engines.ray.collective import CollectiveExchange
 from gossamer.engines.ray.peer_actor import PeerActor
-from gossamer.engines.task import WHOLE, Task
-from gossamer.engines.training.batches import sample_bytes
+from gossamer.engines.task import Task
 from gossamer.errors import ConfigError, StateLost
-from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
-from gossamer.topology.streaming import panels
-from gossamer.workloads.base import Sums, add_sums
+from gossamer.plan import RoundPlan, TrainReport
 
 BLOCKS_PER_ACTOR = 2
 READ_SECONDS = 600.0  # in which all rows must have come to the driver
 
 
-class RayPeerEngine:
+class RayPeerEngine(PeerEngine):
     """Trains peers on Ray actors, with the bits of the local engine."""
 
     def __init__(
@@ -63,18 +60,15 @@ class RayPeerEngine:
             ConfigError: modes name a GPU, or collective is nccl and there are too few; see also
                 `CollectiveExchange`.
         """
-        assert task.topology is not None
         if any(variant.mode.is_on_gpu for variant in task.variants):
             raise ConfigError(
                 "engine.modes trains peers on another device than cpu, which engine ray does not: use cpu"
             )
         self._leave = start_ray(address, workers or None)
         self._adapts = not workers and collective is None
-        self._task, self._block_size, self._num_peers = task, block_size, task.topology.n
-        self.is_whole = True  # what is in the object store stays until the round is over
-        self.hooks = hooks
         num_actors = workers or num_cpus()
-        self._bounds = bounds_of_blocks(self._num_peers, num_actors)
+        bounds = bounds_of_blocks(task.workload.num_clients, num_actors)
+        super().__init__(task, x, bounds, block_size=block_size, hooks=hooks)
         self._collective: CollectiveExchange | None = None
         if collective is not None:
             self._collective = CollectiveExchange(
@@ -93,84 +87,16 @@ class RayPeerEngine:
             on_event=hooks.report,
             others=dict.fromkeys(self._collective.kinds, (make, 1)) if self._collective is not None else None,
         )
-        self._columns = [[one.start, one.stop] for one in panels(self._num_peers, len(x), x.dtype.itemsize)]
-        self._dtype, self._sample_bytes = x.dtype, sample_bytes(task.workload)
         self._state: list[Any] = []
         self._trained: dict[int, tuple[Any, ...]] = {}
-        self._merged: tuple[Tensor, float] | None = None
-
-    # ---- the two verbs
+        self._mean = torch.zeros(len(x), dtype=x.dtype)
 
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
-        """Train all peers; what they send goes into the object store."""
+        """Train on as many actors as there are CPUs by now, unless their number is fixed."""
         if self._adapts:
             self._actors.resize(num_cpus())
         self._require_state()
-        self._trained, has_pieces = {}, self._collective is None
-        jobs = [self._jobs(plan, number) for number in range(len(self._bounds))]
-        blocks = {block.rows.start: block for of_block in jobs for block, _ in of_block}
-        calls = (
-            Call(
-                number,
-                "train",
-                (
-                    self._message(plan, block=number, jobs=[message for _, message in jobs[number]], pieces=has_pieces),
-                    self._state[number],
-                ),
-                num_returns=2 + has_pieces * len(self._bounds),
-            )
-            for number in range(len(self._bounds))
-        )
-        for number, (replies, *kept) in self._map(calls, self.hooks.stop_requested):
-            self._trained[number] = tuple(kept)
-            for reply in json.loads(replies):
-                yield TrainReport(blocks.pop(reply["first"]).rows, reply["loss"], reply["finite"])
-        yield from (TrainReport.of_missing(block.rows, STOPPED) for block in blocks.values())
-
-    def exchange(self, plan: RoundPlan) -> None:
-        """Mix and update, block by block."""
-        if self._collective is not None:
-            trained = [self._trained[number][0] for number in range(len(self._bounds))]
-            described = self._describe(plan, lr=plan.lr)
-            self._state = self._collective.mix(self._actors, described, trained, self.hooks.report)
-        else:
-            calls = (
-                Call(
-                    number,
-                    "mix",
-                    (
-                        self._message(plan, block=number, lr=plan.lr),
-                        self._trained[number][0],
-                        *(self._trained[source][1 + number] for source in range(len(self._bounds))),
-                    ),
-                    num_returns=2,
-                )
-                for number in range(len(self._bounds))
-            )
-            done = dict(self._map(calls))
-            self._state = [done[number][1] for number in range(len(self._bounds))]
-        self._trained, self._merged = {}, None
-
-    # ---- evaluation and state
-
-    def evaluate(self, variant: int, round: int) -> Sums:
-        """Evaluate the merged model, the mean of all peers', or its sub-model of a variant at `round`."""
-        merged, _ = self._merge()
-        return self._evaluate(merged[None], variant, round)[0]
-
-    def measure(self, num_peers: int) -> Record:
-        """Return how far peers are from their mean, and what they reach by themselves, as the local engine does."""
-        _, squares = self._merge()
-        own = getattr(self._task.workload, "peer_metrics", None)
-        record = distance_record(squares, self._num_peers)
-        if own is not None:
-            record |= own(self.read()["x"])
-        count = min(num_peers, self._num_peers)
-        if not count:
-            return record
-        models = self._rows((np.arange(count) * self._num_peers // count).tolist())
-        found = [self._task.workload.metrics(sums) for sums in self._evaluate(models, WHOLE, 0)]
-        return record | peers_record(found)
+        return super().train(plan)
 
     def read(self) -> Arrays:
         """Return copies of the state arrays [n, d]: what a commit writes."""
@@ -191,7 +117,7 @@ class RayPeerEngine:
 
         arrays = {name: value.numpy() for name, value in state.items()}
         self._state = [ray.put({name: rows[low:high] for name, rows in arrays.items()}) for low, high in self._bounds]
-        self._merged = None
+        self._squares = None
 
     def close(self) -> None:
         """Stop the actors, and the Ray that was started for them."""
@@ -202,6 +128,47 @@ class RayPeerEngine:
         self._leave()
 
     # ---- inside
+
+    def _train_jobs(self, plan: RoundPlan, jobs: list[list[Message]]) -> Iterator[Message]:
+        """Have blocks trained; what their peers send, and keep, goes into the object store."""
+        self._trained, has_pieces = {}, self._collective is None
+        message = mix_message(plan) | {"bounds": self._bounds, "pieces": has_pieces}
+        calls = (
+            Call(
+                number,
+                "train",
+                (json.dumps(message | {"block": number, "jobs": jobs[number]}), self._state[number]),
+                num_returns=2 + has_pieces * len(self._bounds),
+            )
+            for number in range(len(self._bounds))
+        )
+        for number, (replies, *kept) in self._map(calls, self.hooks.stop_requested):
+            self._trained[number] = tuple(kept)
+            yield from json.loads(replies)
+
+    def _mix(self, plan: RoundPlan) -> None:
+        """Mix and update, block by block."""
+        message, numbers = mix_message(plan) | {"bounds": self._bounds}, range(len(self._bounds))
+        blocks = [self._trained[number][0] for number in numbers]
+        if self._collective is not None:
+            self._state = self._collective.mix(self._actors, message, blocks, self.hooks.report)
+        else:
+            calls = (
+                Call(
+                    number,
+                    "mix",
+                    (
+                        json.dumps(message | {"block": number}),
+                        blocks[number],
+                        *(self._trained[source][1 + number] for source in numbers),
+                    ),
+                    num_returns=2,
+                )
+                for number in numbers
+            )
+            done = dict(self._map(calls))
+            self._state = [done[number][1] for number in numbers]
+        self._trained = {}
 
     def _require_state(self) -> None:
         """Let the actors make the initial rows, unless there are some."""
@@ -214,42 +181,22 @@ class RayPeerEngine:
         """Have calls done, by the actors that have the blocks if each has its own."""
         return self._actors.map(calls if self._collective is None else self._collective.spread(calls), stop)
 
-    def _describe(self, plan: RoundPlan, **more: Any) -> Record:
-        return {"round": plan.round, "mixing": plan.mixing, "bounds": self._bounds} | more
-
-    def _message(self, plan: RoundPlan, **more: Any) -> str:
-        return json.dumps(self._describe(plan, **more))
-
-    def _jobs(self, plan: RoundPlan, number: int) -> list[tuple[Block, dict[str, Any]]]:
-        """Return what is trained together within one block, and how it is described."""
-        low, high = self._bounds[number]
-        found = []
-        for variant in self._task.variants:
-            rows = plan.variant_rows(variant.index)
-            size = self._block_size or rows_of_block(self._task, variant, self._dtype.itemsize, self._sample_bytes)
-            for first, last in _runs(plan.client[rows], low, high, size):
-                block = Block(variant.index, 0, size, slice(rows.start + first, rows.start + last))
-                found.append((block, job_message(plan, block)))
-        return found
-
-    def _rows(self, peers: list[int]) -> Tensor:
-        """Return the models of some peers, [k, d]."""
-        places = {
+    def _models(self, peers: list[int]) -> NDArray[Any]:
+        """Return models, [k, d]."""
+        if peers == [MERGED]:
+            return self._mean[None].numpy()
+        wanted = {
             number: [peer - low for peer in peers if low <= peer < high]
             for number, (low, high) in enumerate(self._bounds)
         }
-        calls = (Call(number, "rows", (self._state[number], wanted)) for number, wanted in places.items() if wanted)
+        calls = (Call(number, "rows", (self._state[number], rows)) for number, rows in wanted.items() if rows)
         found = dict(self._map(calls))
-        return torch.from_numpy(np.concatenate([found[number] for number, wanted in places.items() if wanted]))
+        return np.concatenate([found[number] for number, rows in wanted.items() if rows])
 
-    def _merge(self) -> tuple[Tensor, float]:
-        """Return the mean of all peers' models and the sum of squared distances from it, once after each exchange."""
-        if self._merged is None:
-            self._require_state()
-            sums = self._add_up("sums", ())
-            mean = (sums / self._num_peers).to(self._dtype)
-            self._merged = mean, float(self._add_up("squares", (mean.numpy(), self._columns)).sum())
-        return self._merged
+    def _take_mean(self) -> float:
+        self._require_state()
+        self._mean = (self._add_up("sums", ()) / self._num_peers).to(self._dtype)
+        return float(self._add_up("squares", (self._mean.numpy(), self._columns)).sum())
 
     def _add_up(self, method: str, arguments: tuple[Any, ...]) -> Tensor:
         """Add up what the blocks return, by a tree over blocks."""
@@ -260,35 +207,12 @@ class RayPeerEngine:
         assert tree.total is not None
         return tree.total
 
-    def _evaluate(self, models: Tensor, variant: int, round: int) -> list[Sums]:
-        """Return the sums over all chunks of the test data of each of several models [k, d]."""
-        workload = self._task.workload
-        where = {"peers": list(range(len(models))), "variant": variant, "round": round}
-        statistics = self._over_chunks({"kind": "statistics"} | where, models, workload.num_statistics_chunks)
-        listed = [{name: value.tolist() for name, value in one.items()} for one in statistics]
-        message = {"kind": "evaluate", "statistics": listed} | where
-        return self._over_chunks(message, models, workload.num_evaluation_chunks)
-
-    def _over_chunks(self, message: dict[str, Any], models: Tensor, num_chunks: int) -> list[Sums]:
+    def _map_chunks(self, message: Message, models: NDArray[Any], num_chunks: int) -> list[list[Any]]:
         calls = (
-            Call(chunk, "evaluate", (json.dumps({**message, "chunk": chunk}), models.numpy()))
-            for chunk in range(num_chunks)
+            Call(chunk, "evaluate", (json.dumps({**message, "chunk": chunk}), models)) for chunk in range(num_chunks)
         )
-        replies = {key: json.loads(reply)["sums"] for key, reply in self._map(calls)}
-        sums = [
-            [{name: np.array(value, dtype=np.float64) for name, value in one.items()} for one in replies[chunk]]
-            for chunk in range(num_chunks)
-        ]
-        return [add_sums([chunk[number] for chunk in sums]) for number in range(len(models))]
-
-
-def _runs(clients: NDArray[np.int64], low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the places of consecutive runs of clients in low, ..., high - 1, at most `size` long."""
-    inside = np.concatenate([[False], (clients >= low) & (clients < high), [False]])
-    edges = np.flatnonzero(inside[1:] != inside[:-1]).tolist()
-    for first, last in zip(edges[::2], edges[1::2], strict=True):
-        for start in range(first, last, size):
-            yield start, min(start + size, last)
+        sums = {key: json.loads(reply)["sums"] for key, reply in self._map(calls)}
+        return [sums[chunk] for chunk in range(num_chunks)]
 
 
 def bounds_of_blocks(num_peers: int, num_actors: int) -> list[list[int]]:

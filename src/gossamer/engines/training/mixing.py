@@ -1,22 +1,141 @@
-"""Mixing of peers' rows inside a process."""
+"""Mixing of peers' rows inside a process: a panel of all peers, or all that a block of them hears."""
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.aggregate import tree_sum_rows
+from gossamer.algorithms.base import Arrays
 from gossamer.engines.task import Task
-from gossamer.topology import BlockAverage, Mixing
+from gossamer.topology import BlockAverage, Edges, Mixing
+
+HOLDERS = "holders"  # under which what windows hold travels with the payloads
+SENT, STATE = "sent.", "state."  # prefixes of what a block keeps from training to mixing
 
 
-def _mixing_of(task: Task, round: int, kind: str) -> Mixing:
-    """Return what peers do in a round."""
+class Mixer:
+    """Mixes what peers send, and updates their state, in one phase."""
+
+    def __init__(self, task: Task) -> None:
+        """Bind the task of the phase."""
+        self._task, self._num_peers = task, task.workload.num_clients
+        # Of methods they would be cycles, and keep peers' rows until the garbage is collected.
+        self._mixing = lru_cache(maxsize=2)(partial(mixing_of, task))
+        self._edges = lru_cache(maxsize=4)(partial(_edges_of, task))
+
+    def update(
+        self, plan: Mapping[str, Any], sent: Arrays, holders: Tensor | None, state: Arrays, rows: slice
+    ) -> Arrays:
+        """Return the new state of the peers `rows`, of the arrays that change.
+
+        Where windows differ, a mean is taken with the weights of those in the closed neighbourhood who hold the
+        coordinate, divided by their sum; where nobody there does, a peer keeps what it has.
+
+        Args:
+            plan: has ``round``, ``mixing`` and ``lr``, see `RoundPlan`.
+            sent: payloads of all n peers, [n, columns]; only those that `rows` hear from, and their own, are read.
+            holders: uint8, likewise; None: everybody holds all.
+            state: arrays of the peers `rows`, [s, columns].
+        """
+        mixing, algorithm = self._mixing(plan["round"], plan["mixing"]), self._task.algorithm
+        own = {name: value[rows] for name, value in sent.items()}
+        held, mixed, scalars = None, Arrays(), algorithm.traits.scalars
+        if mixing.rows_per_site == 2:
+            pairs = mixing.rows(torch.stack([sent["x"], sent["y"]], dim=1), rows.start, rows.stop)
+            mixed["x"], mixed["y"] = pairs.unbind(1)
+        elif holders is None:
+            mixed = {name: _apply(mixing, value, rows) for name, value in sent.items()}
+        else:
+            mask = holders.to(own[next(iter(own))].dtype)
+            weight = _apply(mixing, mask, rows)
+            held = weight > 0
+            weight = torch.where(held, weight, 1.0)
+            for name, value in sent.items():
+                mixed[name] = _apply(mixing, value if name in scalars else value * mask, rows)
+                if algorithm.traits.uplink[name] == "mean" and name not in scalars:
+                    mixed[name] = torch.where(held, mixed[name] / weight, own[name])
+        inbox = {**mixed, "sent": own, "held": held, "lr": plan["lr"]}
+        kept = {name: value for name, value in state.items() if name not in algorithm.traits.uplink}
+        return algorithm.update(kept, inbox, self._num_peers)
+
+    def update_block(self, plan: Mapping[str, Any], everyone: Arrays, block: Arrays, bounds: Sequence[int]) -> Arrays:
+        """Return the new state of a block of peers.
+
+        Args:
+            plan: see `update`.
+            everyone: what its peers and those that they hear from send, see `laid_out`.
+            block: what was trained, see `laid_out`.
+            bounds: [low, high] of the block's peers.
+        """
+        sent = {name: rows for name, rows in everyone.items() if name != HOLDERS}
+        state = {name.removeprefix(STATE): rows for name, rows in block.items() if name.startswith(STATE)}
+        updated = self.update(plan, sent, everyone.get(HOLDERS), state, slice(*bounds))
+        return state | {name: value.contiguous() for name, value in updated.items()}
+
+    def laid_out(self, bounds: Sequence[Sequence[int]], blocks: Sequence[Arrays]) -> Arrays:
+        """Return arrays [n, d] of what all peers send, holders included, with the rows of some blocks filled in.
+
+        Args:
+            bounds: [low, high] of each block.
+            blocks: what was trained: under `SENT` the payloads, under `STATE` other state arrays.
+        """
+        everyone: Arrays = {}
+        for (low, high), block in zip(bounds, blocks, strict=True):
+            for name, rows in block.items():
+                if name.startswith(SENT):
+                    key = name.removeprefix(SENT)
+                    if key not in everyone:
+                        everyone[key] = sparse_zeros((self._num_peers, rows.shape[1]), rows.dtype)
+                    everyone[key][low:high] = rows
+        return everyone
+
+    def heard(self, plan: Mapping[str, Any], first: int, last: int, low: int, high: int) -> NDArray[np.int64] | None:
+        """Return which of the peers low, ..., high - 1 those in first, ..., last - 1 hear from; None: nobody."""
+        if plan["mixing"] == "mean":
+            return np.arange(low, high)
+        edges = self._edges(plan["round"])
+        receiver, sender = edges.receiver, edges.sender
+        between = (receiver >= first) & (receiver < last) & (sender >= low) & (sender < high)
+        found = np.unique(sender[between])
+        return found if len(found) else None
+
+
+def mixing_of(task: Task, round: int, kind: str) -> Mixing:
+    """Return by what peers mix in a round; `kind`: see `RoundPlan.mixing`."""
     assert task.topology is not None
     if kind == "mean":
         return BlockAverage(1, task.topology.n, 1)
     mixing = task.topology.mixing(round)
     return mixing.lazy() if task.algorithm.traits.lazy else mixing
+
+
+def _edges_of(task: Task, round: int) -> Edges:
+    assert task.topology is not None
+    return task.topology.mixing(round).edges()
+
+
+def _apply(mixing: Mixing, value: Tensor, rows: slice) -> Tensor:
+    if rows.stop - rows.start == mixing.n:
+        return mixing.apply(value)
+    return mixing.rows(value, rows.start, rows.stop)
+
+
+def sparse_zeros(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return zeros of which only the pages that are written take memory, until nobody holds the tensor.
+
+    An allocator that keeps freed memory (`keep_freed_memory`) would clear it all anew, and keep it.
+    """
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def column_sums(rows: Tensor) -> Tensor:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,10 +14,9 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
-from gossamer.engines.training.mixing import _mixing_of, column_sums, squared_distance
+from gossamer.engines.training.mixing import Mixer, column_sums, squared_distance
 from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block
-from gossamer.topology import Mixing
 
 Message = dict[str, Any]
 
@@ -41,6 +39,21 @@ class PeerState:
     merged: Tensor
     first: int = 0
 
+    @classmethod
+    def of(
+        cls, task: Task, state: Arrays, place: Callable[[int, torch.dtype], Tensor], merged: Tensor, first: int
+    ) -> Self:
+        """Return the arrays of peers.
+
+        Args:
+            task: what trains them.
+            state, merged, first: see the class.
+            place: returns zeroed memory for rows of a width and a dtype.
+        """
+        d, dtype, traits = state["x"].shape[1], state["x"].dtype, task.algorithm.traits
+        outbox = {name: place(1 if name in traits.scalars else d, dtype) for name in traits.uplink if name not in state}
+        return cls(state, outbox, None if task.is_whole else place(d, torch.uint8), merged, first)
+
     def payload(self, name: str) -> Tensor:
         """Return where the payload of this name lies."""
         return self.outbox[name] if name in self.outbox else self.state[name]
@@ -52,10 +65,7 @@ class PeerWorker:
     def __init__(self, task: Task, peers: PeerState) -> None:
         self._task, self._peers = task, peers
         self._scalars = task.algorithm.traits.scalars
-        self._num_peers = task.workload.num_clients
-        self._trainer = Trainer(task, peers.state)
-        # Of a method of its own it would be a cycle, and keep the peers' rows until the garbage is collected.
-        self._mixing = lru_cache(maxsize=2)(partial(_mixing_of, task))
+        self._trainer, self._mixer = Trainer(task, peers.state), Mixer(task)
 
     def handle(self, message: Message) -> Message:
         """Do one job and return its reply, both plain JSON values."""
@@ -140,49 +150,11 @@ class PeerWorker:
         }
         holders = None if self._peers.holders is None else self._peers.holders[:, columns]
         state = {name: panel(name, value) for name, value in self._peers.state.items()}
-        updated = self.mix_rows(message, sent, holders, state, slice(0, self._num_peers))
+        updated = self._mixer.update(message, sent, holders, state, slice(0, self._task.workload.num_clients))
         for name, value in updated.items():
             if (name in self._scalars) == (columns.start == columns.stop):
                 panel(name, self._peers.state[name]).copy_(value)
         return {}
-
-    def mix_rows(self, message: Message, sent: Arrays, holders: Tensor | None, state: Arrays, rows: slice) -> Arrays:
-        """Return the new state of the peers `rows`, of the arrays that change.
-
-        Where windows differ, a mean is taken with the weights of those in the closed neighbourhood who hold the
-        coordinate, divided by their sum; where nobody there does, a peer keeps what it has.
-
-        Args:
-            message: has the round, the kind of its mixing, and its learning rate.
-            sent: payloads of all n peers, [n, columns]; only those that `rows` hear from, and their own, are read.
-            holders: uint8, likewise; None: everybody holds all.
-            state: arrays of the peers `rows`, [s, columns].
-        """
-        mixing, algorithm = self._mixing(message["round"], message["mixing"]), self._task.algorithm
-        own = {name: value[rows] for name, value in sent.items()}
-        held, mixed = None, Arrays()
-        if mixing.rows_per_site == 2:
-            pairs = mixing.rows(torch.stack([sent["x"], sent["y"]], dim=1), rows.start, rows.stop)
-            mixed["x"], mixed["y"] = pairs.unbind(1)
-        elif holders is None:
-            mixed = {name: self._apply(mixing, value, rows) for name, value in sent.items()}
-        else:
-            mask = holders.to(own[next(iter(own))].dtype)
-            weight = self._apply(mixing, mask, rows)
-            held = weight > 0
-            weight = torch.where(held, weight, 1.0)
-            for name, value in sent.items():
-                mixed[name] = self._apply(mixing, value if name in self._scalars else value * mask, rows)
-                if algorithm.traits.uplink[name] == "mean" and name not in self._scalars:
-                    mixed[name] = torch.where(held, mixed[name] / weight, own[name])
-        inbox = {**mixed, "sent": own, "held": held, "lr": message["lr"]}
-        kept = {name: value for name, value in state.items() if name not in algorithm.traits.uplink}
-        return algorithm.update(kept, inbox, self._num_peers)
-
-    def _apply(self, mixing: Mixing, value: Tensor, rows: slice) -> Tensor:
-        if rows.stop - rows.start == mixing.n:
-            return mixing.apply(value)
-        return mixing.rows(value, rows.start, rows.stop)
 
     # ---- measure and evaluate
 
@@ -226,3 +198,11 @@ def _consecutive(peers: NDArray[np.int64]) -> slice | Tensor:
     if (np.diff(peers) == 1).all():
         return slice(int(peers[0]), int(peers[-1]) + 1)
     return torch.from_numpy(peers)
+
+
+def initial_rows(task: Task, x: Tensor, low: int, high: int) -> Arrays:
+    """Return the state of the peers low, ..., high - 1, who start from x [d] unless the workload has a `peer_init`."""
+    peer_init: Callable[[int], Tensor] | None = getattr(task.workload, "peer_init", None)
+    if peer_init is not None:
+        return task.algorithm.init(peer_init(task.seed)[low:high])
+    return {name: row.expand(high - low, -1) for name, row in task.algorithm.init(x[None]).items()}
