@@ -153,7 +153,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["nowhere", "."])
     def test_resuming_what_is_no_run(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(ConfigError, match=r"is no run directory \(it holds no config.yaml\)"):
+        with pytest.raises(ConfigError, match=r"is not a run directory \(it has no config.yaml\)"):
             resume(tmp_path / name)
 
 

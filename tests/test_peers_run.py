@@ -290,7 +290,7 @@ class TestRefused:
             ({"peers.num": 2}, "topology 'ring' with n = 2: n must be a whole number, 3 or more"),
             ({"peers.num": 1}, r"peers\.num = 1: "),
             ({"peers": {"topology": "ring"}}, "topology 'ring' needs the number of peers: give n"),
-            ({"peers.num": 7, "peers.topology": "grid"}, "'grid' cannot lay out n = 7 peers in a rectangle"),
+            ({"peers.num": 7, "peers.topology": "grid"}, "'grid' cannot arrange n = 7 peers in a rectangle"),
             ({"peers.num": 7, "peers.topology": "hypercube"}, "'hypercube' .*7"),
             ({"peers.merge_every": 0}, r"peers\.merge_every = 0: "),
             ({"peers.quorum": 2}, r"peers\.quorum = 2: "),

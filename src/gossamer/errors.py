@@ -1,7 +1,7 @@
 """The errors that a user can cause or must act on.
 
-Each message is one sentence that names the thing, shows the value and says what to do.
-The command line prints the message alone and exits with `exit_code`; it never shows a traceback for one of these.
+Each message is one sentence: what is wrong, which value, what to do. The command line prints the message alone, without
+a traceback, and exits with `exit_code`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 class GossamerError(Exception):
-    """Base class of every error that gossamer raises on purpose."""
+    """Base class of every error that gossamer raises deliberately."""
 
     exit_code = 2
 
@@ -25,13 +25,11 @@ class ConfigError(GossamerError):
 
 
 class RegistryError(ConfigError):
-    """A plug-in name cannot be resolved."""
+    """A name of a plug-in cannot be resolved."""
 
 
 class ContractError(GossamerError, AssertionError):
     """A plug-in does not keep to the contract that `gossamer.testing` checks."""
-
-    exit_code = 1
 
 
 class DataError(GossamerError):
@@ -43,7 +41,7 @@ class CheckpointError(GossamerError):
 
 
 class StorageError(GossamerError):
-    """The disk refuses a write (full, read-only, no permission)."""
+    """The disk refuses a write: it is full or read-only, or permission is missing."""
 
 
 class QuorumError(GossamerError):
@@ -51,11 +49,11 @@ class QuorumError(GossamerError):
 
 
 class EngineError(GossamerError):
-    """An engine cannot start, or lost a worker that it cannot replace."""
+    """An engine cannot start, or has lost a worker that it cannot replace."""
 
 
 class StateLost(EngineError):
-    """What the sites hold is gone; the last commit has it."""
+    """The resident state is lost; the last commit has it."""
 
 
 class RoundAborted(EngineError):
@@ -63,7 +61,7 @@ class RoundAborted(EngineError):
 
 
 class Interrupted(GossamerError):
-    """The user (or a scheduler) asked the run to stop; what was done is committed."""
+    """The user or a scheduler asked the run to stop; finished rounds are committed."""
 
     exit_code = 130
 
@@ -72,14 +70,14 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return a hint such as ``; did you mean 'rolling'?`` for a misspelt `name`, or an empty string.
 
     Args:
-        cutoff: least similarity, in [0, 1], as `difflib` measures it.
+        cutoff: minimum similarity in [0, 1], as `difflib` measures it.
     """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's type, message and the place where it was raised, such as ``KeyError: 'x' (a.py, line 3)``."""
+    """Return an error's type, message, file and line, such as ``KeyError: 'x' (a.py, line 3)``."""
     told = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
     return f"{told} ({places[-1].filename}, line {places[-1].lineno})" if places else told
@@ -87,10 +85,10 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def plugin_errors(plugin: str) -> Iterator[None]:
-    """Turn any error but gossamer's own, raised inside, into a `ConfigError` that names `plugin`.
+    """Convert any error but gossamer's own, raised within the block, to a `ConfigError` that names `plugin`.
 
     Raises:
-        ConfigError: the plug-in fails.
+        ConfigError: the plug-in raised another error.
     """
     try:
         yield
@@ -115,10 +113,10 @@ def require_attributes(plugin: str, found: object, names: Iterable[str], remedy:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an `OSError` raised inside into a `StorageError` that names `path` and the remedy.
+    """Convert an `OSError` raised within the block to a `StorageError` that names `path` and the remedy.
 
     Raises:
-        StorageError: the disk is full, read-only or not ours to write to.
+        StorageError: the disk is full or read-only, or permission is missing.
     """
     try:
         yield

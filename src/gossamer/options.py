@@ -1,4 +1,4 @@
-"""Frozen, strict option models and traits of plug-ins, and their errors as one clear sentence."""
+"""Frozen, strict models of options and traits, whose errors are one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gossamer.errors import ConfigError, nearest
 
 
 class Options(BaseModel):
-    """Base of every configuration section: immutable, and an unknown key is an error."""
+    """Base class of every configuration section: immutable; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -35,7 +35,12 @@ _BRANCH = re.compile(r"int|float|str|bool|none|\w+\[.*\]")  # how pydantic names
 
 
 def parse_options(model: type[AnyOptions], data: Any, where: str) -> AnyOptions:
-    """Validate `data` as `model`; `where` is the dotted path of the section, named in errors.
+    """Validate `data` as `model`.
+
+    Args:
+        model: model of the section.
+        data: mapping of keys to values.
+        where: dotted path of the section, for errors.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one), a missing or a wrong value; one sentence.
@@ -72,7 +77,7 @@ def _members(annotation: Any) -> set[Any]:
 
 
 def _fields_at(model: type[BaseModel], location: list[str]) -> list[str]:
-    """Names of the fields of the section at `location` below `model`; numbers in it are places in a list."""
+    """Names of the fields of the section at `location` below `model`; numbers in it are indices of a list."""
     current: type[BaseModel] | None = model
     for part in location:
         if not part.isdigit():

@@ -1,7 +1,7 @@
-"""The only plug-in look-up: a short name, ``module:attribute``, or an entry point.
+"""Look-up of plug-ins by a short name, ``module:attribute``, or an entry point.
 
-Short names of what ships here stand in `BUILTIN`; a package of your own adds names under the entry-point group
-``gossamer.<kind>`` or is named in full as ``my_package.my_module:MyThing``.
+`BUILTIN` has the short names of what is included; a package of your own adds names under the entry-point group
+``gossamer.<kind>``, or is named in full as ``my_package.my_module:MyThing``.
 """
 
 from __future__ import annotations
@@ -119,15 +119,15 @@ def names(kind: str) -> list[str]:
 
 
 def resolve(kind: str, name: str) -> Any:
-    """Find the object that `name` stands for.
+    """Return the object of a name.
 
     Args:
         kind: a key of `BUILTIN`, such as ``"algorithm"``.
-        name: a short name, an entry point's name, or ``module:attribute``.
+        name: short name, name of an entry point, or ``module:attribute``.
 
     Raises:
         RegistryError: the name is unknown, or its module or attribute cannot be imported.
-        ConfigError: its module fails on being imported.
+        ConfigError: its module raises an error when it is imported.
     """
     target = BUILTIN.get(kind, {}).get(name)
     if target is None and ":" in name and name[0] not in ".:":

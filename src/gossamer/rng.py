@@ -1,6 +1,6 @@
 """Counter-based randomness: every draw is addressed by (seed, purpose, round, phase, participant).
 
-Nothing stores generator state, so a draw is the same on every engine, after any restart and in any order.
+No generator state is stored, so a draw is the same on every engine, after any restart and in any order.
 The bit generator is Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 """
 
@@ -27,13 +27,13 @@ def stable_hash(*parts: Any) -> int:
 def generator(
     seed: int, purpose: str, round: int = 0, phase: int = 0, participant: int = 0, extra: int = 0
 ) -> np.random.Generator:
-    """Return a fresh numpy generator for one address.
+    """Return a new numpy generator for one address.
 
     Args:
-        seed: the experiment's seed.
-        purpose: what the numbers are for, for example ``"sample-clients"``.
-        round, phase, participant: the place in the run; 0 where they do not apply.
-        extra: a further coordinate, such as an epoch or a hash of a width group (64 bits).
+        seed: seed of the experiment.
+        purpose: use of the numbers, such as ``"sample-clients"``.
+        round, phase, participant: position in the run; 0 where they do not apply.
+        extra: further coordinate of 64 bits, such as an epoch or a hash of a width group.
     """
     key = stable_hash(seed, purpose)
     counter = np.array([0, participant, (round << 16) | phase, extra & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
@@ -41,7 +41,7 @@ def generator(
 
 
 def philox_4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox4x32-10 over many counters at once.
+    """Apply Philox4x32-10 to many counters at once.
 
     Args:
         counter: uint64 [..., 4], each entry below 2**32.
@@ -67,10 +67,10 @@ def philox_4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np
 def bits(
     seed: int, purpose: str, round: int, phase: int, participants: NDArray[np.int64], count: int, extra: int = 0
 ) -> NDArray[np.uint64]:
-    """Draw `count` 64-bit words for each of many participants in one go.
+    """Draw `count` 64-bit words for each participant.
 
     Returns:
-        uint64 [len(participants), count]; row i depends on participants[i] alone, and on nothing else in the call.
+        uint64 [len(participants), count]; row i depends on participants[i] alone, not on the others in the call.
     """
     key = stable_hash(seed, purpose, round, phase, extra)
     num_blocks = (count + 1) // 2

@@ -1,4 +1,4 @@
-"""The number of threads that torch uses."""
+"""Number of threads that torch uses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one torch thread inside, as every worker does, so that bits agree."""
+    """Let torch compute with one thread within the block, as every worker does, so that bits agree."""
     before = torch.get_num_threads()
     if before == 1:
         yield

@@ -309,7 +309,7 @@ def test_data_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_data_folder_that_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GOSSAMER_DATA", str(tmp_path / "nowhere"))
-    assert "nowhere' is no folder" in advice(examine())
+    assert "nowhere' is not a folder" in advice(examine())
 
 
 def test_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

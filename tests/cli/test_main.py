@@ -159,7 +159,7 @@ class TestErrors:
         ("arguments", "message"),
         [
             (["run", "none.yaml"], "no configuration file 'none.yaml'"),
-            (["resume", "none"], "'none' is no run directory"),
+            (["resume", "none"], "'none' is not a run directory"),
             (["plot", "none", "-o", "a.png"], "no directory 'none'"),
             (["plot", "none", "-o", "a.gif"], "cannot tell the format of 'a.gif'"),
             (["plot", "none", "--x", "bytes", "--spec", "s.yaml", "-o", "a.png"], "'s.yaml' names the axes"),
@@ -256,7 +256,7 @@ class TestStreams:
             )
         assert done.returncode == 2
         assert done.stderr == (
-            "error: cannot write the output (No space left on device): send it where there is space\n"
+            "error: cannot write the output (No space left on device): free space, or redirect it elsewhere\n"
         )
 
     def test_a_bug_shows_its_traceback(self) -> None:

@@ -91,7 +91,7 @@ class TestCommand:
     def test_an_image_of_no_known_format_is_refused_first(self, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, ["coverage", "no-such-file.yaml", "-o", str(tmp_path / "window_coverage.gif")])
         assert result.exit_code == 2
-        assert "window_coverage.gif': let its name end in .png" in result.output
+        assert "window_coverage.gif': give a name that ends in .png" in result.output
 
     def test_json(self, experiment: Path) -> None:
         found = json.loads(self.run(experiment, "--json", "--rounds", 4))["methods"]

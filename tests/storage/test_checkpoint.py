@@ -201,14 +201,14 @@ def test_an_unknown_format_is_passed_over_and_named(tmp_path: Path, monkeypatch:
     found = store.latest()
     assert_is(found, 1)
     assert found is not None
-    assert "its format is 2 and this version reads 1" in found.damaged[0]
+    assert "its format is 2, but this version reads 1" in found.damaged[0]
 
 
 def test_no_usable_commit_names_each(tmp_path: Path) -> None:
     store = Checkpoints(tmp_path)
     (commit(store, 1) / "manifest.json").write_text("[]")
     (commit(store, 2) / "arrays.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"00000002.*cannot be read.*00000001.*malformed.*start the run anew"):
+    with pytest.raises(CheckpointError, match=r"00000002.*cannot be read.*00000001.*malformed.*start a new run"):
         store.latest()
 
 
@@ -216,7 +216,7 @@ def test_no_usable_commit_names_each(tmp_path: Path) -> None:
 def test_progress_that_is_no_json_is_refused(tmp_path: Path, progress: dict[str, Any]) -> None:
     store = Checkpoints(tmp_path)
     commit(store, 1)
-    with pytest.raises(CheckpointError, match="progress of round 2 is no JSON"):
+    with pytest.raises(CheckpointError, match="progress of round 2 is not valid JSON"):
         store.commit(2, {}, progress, {})
     assert names(tmp_path) == ["00000001"]
 

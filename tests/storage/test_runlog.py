@@ -108,7 +108,7 @@ def test_a_creation_cut_short_can_be_repeated(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "replace", fail_on_config)
     with pytest.raises(StorageError, match="no space left"):
         create(tmp_path)
-    with pytest.raises(ConfigError, match="no run directory"):
+    with pytest.raises(ConfigError, match="not a run directory"):
         RunLog.open(tmp_path)
     monkeypatch.undo()
     create(tmp_path).close()
@@ -123,7 +123,7 @@ def test_a_config_that_yaml_cannot_express_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("reader", [RunLog.open, read_metrics, read_events, read_config])
 def test_what_is_no_run_directory_is_named(tmp_path: Path, reader: Any) -> None:
-    with pytest.raises(ConfigError, match=r"elsewhere.* is no run directory"):
+    with pytest.raises(ConfigError, match=r"elsewhere.* is not a run directory"):
         reader(tmp_path / "elsewhere")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.testing import ContractError, algorithms, workloads
+from gossamer.testing import algorithms, workloads
 
 PLUGIN = """
 from gossamer.algorithms.federated import FedAvg
@@ -50,8 +50,3 @@ def test_examples(module: object) -> None:
     found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)  # type: ignore[arg-type]
     assert found.failed == 0
     assert found.attempted > 3
-
-
-def test_the_error_is_both() -> None:
-    assert issubclass(ContractError, AssertionError)
-    assert ContractError.exit_code == 1

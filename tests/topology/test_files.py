@@ -73,7 +73,7 @@ class TestGraphs:
         ("graph", "parameters", "message"),
         [
             (networkx.Graph([(0, 1), (2, 3)]), {}, "the graph is not connected"),
-            (networkx.path_graph(1), {}, "the graph has 1 peers, but two are the least"),
+            (networkx.path_graph(1), {}, "the graph has 1 peers, but at least two are needed"),
             (networkx.path_graph(0), {}, "the graph has 0 peers"),
             (PATH, {"n": 4}, "the graph has 3 peers, but n = 4 was asked for: leave n out"),
             (networkx.Graph([(0, 1), (1, 1)]), {}, "the graph has a loop at 1"),

@@ -64,10 +64,10 @@ class TestClassic:
     @pytest.mark.parametrize(
         ("name", "n", "parameters", "message"),
         [
-            ("grid", 17, {}, "'grid' cannot lay out n = 17 peers in a rectangle of 2 or more rows: take n = 1[68]"),
-            ("torus", 14, {}, "'torus' cannot lay out n = 14 peers in a rectangle of 3 or more rows: take n = 15"),
-            ("grid", 12, {"rows": 5}, r"grid.rows = 5 does not lay out n = 12"),
-            ("grid", 12, {"rows": 12}, r"grid.rows = 12 does not lay out n = 12"),
+            ("grid", 17, {}, "'grid' cannot arrange n = 17 peers in a rectangle of 2 or more rows: take n = 1[68]"),
+            ("torus", 14, {}, "'torus' cannot arrange n = 14 peers in a rectangle of 3 or more rows: take n = 15"),
+            ("grid", 12, {"rows": 5}, r"grid.rows = 5 does not arrange n = 12"),
+            ("grid", 12, {"rows": 12}, r"grid.rows = 12 does not arrange n = 12"),
             ("hypercube", 12, {}, "'hypercube' needs a power of two, not n = 12: take 8 or 16"),
             ("ring", 2, {}, "topology 'ring' with n = 2: n must be a whole number, 3 or more"),
             ("hyper-hypercube", 10, {"k": 3}, "n = 10 to have no prime factor above k \\+ 1 = 4"),
@@ -121,7 +121,7 @@ def test_unknown_name() -> None:
 
 
 def test_a_plug_in_must_be_a_family() -> None:
-    with pytest.raises(ConfigError, match="stands for a type, not for a Family"):
+    with pytest.raises(ConfigError, match="is a type, not a Family"):
         topology.build("collections:OrderedDict", 8)
     assert topology.build("gossamer.topology.classic:ring", 8).mixing(0).max_degree == 2
 
@@ -258,7 +258,7 @@ class TestWeights:
         assert rates[1] < rates[0] - 0.01
 
     def test_fastest_is_for_small_graphs(self) -> None:
-        with pytest.raises(ConfigError, match=r"weights = 'fastest' for n = 301 peers is refused, the most is 300"):
+        with pytest.raises(ConfigError, match=r"weights = 'fastest' for n = 301 peers exceeds the limit of 300"):
             topology.build("file", graph=networkx.path_graph(301), weights="fastest")
 
     def test_connectivity(self) -> None:

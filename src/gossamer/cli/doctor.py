@@ -1,4 +1,4 @@
-"""What is installed here, what the machine offers, and what should be changed before a long run."""
+"""What is installed, what the machine has, and what should be changed before a long run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ REQUIRED = (
     *("rich", "matplotlib", "safetensors", "scikit-learn", "datasets", "flwr-datasets"),
 )
 OPTIONAL = ("tensorboard", "mlflow", "wandb", "perfetto", "opentelemetry-sdk", "transformers")
-OLDEST_TORCH = (2, 10)
+MIN_TORCH = (2, 10)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-LOW_DISK_BYTES = 2e9
-LOW_MEMORY_BYTES = 1e9
-LOW_SHARED_BYTES = 1e9
+MIN_DISK_BYTES = 2e9
+MIN_MEMORY_BYTES = 1e9
+MIN_SHARED_BYTES = 1e9
 CGROUP = Path("/sys/fs/cgroup")
 MEMORY_FACTS = Path("/proc/meminfo")
 SHARED_MEMORY = Path("/dev/shm")
@@ -33,7 +33,7 @@ PROCESSES = Path("/proc")
 
 @dataclass(frozen=True)
 class Advice:
-    """Something that should be changed, and how."""
+    """A problem, and its remedy."""
 
     problem: str
     remedy: str
@@ -44,12 +44,12 @@ class Examination:
     """What was found.
 
     Attributes:
-        versions: of each package; None where it is not installed.
-        machine: processors, memory, disks; bytes as numbers.
-        torch: threads and accelerators, or why torch cannot be imported.
-        ray: whether it can be imported, and the clusters that have a node here.
-        data: folders of data and caches.
-        warnings: what should be changed.
+        versions: version of each package; None where it is not installed.
+        machine: processors, memory and disks.
+        torch: threads and accelerators, or the error of its import.
+        ray: version or the error of its import, and the clusters with a node here.
+        data: folders of data sets and caches.
+        warnings: problems and remedies.
     """
 
     versions: dict[str, str | None] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Examination:
 
 
 def examine() -> Examination:
-    """Look at this interpreter and this machine; nothing is changed."""
+    """Examine this interpreter and this machine, without changing anything."""
     found = Examination(_versions(), _machine(), _torch(), _ray(), _data())
     found.warnings += [
         *_version_warnings(found.versions),
@@ -100,7 +100,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _memory() -> tuple[int | None, int | None]:
-    """Return the machine's memory and what of it is available, in bytes, within the container's limit."""
+    """Return total and available memory in bytes, within the container's limit."""
     try:
         lines = (line.split() for line in MEMORY_FACTS.read_text().splitlines())
         facts = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
@@ -112,7 +112,7 @@ def _memory() -> tuple[int | None, int | None]:
 
 
 def _container_cores() -> float | None:
-    """Return how many cores' worth of time the container may use, or None where it has no limit."""
+    """Return the container's limit of processor time in cores, or None where it has none."""
     try:
         quota, period = (CGROUP / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
@@ -130,7 +130,7 @@ def _number(path: Path) -> float | None:
 
 
 def _free(path: Path) -> int | None:
-    """Return the free bytes of the disk that holds `path`, or would."""
+    """Return the free bytes of the disk of `path`, which need not exist."""
     while not path.exists() and path != path.parent:
         path = path.parent
     try:
@@ -151,7 +151,7 @@ def _torch() -> dict[str, Any]:
             if cuda
             else [],
         }
-    except Exception as error:  # a broken installation fails in any way, and is what a doctor is asked about
+    except Exception as error:  # a broken installation, which is to be reported, may fail in any way
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -162,7 +162,7 @@ def _ray() -> dict[str, Any]:
     clusters = [asdict(cluster) for cluster in find_clusters(PROCESSES)]
     try:
         return {"version": ray_version(), "clusters": clusters}
-    except Exception as error:  # as of torch
+    except Exception as error:  # likewise
         return {"error": f"{type(error).__name__}: {error}", "clusters": clusters}
 
 
@@ -185,7 +185,7 @@ def _data() -> dict[str, Any]:
 
 
 def _folders(root: Path | None) -> tuple[list[str], list[str], list[str]]:
-    """Return the data sets in `root` that are whole, those that lack a split, and the other folders."""
+    """Return the complete data sets in `root`, those that lack a split, and the other folders."""
     complete: list[str] = []
     incomplete: list[str] = []
     others: list[str] = []
@@ -218,8 +218,8 @@ def _version_warnings(versions: dict[str, str | None]) -> Iterator[Advice]:
             "gossamer itself is not installed, only importable", "pip install it, so that runs record its version"
         )
     torch = versions["torch"]
-    if torch is not None and tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
+    if torch is not None and tuple(int(part) for part in torch.split(".")[:2]) < MIN_TORCH:
+        oldest = ".".join(map(str, MIN_TORCH))
         yield Advice(f"torch {torch} is older than {oldest}", f"pip install 'torch>={oldest}'")
 
 
@@ -278,19 +278,19 @@ def _machine_warnings(machine: dict[str, Any]) -> Iterator[Advice]:
         yield Advice(f"the container may use {quota:g} of {usable} cores", f"set engine.workers={workers}")
     if not machine["fork"]:
         yield Advice("this system cannot fork, so there are no worker processes", "set engine.workers=0, or use Linux")
-    yield from _low(machine["available_memory_bytes"], LOW_MEMORY_BYTES, "memory is available", "end other programs")
+    yield from _low(machine["available_memory_bytes"], MIN_MEMORY_BYTES, "memory is available", "end other programs")
     yield from _low(
         machine["shared_memory_free_bytes"],
-        LOW_SHARED_BYTES,
+        MIN_SHARED_BYTES,
         f"is free in {SHARED_MEMORY}, where Ray keeps its objects",
         "give the container more: docker run --shm-size=4g",
     )
-    yield from _low(machine["disk_free_bytes"], LOW_DISK_BYTES, "is free on this disk", "free some, or give --out DIR")
+    yield from _low(machine["disk_free_bytes"], MIN_DISK_BYTES, "is free on this disk", "free some, or give --out DIR")
 
 
 def _data_warnings(data: dict[str, Any]) -> Iterator[Advice]:
     if data["gossamer_data"] and not data["exists"]:
-        yield Advice(f"GOSSAMER_DATA = {data['gossamer_data']!r} is no folder", "correct it, or unset it")
+        yield Advice(f"GOSSAMER_DATA = {data['gossamer_data']!r} is not a folder", "correct it, or unset it")
     for name in data["incomplete_datasets"]:
         yield Advice(
             f"data set {name!r} in GOSSAMER_DATA lacks train.parquet or test.parquet", "add it, or remove the folder"
@@ -299,16 +299,16 @@ def _data_warnings(data: dict[str, Any]) -> Iterator[Advice]:
         yield Advice(f"the cache {data['cache']!r} cannot be written", "set GOSSAMER_CACHE to a folder of yours")
     elif data["cache_free_bytes"] is not None:
         remedy = "free some, or set GOSSAMER_CACHE to another disk"
-        yield from _low(data["cache_free_bytes"], LOW_DISK_BYTES, f"is free for the cache {data['cache']!r}", remedy)
+        yield from _low(data["cache_free_bytes"], MIN_DISK_BYTES, f"is free for the cache {data['cache']!r}", remedy)
 
 
-def _low(num_bytes: int | None, least: float, what: str, remedy: str) -> Iterator[Advice]:
-    if num_bytes is not None and num_bytes < least:
+def _low(num_bytes: int | None, limit: float, what: str, remedy: str) -> Iterator[Advice]:
+    if num_bytes is not None and num_bytes < limit:
         yield Advice(f"only {num_bytes / 1e9:.1f} GB {what}", remedy)
 
 
 def render(found: Examination, as_json: bool) -> str:
-    """Return what was found as a table and its warnings, or as one JSON object."""
+    """Return a table with warnings, or one JSON object."""
     if as_json:
         return json.dumps(asdict(found), indent=2)
     rows = list(_rows(found))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Commands(TyperGroup):
-    """The commands; an error that gossamer raises on purpose is one line, and decides the exit code."""
+    """The commands; a `GossamerError` becomes one line and the exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
@@ -61,7 +61,7 @@ def options(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Take the options that stand before a command."""
+    """Accept the options before a command."""
 
 
 Directories = Annotated[list[Path], typer.Argument(metavar="DIR", help="Run directories, or directories of runs.")]
@@ -69,14 +69,14 @@ Directories = Annotated[list[Path], typer.Argument(metavar="DIR", help="Run dire
 
 @app.command()
 def run(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The experiment, as YAML.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Experiment as YAML.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Entries to replace, such as train.lr=0.1.")
     ] = None,
     engine: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where to train; short for engine.name=NAME.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run directory; else runs/<name>-<time>.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/<name>-<time>.")] = None,
 ) -> None:
     """Run an experiment; the last line of the output is its directory."""
     from gossamer import experiment
@@ -89,7 +89,8 @@ def run(
 def resume(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run or an experiment that was stopped.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Where to go on, such as engine.workers=4.")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Engine entries to replace, such as engine.workers=4."),
     ] = None,
     engine: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where to train from now on; short for engine.name=NAME.")
@@ -108,18 +109,21 @@ def resume(
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The experiment, as YAML.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Experiment as YAML.")],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=A,B,...", help="What to vary, such as train.lr=0.1,0.01.")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Seeds of every combination; else the experiment's.")
+        str | None,
+        typer.Option(metavar="A,B,...", help="Seeds of every combination; default: those of the experiment."),
     ] = None,
     engine: Annotated[
-        str, typer.Option(metavar="NAME", help="ray: side by side, one CPU a run; local: one after the other.")
+        str, typer.Option(metavar="NAME", help="ray: in parallel, one CPU a run; local: one after another.")
     ] = "ray",
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to put, or go on with, the runs.")] = None,
-    parallel: Annotated[int | None, typer.Option(metavar="N", help="Most runs at once; else one for each CPU.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Directory of new or unfinished runs.")] = None,
+    parallel: Annotated[
+        int | None, typer.Option(metavar="N", help="Maximum number of parallel runs; default: one for each CPU.")
+    ] = None,
 ) -> None:
     """Run every combination of settings with every seed; prints one table, and as its last line the directory."""
     from gossamer import sweep as sweeps
@@ -140,7 +144,7 @@ def plot(
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Key of the records, such as accuracy_by_capacity.0.25; else accuracy."),
+        typer.Option(metavar="NAME", help="Key of the records, such as accuracy_by_capacity.0.25; default: accuracy."),
     ] = None,
     spec: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Panels as YAML, instead of --x and --metric.")
@@ -154,11 +158,13 @@ def plot(
 
 @app.command()
 def coverage(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The experiment, as YAML.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Experiment as YAML.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Entries to replace, such as submodel.stride=4.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(metavar="N", help="Rounds to follow; else the experiment's.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of rounds; default: that of the experiment.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also draw this .png, .svg or .pdf.")
     ] = None,
@@ -179,14 +185,14 @@ def coverage(
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what is installed, what this machine offers, and what should be changed."""
+    """Show what is installed, what this machine has, and what should be changed."""
     from gossamer.cli.doctor import examine, render
 
     typer.echo(render(examine(), as_json))
 
 
 def _follow(start: Callable[[Hooks], Run], count_runs: Callable[[], int]) -> None:
-    """Start or resume runs with progress on a terminal, and print where they lie."""
+    """Start or resume runs with progress on a terminal, and print their directory."""
     from gossamer.experiment import Hooks
 
     display: AbstractContextManager[ProgressDisplay | None] = nullcontext()
@@ -212,15 +218,15 @@ def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script; plug-ins are also looked for in the current folder, as with ``python -m``."""
+    """Entry point of the console script; plug-ins are also found in the current folder, as with ``python -m``."""
     sys.path.insert(0, os.getcwd())
     try:
         app(prog_name="gossamer")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        typer.echo(f"error: cannot write the output ({error.strerror}): send it where there is space", err=True)
-        # What Python still holds back is written as it ends: nowhere.
+        typer.echo(f"error: cannot write the output ({error.strerror}): free space, or redirect it elsewhere", err=True)
+        # Python flushes its buffers at exit: discard them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
 

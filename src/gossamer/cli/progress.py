@@ -1,6 +1,6 @@
-"""Progress on a terminal: a bar over the rounds of the run under way, and one line for every run that is finished.
+"""Progress on a terminal: a bar over the rounds of the current run, and one line for every finished run.
 
-It draws when it is told of progress, never from a thread of its own: engines fork workers while a bar stands.
+It draws on every report of progress, never from a thread of its own, because engines fork workers meanwhile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ProgressDisplay:
     """Draws one run's bar at a time; use it as a context manager around all of them."""
 
     def __init__(self, num_runs: int, console: Console) -> None:
-        """Prepare to draw the bars of `num_runs` runs on `console`."""
+        """Prepare the bars of `num_runs` runs on `console`."""
         self._num_runs, self._index, self._drawn_at = num_runs, 0, 0.0
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
@@ -47,13 +47,13 @@ class ProgressDisplay:
         self._bars.stop()
 
     def observer(self, name: str, num_rounds: int) -> RunObserver:
-        """Start the next run's bar; its observer fills it."""
+        """Start the next run's bar, and return the observer that fills it."""
         self._show(description=self._title(name), total=num_rounds, completed=0, status="", force=True)
         self._index += 1
         return RunObserver(self, name, num_rounds)
 
     def advance(self, rounds: float, status: str) -> None:
-        """Fill the bar up to `rounds`, of which a part may be done, and show `status` beside it."""
+        """Fill the bar up to `rounds`, the last of them in part, and show `status` beside it."""
         self._show(completed=rounds, status=status)
 
     def finish(self, summary: str) -> None:
@@ -76,13 +76,13 @@ class RunObserver:
     """Watches one run for a `ProgressDisplay`."""
 
     def __init__(self, display: ProgressDisplay, name: str, num_rounds: int) -> None:
-        """Watch the run `name`, which has `num_rounds` rounds in all, from now on."""
+        """Watch the run `name` of `num_rounds` rounds."""
         self._display, self._name, self._num_rounds = display, name, num_rounds
         self._began = time.monotonic()
-        self._first_round: int | None = None  # rounds that were done before, if the run is resumed
+        self._first_round: int | None = None  # number of rounds done before a resume
         self._record: Mapping[str, Any] = {}
         self._trained = ""
-        self._accuracy: float | None = None  # the last one; not every round is evaluated
+        self._accuracy: float | None = None  # the last known; not every round is evaluated
 
     def on_block(self, round: int, done: int, total: int) -> None:
         """Show how many participants of a round (counted from 0) are trained."""
@@ -92,7 +92,7 @@ class RunObserver:
         self._draw(round + done / total)
 
     def on_round(self, record: Mapping[str, Any]) -> None:
-        """Show a finished round; the last one ends with a line that stays."""
+        """Show a finished round; after the last one print a line that stays."""
         if self._first_round is None:
             self._first_round = record["round"] - 1
         self._record = record
@@ -114,7 +114,7 @@ class RunObserver:
         self._display.advance(position, "  ".join(part for part in parts if part))
 
     def _facts(self) -> list[str]:
-        """Return what is known about quality and traffic."""
+        """Return the last metrics and the traffic."""
         loss = self._record.get("train_loss")
         num_bytes = self._record.get("total_bytes_up", 0) + self._record.get("total_bytes_down", 0)
         facts = []

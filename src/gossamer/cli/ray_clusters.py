@@ -1,4 +1,4 @@
-"""The Ray of this machine, as the kernel sees it: whether one runs, where, and who can reach it. Imports no torch."""
+"""Ray clusters with a node on this machine, found in /proc, and their exposed ports. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Cluster:
     """A Ray cluster that has a node here.
 
     Attributes:
-        address: what engine.address may be set to.
-        object_store_bytes: what this node's object store may grow to; None: unknown.
-        has_token: whether token authentication is on; None: the process belongs to somebody else.
-        exposed: ports that can be reached from other machines, by the kind of process that listens.
+        address: value for engine.address.
+        object_store_bytes: maximum size of this node's object store; None: unknown.
+        has_token: whether token authentication is on; None: unknown, because the process belongs to another user.
+        exposed: ports that other machines can reach, by kind of process.
     """
 
     address: str
@@ -36,7 +36,7 @@ class Cluster:
 
 
 def find_clusters(proc: Path = Path("/proc")) -> list[Cluster]:
-    """Return the clusters that have a node on this machine; none where there is no /proc."""
+    """Return the clusters with a node on this machine; none where there is no /proc."""
     processes, listening = dict(_processes(proc)), _exposed_ports(proc)
     found = []
     for process, arguments in processes.items():
@@ -61,15 +61,15 @@ def find_clusters(proc: Path = Path("/proc")) -> list[Cluster]:
 def _processes(proc: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield the folder and the command line of every process."""
     for process in sorted(proc.glob("[0-9]*")):
-        with suppress(OSError):  # it ended in between
+        with suppress(OSError):  # the process ended meanwhile
             arguments = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
             yield process, [argument for argument in arguments if argument]
 
 
 def _kind(arguments: list[str]) -> str | None:
-    """Return what part of Ray a command line starts, or None."""
+    """Return the kind of a Ray process by its command line, or None."""
     for kind, pattern in PROCESSES.items():
-        if any(re.fullmatch(pattern, argument.strip()) for argument in arguments[:4]):  # an interpreter comes first
+        if any(re.fullmatch(pattern, argument.strip()) for argument in arguments[:4]):  # after the interpreter
             return kind
     return None
 
@@ -87,7 +87,7 @@ def _option(arguments: list[str], name: str) -> str | None:
 
 
 def _exposed_ports(proc: Path) -> dict[str, int]:
-    """Return ``{inode: port}`` of the sockets that listen for other machines, of the columns of /proc/net/tcp."""
+    """Return ``{inode: port}`` of the sockets in /proc/net/tcp that other machines can reach."""
     found = {}
     for table in ("tcp", "tcp6"):
         with suppress(OSError):
@@ -99,18 +99,18 @@ def _exposed_ports(proc: Path) -> dict[str, int]:
 
 
 def _is_loopback(address: str) -> bool:
-    """Tell whether an address, in hexadecimal words of little-endian order, is 127.0.0.0/8, mapped or not, or ::1."""
+    """Say whether an address, in hexadecimal little-endian words, is 127.0.0.0/8, mapped or not, or ::1."""
     if len(address) == 8 or address.startswith("0" * 16 + "FFFF0000"):
         return address.endswith("7F")
     return address == "0" * 24 + "01000000"
 
 
 def _sockets(process: Path) -> set[str]:
-    """Return the inodes of a process's sockets, among other names; none where it belongs to somebody else."""
+    """Return the inodes of a process's sockets, among other names; none if it belongs to another user."""
     found = set()
-    with suppress(OSError):  # not ours to look at, or it ended in between
+    with suppress(OSError):  # no permission, or the process ended meanwhile
         for descriptor in list((process / "fd").iterdir()):
-            with suppress(OSError):  # closed in between
+            with suppress(OSError):  # closed meanwhile
                 found.add(str(descriptor.readlink()).removeprefix("socket:[").removesuffix("]"))
     return found
 

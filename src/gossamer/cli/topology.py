@@ -12,22 +12,20 @@ from gossamer.errors import ConfigError, storage_errors
 if TYPE_CHECKING:
     from gossamer.topology import Topology
 
-app = typer.Typer(no_args_is_help=True, help="Graphs on which peers mix: which there are, what they are, how they do.")
+app = typer.Typer(no_args_is_help=True, help="List, describe and measure the graphs on which peers mix.")
 
-Name = Annotated[
-    str, typer.Argument(metavar="NAME", help="A topology's name, a file of topologies/*.yaml, or a GraphML file.")
-]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a topology, or path of a YAML or GraphML file.")]
 Peers = Annotated[int | None, typer.Option("-n", metavar="N", help="Number of peers; not needed with a file.")]
 Parameters = Annotated[
     list[str] | None, typer.Option("-p", metavar="KEY=VALUE", help="A parameter, such as -p M=9; may be repeated.")
 ]
-TopologySeed = Annotated[int | None, typer.Option("--seed", metavar="S", help="Of all draws; 0 if not given.")]
+TopologySeed = Annotated[int | None, typer.Option("--seed", metavar="S", help="Seed of all draws; default: 0.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command("list")
 def list_topologies(as_json: Json = False) -> None:
-    """List all topologies with kind, degree, least n and consensus rate."""
+    """List all topologies with kind, degree, minimum n and consensus rate."""
     from gossamer.topology import report
 
     rows = report.catalogue()
@@ -45,7 +43,7 @@ def show(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell the facts of a topology: degree, symmetry, consensus rate and bound, period, spectrum; and draw it."""
+    """Describe a topology: degree, symmetry, consensus rate and bound, period, spectrum; and draw it."""
     from gossamer.topology import report
 
     topology = report.find(name, n, seed, _parse(parameters))
@@ -63,11 +61,11 @@ def measure(
     name: Name,
     n: Peers = None,
     parameters: Parameters = None,
-    rounds: Annotated[int, typer.Option(metavar="R", help="Most rounds to mix.")] = 1000,
+    rounds: Annotated[int, typer.Option(metavar="R", help="Maximum number of rounds.")] = 1000,
     seed: TopologySeed = None,
     as_json: Json = False,
 ) -> None:
-    """Mix a random vector until all peers agree to 1e-10, and set the rate beside the bound."""
+    """Mix a random vector until all peers agree to 1e-10, and compare the rate with the bound."""
     from gossamer.topology import report
 
     topology = report.find(name, n, seed, _parse(parameters))
@@ -76,7 +74,7 @@ def measure(
 
 
 def _parse(parameters: list[str] | None) -> dict[str, Any]:
-    """Return ``KEY=VALUE`` words as a mapping, values read as YAML.
+    """Return ``KEY=VALUE`` words as a mapping, with values parsed as YAML.
 
     Raises:
         ConfigError: a word is not of this form.

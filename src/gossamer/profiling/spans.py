@@ -1,4 +1,4 @@
-"""Where a round's time goes: named spans, added up by name, with listeners."""
+"""Named spans of wall-clock time, added up by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Listener = Callable[[str, bool], None]
 
 
 class Spans:
-    """Measures named stretches of time; `listeners` are told of every start (True) and end (False)."""
+    """Measures named spans of time; `listeners` are called at every start (True) and end (False)."""
 
     def __init__(self) -> None:
         self.listeners: list[Listener] = []
@@ -18,7 +18,7 @@ class Spans:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Measure what happens inside as `name`."""
+        """Measure the time of the block as `name`."""
         for listener in self.listeners:
             listener(name, True)
         began = time.perf_counter()
@@ -30,6 +30,6 @@ class Spans:
                 listener(name, False)
 
     def take(self) -> dict[str, float]:
-        """Return the seconds of every span since the last call, and start anew."""
+        """Return the seconds of every span since the last call, and reset them."""
         taken, self._seconds = self._seconds, {}
         return taken

@@ -1,4 +1,4 @@
-"""Curves from run directories: which runs belong together, and mean and extent of a metric over their seeds."""
+"""Curves from run directories: runs grouped by method, and mean and range of a metric over their seeds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Numbers = NDArray[np.float64]
 
 MAX_DEPTH = 3
 NUM_GRID_POINTS = 200
-RUN_SPECIFIC = ("seed", "engine", "checkpoint", "log")  # what may differ between the seeds of one method
+RUN_SPECIFIC = ("seed", "engine", "checkpoint", "log")  # sections that may differ between seeds of one method
 
 
 @dataclass(frozen=True)
 class XAxis:
-    """What may stand on the x axis: the records' keys that are added up, its label, and its units, largest first."""
+    """A quantity on the x axis: keys of the records that are added up, label, and units, largest first."""
 
     keys: tuple[str, ...]
     label: str
@@ -48,10 +48,10 @@ class SingleRun:
     """A run directory's logs.
 
     Attributes:
-        directory: where they lie.
-        source: the experiment that the run belongs to, or else the directory that was asked for.
-        config: the resolved configuration.
-        records: one flat ``{dotted name: number}`` a round; what is no finite number is left out.
+        directory: the run directory.
+        source: directory of the experiment of the run, or else the directory asked for.
+        config: resolved configuration.
+        records: for each round a flat ``{dotted name: number}`` of the finite numbers.
     """
 
     directory: Path
@@ -75,12 +75,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Line:
-    """What is drawn of a curve.
+    """A curve as it is drawn.
 
     Attributes:
-        x, mean, low, high: float64 [points]; low and high are the lowest and the highest seed.
-        num_seeds: seeds that count.
-        is_cut: whether a seed has logged more than what all seeds have in common.
+        x, mean, low, high: float64 [points]; low and high are the minimum and the maximum over seeds.
+        num_seeds: number of seeds in it.
+        is_cut: whether some seed has logged more than all seeds have in common.
     """
 
     x: Numbers
@@ -115,7 +115,7 @@ def find_runs(directories: Sequence[str | Path]) -> list[SingleRun]:
     logged = [run for run in runs.values() if run.records]
     if not logged:
         raise ConfigError(
-            f"no round is logged yet in {', '.join(map(str, directories))}: let the run finish a round first"
+            f"no round is logged yet in {', '.join(map(str, directories))}: wait until a round is finished"
         )
     return logged
 
@@ -130,7 +130,7 @@ def _run_directories(directory: Path, depth: int) -> Iterator[Path]:
 
 
 def _started(directory: Path) -> str:
-    """Return when a run was started, so that methods keep the order in which they stand in their experiment."""
+    """Return the start time of a run, by which methods keep their order in the experiment."""
     try:
         return str(json.loads((directory / ENVIRONMENT).read_text(encoding="utf-8"))["started"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -143,7 +143,7 @@ def _read_run(directory: Path, given: Path) -> SingleRun:
 
 
 def _experiment(directory: Path) -> Path | None:
-    """Return the experiment that a run directory ``experiment[/method][/seed]`` belongs to."""
+    """Return the experiment of a run directory ``experiment[/method][/seed]``, if there is one."""
     parents = directory.resolve().parents[:2]
     return next((parent for parent in parents if (parent / EXPERIMENT).is_file()), None)
 
@@ -159,9 +159,8 @@ def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
 def group(runs: Sequence[SingleRun]) -> list[Curve]:
     """Group runs into curves: those of one experiment and one name.
 
-    Runs that were started one by one form a curve where they lie below one of the directories asked for, have equal
-    configurations but for their seeds, and have distinct seeds; else each is a curve. Where two curves have one name,
-    their directories tell them apart.
+    Runs that were started one by one form a curve if they are below one of the directories asked for and differ in
+    their seeds only; else each is a curve. Curves of equal name are labelled with their directories.
     """
     by_method: dict[tuple[Path, str], list[SingleRun]] = {}
     for run in runs:
@@ -170,12 +169,13 @@ def group(runs: Sequence[SingleRun]) -> list[Curve]:
     for together in by_method.values():
         groups += [together] if _differ_in_seed_only(together) else [[replace(r, source=r.directory)] for r in together]
     names = [together[0].name for together in groups]
-    places = [together[0].source for together in groups]
+    folders = [together[0].source for together in groups]
     labels = [
-        name if names.count(name) == 1 else f"{name} ({place.name})" for name, place in zip(names, places, strict=True)
+        name if names.count(name) == 1 else f"{name} ({folder.name})"
+        for name, folder in zip(names, folders, strict=True)
     ]
     if len(set(labels)) < len(labels):
-        labels = [f"{name} ({place})" for name, place in zip(names, places, strict=True)]
+        labels = [f"{name} ({folder})" for name, folder in zip(names, folders, strict=True)]
     return [Curve(label, together) for label, together in zip(labels, groups, strict=True)]
 
 
@@ -188,10 +188,10 @@ def _differ_in_seed_only(runs: Sequence[SingleRun]) -> bool:
 
 
 def summarize(runs: Sequence[SingleRun], metric: str, x: str) -> Line | None:
-    """Return mean and extent of `metric` over the seeds of a curve, or None where no run has both `metric` and `x`.
+    """Return mean and range of `metric` over the seeds of a curve, or None where no run has both `metric` and `x`.
 
-    Against rounds, those that every seed has logged count. Against anything else the seeds have different x values:
-    each is interpolated linearly on one grid over the stretch that all of them cover.
+    Over rounds, those that every seed has logged are used. Over any other x the seeds have different x values: each is
+    interpolated linearly on one grid over the interval that all of them cover.
     """
     keys = X_AXES[x].keys
     points = []
@@ -211,7 +211,7 @@ def summarize(runs: Sequence[SingleRun], metric: str, x: str) -> Line | None:
 
 
 def _common_grid(positions: Sequence[Numbers], x: str) -> Numbers:
-    """Return the x values, ascending, at which seeds with data at `positions` are compared."""
+    """Return the ascending x values at which seeds with data at `positions` are compared."""
     if len(positions) == 1:
         return positions[0]
     if x == "round":

@@ -1,4 +1,4 @@
-"""Convergence curves drawn from logs alone: mean over the seeds, band from the lowest to the highest seed."""
+"""Convergence curves drawn from logs alone: mean over seeds, band from the lowest to the highest seed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Lines = Sequence[Sequence[Line | None]]
-"""Of each panel, the line of each curve; None where the curve has nothing to show there."""
+"""For each panel the line of each curve, or None where the curve has no data for it."""
 
 FORMATS = ("png", "svg", "pdf")
 
 PANEL_INCHES = (4.2, 3.1)
-LEGEND_INCHES = 0.2  # height that each row of the legend adds
-NOTE_CHARACTERS = 19  # of the notes below the panels, in one inch
+LEGEND_INCHES = 0.2  # height of each row of the legend
+NOTE_CHARACTERS = 19  # characters per inch of the notes below the panels
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1, 1, 1, 1, 1)))
 STYLE: dict[Any, Any] = {
@@ -68,10 +68,10 @@ class PanelOptions(Options):
 
     Attributes:
         metric: key of the records, dotted where nested; None: accuracy if it is logged, else train_loss.
-        x: what stands on the x axis.
+        x: quantity on the x axis.
         title: text above the panel.
         log_x, log_y: whether the axis is logarithmic.
-        y_min, y_max: ends of the y axis; None: those of the data.
+        y_min, y_max: limits of the y axis; None: those of the data.
         reference: key of a number that every record has, such as unigram_bits, drawn as a dotted line.
         methods: names of the curves to draw; None: all.
     """
@@ -99,7 +99,7 @@ class FigureOptions(Options):
     """A figure: panels side by side.
 
     Attributes:
-        panels: from left to right.
+        panels: panels from left to right.
         title: text above all panels.
         size: width and height of the whole figure in inches; None: what the panels need.
     """
@@ -127,8 +127,8 @@ def plot(
     Args:
         x: round (the default), seconds, simulated, bytes or flops.
         metric: key of the records, dotted where nested; None: accuracy if it is logged, else train_loss.
-        output: a path that ends in .png, .svg or .pdf; its folder is made if need be.
-        spec: a YAML file of `FigureOptions`, instead of `x` and `metric`.
+        output: path that ends in .png, .svg or .pdf; its folder is created if needed.
+        spec: path of a YAML file of `FigureOptions`, instead of `x` and `metric`.
 
     Raises:
         ConfigError: no run or no round is found, an option or a metric is unknown.
@@ -139,7 +139,7 @@ def plot(
     output = Path(output)
     suffix = output.suffix.removeprefix(".").lower()
     if suffix not in FORMATS:
-        raise ConfigError(f"cannot tell the format of {str(output)!r}: let its name end in .png, .svg or .pdf")
+        raise ConfigError(f"cannot tell the format of {str(output)!r}: give a name that ends in .png, .svg or .pdf")
     options = _options(x, metric, spec)
     curves = group(find_runs(directories))
     with matplotlib.rc_context(STYLE):
@@ -177,7 +177,7 @@ def draw(curves: Sequence[Curve], options: FigureOptions) -> Figure:
     """Draw `curves` into every panel, with one legend above all of them.
 
     Raises:
-        ConfigError: no run has logged a panel's metric, or what its x axis needs, or a panel names an unknown method.
+        ConfigError: no run has logged a panel's metric or its x axis, or a panel names an unknown method.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -218,7 +218,7 @@ def _chosen(curves: Sequence[Curve], panels: Sequence[PanelOptions]) -> list[Cur
     """Return the curves that some panel draws.
 
     Raises:
-        ConfigError: a panel names a method that there is not.
+        ConfigError: a panel names an unknown method.
     """
     known = [curve.label for curve in curves]
     for name in (name for panel in panels for name in panel.methods or () if name not in known):
@@ -227,7 +227,7 @@ def _chosen(curves: Sequence[Curve], panels: Sequence[PanelOptions]) -> list[Cur
 
 
 def _labels(curves: Sequence[Curve], drawn: Lines) -> list[str]:
-    """Name each curve for the legend, with its number of seeds where that is not the same for all."""
+    """Return each curve's label for the legend, with its number of seeds where numbers differ."""
     seeds = [max(line.num_seeds for line in lines if line) if any(lines) else 0 for lines in zip(*drawn, strict=True)]
     if len(set(seeds) - {0}) == 1:
         return [curve.label for curve in curves]
@@ -253,7 +253,7 @@ def _draw_reference(ax: Axes, curves: Sequence[Curve], name: str) -> None:
     """Draw the mean of a logged number as a horizontal line.
 
     Raises:
-        ConfigError: no record has it.
+        ConfigError: no record has the number.
     """
     values = [record[name] for curve in curves for run in curve.runs for record in run.records if name in record]
     if not values:
@@ -262,7 +262,7 @@ def _draw_reference(ax: Axes, curves: Sequence[Curve], name: str) -> None:
 
 
 def _notes(curves: Sequence[Curve], options: FigureOptions, metrics: Sequence[str], drawn: Lines) -> list[str]:
-    """Return what the reader must be told about the figure."""
+    """Return the notes below the figure."""
     notes = []
     present = [line for lines in drawn for line in lines if line]
     counts = {line.num_seeds for line in present}
@@ -304,7 +304,7 @@ def _nothing_to_draw(curves: Sequence[Curve], metric: str, x: str) -> ConfigErro
 
 
 def _unit(axis: XAxis, largest: float) -> tuple[float, str]:
-    """Return the factor and the label's addition of the largest unit that the data reach."""
+    """Return the factor of the largest unit that the data reach, and its name for the label."""
     if not axis.units:
         return 1.0, ""
     factor, name = next((unit for unit in axis.units if largest >= unit[0]), axis.units[-1])
@@ -335,7 +335,7 @@ def _format_axes(ax: Axes, metric: str, panel: PanelOptions) -> None:
 
 
 def _add_legend(figure: Figure, axes: Iterable[Axes], title: str | None) -> int:
-    """Put one legend for all panels above them in as few rows as fit; return their number, the title's included."""
+    """Add one legend above all panels, in as few rows as fit; return the number of rows, including the title."""
     handles: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):

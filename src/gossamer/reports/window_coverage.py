@@ -1,4 +1,4 @@
-"""Which channels and weights a configuration's windows will reach, told before it is run."""
+"""Channels and weights that a configuration's windows will reach, computed before it is run."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ NUM_POINTS = 60  # of a curve, evenly spaced on its logarithmic axis
 
 @dataclass(frozen=True)
 class Reach:
-    """What the windows of one capacity, or of all participants as they are planned, reach.
+    """Coverage by the windows of one capacity, or of all participants as they are planned.
 
     Attributes:
-        capacity: as a number; `ALL` stands for the participants of the plan, each with its own.
-        channels, weights: shares that were reached in all rounds.
-        channels_after, weights_after: rounds after which every channel or weight had been reached; None: not within
-            the rounds.
-        bound: rounds within which every weight is reached, where the strategy states such a bound.
-        curve: (rounds, share of channels, share of weights), on a logarithmic scale.
+        capacity: capacity in (0, 1], or `ALL` for the participants of the plan, each with its own.
+        channels, weights: shares that are reached within all rounds.
+        channels_after, weights_after: number of rounds after which every channel or weight is reached; None: more
+            than all rounds.
+        bound: number of rounds within which the strategy guarantees to reach every weight; None: no guarantee.
+        curve: (rounds, share of channels, share of weights), evenly spaced on a logarithmic axis.
     """
 
     capacity: float | str
@@ -55,12 +55,13 @@ class MethodCoverage:
     """The coverage of one method.
 
     Attributes:
-        method: its name; "" where the experiment has only one.
-        strategy: of its windows.
-        rounds: how many were looked at.
-        reaches: the smallest capacity first, `ALL` last.
-        matrix: name of the largest parameter that two axes cut, and its marks for the smallest capacity; None: none.
-        masks_labels: whether rows of labels are averaged over the clients that hold the label only.
+        method: name; "" where the experiment has only one.
+        strategy: name of the window strategy.
+        rounds: number of rounds.
+        reaches: coverage by capacity, ascending, `ALL` last.
+        matrix: name of the largest parameter that two axes cut, and a mask of what the smallest capacity reaches; None:
+            there is no such parameter.
+        masks_labels: whether rows of labels are averaged over the clients with that label only.
     """
 
     method: str
@@ -72,12 +73,12 @@ class MethodCoverage:
 
 
 def examine(source: str | Path, overrides: Sequence[str] = (), rounds: int | None = None) -> list[MethodCoverage]:
-    """Follow the windows of every method of an experiment (with its first seed), without training anything.
+    """Compute the coverage of every method of an experiment, with its first seed, without training.
 
     Args:
         source: path of the YAML file.
         overrides: ``key.path=value`` strings.
-        rounds: how many rounds to follow; None: those of the experiment.
+        rounds: number of rounds; None: that of the experiment.
 
     Raises:
         GossamerError: the configuration is wrong, or its data is missing.
@@ -107,7 +108,7 @@ def _examine_one(method: str, config: Config, rounds: int | None) -> MethodCover
         )
     num_rounds = config.rounds if rounds is None else rounds
     if num_rounds < 1:
-        raise ConfigError(f"--rounds {num_rounds} is below 1: give how many rounds to follow")
+        raise ConfigError(f"--rounds {num_rounds} is below 1: give a number of rounds")
     reaches, matrix = [], None
     for variant in parts.task.variants:
         reach, coverage = _follow(parts, num_rounds, variant)
@@ -173,7 +174,7 @@ def _largest_matrix(parts: Parts, coverage: Coverage) -> tuple[str, Tensor] | No
 
 
 def render(found: Sequence[MethodCoverage], as_json: bool) -> str:
-    """Return a table a method, or one JSON object for all of them (without the marks of the matrix)."""
+    """Return a table for each method, or one JSON object for all, without the matrices."""
     if as_json:
         methods = {one.method: {key: value for key, value in _plain(one).items() if key != "method"} for one in found}
         return json.dumps({"methods": methods}, indent=2)
@@ -215,21 +216,21 @@ def require_image(output: Path) -> None:
     """Check that `output` names an image.
 
     Raises:
-        ConfigError: its ending is no format that is supported.
+        ConfigError: its format is not supported.
     """
     if output.suffix.removeprefix(".").lower() not in FORMATS:
-        raise ConfigError(f"cannot tell the format of {str(output)!r}: let its name end in .png, .svg or .pdf")
+        raise ConfigError(f"cannot tell the format of {str(output)!r}: give a name that ends in .png, .svg or .pdf")
 
 
 def draw(found: Sequence[MethodCoverage], output: Path) -> Path:
-    """Draw for every method the share of weights reached over the rounds, and the marks of its largest matrix.
+    """Draw for every method the share of weights reached over the rounds, and the coverage of its largest matrix.
 
     Returns:
-        the path of the image.
+        path of the image.
 
     Raises:
-        ConfigError: the ending of `output` is no image format that is supported.
-        StorageError: it cannot be written.
+        ConfigError: the format of `output` is not supported.
+        StorageError: the image cannot be written.
     """
     require_image(output)
     import matplotlib

@@ -1,16 +1,16 @@
 """Atomic commits of a run's state.
 
-A commit is a directory of three files, written aside, forced onto the disk and then renamed:
+A commit is a directory of three files, written under another name, synced to the disk and then renamed:
 
     %08d/                   the round, as a decimal number
         arrays.safetensors  every array
         progress.json       everything else that a resume needs
         manifest.json       written last: format, round, SHA-256 and size of each file, lengths of the logs
 
-So a directory with that name is a whole commit, and anything else is a leftover. A round that is committed again (it
-was redone because its first commit was damaged) goes to ``%08d.1``, ``%08d.2``, ..., and then the earlier one goes.
+So a directory of that name is a complete commit, and anything else is a leftover. A round that is committed again,
+because its first commit was damaged, goes to ``%08d.1``, ``%08d.2``, ..., and then the earlier one is deleted.
 
-What holds: the file system renames atomically and keeps what it has fsynced. There is one writer at a time.
+Assumptions: the file system renames atomically and keeps what it has fsynced; there is one writer at a time.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Checkpoint:
     """One verified commit.
 
     Attributes:
-        round: the round after which it was made.
+        round: number of rounds done at the commit.
         arrays: tensors by name, on the CPU, each starting on a 64-byte boundary.
-        progress: the JSON object that was committed with them.
+        progress: JSON object that was committed with them.
         log_offsets: length of each log at the commit, in bytes.
         path: its directory.
-        damaged: one message for each newer commit that had to be passed over.
+        damaged: one message for each newer commit that is damaged.
     """
 
     round: int
@@ -64,16 +64,16 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The commits of one run, of which the newest `keep` stay."""
+    """The commits of one run, of which the newest `keep` are kept."""
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
-        """Open `directory`, made if need be, and remove what a killed writer left half done there.
+        """Open `directory`, create it if needed, and remove what a killed writer left unfinished there.
 
-        Since it removes leftovers, only the process that owns the run may open it.
+        Because it removes leftovers, only the process that owns the run may open it.
 
         Raises:
-            ConfigError: `keep` is below 2, so that a damaged commit would have no predecessor.
-            StorageError: the disk refuses.
+            ConfigError: `keep` is below 2.
+            StorageError: the disk refuses a write.
         """
         if keep < 2:
             raise ConfigError(
@@ -99,14 +99,14 @@ class Checkpoints:
     ) -> Path:
         """Make the state after `round` durable, then delete all commits but the newest `keep`.
 
-        Afterwards this is the newest commit: later rounds, left by a continuation that was given up, are deleted too.
+        Commits of later rounds, left by an abandoned continuation, are deleted too.
 
         Args:
-            round: the round, >= 0.
-            arrays: tensors of any shape and dtype that safetensors knows; they are not changed.
+            round: number of rounds done, >= 0.
+            arrays: tensors of any shape and any dtype that safetensors supports.
             progress: JSON values; integer keys come back as text.
-            log_offsets: length of each log in bytes, already forced onto the disk.
-            on_phase: called with "arrays", "progress", "manifest", "renamed" and "pruned" as each is done.
+            log_offsets: length in bytes of each log, already synced.
+            on_phase: callback, called with "arrays", "progress", "manifest", "renamed" and "pruned" as each is done.
 
         Returns:
             The directory of the commit.
@@ -114,7 +114,7 @@ class Checkpoints:
         Raises:
             CheckpointError: `progress` cannot be expressed in JSON.
             ValueError: `round` is negative.
-            StorageError: the disk refuses; what was half written is removed and earlier commits are as they were.
+            StorageError: the disk refuses a write; what was written is removed, and earlier commits are unchanged.
         """
         if round < 0:
             raise ValueError(f"cannot commit round {round}: rounds count from 0")
@@ -137,10 +137,10 @@ class Checkpoints:
         return target
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest commit that is whole, or None if there never was one.
+        """Return the newest intact commit, or None if there is no commit at all.
 
         Raises:
-            CheckpointError: there are commits, but every one is damaged.
+            CheckpointError: every commit is damaged.
         """
         damaged = []
         for _, _, path in self._commits():
@@ -153,8 +153,8 @@ class Checkpoints:
                 return replace(found, damaged=damaged)
         if damaged:
             raise CheckpointError(
-                f"no checkpoint in {str(self.directory)!r} can be used ({'; '.join(damaged)}): restore one from a copy,"
-                " or start the run anew"
+                f"no checkpoint in {str(self.directory)!r} can be used ({'; '.join(damaged)}): restore one from a"
+                " backup, or start a new run"
             )
         return None
 
@@ -174,7 +174,7 @@ class Checkpoints:
             text = json.dumps(dict(progress), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the progress of round {round} is no JSON ({error}): keep to finite plain values"
+                f"the progress of round {round} is not valid JSON ({error}): use finite plain values only"
             ) from error
         _write_text(aside / PROGRESS, text)
         done("progress")
@@ -206,7 +206,7 @@ class Checkpoints:
         for existing, _, path in self._commits():
             superseded = existing > round or existing in kept_rounds or path in self._damaged
             if superseded or len(kept_rounds) == self.keep:
-                # Renamed first: a deletion cut short must not leave half a commit under a commit's name.
+                # Renamed first: an interrupted deletion must not leave part of a commit under a commit's name.
                 doomed = path.with_name(f".deleting-{path.name}")
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
@@ -218,7 +218,7 @@ def _read(path: Path) -> Checkpoint:
     """Verify the commit at `path` and load it.
 
     Raises:
-        CheckpointError: something is missing, altered or of another format; the message is the bare reason.
+        CheckpointError: a file is missing, altered or of another format; the message is the reason alone.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
@@ -226,13 +226,13 @@ def _read(path: Path) -> Checkpoint:
         if expected != _digest(manifest):
             raise CheckpointError(f"{MANIFEST} was altered")
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"its format is {manifest['format']!r} and this version reads {FORMAT}")
+            raise CheckpointError(f"its format is {manifest['format']!r}, but this version reads {FORMAT}")
         for name, description in manifest["files"].items():
             found = _describe(path / name)
             if found != description:
                 raise CheckpointError(
-                    f"{name} was altered ({found['bytes']} bytes with SHA-256 {found['sha256'][:12]}, committed were"
-                    f" {description['bytes']} bytes with {description['sha256'][:12]})"
+                    f"{name} was altered ({found['bytes']} bytes with SHA-256 {found['sha256'][:12]}, but"
+                    f" {description['bytes']} bytes with {description['sha256'][:12]} were committed)"
                 )
         # Cloned because torch's own allocations are aligned; operands that are not could change a resumed run's bits.
         arrays = {name: tensor.clone() for name, tensor in load_file(path / ARRAYS).items()}

@@ -1,18 +1,18 @@
-"""Private state of clients, resting on disk within a stated bound.
+"""Private state of clients on disk, within a stated bound.
 
 A row is float32 of one width per namespace and belongs to one client. Rows are appended to
 ``<directory>/<namespace>.<generation>.rows``, raw and little-endian, and never changed in place: a commit stays
-readable while later rounds write. Where each live row lies and its CRC-32 are kept in memory, 24 bytes for each client
-that ever stored a row, and `index` hands them to the commit. Reading takes single rows off the disk, never the file.
+readable while later rounds write. The position and the CRC-32 of each live row are kept in memory, 24 bytes for each
+client that ever stored a row, and `index` returns them for the commit. Reading reads single rows, never the file.
 
-When dead rows outnumber the live at a commit, the live ones are copied to a new generation. The old generation goes
-away once none of the last `keep` commits refers to it, so that each of those can be resumed from.
+When dead rows outnumber live ones at a commit, the live ones are copied to a new generation. The old generation is
+deleted once none of the last `keep` commits refers to it, so that each of those can be resumed from.
 
 The order of a commit, with the same `keep` on both sides:
 
     index = store.index()                                  # compacts and fsyncs first
     checkpoints.commit(round, arrays | index, ...)
-    store.release()                                        # now old generations may go
+    store.release()                                        # deletes old generations
 
 Disk bound. With live = clients that hold a row in the namespace, row_bytes = 4 * width, and written = rows put since
 the oldest commit that is kept (since the start, if fewer than `keep` exist), a namespace never takes more than
@@ -20,8 +20,8 @@ the oldest commit that is kept (since the start, if fewer than `keep` exist), a 
     row_bytes * (2 * (keep + 1) * live + written)          at any instant, compaction included
     row_bytes * (2 * keep * live + written)                after each `release`
 
-because a generation holds at most 2 * live rows at a commit, what was put after that counts in `written`, and there
-are at most `keep` committed generations, one that a failed commit left and one being written.
+because a generation holds at most 2 * live rows at a commit, rows put after that count in `written`, and there are at
+most `keep` committed generations, one left by a failed commit and one being written.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _NAMESPACE = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass
 class _Table:
-    """One namespace: its current file, and where in it each client's row lies.
+    """One namespace: its current file, and the position of each client's row in it.
 
     Attributes:
-        num_rows: rows in the current generation's file, the dead ones included.
+        num_rows: rows in the current generation's file, including dead ones.
         clients: i64[m], ascending; slots: i64[m], position in the file; checksums: i64[m], CRC-32 of the row's bytes.
-        committed: generations of the last `keep` commits, the newest last.
-        issued: the generation that `index` handed out since then, to a commit that may or may not have come about.
+        committed: generations of the last `keep` commits, newest last.
+        issued: generation in the `index` of a commit that may or may not have succeeded since then.
     """
 
     width: int
@@ -80,7 +80,7 @@ class _Table:
         return positions, present
 
     def point(self, clients: NDArray[np.int64], slots: NDArray[np.int64], checksums: NDArray[np.int64]) -> None:
-        """Let `clients` (distinct) be found at `slots` from now on."""
+        """Set the slots of distinct `clients`."""
         order = np.argsort(clients)
         clients, slots, checksums = clients[order], slots[order], checksums[order]
         positions, present = self.find(clients)
@@ -96,14 +96,14 @@ class ClientStore:
     """Rows by (client, namespace) in `directory`; one writer at a time."""
 
     def __init__(self, directory: Path, keep: int = 2) -> None:
-        """Open `directory`, made if need be; if it holds rows already, call `restore` before `put`.
+        """Open `directory`, create it if needed; if it already holds rows, call `restore` before `put`.
 
         Args:
-            keep: the number of commits that must stay readable, as given to `Checkpoints`.
+            keep: number of commits that must stay readable, as given to `Checkpoints`.
 
         Raises:
             ConfigError: `keep` is below 2.
-            StorageError: the disk refuses.
+            StorageError: the disk refuses a write.
         """
         if keep < 2:
             raise ConfigError(f"cannot keep {keep} commits of client state: keep at least 2, as many as checkpoints")
@@ -114,32 +114,33 @@ class ClientStore:
             self.directory.mkdir(parents=True, exist_ok=True)
 
     def declare(self, namespace: str, width: int) -> None:
-        """Say how many floats a row of `namespace` has; saying it again is harmless.
+        """Set the number of floats in a row of `namespace`; setting it again has no effect.
 
         Raises:
-            ConfigError: the name or the width cannot be used, or the namespace has another width.
+            ConfigError: the name or the width is invalid, or the namespace has another width.
         """
         if not _NAMESPACE.fullmatch(namespace):
             raise ConfigError(f"{namespace!r} cannot name client state: use letters, digits, '-' and '_'")
         if width < 1:
-            raise ConfigError(f"client state {namespace!r} has width {width}: give it at least 1")
+            raise ConfigError(f"client state {namespace!r} has width {width}: the width must be at least 1")
         table = self._tables.setdefault(namespace, _Table(width))
         if table.width != width:
             raise ConfigError(
-                f"client state {namespace!r} has width {table.width}, not {width}: keep the run's model, or start anew"
+                f"client state {namespace!r} has width {table.width}, not {width}: keep the run's model, or"
+                " start a new run"
             )
 
     def get(self, namespace: str, clients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Read rows from the disk.
 
         Args:
-            clients: i64[s]; repeats and strangers are fine.
+            clients: i64[s], with or without stored rows; they may repeat.
 
         Returns:
-            (rows f32[s, width], zero where the client has none; present bool[s]).
+            (rows f32[s, width], zero where nothing is stored; present bool[s]).
 
         Raises:
-            CheckpointError: a row cannot be read, or is not what was put.
+            CheckpointError: a row cannot be read, or its checksum differs.
         """
         table = self._tables[namespace]
         names = clients.numpy()
@@ -151,22 +152,22 @@ class ClientStore:
             if zlib.crc32(content) != table.checksums[positions[i]]:
                 raise CheckpointError(
                     f"the row of client {names[i]} in {str(self._path(namespace, table.generation))!r} is damaged (its"
-                    " CRC-32 differs): resume from an earlier checkpoint, or start the run anew"
+                    " CRC-32 differs): resume from an earlier checkpoint, or start a new run"
                 )
             view[i] = np.frombuffer(content, _FLOAT)
         return rows, torch.from_numpy(present)
 
     def put(self, namespace: str, clients: torch.Tensor, rows: torch.Tensor) -> None:
-        """Append the rows of distinct clients; `get` finds these from now on, a commit made before its own.
+        """Append the rows of distinct clients; `get` returns these from now on, while earlier commits keep their own.
 
         Args:
             clients: i64[s], >= 0.
             rows: f32[s, width].
 
         Raises:
-            ValueError: shape or dtype is wrong, or a client is negative or named twice.
-            CheckpointError: the directory holds rows of an earlier run that was not restored.
-            StorageError: the disk refuses; the store is as it was.
+            ValueError: shape or dtype is wrong, or a client is negative or repeated.
+            CheckpointError: the directory holds rows that were not restored.
+            StorageError: the disk refuses a write; the store is unchanged.
         """
         table = self._tables[namespace]
         names = clients.numpy()
@@ -188,11 +189,11 @@ class ClientStore:
         table.num_rows += len(names)
 
     def sync(self) -> None:
-        """Copy the live rows to a new generation where the dead outnumber them, then force all files onto the disk.
+        """Copy live rows to a new generation where dead ones outnumber them, then sync all files to the disk.
 
         Raises:
             CheckpointError: a live row cannot be read.
-            StorageError: the disk refuses; the store is as it was.
+            StorageError: the disk refuses a write; the store is unchanged.
         """
         for namespace, table in self._tables.items():
             if table.num_rows > 2 * len(table.clients):
@@ -204,10 +205,10 @@ class ClientStore:
             sync(self.directory)
 
     def index(self) -> dict[str, torch.Tensor]:
-        """Call `sync`, and return what a commit must save for `restore` to find the present rows.
+        """Call `sync`, and return what a commit must store for `restore`.
 
         Returns:
-            int64 arrays named ``clientstore/<namespace>/<part>``, 24 bytes a client that holds a row.
+            int64 arrays named ``clientstore/<namespace>/<part>``, 24 bytes for each client with a row.
 
         Raises:
             CheckpointError, StorageError: as `sync`.
@@ -227,10 +228,10 @@ class ClientStore:
         return arrays
 
     def release(self) -> None:
-        """Say that the commit with the last `index` is durable; files that no kept commit needs are deleted.
+        """Note that the commit with the last `index` is durable, and delete the files that no kept commit needs.
 
         Raises:
-            StorageError: the disk refuses.
+            StorageError: the disk refuses a write.
         """
         for namespace, table in self._tables.items():
             if table.issued is not None:
@@ -239,16 +240,16 @@ class ClientStore:
             self._delete_unneeded(namespace, table)
 
     def restore(self, index: Mapping[str, torch.Tensor]) -> None:
-        """Go back to a commit: its rows are found again, and everything newer is deleted.
+        """Return to the rows of a commit, and delete everything newer.
 
         Args:
-            index: what `index` returned then, other arrays may stand beside it; an empty one forgets all rows.
+            index: result of `index` at that commit, other arrays ignored; an empty one removes all rows.
 
         Raises:
             CheckpointError: the index is malformed, or a file is missing or shorter than at the commit (nothing is
                 deleted then).
             ConfigError: a namespace was declared with another width.
-            StorageError: the disk refuses.
+            StorageError: the disk refuses a write.
         """
         restored = _parse_index(index)
         for namespace, table in restored.items():
@@ -259,7 +260,7 @@ class ClientStore:
             if size < needed:
                 raise CheckpointError(
                     f"{str(path)!r} holds {size} bytes but the checkpoint needs {needed}: resume from an earlier"
-                    " checkpoint, or start the run anew"
+                    " checkpoint, or start a new run"
                 )
         self.close()
         self._tables = {name: _Table(table.width) for name, table in self._tables.items()} | restored
@@ -293,7 +294,7 @@ class ClientStore:
                     table.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 except FileExistsError as error:
                     raise CheckpointError(
-                        f"{str(path)!r} holds rows of an earlier run: restore its index, or an empty one to forget them"
+                        f"{str(path)!r} holds rows of an earlier run: restore its index, or an empty one to remove them"
                     ) from error
         return table.descriptor
 
@@ -366,7 +367,7 @@ def _parse_index(index: Mapping[str, torch.Tensor]) -> dict[str, _Table]:
 
 
 def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
-    """Write all of `content`; if the disk refuses, cut the file back to `offset`."""
+    """Write all of `content`; if that fails, truncate the file to `offset`."""
     done = 0
     try:
         while done < len(content):

@@ -1,4 +1,4 @@
-"""What the file system is asked for beyond reading and writing: durability, and keeping others away."""
+"""Durability and locks of files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Force a file's content, or a directory's entries, onto the disk.
+    """Sync a file's content, or a directory's entries, to the disk.
 
     Raises:
         OSError: the disk refuses.
@@ -21,16 +21,16 @@ def sync(path: Path) -> None:
 
 
 def lock(path: Path) -> int | None:
-    """Hold the file `path`, which is made if need be, against other processes.
+    """Lock the file `path`, created if needed, against other processes.
 
-    The kernel lets go of it when this process dies, and forked workers do not inherit it.
+    The kernel releases the lock when this process dies, and forked workers do not inherit it.
 
     Returns:
-        a descriptor; closing it lets go. None where the system or the disk knows no such locks.
+        a descriptor, to be closed to release the lock; None where the system or the disk has no such locks.
 
     Raises:
-        BlockingIOError: another process holds it.
-        OSError: the file cannot be made.
+        BlockingIOError: another process holds the lock.
+        OSError: the file cannot be created.
     """
     try:
         import fcntl

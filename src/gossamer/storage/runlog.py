@@ -1,13 +1,13 @@
 """The run directory: the resolved configuration, the environment and two append-only logs.
 
     config.yaml        the resolved configuration; a directory that holds it is a run directory
-    environment.json   interpreter, machine, versions and time of start
-    metrics.jsonl      one JSON object a round
+    environment.json   interpreter, machine, versions and start time
+    metrics.jsonl      one JSON object for each round
     events.jsonl       drops, retries, warnings: one JSON object each
     trace/  checkpoints/  plots/
 
-A log line is one `os.write` to a descriptor in append mode and nothing is buffered here: whatever kills the process,
-at most the last line of a log is torn. Readers ignore a torn last line; opening the run for writing cuts it off.
+A log line is one unbuffered `os.write` in append mode: whatever kills the process, at most the last line of a log is
+incomplete. Readers ignore an incomplete last line; opening the run for writing removes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gossamer.errors import CheckpointError, ConfigError, DataError, storage_err
 from gossamer.storage.disk import lock, sync
 
 CONFIG = "config.yaml"
-EXPERIMENT = "experiment.yaml"  # beside the directories of several runs: what they were expanded from
+EXPERIMENT = "experiment.yaml"  # beside the directories of several runs: the configuration that they were expanded from
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -41,19 +41,19 @@ FOLDERS = ("trace", "checkpoints", "plots")
 
 
 class Sink(Protocol):
-    """A tracker that receives every metrics record after it was logged."""
+    """A tracker that receives every metrics record after it is logged."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Take one round's record, as it stands in metrics.jsonl."""
+        """Receive one round's record, as in metrics.jsonl."""
 
     def close(self) -> None:
-        """Flush and let go of the tracker."""
+        """Flush and close the tracker."""
 
 
 class RunLog:
     """Writes one run directory; use `create` or `open`, one writer at a time.
 
-    A sink that raises is dropped and named in events.jsonl: a tracker that is down must not end a run.
+    A sink that raises is dropped and named in events.jsonl: a failing tracker must not end a run.
     """
 
     def __init__(self, directory: Path, sinks: Sequence[Sink] = ()) -> None:
@@ -88,15 +88,15 @@ class RunLog:
         environment: Mapping[str, Any] | None = None,
         sinks: Sequence[Sink] = (),
     ) -> Self:
-        """Start a run in `directory`, which is made if need be.
+        """Start a run in `directory`, created if needed.
 
         Args:
-            config: the resolved configuration, of plain YAML values; its key order is kept.
-            environment: further facts for environment.json, next to those of `describe_environment`.
-            sinks: trackers that receive each metrics record too.
+            config: resolved configuration, of plain YAML values; the order of keys is kept.
+            environment: further entries of environment.json, besides those of `describe_environment`.
+            sinks: trackers that also receive each metrics record.
 
         Raises:
-            ConfigError: the directory already holds a run, or `config` holds something that YAML cannot express.
+            ConfigError: the directory already holds a run, or `config` holds a value that YAML cannot express.
             StorageError: the disk refuses a write.
         """
         directory = Path(directory)
@@ -119,10 +119,10 @@ class RunLog:
 
     @classmethod
     def open(cls, directory: Path, sinks: Sequence[Sink] = ()) -> Self:
-        """Continue the run in `directory`; torn last lines of its logs are cut off.
+        """Continue the run in `directory`; incomplete last lines of its logs are removed.
 
         Raises:
-            ConfigError: `directory` is no run directory.
+            ConfigError: `directory` is not a run directory.
             StorageError: the disk refuses a write.
         """
         directory = _require_run(directory)
@@ -134,7 +134,7 @@ class RunLog:
         """Append one round's metrics; non-finite numbers become null, arrays and tensors become lists.
 
         Raises:
-            StorageError: the disk refuses the line; the log is left as it was.
+            StorageError: the disk refuses the line; the log is unchanged.
         """
         plain = _plain(record)
         self._append(METRICS, plain)
@@ -144,33 +144,33 @@ class RunLog:
         """Append one event: its kind, the time (ISO 8601, UTC) and `fields`.
 
         Raises:
-            StorageError: the disk refuses the line; the log is left as it was.
+            StorageError: the disk refuses the line; the log is unchanged.
         """
         self._append(EVENTS, _plain({"kind": kind, "time": _now(), **fields}))
 
     def sync(self) -> None:
-        """Force both logs onto the disk.
+        """Sync both logs to the disk.
 
         Raises:
-            StorageError: the disk refuses.
+            StorageError: the disk refuses a write.
         """
         for name, descriptor in self._descriptors.items():
             with storage_errors(self.directory / name):
                 os.fsync(descriptor)
 
     def offsets(self) -> dict[str, int]:
-        """Return the length of each log in bytes; call `sync` first if a commit is to rely on them."""
+        """Return the length of each log in bytes; call `sync` before a commit relies on them."""
         return {name: os.fstat(descriptor).st_size for name, descriptor in self._descriptors.items()}
 
     def truncate(self, offsets: Mapping[str, int]) -> None:
-        """Cut both logs back to what they held at a commit, and force that onto the disk.
+        """Truncate both logs to their lengths at a commit, and sync them.
 
         Args:
-            offsets: what `offsets` returned at that commit, in bytes.
+            offsets: result of `offsets` at that commit, in bytes.
 
         Raises:
-            CheckpointError: a log is shorter than its offset, or has none; nothing is cut then.
-            StorageError: the disk refuses.
+            CheckpointError: a log is shorter than its offset, or has none; nothing is truncated then.
+            StorageError: the disk refuses a write.
         """
         sizes = self.offsets()
         for name in LOGS:
@@ -179,8 +179,8 @@ class RunLog:
                 raise CheckpointError(f"the commit records no offset for {path!r}: resume from another commit")
             if sizes[name] < offsets[name]:
                 raise CheckpointError(
-                    f"{path!r} holds {sizes[name]} bytes but the commit was made at {offsets[name]}: the log was cut or"
-                    " replaced, so restore it from a copy or start the run anew"
+                    f"{path!r} holds {sizes[name]} bytes but the commit was made at {offsets[name]}: the log was"
+                    " truncated or replaced, so restore it from a backup or start a new run"
                 )
         for name, descriptor in self._descriptors.items():
             with storage_errors(self.directory / name):
@@ -219,19 +219,19 @@ class RunLog:
         with storage_errors(self.directory / name):
             length_before = os.fstat(descriptor).st_size
             if os.write(descriptor, line) != len(line):
-                # A regular file takes less than it is given only when there is no room for the rest.
+                # A regular file accepts fewer bytes than given only where there is no space for the rest.
                 os.ftruncate(descriptor, length_before)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def new_directory(root: Path, name: str) -> Path:
-    """Make and return a fresh directory ``root/name-YYYYmmdd-HHMMSS[-k]`` (local time).
+    """Create and return a new directory ``root/name-YYYYmmdd-HHMMSS[-k]`` (local time).
 
-    Two processes that ask at the same moment get different ones.
+    Two processes that call it at the same time get different ones.
 
     Raises:
         ConfigError: `name` is empty or holds a path separator.
-        StorageError: the directory cannot be made.
+        StorageError: the directory cannot be created.
     """
     if not name or os.sep in name:
         raise ConfigError(f"{name!r} cannot name a run directory: use a name without {os.sep!r}")
@@ -250,7 +250,7 @@ def new_directory(root: Path, name: str) -> Path:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return the facts about interpreter, machine and installed versions that a run records."""
+    """Return what a run records about interpreter, machine and installed versions."""
     packages = ("gossamer", "torch", "numpy")
     return {
         "started": _now(),
@@ -265,44 +265,44 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Return the resolved configuration of the run in `directory`.
 
     Raises:
-        ConfigError: `directory` is no run directory, or its config.yaml is no mapping in valid YAML.
+        ConfigError: `directory` is not a run directory, or its config.yaml is not a mapping in valid YAML.
     """
     path = _require_run(directory) / CONFIG
     try:
         with path.open(encoding="utf-8") as file:
             config = yaml.safe_load(file)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} is no valid YAML ({' '.join(str(error).split())}): restore it") from error
+        raise ConfigError(f"{str(path)!r} is not valid YAML ({' '.join(str(error).split())}): restore it") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{str(path)!r} holds {config!r}, not a mapping: restore it")
     return config
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of metrics.jsonl, one a round, without a torn last line.
+    """Return the records of metrics.jsonl, one for each round, without an incomplete last line.
 
     Raises:
-        ConfigError: `directory` is no run directory.
+        ConfigError: `directory` is not a run directory.
         DataError: a line before the last is malformed.
     """
     return _read(_require_run(directory) / METRICS)
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:
-    """Return the records of events.jsonl without a torn last line.
+    """Return the records of events.jsonl, without an incomplete last line.
 
     Raises:
-        ConfigError: `directory` is no run directory.
+        ConfigError: `directory` is not a run directory.
         DataError: a line before the last is malformed.
     """
     return _read(_require_run(directory) / EVENTS)
 
 
 def repair(directory: Path) -> None:
-    """Cut a torn last line off each log of the run in `directory`; whole logs are left alone.
+    """Remove an incomplete last line from each log of the run in `directory`.
 
     Raises:
-        StorageError: the disk refuses.
+        StorageError: the disk refuses a write.
     """
     for path in (directory / name for name in LOGS):
         if not path.exists():
@@ -320,15 +320,15 @@ def repair(directory: Path) -> None:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    *lines, torn = path.read_bytes().split(
-        b"\n"
-    )  # what follows the last newline is torn, even where it happens to parse
+    *lines, torn = path.read_bytes().split(b"\n")  # what follows the last newline is incomplete, even where it parses
     records = [_parse(line) for line in lines]
     if not torn and records and records[-1] is None:
         records.pop()
     for number, record in enumerate(records, start=1):
         if record is None:
-            raise DataError(f"line {number} of {str(path)!r} is no JSON object: restore the file, or delete the line")
+            raise DataError(
+                f"line {number} of {str(path)!r} is not a JSON object: restore the file, or delete the line"
+            )
     return [record for record in records if record is not None]
 
 
@@ -341,7 +341,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """Reduce `value` to what JSON can express."""
+    """Convert `value` to what JSON can express."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float):
@@ -357,7 +357,7 @@ def _require_run(directory: Path) -> Path:
     directory = Path(directory)
     if not (directory / CONFIG).is_file():
         raise ConfigError(
-            f"{str(directory)!r} is no run directory (it holds no {CONFIG}): name one that 'gossamer run' made"
+            f"{str(directory)!r} is not a run directory (it has no {CONFIG}): give one that 'gossamer run' created"
         )
     return directory
 

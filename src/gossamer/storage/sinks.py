@@ -1,11 +1,11 @@
 """Sinks that pass a run's metrics on to a tracker: TensorBoard, MLflow, Weights & Biases.
 
-Each is a thin adapter that imports its tracker when it is built. The trackers come with the extra ``tracking`` and are
-not run in this environment's tests, which put fake modules in their place: what is tested is what we hand to them.
-By hand they were tried with tensorboard 2.21.0, mlflow-skinny 3.17.2 (files) and wandb 0.31.0 (offline), no server.
+Each is a thin adapter that imports its tracker when it is created. The trackers come with the extra ``tracking``; tests
+replace them by fake modules and check the calls. They were tried by hand with tensorboard 2.21.0, mlflow-skinny 3.17.2
+(files) and wandb 0.31.0 (offline), without a server.
 
 Every finite number of a record becomes a scalar; nested objects are named ``outer/inner``, and lists, text and null are
-left out. The step is the record's ``round``. After a resume the rounds since the last commit are sent a second time.
+left out. The step is the record's ``round``. After a resume, the rounds since the last commit are sent again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MLflowSink:
     """Logs to an MLflow tracking server or folder as one MLflow run."""
 
     def __init__(self, experiment: str, run_name: str, tracking_uri: str | None = None) -> None:
-        """Start an MLflow run; without `tracking_uri`, where MLFLOW_TRACKING_URI or MLflow's default says.
+        """Start an MLflow run, without `tracking_uri` at MLFLOW_TRACKING_URI or MLflow's default.
 
         Raises:
             ConfigError: mlflow is not installed.
@@ -79,7 +79,7 @@ class WandbSink:
         self._run = wandb.init(project=project, name=run_name, dir=None if directory is None else str(directory))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Log the scalars of `record` at its round; W&B ignores a round below one that it has seen."""
+        """Log the scalars of `record` at its round; W&B ignores a round below one that it already has."""
         self._run.log(scalars(record), step=int(record["round"]))
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ def _tracker(module: str, package: str) -> ModuleType:
 
 
 def make_sinks(names: Sequence[str], directory: Path) -> list[Sink]:
-    """Open the trackers that the configuration names.
+    """Create the trackers that the configuration names.
 
     Raises:
         ConfigError: an unknown tracker, or one whose package is not installed.

@@ -1,7 +1,7 @@
-"""What a mixing is: one round of what peers do with each other's rows.
+"""Mixings: one round of averaging between peers.
 
 Convention: ``W[i, j]`` is the weight that i gives to what j sends, so that ``(W X)[i] = sum_j W[i, j] X[j]``. No mixing
-holds an n x n array, so shifts, matchings and block averages of a million peers are cheap.
+stores an n x n array, so shifts, matchings and block averages of a million peers are cheap.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 State = TypeVar("State")
-"""A torch tensor or numpy array, float32 or float64; `Mixing.apply` returns the kind that it is given."""
+"""A torch tensor or numpy array, float32 or float64; `Mixing.apply` returns the kind of its argument."""
 
 Stochasticity = Literal["doubly", "row", "column"]
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-MAX_DENSE = 5_000  # rows of a matrix that `Mixing.dense` still builds, 200 MB
+MAX_DENSE = 5_000  # rows of the matrix of `Mixing.dense`, 200 MB
 MAX_EDGES = 100_000_000
 
 
 class Edges(NamedTuple):
-    """All links of a mixing between different peers: e of them, each `sender` -> `receiver`.
+    """The e links of a mixing between different peers, each `sender` -> `receiver`.
 
     Attributes:
         receiver, sender: int64 [e]; pairs are distinct.
@@ -48,14 +48,14 @@ class Edges(NamedTuple):
 
 
 class Mixing(ABC):
-    """What all peers do with each other's rows in one round; immutable.
+    """One round of averaging between all peers; immutable.
 
     Attributes:
         n: number of peers (sites).
         kind: "shift", "matching", "block", "sparse" or "joint".
-        stochasticity: "doubly" (mean kept, constants kept), "row" (constants kept, the mean drifts) or "column".
+        stochasticity: "doubly" (keeps the mean and constants), "row" (keeps constants) or "column" (keeps the mean).
         is_symmetric: whether W equals its transpose.
-        rows_per_site: rows of state that each peer holds; 1 but for joint mixings.
+        rows_per_site: rows of state of each peer; 1 except for joint mixings.
     """
 
     kind: ClassVar[str]
@@ -71,14 +71,14 @@ class Mixing(ABC):
     @property
     @abstractmethod
     def max_degree(self) -> int:
-        """Most messages that any peer sends, or receives, in the round."""
+        """Maximum number of messages that a peer sends, or receives, in the round."""
 
     @abstractmethod
     def edges(self) -> Edges:
         """Return all links between different peers, sorted by (receiver, sender).
 
         Raises:
-            ConfigError: there are too many to list.
+            ConfigError: there are more than `MAX_EDGES`.
         """
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Mixing(ABC):
 
     @abstractmethod
     def transposed(self) -> Mixing:
-        """Return the mixing with the transposed matrix, which the singular values need."""
+        """Return the mixing with the transposed matrix."""
 
     @abstractmethod
     def _apply(self, x: Tensor) -> Tensor:
@@ -107,10 +107,10 @@ class Mixing(ABC):
 
     @abstractmethod
     def _identity(self) -> tuple[Any, ...]:
-        """Return the numbers and arrays that tell this mixing from others of its kind."""
+        """Return the numbers and arrays that define this mixing among those of its kind."""
 
     def apply(self, x: State) -> State:
-        """Return W x as a new array; x stays as it is.
+        """Return W x as a new array.
 
         Args:
             x: [n, ...], float32 or float64 (joint mixings: see `sparse.Joint`).
@@ -129,15 +129,15 @@ class Mixing(ABC):
             lo, hi: 0 <= lo <= hi <= n.
 
         Raises:
-            ConfigError: x has another shape or type, or the range leaves 0..n.
+            ConfigError: x has another shape or type, or the range is not within 0..n.
         """
         if not 0 <= lo <= hi <= self.n:
-            raise ConfigError(f"rows {lo}:{hi} leave 0:{self.n}: give a range of peers")
+            raise ConfigError(f"rows {lo}:{hi} are not within 0:{self.n}: give a range of peers")
         mixed: State = _on_torch(x, self.n, self.rows_per_site, lambda whole: self._rows(whole, lo, hi))
         return mixed
 
     def start(self, x: State) -> State:
-        """Return the state that mixing starts from, given one row a peer, [n, d]."""
+        """Return the initial state of a mixing, given one row for each peer, [n, d]."""
         return x
 
     def read(self, state: State) -> State:
@@ -153,7 +153,7 @@ class Mixing(ABC):
         """Return W as float64 [n, n], for tests and pictures.
 
         Raises:
-            ConfigError: n is beyond `MAX_DENSE`.
+            ConfigError: n exceeds `MAX_DENSE`.
         """
         self._require_small("a dense matrix")
         edges = self.edges()
@@ -162,7 +162,7 @@ class Mixing(ABC):
         return matrix
 
     def digest(self) -> str:
-        """Return 32 hexadecimal digits that are the same wherever the same mixing was derived."""
+        """Return 32 hexadecimal digits that identify the mixing on every machine."""
         digest = hashlib.blake2b(f"{self.kind} {self.n}".encode(), digest_size=16)
         for part in self._identity():
             digest.update(b"|" + (part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode()))
@@ -171,18 +171,18 @@ class Mixing(ABC):
     def _require_small(self, what: str) -> None:
         if self.n * self.rows_per_site > MAX_DENSE:
             raise ConfigError(
-                f"{what} of n = {self.n} peers is refused, the most is {MAX_DENSE // self.rows_per_site}: use apply,"
+                f"{what} of n = {self.n} peers exceeds the limit of {MAX_DENSE // self.rows_per_site} peers: use apply,"
                 " rows or edges instead"
             )
 
     def _check_peer(self, i: int) -> int:
         if not 0 <= i < self.n:
-            raise ConfigError(f"peer {i} is outside 0..{self.n - 1}: give a rank of the topology")
+            raise ConfigError(f"peer {i} is outside 0..{self.n - 1}: give the number of a peer")
         return i
 
 
 def _on_torch(x: Any, num_peers: int, rows_per_peer: int, kernel: Callable[[Tensor], Tensor]) -> Any:
-    """Run a kernel for flat rows, [rows, d], on a state [rows, ...] or [peers, rows_per_peer, ...]; return the like."""
+    """Apply a kernel for flat rows, [rows, d], to a state [rows, ...] or [peers, rows_per_peer, ...]."""
     import torch
 
     if str(getattr(x, "dtype", "")).removeprefix("torch.") not in ("float32", "float64"):
@@ -209,7 +209,7 @@ def check_num_edges(num_edges: int) -> None:
     """
     if num_edges > MAX_EDGES:
         raise ConfigError(
-            f"a list of {num_edges} edges is refused, the most is {MAX_EDGES}: use apply, rows, send_ranks or"
+            f"a list of {num_edges} edges exceeds the limit of {MAX_EDGES}: use apply, rows, send_ranks or"
             " recv_ranks instead"
         )
 

@@ -21,14 +21,14 @@ class GridOptions(TopologyOptions):
     """Options of a grid or torus.
 
     Attributes:
-        rows: its number of rows, a divisor of n; None: the most nearly square shape.
+        rows: number of rows, a divisor of n; None: that of the most nearly square shape.
     """
 
     rows: int | None = Field(default=None, ge=1)
 
 
 def ceil_log2(n: int) -> int:
-    """Return the least t with 2**t >= n, by integers alone."""
+    """Return the smallest t with 2**t >= n, by integer arithmetic."""
     return (n - 1).bit_length()
 
 
@@ -75,23 +75,23 @@ def _hypercube(n: int, seed: int, options: TopologyOptions) -> Schedule:
 
 
 def _grid(n: int, seed: int, options: GridOptions) -> Schedule:
-    rows, columns = _shape("grid", n, options.rows, least=2)
-    place = np.arange(n, dtype=np.int64).reshape(rows, columns)
-    first = np.concatenate([place[:-1].ravel(), place[:, :-1].ravel()])
-    second = np.concatenate([place[1:].ravel(), place[:, 1:].ravel()])
+    rows, columns = _shape("grid", n, options.rows, min_rows=2)
+    number = np.arange(n, dtype=np.int64).reshape(rows, columns)
+    first = np.concatenate([number[:-1].ravel(), number[:, :-1].ravel()])
+    second = np.concatenate([number[1:].ravel(), number[:, 1:].ravel()])
     return static(averaging(n, first, second), facts={"rows": rows, "columns": columns})
 
 
 def _torus(n: int, seed: int, options: GridOptions) -> Schedule:
     """Weights 1/5: eigenvalues (1 + 2 cos(2 pi p / a) + 2 cos(2 pi q / b)) / 5."""
-    rows, columns = _shape("torus", n, options.rows, least=3)
-    place = np.arange(n, dtype=np.int64).reshape(rows, columns)
-    first = np.tile(place.ravel(), 2)
-    second = np.concatenate([np.roll(place, -1, axis).ravel() for axis in (0, 1)])
+    rows, columns = _shape("torus", n, options.rows, min_rows=3)
+    number = np.arange(n, dtype=np.int64).reshape(rows, columns)
+    first = np.tile(number.ravel(), 2)
+    second = np.concatenate([np.roll(number, -1, axis).ravel() for axis in (0, 1)])
     mixing = symmetric(n, first, second, np.full(len(first), 0.2))
 
     def rate(share: float) -> float:
-        """Return the consensus rate of the mixing, lazy by `share`."""
+        """Return the consensus rate of ``(1 - share) I + share W``."""
         waves = [2.0 * np.cos(2.0 * np.pi * np.arange(size) / size) for size in (rows, columns)]
         return _largest(((1.0 + waves[0][:, None] + waves[1][None, :]) / 5.0).ravel()[1:], share)
 
@@ -103,30 +103,30 @@ def _largest(eigenvalues: Floats, share: float) -> float:
     return float(np.abs(1.0 - share + share * eigenvalues).max())
 
 
-def _shape(name: str, n: int, rows: int | None, least: int) -> tuple[int, int]:
+def _shape(name: str, n: int, rows: int | None, min_rows: int) -> tuple[int, int]:
     """Return rows <= columns with rows * columns = n, as nearly square as n allows.
 
     Raises:
-        ConfigError: no such shape has at least `least` rows.
+        ConfigError: no such shape has `min_rows` rows or more.
     """
     if rows is None:
         rows = next(a for a in range(math.isqrt(n), 0, -1) if n % a == 0)
-        if rows < least:
-            fitting = [m for m in range(max(n - 20, least * least), n + 20) if _has_shape(m, least)]
+        if rows < min_rows:
+            fitting = [m for m in range(max(n - 20, min_rows * min_rows), n + 20) if _has_shape(m, min_rows)]
             nearest_n = min(fitting, key=lambda m: abs(m - n))
             raise ConfigError(
-                f"'{name}' cannot lay out n = {n} peers in a rectangle of {least} or more rows: take n = {nearest_n}"
+                f"'{name}' cannot arrange n = {n} peers in a rectangle of {min_rows} or more rows: take n = {nearest_n}"
             )
-    if n % rows or min(rows, n // rows) < least:
+    if n % rows or min(rows, n // rows) < min_rows:
         raise ConfigError(
-            f"{name}.rows = {rows} does not lay out n = {n} peers in a rectangle of {least} or more rows and columns:"
+            f"{name}.rows = {rows} does not arrange n = {n} peers in {min_rows} or more rows and columns:"
             " choose another divisor of n"
         )
     return rows, n // rows
 
 
-def _has_shape(n: int, least: int) -> bool:
-    return any(n % rows == 0 for rows in range(least, math.isqrt(n) + 1))
+def _has_shape(n: int, min_rows: int) -> bool:
+    return any(n % rows == 0 for rows in range(min_rows, math.isqrt(n) + 1))
 
 
 ring = Family(_ring, "static", "2", "1 - Θ(1/n²)", NEDIC, minimum=3)

@@ -1,4 +1,4 @@
-"""Watching a topology bring random numbers to their mean."""
+"""Measurement of the convergence of random numbers to their mean under a topology."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TOLERANCE = 1e-10
 
 @dataclass(frozen=True)
 class Measurement:
-    """What happened to one random number a peer.
+    """The convergence of one random number for each peer.
 
     Attributes:
-        rounds: after which the distance was first at most the tolerance; None: not within the rounds allowed.
-        rate: mean factor a round, ``(last distance / first)^(1 / rounds)``.
-        mean_drift: how far the mean has moved, in units of the first distance a peer; 0 but for rounding unless the
-            mixing is only row-stochastic.
+        rounds: number of rounds until the distance is at most the tolerance; None: more than allowed.
+        rate: mean factor for each round, ``(last distance / first)^(1 / rounds)``.
+        mean_drift: distance by which the mean has moved, in units of the root mean square of the first distance; 0 but
+            for rounding, unless mixings are row-stochastic only.
         distances: float64, ``||x_r - mean(x_r)|| / ||x_0 - mean(x_0)||`` for r = 0, 1, ...
     """
 
@@ -35,18 +35,19 @@ class Measurement:
 def measure(
     topology: Topology, num_rounds: int = 1000, start_seed: int = 0, tolerance: float = TOLERANCE
 ) -> Measurement:
-    """Mix a normal random vector of mean 0 round after round, in float64, until all peers agree.
+    """Mix a normal random vector of mean 0, in float64, until all peers agree.
 
     Args:
-        num_rounds: most rounds.
-        start_seed: of the vector; the topology has its own.
-        tolerance: of the relative distance.
+        topology: topology to measure.
+        num_rounds: maximum number of rounds.
+        start_seed: seed of the vector.
+        tolerance: relative distance at which peers agree.
 
     Raises:
         ConfigError: num_rounds is below 1.
     """
     if num_rounds < 1:
-        raise ConfigError(f"rounds = {num_rounds} is below 1: give how many rounds to mix at most")
+        raise ConfigError(f"rounds = {num_rounds} is below 1: give a maximum number of rounds")
     start = rng.generator(start_seed, "topology-start").standard_normal((topology.n, 1))
     start -= start.mean()
     state = topology.mixing(0).start(start)

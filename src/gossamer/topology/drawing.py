@@ -1,4 +1,4 @@
-"""A picture of a topology: its graph or a strip of rounds, its spectrum, and how it brings numbers to their mean."""
+"""Figures of topologies: the graph or its first rounds, the spectrum, and the convergence to the mean."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_ROUNDS = 6  # in a strip
-MAX_ON_CIRCLE = 120  # peers that are drawn as points; above, the entries of W are
-MAX_MARKS = 200_000  # entries of W that are drawn
+MAX_ROUNDS = 6  # side by side
+MAX_ON_CIRCLE = 120  # peers drawn as points; of more, the entries of W are drawn
+MAX_MARKS = 200_000  # entries of W
 MEASURED_ROUNDS = 200
 PANEL_INCHES = (3.0, 3.1)
 DARK, LIGHT, ACCENT = "#0072B2", "0.6", "#D55E00"
 
 
 def draw(topology: Topology) -> Figure:
-    """Return a figure; who calls chooses style, format and file.
+    """Return a figure, in the style of the caller.
 
     Raises:
-        ConfigError: the edges are too many to list.
+        ConfigError: there are too many edges to list.
     """
     import matplotlib.pyplot as plt
 
@@ -39,9 +39,9 @@ def draw(topology: Topology) -> Figure:
     figure, panels = plt.subplots(
         1, num_panels, figsize=(PANEL_INCHES[0] * num_panels, PANEL_INCHES[1]), squeeze=False, layout="constrained"
     )
-    places = _places(mixings[0], is_static=cycle == 1)
+    positions = _positions(mixings[0], is_static=cycle == 1)
     for round, mixing in enumerate(mixings):
-        _draw_graph(panels[0, round], mixing, places)
+        _draw_graph(panels[0, round], mixing, positions)
         panels[0, round].set_title("graph" if cycle == 1 else f"round {round}")
     if has_spectrum:
         _draw_spectrum(panels[0, num_rounds], mixings[0])
@@ -50,8 +50,8 @@ def draw(topology: Topology) -> Figure:
     return figure
 
 
-def _places(mixing: Mixing, is_static: bool) -> Floats:
-    """Return where each peer is drawn, float64 [n, 2]: on a circle, or by springs for an irregular static graph."""
+def _positions(mixing: Mixing, is_static: bool) -> Floats:
+    """Return the position of each peer, float64 [n, 2]: on a circle, or by springs for an irregular static graph."""
     n = mixing.n
     angle = 2.0 * np.pi * np.arange(n) / n
     circle = np.stack([np.sin(angle), np.cos(angle)], axis=1)
@@ -65,18 +65,18 @@ def _places(mixing: Mixing, is_static: bool) -> Floats:
     return np.array([found[i] for i in range(n)])
 
 
-def _draw_graph(panel: Axes, mixing: Mixing, places: Floats) -> None:
+def _draw_graph(panel: Axes, mixing: Mixing, positions: Floats) -> None:
     from matplotlib.collections import LineCollection
 
     edges = mixing.edges() if mixing.n * mixing.max_degree <= 2 * MAX_MARKS else None
     panel.set_aspect("equal")
     if mixing.n <= MAX_ON_CIRCLE and edges is not None:
         panel.set_axis_off()
-        lines: Any = np.stack([places[edges.sender], places[edges.receiver]], axis=1)
+        lines: Any = np.stack([positions[edges.sender], positions[edges.receiver]], axis=1)
         strongest = edges.weight.max(initial=1e-12)
         widths = 0.3 + 1.2 * edges.weight / strongest
         panel.add_collection(LineCollection(lines, colors=LIGHT, linewidths=widths.tolist(), zorder=1))
-        panel.scatter(places[:, 0], places[:, 1], s=max(4.0, 600.0 / mixing.n), color=DARK, zorder=2)
+        panel.scatter(positions[:, 0], positions[:, 1], s=max(4.0, 600.0 / mixing.n), color=DARK, zorder=2)
     elif edges is not None and len(edges.weight) <= MAX_MARKS:
         size = max(0.05, 2e4 / mixing.n**2)
         panel.scatter(edges.sender, edges.receiver, s=size, color=DARK, linewidths=0, rasterized=True)

@@ -24,12 +24,12 @@ SOURCE = "EquiTopo, arXiv 2210.07881"
 
 
 class BasisOptions(TopologyOptions):
-    """How many basis graphs are drawn.
+    """Number of basis graphs.
 
     Attributes:
-        M: basis graphs, drawn with replacement; None and no rho: floor(5 ln n), as in the paper's experiments.
-        rho: rate that the mean of the basis graphs must keep with probability 1 - p; sets M by theorem 1.
-        p: probability with which that may fail.
+        M: number of basis graphs, drawn with replacement; None, without rho: floor(5 ln n), as in the paper.
+        rho: rate of the mean of the basis graphs with probability 1 - p; sets M by theorem 1.
+        p: probability of failure.
     """
 
     M: int | None = Field(default=None, ge=1)
@@ -77,7 +77,7 @@ def theorem_num_graphs(n: int, rho: float, p: float) -> int:
 
 
 def theorem_rate(n: int, num_graphs: int, p: float) -> float | None:
-    """Return the rho that theorem 1 promises with probability 1 - p for M graphs; None where that is 1 or more."""
+    """Return the rho that theorem 1 guarantees with probability 1 - p for M graphs; None where it is 1 or more."""
     rho = math.sqrt(8.0 * math.log(2.0 * n / p) / (3.0 * num_graphs))
     return rho if rho < 1.0 else None
 
@@ -86,7 +86,7 @@ def draw_basis(n: int, num_graphs: int, seed: int) -> tuple[Integers, int]:
     """Draw M shifts from 1..n-1 with replacement, again and again until they connect all peers.
 
     Returns:
-        int64 [M], and how many draws were disconnected: gcd(u_1, ..., u_M, n) > 1.
+        int64 [M], and the number of disconnected draws: gcd(u_1, ..., u_M, n) > 1.
 
     Raises:
         ConfigError: `MAX_ATTEMPTS` draws were disconnected.
@@ -177,7 +177,7 @@ def scan_matching(n: int, v: int, start: int) -> Integers:
 
     Args:
         v: 1..n-1, the distance of partners.
-        start: 0..n-1, the first peer to look at.
+        start: 0..n-1, the first peer of the scan.
     """
     source = (scan_sources(n, v) + start) % n
     target = (source + v) % n

@@ -1,4 +1,4 @@
-"""What a family of topologies provides: options, and a schedule of mixings for given n and seed.
+"""Families of topologies: options, and a schedule of mixings for given n and seed.
 
 A family of your own is a `Family` named in full as ``my_package.my_module:my_family``.
 """
@@ -14,11 +14,11 @@ from gossamer.errors import ConfigError
 from gossamer.options import Options
 from gossamer.topology.base import Integers, Mixing
 
-MAX_ATTEMPTS = 100  # draws of a random graph before it is called hopelessly disconnected
+MAX_ATTEMPTS = 100  # draws of a random graph until it is connected
 
 
 class TopologyOptions(Options):
-    """Options that every topology has.
+    """Options of every topology.
 
     Attributes:
         lazy: mix by (I + W) / 2 instead of W: slower, but no eigenvalue has a negative real part.
@@ -29,16 +29,16 @@ class TopologyOptions(Options):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which mixing comes in which round.
+    """The mixings of all rounds.
 
     Attributes:
-        draw: the mixing of a round >= 0, a function of the round alone.
-        cycle: rounds after which the mixings repeat: 1 if they never change; None: drawn afresh for ever.
-        is_exact: whether one cycle, begun in a round that it divides, ends in the exact mean.
-        rate: the exact consensus rate of ``(1 - share) I + share W``, as a function of share; None: to be computed.
-        bound: what theory promises for the rate; None: nothing in closed form.
-        resamples: disconnected draws that were thrown away.
-        facts: what was settled on the way, such as the number of basis graphs.
+        draw: ``round -> mixing``, for rounds >= 0.
+        cycle: number of rounds after which the mixings repeat, 1 if they never change; None: each round is drawn anew.
+        is_exact: whether one cycle, from a multiple of its length on, ends in the exact mean.
+        rate: ``share -> consensus rate`` of ``(1 - share) I + share W``, exact; None: to be computed.
+        bound: upper bound of the rate by theory; None: no closed form.
+        resamples: number of disconnected draws.
+        facts: derived parameters, such as the number of basis graphs.
     """
 
     draw: Callable[[int], Mixing]
@@ -71,12 +71,12 @@ class Family:
 
     Attributes:
         make: ``(n, seed, options) -> Schedule``.
-        options: the model of its parameters.
-        kind: "static", "periodic" or "random" (fresh every round).
-        degree, rate: what theory says, for the table of all topologies.
-        source: where it was described.
-        minimum: least number of peers.
-        sets_n: whether the number of peers is found out by `make`, given n = 0 where the user gives none.
+        options: model of its parameters.
+        kind: "static", "periodic" or "random" (drawn anew every round).
+        degree, rate: text for the table of all topologies.
+        source: publication.
+        minimum: minimum number of peers.
+        sets_n: whether `make` determines the number of peers; n is 0 then, unless the user gives it.
     """
 
     make: Callable[[int, int, Any], Schedule]
@@ -97,15 +97,17 @@ def static(mixing: Mixing, **more: Any) -> Schedule:
 def connected(
     name: str, seed: int, draw: Callable[[Any], tuple[Integers, Integers]], n: int, advice: str
 ) -> tuple[Integers, Integers, int]:
-    """Draw a random graph again and again, until it is connected.
+    """Draw a random graph until it is connected.
 
     Args:
-        name: of the topology, for the error.
-        draw: edges (first, second), int64 [e] each, from a numpy generator.
-        advice: what to change if it never is.
+        name: name of the topology, for errors.
+        seed: seed of all draws.
+        draw: ``generator -> (first, second)``, the ends of the edges, int64 [e] each.
+        n: number of peers.
+        advice: remedy for errors.
 
     Returns:
-        the edges, and how many draws were thrown away.
+        the edges, and the number of disconnected draws.
 
     Raises:
         ConfigError: `MAX_ATTEMPTS` draws were disconnected.

@@ -19,16 +19,16 @@ LINK_ATTRIBUTES = ("latency_seconds", "bandwidth_bytes_per_second")
 
 
 class FileOptions(TopologyOptions):
-    """Options of a graph from outside.
+    """Options of a graph from a file or from networkx.
 
     Attributes:
-        path: a GraphML file (name ends in .graphml or .xml), or a list of edges: two names a line, then attributes in
-            the manner of networkx, such as ``{"latency_seconds": 0.01}``; # begins a comment.
-        graph: a networkx graph instead. Peers are numbered in the order of its nodes.
-        weights: "metropolis" (Metropolis-Hastings), "fastest" (least rate that symmetric weights allow; small n), or
-            "given": the edges' attribute "weight" is W[receiver, sender], of an edge sender -> receiver; what is
-            missing to 1 is the peer's own weight, and loops are refused.
-        stochasticity: what given weights are: "doubly", "row" or "column".
+        path: path of a GraphML file (.graphml or .xml), or of a list of edges: two names a line, then attributes as in
+            networkx, such as ``{"latency_seconds": 0.01}``; # starts a comment.
+        graph: networkx graph, instead of a path. Peers are numbered in the order of its nodes.
+        weights: "metropolis" (Metropolis-Hastings), "fastest" (best rate of symmetric weights; small n), or
+            "given": the attribute "weight" of an edge sender -> receiver is W[receiver, sender]; the rest to 1 is the
+            peer's own weight, and loops are refused.
+        stochasticity: stochasticity of given weights: "doubly", "row" or "column".
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -121,7 +121,7 @@ def _make(n: int, seed: int, options: FileOptions) -> Schedule:
 
 
 def _check(graph: Any, n: int, where: str, options: FileOptions) -> None:
-    """Check what can be told before the weights.
+    """Check a graph before its weights.
 
     Raises:
         ConfigError: the graph has another number of peers than n, parallel edges or loops, or directed edges without
@@ -129,13 +129,13 @@ def _check(graph: Any, n: int, where: str, options: FileOptions) -> None:
     """
     found = graph.number_of_nodes()
     if n not in (0, found) or found < 2:
-        wanted = f"n = {n} was asked for: leave n out" if found >= 2 else "two are the least: give a larger graph"
+        wanted = f"n = {n} was asked for: leave n out" if found >= 2 else "at least two are needed: give a larger graph"
         raise ConfigError(f"{where} has {found} peers, but {wanted}")
     if graph.is_multigraph() and any(graph.number_of_edges(u, v) > 1 for u, v in graph.edges()):
         raise ConfigError(f"{where} has parallel edges: keep one for each pair")
     loop = next((u for u, v in graph.edges() if u == v), None)
     if loop is not None:
-        raise ConfigError(f"{where} has a loop at {loop!r}: remove it, a peer's own weight is what is missing to 1")
+        raise ConfigError(f"{where} has a loop at {loop!r}: remove it, because a peer's own weight is the rest to 1")
     if graph.is_directed() and options.weights != "given":
         raise ConfigError(
             f"{where} is directed, but {options.weights} weights need an undirected graph: set weights to 'given'"

@@ -1,7 +1,7 @@
 """Graphs whose rounds end in the exact mean: k-peer hyper-hypercube, Simple Base-(k+1), Base-(k+1).
 
-Source: Takezawa et al., "Beyond exponential graph", arXiv 2305.11420, NeurIPS 2023. Integers only: logarithms in
-floating point once gave graphs of degree 3 for k = 2. Every round is symmetric, doubly stochastic and of degree <= k.
+Source: Takezawa et al., "Beyond exponential graph", arXiv 2305.11420, NeurIPS 2023. Integers only:
+rounded logarithms give graphs of degree 3 for k = 2. Every round is symmetric, doubly stochastic and of degree <= k.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PeersOptions(TopologyOptions):
     """Options of finite-time graphs.
 
     Attributes:
-        k: most peers that each talks to in a round.
+        k: maximum number of peers that each one exchanges with in a round.
     """
 
     k: int = Field(default=1, ge=1)
@@ -34,12 +34,12 @@ class PeersOptions(TopologyOptions):
 
 @dataclass(frozen=True)
 class Segment:
-    """A number of successive peers of which a graph of its own is made.
+    """Consecutive peers with a graph of their own.
 
     Attributes:
         start: first peer.
-        copies: how many parts of equal size follow each other; each runs the same graph.
-        size: peers of one part.
+        copies: number of consecutive parts of equal size, each with the same graph.
+        size: number of peers of one part.
     """
 
     start: int
@@ -64,7 +64,7 @@ def factors(n: int, k: int) -> tuple[int, ...] | None:
 def smooth_part(n: int, k: int) -> int:
     """Return the product of all prime factors of n that are <= k + 1, with their multiplicity."""
     product, rest = 1, n
-    for prime in range(2, k + 2):  # what is no prime divides nothing any more
+    for prime in range(2, k + 2):  # composites no longer divide the rest
         while rest % prime == 0:
             product, rest = product * prime, rest // prime
     return product
@@ -113,7 +113,7 @@ def _smooth_factors(n: int, k: int) -> tuple[int, ...]:
 
 
 def hyper_hypercube(n: int, k: int, round: int) -> BlockAverage:
-    """Return one round, below the length: peers that differ only in one digit of the mixed-radix number average fully.
+    """Return one round (below the length): peers that differ in one digit of the mixed-radix number only average fully.
 
     Raises:
         ConfigError: n has a prime factor above k + 1.
@@ -124,7 +124,7 @@ def hyper_hypercube(n: int, k: int, round: int) -> BlockAverage:
 
 
 def simple_base(n: int, k: int, round: int, groups: int = 1) -> Mixing:
-    """Return one round, below the length, of Simple Base-(k+1) within each of `groups` successive groups of n peers."""
+    """Return one round (below the length) of Simple Base-(k+1) within each of `groups` successive groups of n peers."""
     if factors(n, k) is not None:
         block = hyper_hypercube(n, k, round)
         return BlockAverage(groups * block.outer, block.size, block.inner)
@@ -145,7 +145,7 @@ def simple_base(n: int, k: int, round: int, groups: int = 1) -> Mixing:
 
 
 def base(n: int, k: int, round: int) -> Mixing:
-    """Return one round, below the length, of Base-(k+1)."""
+    """Return one round (below the length) of Base-(k+1)."""
     smooth = smooth_part(n, k)
     group = n // smooth
     length = simple_base_length(group, k)
@@ -178,9 +178,9 @@ class _Links:
         self._add(members[:, low].ravel(), members[:, high].ravel(), 1.0 / size)
 
     def reach_back(self, start: int, digit: int, size: int, n: int) -> None:
-        """Link everyone after V = [start, start + size) to one distinct peer in each of its `digit` parts.
+        """Link each peer after V = [start, start + size) to a distinct peer in each of its `digit` parts.
 
-        After it everyone after V carries the share of V's mean that it needs, and all parts of V have the right sum.
+        Afterwards each peer after V has the share of V's mean that it needs, and all parts of V have the right sum.
         """
         later = np.arange(start + size, n, dtype=np.int64)
         weight = size / (n - start)
@@ -194,7 +194,7 @@ class _Links:
         self.weight.append(np.full(len(first), weight))
 
     def mixing(self, groups: int) -> Mixing:
-        """Return the round, repeated in each of `groups` groups of n peers; a matching where everybody has one peer."""
+        """Return the round, repeated in each of `groups` groups of n peers; a matching if each has one other."""
         shifts = np.repeat(np.arange(groups, dtype=np.int64) * self.n, sum(map(len, self.first)))
         first = np.tile(np.concatenate(self.first), groups) + shifts
         second = np.tile(np.concatenate(self.second), groups) + shifts

@@ -1,6 +1,6 @@
 """Mixings that are cheaper than a sparse matrix: shifts, matchings and block averages.
 
-Sparse and joint mixings stand in `sparse.py`.
+Sparse and joint mixings are in `sparse.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Shift(Streaming):
 
     Attributes:
         offsets: ascending, distinct, each in 1..n-1.
-        weights: what the receiver gives to what comes over each offset; the rest, 1 - sum, it gives to itself.
+        weights: receiver's weight of each offset's message; its own weight is 1 - sum.
     """
 
     kind = "shift"
@@ -35,7 +35,7 @@ class Shift(Streaming):
 
     @property
     def self_weight(self) -> float:
-        """The diagonal of W, the same for all."""
+        """Diagonal of W, the same for all peers."""
         return 1.0 - sum(self.weights)
 
     @property
@@ -46,7 +46,7 @@ class Shift(Streaming):
 
     @property
     def max_degree(self) -> int:
-        """The number of offsets."""
+        """Number of offsets."""
         return len(self.offsets)
 
     def first_column(self) -> Floats:
@@ -76,7 +76,7 @@ class Shift(Streaming):
         return replace(self, weights=tuple(w * share for w in self.weights))
 
     def transposed(self) -> Shift:
-        """Turn the offsets round."""
+        """Negate the offsets."""
         pairs = sorted(((self.n - u, w) for u, w in zip(self.offsets, self.weights, strict=True)))
         return replace(self, offsets=tuple(u for u, _ in pairs), weights=tuple(w for _, w in pairs))
 
@@ -112,11 +112,11 @@ class Shift(Streaming):
 
 @dataclass(frozen=True, eq=False)
 class Matching(Streaming):
-    """Pairs of peers that move towards each other; who has no partner idles.
+    """Pairs of peers that move towards each other; a peer without a partner idles.
 
     Attributes:
         partner: int64 [n], an involution; ``partner[i] == i`` where i has none.
-        weight: what each gives to its partner's row.
+        weight: weight of the partner's row.
     """
 
     kind = "matching"
@@ -131,7 +131,7 @@ class Matching(Streaming):
 
     @property
     def max_degree(self) -> int:
-        """1, or 0 if nobody has a partner."""
+        """1, or 0 if no peer has a partner."""
         return int(bool((self.partner != np.arange(self.n)).any()))
 
     def edges(self) -> Edges:
@@ -175,7 +175,7 @@ class BlockAverage(Streaming):
 
     Attributes:
         outer, size, inner: with outer * size * inner = n.
-        weight: share of the average in the new row; 1 averages, less is a lazy version.
+        weight: weight of the average in the new row: 1, or less if lazy.
     """
 
     kind = "block"
@@ -192,7 +192,7 @@ class BlockAverage(Streaming):
 
     @property
     def max_degree(self) -> int:
-        """All others of the group."""
+        """Number of others in the group."""
         return self.size - 1
 
     @cached_property
@@ -251,17 +251,17 @@ class BlockAverage(Streaming):
     def _write_rows(self, x: Tensor, lo: int, hi: int, out: Tensor) -> None:
         import torch
 
-        groups, place = np.unique(self._group(np.arange(lo, hi, dtype=np.int64)), return_inverse=True)
+        groups, index = np.unique(self._group(np.arange(lo, hi, dtype=np.int64)), return_inverse=True)
         members = torch.from_numpy(groups[:, None] + self._strides[None, :]).to(x.device)
         means = _mean(x[members.reshape(-1)].view(len(groups), self.size, x.shape[1])).squeeze(1)
-        torch.lerp(x[lo:hi], means[torch.from_numpy(place).to(x.device)], self.weight, out=out)
+        torch.lerp(x[lo:hi], means[torch.from_numpy(index).to(x.device)], self.weight, out=out)
 
     def _identity(self) -> tuple[Any, ...]:
         return self.outer, self.size, self.inner, self.weight
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Return the mean over axis 1, kept; the halves are added again and again, so that bits do not depend on shapes."""
+    """Return the mean over axis 1, kept; halves are added recursively, so that bits do not depend on shapes."""
     count = size = x.shape[1]
     total = x[:, : count - count // 2].clone()
     while count > 1:

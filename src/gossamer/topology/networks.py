@@ -1,7 +1,7 @@
 """Writes the networks of ``topologies/*.graphml``: ``python -m gossamer.topology.networks topologies``.
 
 Four are small social networks that networkx ships. Two look like the internet's autonomous systems (Elmokashfi et al.,
-"On the scalability of BGP", 2008; `networkx.random_internet_as_graph`), with links drawn here:
+"On the scalability of BGP", 2008; `networkx.random_internet_as_graph`), with these links:
 
 - latency, one way: log-normal with median 20 ms between transit networks, 10 ms from a network to its provider, 5 ms
   between others that peer, sigma 0.5;

@@ -25,7 +25,7 @@ class EpidemicOptions(TopologyOptions):
     """Options of Epidemic Learning.
 
     Attributes:
-        degree: messages that each peer sends in a round (s in the paper).
+        degree: number of messages that each peer sends in a round (s in the paper).
     """
 
     degree: int = Field(default=4, ge=1)
@@ -35,8 +35,8 @@ class LocalEpidemicOptions(EpidemicOptions):
     """Options of el-local.
 
     Attributes:
-        averaging: receiver: whoever receives averages with equal weights (rows sum to 1); sender: whoever sends divides
-            its row among receivers and itself (columns sum to 1), for push-sum.
+        averaging: "receiver" (receivers average with equal weights, rows sum to 1) or "sender" (senders divide their
+            row among receivers and themselves, columns sum to 1, for push-sum).
     """
 
     averaging: Literal["receiver", "sender"] = "receiver"
@@ -73,7 +73,7 @@ def _random_match(n: int, seed: int, options: TopologyOptions) -> Schedule:
         return Matching(partner, 0.5)
 
     def rate(share: float) -> float:
-        """Return the consensus rate of the mixing, lazy by `share`."""
+        """Return the consensus rate of ``(1 - share) I + share W``."""
         weight = 0.5 * share
         return math.sqrt(max(0.0, 1.0 - 2.0 * weight * (1.0 - weight) * slope))
 
@@ -83,14 +83,14 @@ def _random_match(n: int, seed: int, options: TopologyOptions) -> Schedule:
 def _ceca(n: int, seed: int, options: TopologyOptions) -> Schedule:
     """The exact mean in ceil(log2 n) rounds for any n: see `Joint`."""
     if options.lazy:
-        raise ConfigError("ceca.lazy = True: its rounds end in the exact mean only as they are, so leave lazy out")
+        raise ConfigError("ceca.lazy = True: lazy rounds do not end in the exact mean: leave lazy out")
     cycle = ceil_log2(n)
 
     def draw(round: int) -> Mixing:
         """Return the mixing of a round."""
-        place = round % cycle
-        others = (n - 1) >> (cycle - place)
-        return Joint(n, others, (n - 1) >> (cycle - place - 1) & 1)  # type: ignore[arg-type]
+        position = round % cycle
+        others = (n - 1) >> (cycle - position)
+        return Joint(n, others, (n - 1) >> (cycle - position - 1) & 1)  # type: ignore[arg-type]
 
     return Schedule(draw, cycle=cycle, is_exact=True, bound=0.0)
 
@@ -107,11 +107,11 @@ def _el_oracle(n: int, seed: int, options: EpidemicOptions) -> Schedule:
         """Return the mixing of a round."""
         source = rng.generator(seed, "topology-round", round)
         first, second = regular_edges(n, degree, source)
-        names = source.permutation(n)  # whatever the graph's law, no peer is special
+        names = source.permutation(n)  # so that no peer is special
         return symmetric(n, names[first], names[second], np.full(len(first), 1.0 / (degree + 1)))
 
     def rate(share: float) -> float:
-        """Return the consensus rate of the mixing, lazy by `share`."""
+        """Return the consensus rate of ``(1 - share) I + share W``."""
         trace = n * ((1.0 - share) ** 2 + (2.0 * share * (1.0 - share) + share**2) / (degree + 1))
         return math.sqrt(max(0.0, (trace - 1.0) / (n - 1)))
 
@@ -119,13 +119,13 @@ def _el_oracle(n: int, seed: int, options: EpidemicOptions) -> Schedule:
 
 
 def _el_local(n: int, seed: int, options: LocalEpidemicOptions) -> Schedule:
-    """Each peer sends to s random others and averages what it has: row-stochastic only, so the mean drifts.
+    """Each peer sends to s random others and averages what it receives: row-stochastic only, so the mean drifts.
 
-    With ``averaging: sender`` it is column-stochastic instead, which keeps the sum, as push-sum needs it.
+    With ``averaging: sender`` it is column-stochastic, which keeps the sum, as push-sum requires.
     """
     degree = options.degree
     if degree >= n:
-        raise ConfigError(f"el-local.degree = {degree} is not below n = {n}: nobody has so many others")
+        raise ConfigError(f"el-local.degree = {degree} is not below n = {n}: lower it")
 
     def draw(round: int) -> Mixing:
         """Return the mixing of a round."""

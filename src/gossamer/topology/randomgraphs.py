@@ -13,14 +13,14 @@ from gossamer.topology.classic import NEDIC
 from gossamer.topology.family import MAX_ATTEMPTS, Family, Schedule, TopologyOptions, connected, static
 from gossamer.topology.weights import averaging
 
-MAX_DENSE_GRAPH = 5_000  # peers of a graph with about n^2 / 4 edges
+MAX_HALF_RANDOM = 5_000  # peers of a graph with about n^2 / 4 edges
 
 
 class ErdosRenyiOptions(TopologyOptions):
     """Options of an Erdos-Renyi graph.
 
     Attributes:
-        probability: of each edge; None: 2 ln n / n, twice the threshold of connectivity.
+        probability: probability of each edge; None: 2 ln n / n, twice the threshold of connectivity.
     """
 
     probability: float | None = Field(default=None, gt=0, le=1)
@@ -30,7 +30,7 @@ class GeometricOptions(TopologyOptions):
     """Options of a random geometric graph.
 
     Attributes:
-        radius: within which two points of the unit square are linked; None: sqrt(2 ln n / n).
+        radius: maximum distance of linked points of the unit square; None: sqrt(2 ln n / n).
     """
 
     radius: float | None = Field(default=None, gt=0, le=1.5)
@@ -40,7 +40,7 @@ class DegreeOptions(TopologyOptions):
     """Options of a random regular graph.
 
     Attributes:
-        degree: neighbours of each peer; n * degree must be even.
+        degree: number of neighbours of each peer; n * degree must be even.
     """
 
     degree: int = Field(default=4, ge=2)
@@ -50,8 +50,8 @@ class SmallWorldOptions(TopologyOptions):
     """Options of a small world.
 
     Attributes:
-        degree: neighbours of each peer in the ring that is rewired, even.
-        probability: with which an edge is rewired.
+        degree: number of neighbours of each peer in the ring that is rewired, even.
+        probability: probability that an edge is rewired.
     """
 
     degree: int = Field(default=4, ge=2)
@@ -61,7 +61,7 @@ class SmallWorldOptions(TopologyOptions):
 def bernoulli_edges(n: int, probability: float, source: np.random.Generator) -> tuple[Integers, Integers]:
     """Return each pair i < j with the same probability, independently.
 
-    As many numbers of pairs as a binomial draw says are drawn until distinct, so the cost follows the edges.
+    A binomial number of distinct pairs is drawn, so that the cost is proportional to the edges.
     """
     num_pairs = n * (n - 1) // 2
     wanted = int(source.binomial(num_pairs, probability))
@@ -78,7 +78,7 @@ def bernoulli_edges(n: int, probability: float, source: np.random.Generator) -> 
 
 
 def pair_of_number(number: Integers) -> tuple[Integers, Integers]:
-    """Return the pair i < j at each place of (0, 1), (0, 2), (1, 2), (0, 3), ...: number = j (j - 1) / 2 + i."""
+    """Return the pair i < j at each position of (0, 1), (0, 2), (1, 2), (0, 3), ...: number = j (j - 1) / 2 + i."""
     second = ((1.0 + np.sqrt(8.0 * number + 1.0)) / 2.0).astype(np.int64)
     second -= second * (second - 1) // 2 > number  # square roots may round up
     second += (second + 1) * second // 2 <= number
@@ -86,7 +86,7 @@ def pair_of_number(number: Integers) -> tuple[Integers, Integers]:
 
 
 def check_regular(n: int, degree: int) -> None:
-    """Refuse a degree that no graph has for all of its n peers.
+    """Refuse a degree of which there is no regular graph on n peers.
 
     Raises:
         ConfigError: degree >= n, or n * degree is odd.
@@ -98,7 +98,7 @@ def check_regular(n: int, degree: int) -> None:
 
 
 def regular_edges(n: int, degree: int, source: np.random.Generator) -> tuple[Integers, Integers]:
-    """Return a random regular graph: stubs are paired at random; loops and doubles are dissolved and paired again.
+    """Return a random regular graph: stubs are paired at random; loops and multiple edges are paired again.
 
     Source: Steger and Wormald, "Generating random regular graphs quickly", 1999 (in rounds over all free stubs).
 
@@ -106,7 +106,7 @@ def regular_edges(n: int, degree: int, source: np.random.Generator) -> tuple[Int
         ConfigError: degree >= n, an odd number of stubs, or no success after many restarts.
     """
     check_regular(n, degree)
-    if 2 * degree > n - 1:  # sparse graphs pair quickly, so draw the complement
+    if 2 * degree > n - 1:  # pairing is quicker for sparse graphs: draw the complement
         missing = _regular(n, n - 1 - degree, source)
         present = np.ones(n * (n - 1) // 2, dtype=bool)
         low, high = np.minimum(*missing), np.maximum(*missing)
@@ -144,10 +144,10 @@ def _erdos_renyi(n: int, seed: int, options: ErdosRenyiOptions) -> Schedule:
 
 def _half_random(n: int, seed: int, options: TopologyOptions) -> Schedule:
     """Each pair is linked with probability 1/2."""
-    if n > MAX_DENSE_GRAPH:
+    if n > MAX_HALF_RANDOM:
         raise ConfigError(
-            f"'half-random' with n = {n} peers has about {n * (n - 1) // 4} edges: the most is n = {MAX_DENSE_GRAPH};"
-            " take 'erdos-renyi' with a lower probability"
+            f"'half-random' with n = {n} peers has about {n * (n - 1) // 4} edges, above the limit of"
+            f" n = {MAX_HALF_RANDOM}: take 'erdos-renyi' with a lower probability"
         )
     return _of_pairs("half-random", n, seed, 0.5)
 

@@ -1,4 +1,4 @@
-"""What can be said about topologies in a table: all that there are, one of them, and one of them at work."""
+"""Tables about topologies: all of them, one of them, and a measurement of one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 
 
 def find(name: str, n: int | None, seed: int | None, parameters: Mapping[str, Any]) -> Topology:
-    """Build the topology that a user names: a short name, a YAML file of `TopologySpec`, or a GraphML file.
+    """Build the topology of a short name, a YAML file of `TopologySpec`, or a GraphML file.
 
     Raises:
         ConfigError: see `build` and `load`.
@@ -28,7 +28,7 @@ def find(name: str, n: int | None, seed: int | None, parameters: Mapping[str, An
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """Return one row for each topology known: name, kind, degree, minimum_n, rate, options, source."""
+    """Return one row for each known topology: name, kind, degree, minimum_n, rate, options, source."""
     rows = []
     for name in names("topology"):
         family = resolve("topology", name)
@@ -47,9 +47,9 @@ def catalogue() -> list[dict[str, Any]]:
 
 
 def describe(topology: Topology) -> dict[str, Any]:
-    """Return the facts of a topology, ready for JSON; None stands for what does not apply or is too large to compute.
+    """Return a description of a topology for JSON; None: does not apply, or is too large to compute.
 
-    Its degree, stochasticity, symmetry and edges are those of round 0 where rounds differ, the degree the largest of a
+    Where rounds differ, stochasticity, symmetry and edges are those of round 0, and the degree is the maximum over a
     cycle.
     """
     cycle = topology.schedule.cycle
@@ -75,7 +75,7 @@ def describe(topology: Topology) -> dict[str, Any]:
 
 
 def measured(topology: Topology, num_rounds: int, start_seed: int) -> dict[str, Any]:
-    """Return `describe` with what `measure` found.
+    """Return `describe` with the result of `measure`.
 
     Raises:
         ConfigError: num_rounds is below 1.
@@ -100,13 +100,13 @@ def _if_possible(compute: Callable[[], Answer]) -> Answer | None:
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """Return one line a fact."""
+    """Return one line for each entry."""
     width = max(map(len, facts))
     return "\n".join(f"{name.replace('_', ' '):<{width}}  {_text(value)}" for name, value in facts.items())
 
 
 def render_catalogue(rows: list[dict[str, Any]]) -> str:
-    """Return a table with one line a topology."""
+    """Return a table with one line for each topology."""
     columns = {
         "name": "name",
         "kind": "kind",
@@ -116,7 +116,7 @@ def render_catalogue(rows: list[dict[str, Any]]) -> str:
         "source": "source",
     }
     cells = [list(columns.values()), *([str(row[key]) for key in columns] for row in rows)]
-    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
     )

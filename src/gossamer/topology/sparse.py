@@ -1,4 +1,4 @@
-"""Mixings that are no shift, matching or block average: sparse matrices, and the joint (x, y) mixing of CECA."""
+"""Mixings by sparse matrices, and the joint (x, y) mixing of CECA."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gossamer.topology.streaming import Streaming, arrivals, row_blocks
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOLERANCE = 1e-9  # by which weights of a node may miss 1
+TOLERANCE = 1e-9  # of the sum of a peer's weights
 
 
 @dataclass(frozen=True, eq=False)
 class Sparse(Streaming):
-    """Any weights, as a sparse matrix.
+    """A mixing by a sparse matrix.
 
     Attributes:
         matrix: scipy CSR array, float64 [n, n], sorted; the whole diagonal is stored, zeros included.
@@ -45,10 +45,10 @@ class Sparse(Streaming):
         stochasticity: Stochasticity = "doubly",
         links: tuple[Floats | None, Floats | None] = (None, None),
     ) -> Sparse:
-        """Build a mixing from its edges; the diagonal is what is missing to 1 (of columns, if those sum to 1).
+        """Build a mixing from its edges; the diagonal is the rest to 1 of rows (or columns, if those sum to 1).
 
         Args:
-            receiver, sender, weight: distinct pairs of different peers, [e].
+            receiver, sender, weight: distinct pairs of different peers, and their weights, [e].
             links: latency and bandwidth of each edge, [e].
 
         Raises:
@@ -101,7 +101,7 @@ class Sparse(Streaming):
 
     @cached_property
     def max_degree(self) -> int:
-        """The larger of the most edges into a peer and the most out of one."""
+        """Maximum number of edges into a peer, or out of one."""
         ends = (self._edges.receiver, self._edges.sender)
         return max(int(np.bincount(end, minlength=self.n).max()) for end in ends)
 
@@ -142,7 +142,7 @@ class Sparse(Streaming):
             return
         columns, weights, starts = self._bags
         for a, b in row_blocks(x, lo, hi):
-            # Sums each row in registers, 3 to 4 times as quick as scipy's and torch's sparse products.
+            # Sums each row in registers: 3 to 4 times as quick as the sparse products of scipy and torch.
             first, last = int(starts[a]), int(starts[b])
             out[a - lo : b - lo] = torch.nn.functional.embedding_bag(
                 columns[first:last], x, starts[a:b] - first, mode="sum", per_sample_weights=weights[first:last]
@@ -163,13 +163,13 @@ def _others(compressed: Any, i: int) -> list[int]:
 
 
 def check_sums(matrix: Any, stochasticity: Stochasticity) -> None:
-    """Check that what each peer gives (rows), sends (columns) or both sums to 1.
+    """Check that the rows, the columns or both sum to 1.
 
     Args:
         matrix: scipy sparse array [n, n].
 
     Raises:
-        ConfigError: a sum misses 1 by more than 1e-9.
+        ConfigError: a sum differs from 1 by more than 1e-9.
     """
     for axis, name, checked in ((1, "row", "column"), (0, "column", "row")):
         if stochasticity == checked:
@@ -193,12 +193,12 @@ class Joint(Streaming):
         bit 1: r = x[i - m - 1];  x <- (x + r) / 2;                     y <- ((m + 1) r + m y) / (2 m + 1)
         bit 0: r = y[i - m];      x <- ((m + 1) x + m r) / (2 m + 1);   y <- (y + r) / 2
 
-    and m becomes 2 m + bit. In round 0 of a cycle m is 0, so whatever y held does not count. W is row-stochastic on the
-    2n rows; `edges` tells who sends to whom with the weight that the receiver's x gives to the message.
+    and m becomes 2 m + bit. In round 0 of a cycle m is 0, so the initial y does not count. W is row-stochastic on the
+    2n rows; `edges` have the message's weight in the receiver's x.
 
     Attributes:
-        m: others in the mean so far.
-        bit: the next bit of n - 1, from the most significant.
+        m: number of others in the mean so far.
+        bit: next bit of n - 1, most significant first.
     """
 
     kind = "joint"
@@ -212,17 +212,17 @@ class Joint(Streaming):
 
     @property
     def offset(self) -> int:
-        """Peer i receives from i - offset."""
+        """Distance of the sender: peer i receives from i - offset."""
         return self.m + self.bit
 
     @property
     def message(self) -> Literal["x", "y"]:
-        """Which of its two rows each peer sends."""
+        """The row that each peer sends."""
         return "x" if self.bit else "y"
 
     @property
     def _weights(self) -> tuple[float, float]:
-        """What x and y give to the message."""
+        """Weights of the message in x and in y."""
         share = 2 * self.m + 1
         return (0.5, (self.m + 1) / share) if self.bit else (self.m / share, 0.5)
 
@@ -265,7 +265,7 @@ class Joint(Streaming):
         return matrix
 
     def lazy(self, share: float = 0.5) -> Mixing:
-        """Refuse: a slower schedule would no longer end in the mean.
+        """Refuse, because a lazy schedule does not end in the mean.
 
         Raises:
             ConfigError: always.
@@ -273,7 +273,7 @@ class Joint(Streaming):
         raise ConfigError("a lazy version of the joint mixing 'ceca' is not defined: leave lazy out")
 
     def transposed(self) -> Mixing:
-        """Refuse: nothing asks for it.
+        """Refuse; not implemented.
 
         Raises:
             ConfigError: always.

@@ -1,6 +1,6 @@
-"""How fast a mixing contracts disagreement: Fourier transforms for circulants, eigenvalues and singular values else.
+"""Rates at which mixings contract disagreement: Fourier transforms of circulants, eigenvalues and singular values.
 
-Everything is about ``||P W P||_2`` with ``P = I - J`` and ``J = 11^T / n``. For a doubly stochastic W it equals
+The rate is ``||P W P||_2`` with ``P = I - J`` and ``J = 11^T / n``. For a doubly stochastic W it equals
 ``||W - J||_2``, the consensus rate.
 """
 
@@ -15,12 +15,12 @@ from gossamer.errors import ConfigError
 from gossamer.topology.base import Floats, Mixing
 from gossamer.topology.mixings import BlockAverage, Matching, Shift
 
-MAX_EXACT = 1_500  # rows of a matrix that is decomposed densely
+MAX_EXACT = 1_500  # rows of a matrix for dense decompositions
 Spectrum = NDArray[np.complex128]
 
 
 def circulant_spectrum(shift: Shift) -> Spectrum:
-    """Return the eigenvalues of a circulant, complex128 [n], that of the constant vector first; O(n log n)."""
+    """Return the eigenvalues of a circulant, complex128 [n], that of the constant vector first, in O(n log n)."""
     return np.asarray(np.fft.fft(shift.first_column()), dtype=np.complex128)
 
 
@@ -28,19 +28,19 @@ def spectrum(mixing: Mixing) -> Spectrum:
     """Return all eigenvalues of W, complex128 [n].
 
     Raises:
-        ConfigError: W is no circulant, and too large to be decomposed.
+        ConfigError: W is not circulant, and too large for a dense decomposition.
     """
     if isinstance(mixing, Shift):
         return circulant_spectrum(mixing)
     if mixing.n * mixing.rows_per_site > MAX_EXACT:
-        raise ConfigError(f"all eigenvalues of n = {mixing.n} peers are refused, the most is {MAX_EXACT}: use fewer")
+        raise ConfigError(f"n = {mixing.n} peers exceed the limit of {MAX_EXACT} for all eigenvalues: use fewer")
     matrix = mixing.dense()
     values = np.linalg.eigvalsh(matrix) if mixing.is_symmetric else np.linalg.eigvals(matrix)
     return values.astype(np.complex128)
 
 
 def min_real_part(mixing: Mixing) -> float:
-    """Return the least real part of an eigenvalue of W: below 0, methods such as gradient tracking may need ``lazy``.
+    """Return the smallest real part of an eigenvalue of W: if below 0, gradient tracking may need ``lazy``.
 
     Raises:
         ConfigError: it cannot be computed for a mixing of this size.
@@ -51,13 +51,13 @@ def min_real_part(mixing: Mixing) -> float:
         return 1.0 - mixing.weight
     if isinstance(mixing, Shift) or mixing.n * mixing.rows_per_site <= MAX_EXACT:
         return float(spectrum(mixing).real.min())
-    if not mixing.is_symmetric or mixing.kind != "sparse":  # iterations for unsymmetric matrices may miss it
-        raise ConfigError(f"the spectrum of a {mixing.kind} mixing of n = {mixing.n} peers is refused: use fewer")
+    if not mixing.is_symmetric or mixing.kind != "sparse":  # iterations may miss it
+        raise ConfigError(f"n = {mixing.n} peers are too many for the spectrum of a {mixing.kind} mixing: use fewer")
     return _least_by_iteration(mixing)
 
 
 def _least_by_iteration(mixing: Mixing) -> float:
-    """Return the least eigenvalue of a symmetric W."""
+    """Return the smallest eigenvalue of a symmetric W."""
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     operator = LinearOperator((mixing.n, mixing.n), matvec=lambda x: mixing.apply(x.reshape(-1)), dtype=np.float64)
@@ -69,7 +69,7 @@ def _least_by_iteration(mixing: Mixing) -> float:
 
 
 def norm(mixings: Sequence[Mixing]) -> float:
-    """Return ``||P W_T ... W_1 P||_2`` of mixings applied one after the other, W_1 first.
+    """Return ``||P W_T ... W_1 P||_2`` of successive mixings, W_1 first.
 
     Circulants by one Fourier transform each; up to `MAX_EXACT` peers by a dense decomposition; else by Lanczos
     iterations, to a relative 1e-9.
@@ -98,14 +98,14 @@ def _norm_by_iteration(n: int, mixings: Sequence[Mixing]) -> float:
     symmetric = len(mixings) == 1 and mixings[0].is_symmetric
 
     def through(x: Floats, steps: Sequence[Mixing]) -> Floats:
-        """Mix the deviations of x [n] from its mean by all steps in turn."""
+        """Mix the deviations of x [n] from its mean by all steps."""
         x = x - x.mean()
         for each in steps:
             x = each.apply(x)
         return np.asarray(x - x.mean())
 
     def times(x: Floats) -> Floats:
-        """Apply the deviations' mixing, if need be with its transpose, so that it is symmetric."""
+        """Apply the mixing of deviations, followed by its transpose if it is not symmetric."""
         x = np.asarray(x, dtype=np.float64).reshape(n)
         return through(x, mixings) if symmetric else through(through(x, mixings), back)
 

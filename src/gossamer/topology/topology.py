@@ -21,18 +21,18 @@ from gossamer.topology.base import Mixing
 from gossamer.topology.family import Family, Schedule, TopologyOptions
 
 NUM_ESTIMATION_ROUNDS = 200
-MAX_CACHED = 100_000  # peers of a topology that remembers the mixings of several rounds
+MAX_CACHED = 100_000  # peers of a topology that caches the mixings of several rounds
 NUM_CACHED = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Topology:
-    """A graph, or a sequence of graphs, on n peers; a function of its arguments alone.
+    """A graph, or a sequence of graphs, on n peers, determined by its arguments.
 
     Attributes:
-        name, n, seed, options: what it was built from.
-        kind: "static", "periodic" (the rounds repeat) or "random" (drawn afresh every round).
-        schedule: which mixing comes when.
+        name, n, seed, options: arguments of `build`.
+        kind: "static", "periodic" (the rounds repeat) or "random" (drawn anew every round).
+        schedule: the mixings of all rounds.
     """
 
     name: str
@@ -48,26 +48,26 @@ class Topology:
 
     @property
     def period(self) -> int | None:
-        """Rounds that end in the exact mean, begun at a multiple of themselves; None if no number does."""
+        """Number of rounds that end in the exact mean, from a multiple of it on; None if there is no such number."""
         return self.schedule.cycle if self.schedule.is_exact else None
 
     @property
     def bound(self) -> float | None:
-        """What theory promises for `consensus_rate`; None where it has no closed form."""
+        """Upper bound of `consensus_rate` by theory; None where there is no closed form."""
         return self.schedule.bound
 
     @property
     def resamples(self) -> int:
-        """Disconnected draws that were thrown away."""
+        """Number of disconnected draws."""
         return self.schedule.resamples
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What was settled on the way, such as the number of basis graphs."""
+        """Derived parameters, such as the number of basis graphs."""
         return self.schedule.facts
 
     def mixing(self, round: int) -> Mixing:
-        """Return the mixing of a round, the same on every rank.
+        """Return the mixing of a round, the same in every process.
 
         Raises:
             ConfigError: the round is below 0.
@@ -79,14 +79,14 @@ class Topology:
         return mixing
 
     def consensus_rate(self) -> float:
-        """Return by what factor a round contracts the disagreement ``||X - mean||`` in the worst direction.
+        """Return the factor by which a round contracts the disagreement ``||X - mean||`` in the worst direction.
 
         Static: ``||W - J||_2``. Periodic: ``||W_T ... W_1 - J||_2^(1/T)``, 0 if a cycle is exact. Random: the root of
         the largest mean square, ``max_x sqrt(E ||P W x||^2 / ||P x||^2)``, exactly where it is known in closed form,
         else `estimate`.
 
         Raises:
-            ConfigError: n is too large for what has to be decomposed.
+            ConfigError: n is too large for the decomposition.
         """
         schedule = self.schedule
         if schedule.rate is not None:
@@ -101,11 +101,11 @@ class Topology:
     def estimate(self, num_rounds: int = NUM_ESTIMATION_ROUNDS) -> float:
         """Return a Monte-Carlo estimate of the root mean square contraction of a round, over random directions.
 
-        It is the mean over directions, where `consensus_rate` is the worst one; for laws in which no peer is special
-        the two agree. Drawn from the topology's first rounds, with a fresh normal vector for each.
+        It is the mean over directions, where `consensus_rate` is the maximum; if peers are exchangeable, the two agree.
+        It uses the first rounds, with a new normal vector for each.
 
         Raises:
-            ConfigError: the mixings are joint ones, which only contract over a whole cycle.
+            ConfigError: the mixings are joint, which contract over a whole cycle only.
         """
         squares = []
         for round in range(num_rounds):
@@ -118,13 +118,13 @@ class Topology:
         return float(np.sqrt(np.mean(squares)))
 
     def min_real_part(self, num_rounds: int = 16) -> float | None:
-        """Return the least real part of an eigenvalue of a round's W, over a cycle or the first rounds.
+        """Return the smallest real part of an eigenvalue of W, over a cycle or the first rounds.
 
         Below 0, gradient tracking can diverge at steps where other graphs converge: set ``lazy: true``. None for joint
-        mixings, whose matrix is no averaging matrix.
+        mixings, whose matrix does not average.
 
         Raises:
-            ConfigError: n is too large for what has to be decomposed.
+            ConfigError: n is too large for the decomposition.
         """
         rounds = range(num_rounds if self.schedule.cycle is None else self.schedule.cycle)
         mixings = [self.mixing(round) for round in rounds]
@@ -137,10 +137,10 @@ class TopologySpec(Options):
     """A topology as YAML.
 
     Attributes:
-        topology: its name.
-        n, seed: of `build`.
-        parameters: of the topology; a relative ``path`` among them starts at the folder of the file.
-        source: where it was taken from, in one line.
+        topology: name of the topology.
+        n, seed: see `build`.
+        parameters: parameters of the topology; a relative ``path`` is relative to the folder of the file.
+        source: publication, in one line.
     """
 
     topology: str
@@ -154,17 +154,18 @@ def build(name: str, n: int | None = None, seed: int = 0, **parameters: Any) -> 
     """Build a topology.
 
     Args:
-        name: a short name (``gossamer topology list``), an entry point's name, or ``module:attribute`` of a `Family`.
-        n: number of peers; may be left out where a file tells it.
-        seed: of everything that is drawn.
-        **parameters: of the topology, see its options.
+        name: short name (``gossamer topology list``), name of an entry point, or ``module:attribute`` of a `Family`.
+        n: number of peers; may be None for a file.
+        seed: seed of all draws.
+        **parameters: parameters of the topology, see its options.
 
     Raises:
-        ConfigError: an unknown name or parameter, too few peers, a graph that cannot be, or is disconnected.
+        ConfigError: the name or a parameter is unknown, there are too few peers, or the graph is impossible or
+            disconnected.
     """
     family: Family = resolve("topology", name)
     if not isinstance(family, Family):
-        raise ConfigError(f"topology {name!r} stands for a {type(family).__name__}, not for a Family: name one")
+        raise ConfigError(f"topology {name!r} is a {type(family).__name__}, not a Family: name a Family")
     if n is None and not family.sets_n:
         raise ConfigError(f"topology {name!r} needs the number of peers: give n")
     if n is not None and (isinstance(n, bool) or not isinstance(n, int | np.integer) or n < family.minimum):
@@ -178,7 +179,7 @@ def build(name: str, n: int | None = None, seed: int = 0, **parameters: Any) -> 
 
 
 def load(path: str | Path, n: int | None = None, seed: int | None = None, **parameters: Any) -> Topology:
-    """Build the topology of a YAML file of `TopologySpec`; arguments replace what it says.
+    """Build the topology of a YAML file of `TopologySpec`; arguments replace its entries.
 
     Raises:
         ConfigError: the file is missing or malformed; see `build`.

@@ -1,4 +1,4 @@
-"""From an undirected graph to weights: Metropolis-Hastings, or the fastest symmetric ones."""
+"""Weights of undirected graphs: Metropolis-Hastings, or the fastest symmetric ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gossamer.errors import ConfigError
 from gossamer.topology.base import Floats, Integers
 from gossamer.topology.sparse import Sparse
 
-MAX_OPTIMISED = 300  # peers for which the fastest weights are still computed
+MAX_OPTIMISED = 300  # peers of the fastest weights
 
 
 def metropolis(n: int, first: Integers, second: Integers) -> Floats:
@@ -22,7 +22,7 @@ def metropolis(n: int, first: Integers, second: Integers) -> Floats:
 
 
 def symmetric(n: int, first: Integers, second: Integers, weight: Floats) -> Sparse:
-    """Return the mixing that uses each undirected edge both ways with its weight."""
+    """Return the mixing of undirected edges with given weights."""
     return Sparse.of_edges(
         n, np.concatenate([first, second]), np.concatenate([second, first]), np.concatenate([weight, weight])
     )
@@ -34,7 +34,7 @@ def averaging(n: int, first: Integers, second: Integers) -> Sparse:
 
 
 def is_connected(n: int, first: Integers, second: Integers, directed: bool = False) -> bool:
-    """Return whether everyone reaches everyone (if `directed`: along edges first -> second)."""
+    """Return whether every peer reaches every other, if `directed` along edges first -> second."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -44,7 +44,7 @@ def is_connected(n: int, first: Integers, second: Integers, directed: bool = Fal
 
 
 def fastest(n: int, first: Integers, second: Integers) -> Floats:
-    """Return the symmetric edge weights with the least ``||W - J||_2`` (Xiao and Boyd, "Fast linear iterations", 2004).
+    """Return the symmetric edge weights of least ``||W - J||_2`` (Xiao and Boyd, "Fast linear iterations", 2004).
 
     The norm is convex in the weights. It is smoothed as ``log(sum(exp(b l) + exp(-b l))) / b`` over the eigenvalues l
     of W - J, at most ``log(2 n) / b`` above it, and minimised with b growing in steps. Weights may come out negative.
@@ -56,13 +56,13 @@ def fastest(n: int, first: Integers, second: Integers) -> Floats:
         float64 [e].
 
     Raises:
-        ConfigError: n is beyond `MAX_OPTIMISED`.
+        ConfigError: n exceeds `MAX_OPTIMISED`.
     """
     from scipy.optimize import minimize
 
     if n > MAX_OPTIMISED:
         raise ConfigError(
-            f"weights = 'fastest' for n = {n} peers is refused, the most is {MAX_OPTIMISED}: use metropolis"
+            f"weights = 'fastest' for n = {n} peers exceeds the limit of {MAX_OPTIMISED} peers: use metropolis"
         )
 
     def smoothed(weight: Floats, sharpness: float) -> tuple[float, Floats]:
