@@ -59,7 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Start a Ray of four CPUs, which all runs in this process find and use; tests that do are xdist's group "ray".
+    """Start a Ray, which all runs in this process find and use; tests of such runs are xdist's group "ray".
+
+    It has four CPUs and is told of two GPUs, which are not there.
 
     Returns:
         The folder of the plug-in `gate` in Ray's processes, which inherit what is set when Ray starts.
@@ -67,6 +69,7 @@ def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("gate")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GATE", str(folder))
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 2}')
         leave = start_ray(None, 4)
     yield folder
     leave()

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from federation import (
 from gossamer import resume, run
 from gossamer.build import build
 from gossamer.config.loading import parse
+from gossamer.engines.ray.actor_pool import ActorPool
 from gossamer.engines.ray.client_actor import ClientActor
 from gossamer.engines.ray.cluster import arrays_of
 from gossamer.engines.ray.shared_memory import SharedMemory
+from gossamer.engines.task import VariantMode
 from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError, DataError, EngineError, GossamerError, Interrupted
 from gossamer.experiment import Hooks
@@ -93,39 +95,30 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return replies
 
 
-MIXED = """
-import sys, yaml, ray
-from federation import digest
-from gossamer import run
-from gossamer.engines.task import VariantMode
-from gossamer.engines.ray.actor_pool import ActorPool
-ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, logging_level="ERROR")
-# The device is the processor, but the engine takes it for a GPU's.
-VariantMode.is_on_gpu = property(lambda self: self.device == "cpu:0")
-inner, seen = ActorPool.map, []
-def noted(self, calls, *rest):
-    yield from inner(self, calls, *rest)
-    seen.append((sorted(actor.kind for actor in self._actors), ray.available_resources().get("GPU", 0)))
-ActorPool.map = noted
-done = run(yaml.safe_load(open(sys.argv[1])), out=sys.argv[2])
-print(seen[-1])
-print(digest(done.params))
-"""
-
-
-def test_actors_with_and_without_gpus_in_one_run(tmp_path: Path) -> None:
+@SHARED
+def test_actors_with_and_without_gpus_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray counts GPUs that it is told of, so that who trains what can be tested without any."""
+    import ray
+
     ways = [{"capacity": level, **SINGLY} | ({"device": "cpu:0"} if level >= 0.5 else {}) for level in LEVELS]
     config = configure(mixed("fedrolex", **SINGLY) | {"engine.modes": ways, "clients.per_round": 8})
-    command = [sys.executable, "-c", MIXED, str(write(tmp_path, on_ray(config))), str(tmp_path / "ray")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
     here = run(config, out=tmp_path / "local")
-    assert done.stdout.split("\n")[-3:-1] == ["(['cpu', 'cpu', 'gpu', 'gpu'], 0)", digest(here.params)]
+    inner, seen = ActorPool.map, list[tuple[list[str], float]]()
+
+    def noted(self: ActorPool, *given: Any) -> Iterator[Any]:
+        yield from inner(self, *given)
+        seen.append((sorted(actor.kind for actor in self._actors), ray.available_resources().get("GPU", 0)))
+
+    monkeypatch.setattr(ActorPool, "map", noted)
+    # The device is the processor, but the engine takes it for a GPU's.
+    monkeypatch.setattr(VariantMode, "is_on_gpu", property(lambda self: self.device == "cpu:0"))
+    assert_same(run(on_ray(config), out=tmp_path / "ray"), here)
+    assert seen[-1] == (["cpu", "cpu", "gpu", "gpu"], 0)
 
 
 @SHARED
-def test_gpus_that_are_not_there(tmp_path: Path) -> None:
+def test_gpus_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gossamer.engines.ray.engine.num_gpus", lambda: 0)
     config = configure({"engine.modes": [{"capacity": 1.0, "device": "cuda"}]})
     with pytest.raises(ConfigError, match="Ray finds no GPU"):
         run(on_ray(config), out=tmp_path / "clients")

@@ -156,7 +156,7 @@ def test_groups_that_break_again_and_again(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_gpu_for_each_actor(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="takes a GPU for each of 3 actors, but the cluster has 0"):
+    with pytest.raises(ConfigError, match="takes a GPU for each of 3 actors, but the cluster has 2"):
         run(decentralized(RAY | {"engine.collective": "nccl"}), out=tmp_path / "ray")
 
 
