@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,8 @@ def error(rows: Tensor, expected: Any) -> float:
 
 class Scattered(LeastSquares):
     """Least squares whose peers start from models of their own."""
+
+    traits = replace(LeastSquares.traits, has_peer_init=True)
 
     def peer_init(self, seed: int) -> Tensor:
         """Return normal models [num_clients, d]; padding is 0."""
@@ -103,7 +106,7 @@ class SlowPeers:
         self.n, self.num_rounds, self.train = self.topology.n, self.config.rounds, self.config.train
         self.options = {key: value for key, value in self.config.algorithm.items() if key != "name"}
         workload, seed = self.parts.workload, self.config.seed
-        own = workload.peer_init(seed) if hasattr(workload, "peer_init") else workload.init(seed).repeat(self.n, 1)
+        own = workload.peer_init(seed) if workload.traits.has_peer_init else workload.init(seed).repeat(self.n, 1)
         self.x = own.double().numpy()
         self.held = np.ones(self.x.shape, dtype=bool)
         self.padding = np.ones(self.x.shape[1], dtype=bool)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer import registry
 from gossamer.algorithms.base import Algorithm
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
@@ -26,6 +25,7 @@ from gossamer.planning.assignment import Capacities, assign_devices, devices_of_
 from gossamer.planning.base import Planner
 from gossamer.planning.clients import ClientPlanner
 from gossamer.planning.peers import PeerPlanner
+from gossamer.registry import resolve_function
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.simulation.costs import Costs
 from gossamer.simulation.counting import count_variants
@@ -151,7 +151,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
         check_modes(task, config.algorithm["name"])
     modes = [ModeOptions(capacity=one.capacity, **dict(one.mode)) for one in task.variants]
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"modes": modes})})
-    warnings = resolved.warnings + tuple(getattr(workload, "warnings", ()))
+    warnings = resolved.warnings + workload.warnings
     return Parts(config, task, planner, resolved.engine_class, warnings)
 
 
@@ -178,7 +178,7 @@ def make_planner(config: Config, task: Task) -> Planner:
             final_merge=peers.final_merge,
         )
     assert clients is not None
-    found = registry.resolve("sampler", clients.sampler)
+    found = resolve_function("sampler", clients.sampler)
 
     def sampler(seed: int, round: int, num_clients: int, count: int) -> Any:
         """Return what the sampler does, as integers."""
@@ -243,11 +243,11 @@ def check_modes(task: Task, algorithm: str) -> None:
                 f"engine.modes stacks capacity {capacity}, but algorithm {algorithm!r} trains"
                 " participants one by one: use auto"
             )
-        if mode.stacked and (not task.workload.supports_stacking or (ragged and not mode.padding)):
+        if mode.stacked and (not task.workload.traits.supports_stacking or (ragged and not mode.padding)):
             raise ConfigError(
                 f"engine.modes stacks capacity {capacity}, whose batches differ or cannot be stacked: use auto"
             )
-        if mode.padding and not task.workload.supports_padding:
+        if mode.padding and not task.workload.traits.supports_padding:
             raise ConfigError(
                 f"engine.modes pads capacity {capacity}, but the model mixes samples of a batch: use auto"
             )

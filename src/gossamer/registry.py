@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
-from gossamer.errors import RegistryError, nearest, plugin_errors
+from gossamer.errors import ConfigError, RegistryError, nearest, plugin_errors
 
 BUILTIN: dict[str, dict[str, str]] = {
     "algorithm": {
@@ -116,6 +117,18 @@ BUILTIN: dict[str, dict[str, str]] = {
 def names(kind: str) -> list[str]:
     """List the short names known for `kind`, entry points included."""
     return sorted({*BUILTIN.get(kind, {}), *(point.name for point in entry_points(group=f"gossamer.{kind}"))})
+
+
+def resolve_function(kind: str, name: str) -> Callable[..., Any]:
+    """Find the function, or the class, that `name` stands for; see `resolve`.
+
+    Raises:
+        ConfigError: it cannot be found, or not be called.
+    """
+    found: Callable[..., Any] = resolve(kind, name)
+    if not callable(found):
+        raise ConfigError(f"{kind} {name!r} is a {type(found).__name__}: give a function, or name another one")
+    return found
 
 
 def resolve(kind: str, name: str) -> Any:

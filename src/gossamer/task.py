@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gossamer import registry
 from gossamer.algorithms.base import Algorithm
 from gossamer.config.loading import parse
 from gossamer.config.resolve import build_topology, make_algorithm, split
 from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.task import LocalSGD, Task, Variant, VariantMode
-from gossamer.errors import ConfigError, plugin_errors, require_attributes
+from gossamer.errors import ConfigError, plugin_errors
 from gossamer.submodel import Cutter
+from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
-from gossamer.workloads.base import Workload
-
-STRATEGY = ("choose", "rank")
-WORKLOAD = ("layout", "num_samples", "init", "batch", "loss", "evaluate", "metrics")
+from gossamer.workloads.base import Workload, find_workload, require_workload
 
 
 def task_of(config: Mapping[str, Any], data: Any = None) -> Task:
@@ -44,8 +41,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
     sub, train = config.submodel, config.train
     assert sub.strategy is not None
     assert sub.scaler is not None
-    strategy = registry.resolve("strategy", sub.strategy)
-    require_attributes(f"submodel.strategy {sub.strategy!r}", strategy, STRATEGY)
+    strategy = find_strategy(sub.strategy)
     whole = algorithm.traits.full_size
     cutter = Cutter(workload.layout, strategy, sub.stride, config.seed, sub.offsets, full_size=whole)
     optimizer = LocalSGD(train.momentum, train.weight_decay, train.clip_norm)
@@ -96,8 +92,8 @@ def load_workload(config: Config, data: Any = None) -> Workload:
     (name, options), partition = split(config.workload), config.population.partition
     loaded = {} if data is None else {"data": data}
     with plugin_errors(f"workload {config.workload} on partition {partition['name']!r}"):
-        workload: Workload = registry.resolve("workload", name)(
+        workload = find_workload(name)(
             options, num_clients=config.population.num, partition=partition, seed=config.seed, **loaded
         )
-    require_attributes(f"workload {name!r}", workload, WORKLOAD)
+    require_workload(f"workload {name!r}", workload)
     return workload

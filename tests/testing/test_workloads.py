@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ BROKEN_WORKLOADS: dict[str, tuple[dict[str, Any], str]] = {
     "sizes": ({"num_samples": np.ones(4)}, "num_samples must be int64"),
     "empty": ({"num_samples": np.array([3, 0, 1, 1])}, "client 1 has 0 training samples"),
     "clients": ({"num_clients": 5}, "num_samples has shape"),
-    "flags": ({"supports_stacking": 1}, "supports_stacking must be True or False"),
+    "flags": ({"supports_stacking": False}, "states 'supports_stacking' beside its traits"),
     "seed": ({"init": random_init}, "init must depend on the seed alone"),
     "type": ({"init": lambda self, seed: torch.zeros(self.layout.d).half()}, "init must return float32 or"),
     "length": ({"init": lambda self, seed: torch.zeros(self.layout.num_parameters + 1)}, "init returned shape"),
@@ -145,6 +146,6 @@ def test_broken_workloads(name: str) -> None:
 def test_a_claim_that_does_not_hold() -> None:
     """BatchNorm mixes samples, so padding matters, whatever the workload says."""
     workload = build(model=MODELS["preact-resnet18"])
-    workload.supports_padding = True
+    workload.traits = replace(workload.traits, supports_padding=True)
     with pytest.raises(AssertionError, match="loss must leave out what the mask marks as padding"):
         check_workload(workload)

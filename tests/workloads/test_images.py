@@ -66,13 +66,14 @@ def faulty_partition(labels: Any, num_clients: int, num_labels: int, seed: int, 
 def test_it_is_a_workload() -> None:
     workload: Workload = build()
     assert workload.num_samples.tolist() == [20] * 6
-    assert (workload.num_clients, workload.num_labels, workload.has_images) == (6, 5, False)
-    assert (workload.supports_padding, workload.supports_stacking, workload.num_statistics_chunks) == (True, True, 0)
+    assert (workload.num_clients, workload.num_labels, workload.traits.has_images) == (6, 5, False)
+    assert (workload.traits.supports_padding, workload.traits.supports_stacking) == (True, True)
+    assert workload.num_statistics_chunks == 0
     assert workload.layout.num_parameters == 128 * 16 + 16 + 16 * 5 + 5
     assert torch.equal(workload.init(3), workload.init(3))
     assert not torch.equal(workload.init(3), workload.init(4))
     mixing = build(model=RESNET)
-    assert (mixing.supports_padding, mixing.has_images, mixing.num_statistics_chunks) == (False, True, 1)
+    assert (mixing.traits.supports_padding, mixing.traits.has_images, mixing.num_statistics_chunks) == (False, True, 1)
 
 
 def test_a_batch_holds_the_clients_samples_normalised() -> None:

@@ -236,7 +236,7 @@ class TestAttention:
         params = initial(model)
         expected = torch.func.functional_call(Encoder(), params, (inputs(3),))
         assert torch.allclose(model.apply(params, inputs(3)), expected, atol=1e-6)
-        assert model.supports_stacking
+        assert model.traits.supports_stacking
 
     @pytest.mark.parametrize("options", [{"dropout": 0.1}, {"add_bias_kv": True}, {"add_zero_attn": True}])
     def test_what_it_cannot_do_is_refused(self, options: Any) -> None:
@@ -252,17 +252,17 @@ class TestAttention:
 class TestModes:
     def test_what_works_is_found_out(self) -> None:
         model = wrapped(TWINS["cnn"][0])
-        assert (model.has_images, model.supports_stacking) == (True, True)
-        assert not wrapped(TWINS["mlp"][0]).has_images
+        assert (model.traits.has_images, model.traits.supports_stacking) == (True, True)
+        assert not wrapped(TWINS["mlp"][0]).traits.has_images
 
     def test_a_module_that_needs_contiguous_images(self) -> None:
         convolution, tail = partial(nn.Conv2d, 2, 3, 3), partial(nn.Linear, 3 * 42, 4)
-        assert of_layers(convolution, lambda x: x.flatten(1), tail).has_images
-        assert not of_layers(convolution, lambda x: x.view(len(x), -1), tail).has_images
+        assert of_layers(convolution, lambda x: x.flatten(1), tail).traits.has_images
+        assert not of_layers(convolution, lambda x: x.view(len(x), -1), tail).traits.has_images
 
     def test_a_module_that_cannot_be_stacked(self) -> None:
         decide = lambda x: x if bool(torch.isfinite(x.detach().sum())) else x * 0  # noqa: E731
-        assert not of_layers(FLAT, HEAD, TAIL, decide).supports_stacking
+        assert not of_layers(FLAT, HEAD, TAIL, decide).traits.supports_stacking
 
 
 class TestInit:

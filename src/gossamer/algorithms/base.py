@@ -182,7 +182,7 @@ class BaseAlgorithm(Algorithm):
         return grad.add(carry["x"], alpha=self.weight_decay) if self.weight_decay else grad
 
 
-def check_algorithm(plugin: str, found: Any) -> None:
+def require_algorithm(plugin: str, found: Any) -> None:
     """Check the methods and the traits of the class of an algorithm, or of an instance.
 
     Args:
@@ -201,10 +201,10 @@ def find_algorithm(name: str) -> type[Algorithm]:
 
     Raises:
         RegistryError: the name is unknown.
-        ConfigError: see `check_algorithm`.
+        ConfigError: see `require_algorithm`.
     """
     found: type[Algorithm] = resolve("algorithm", name)
-    check_algorithm(f"algorithm {name!r}", found)
+    require_algorithm(f"algorithm {name!r}", found)
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from gossamer import registry
 from gossamer import topology as topologies
-from gossamer.algorithms.base import Algorithm, check_algorithm, find_algorithm
+from gossamer.algorithms.base import Algorithm, find_algorithm, require_algorithm
 from gossamer.config.rules import (
     check_peers,
     is_topology_file,
@@ -20,7 +20,9 @@ from gossamer.config.rules import (
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError, RegistryError, plugin_errors, require_attributes
 from gossamer.simulation.devices import DeviceShare
+from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
+from gossamer.workloads.base import find_workload
 
 ENGINE = ("is_remote", "train", "exchange", "evaluate", "measure", "read", "write", "close")
 
@@ -56,15 +58,11 @@ def resolve(config: Config) -> Resolved:
     engine_class = registry.resolve("engine", settled.engine.name)
     require_attributes(f"engine {settled.engine.name!r}", engine_class, ENGINE)
     assert settled.submodel.strategy is not None
-    named = {
-        "strategy": settled.submodel.strategy,
-        "workload": settled.workload["name"],
-        "partition": settled.population.partition["name"],
-    }
+    find_strategy(settled.submodel.strategy)
+    find_workload(settled.workload["name"])
+    registry.resolve_function("partition", settled.population.partition["name"])
     if settled.clients is not None:
-        named["sampler"] = settled.clients.sampler
-    for kind, name in named.items():
-        registry.resolve(kind, name)
+        registry.resolve_function("sampler", settled.clients.sampler)
     topology, warnings = build_topology(settled), unused_options(settled, algorithm)
     if topology is not None:
         settled = _with_topology(settled, topology)
@@ -82,7 +80,7 @@ def make_algorithm(config: Config) -> Algorithm:
     make: Any = find_algorithm(name)
     with plugin_errors(f"algorithm {name!r}"):
         algorithm: Algorithm = make(options, momentum=config.train.momentum, weight_decay=config.train.weight_decay)
-    check_algorithm(f"algorithm {name!r}", algorithm)
+    require_algorithm(f"algorithm {name!r}", algorithm)
     return algorithm
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from gossamer.algorithms.decentralized.base import mixings
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError
-from gossamer.registry import resolve
+from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
 
 
@@ -66,7 +66,7 @@ def unused_options(config: Config, algorithm: Any) -> tuple[str, ...]:
     """Warn of a stride or of offsets that the windows of a strategy do not follow."""
     sub = config.submodel
     assert sub.strategy is not None
-    unused = getattr(resolve("strategy", sub.strategy), "unused", ())
+    unused = find_strategy(sub.strategy).unused
     unused = ("stride", "offsets") if algorithm.traits.full_size else unused
     given = {"stride": sub.stride != 1, "offsets": any(sub.offsets.values())}
     if tuple(sub.capacities) == (1.0,):
@@ -112,7 +112,7 @@ def _check_windows(config: Config, topology: Topology) -> None:
     """
     strategy = config.submodel.strategy
     assert strategy is not None
-    if resolve("strategy", strategy).rank is not None:
+    if find_strategy(strategy).rank is not None:
         raise ConfigError(
             f"submodel.strategy = {strategy!r} ranks the channels of one model, which only a server has: choose"
             " rolling, static or random for peers"

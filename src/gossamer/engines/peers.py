@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -108,10 +108,9 @@ class PeerEngine(ABC):
         ``<metric>_peers`` holds mean, min and max over `num_peers` evenly spaced peers.
         """
         workload = self._task.workload
-        own: Callable[[Tensor], Record] | None = getattr(workload, "peer_metrics", None)
         record: Record = {"consensus_distance": float(np.sqrt(self._distance() / self._num_peers))}
-        if own is not None:
-            record |= own(self.read()["x"])
+        if workload.traits.has_peer_metrics:
+            record |= workload.peer_metrics(self.read()["x"])
         count = min(num_peers, self._num_peers)
         if not count:
             return record

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigError
-from gossamer.registry import resolve
 from gossamer.submodel.cut import Cut, Cutter
 from gossamer.submodel.layout import Axes, Layout
+from gossamer.submodel.strategies import find_strategy
 from gossamer.submodel.windows import Window, check_capacity
 
 
@@ -65,7 +65,7 @@ def extract(
     """
     check_capacity(capacity)
     layout = layout_of(params, axes)
-    cutter = Cutter(layout, resolve("strategy", strategy), stride, seed)
+    cutter = Cutter(layout, find_strategy(strategy), stride, seed)
     order = cutter.order(layout.flatten(params)) if cutter.strategy.rank is not None else None
     cut = cutter.cut(capacity, round, client, order)
     held = {name: torch.empty(shape) for name, shape in zip(cut.sub.names, cut.sub.shapes, strict=True)}

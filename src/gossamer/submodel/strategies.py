@@ -91,6 +91,21 @@ static = Strategy(_static, shared=True, unused=("stride",))
 random = Strategy(_random, shared=False, unused=("stride", "offsets"))
 
 
+def find_strategy(name: str) -> Strategy:
+    """Return the strategy of a name.
+
+    Raises:
+        ConfigError: the name is unknown, or stands for something else.
+    """
+    found = resolve("strategy", name)
+    if not isinstance(found, Strategy):
+        raise ConfigError(
+            f"submodel.strategy {name!r} is a {type(found).__name__}: give a gossamer.submodel.Strategy, or name"
+            " another one"
+        )
+    return found
+
+
 def window(
     strategy: str,
     width: int,
@@ -119,5 +134,5 @@ def window(
     if width < 1:
         raise ConfigError(f"axis width {width!r} is below 1: an axis needs at least one channel")
     length = window_length(width, capacity)
-    found: Strategy = resolve("strategy", strategy)
+    found = find_strategy(strategy)
     return found.choose(width, length, round=round, stride=stride, offset=offset, seed=seed, client=client, group=group)

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.algorithms import base
-from gossamer.algorithms.base import Algorithm, Arrays
-from gossamer.errors import ConfigError, ContractError
+from gossamer.algorithms.base import Algorithm, Arrays, require_algorithm
 from gossamer.submodel import Layout
-from gossamer.testing.requirements import random_rows, require, require_arrays
+from gossamer.testing.requirements import random_rows, require, require_arrays, require_declared
 
 NUM_ROWS = 3  # participants
 LR = 0.1
@@ -47,10 +45,7 @@ def check_algorithm(algorithm: Algorithm, layout: Layout = SMALL) -> None:
         Traceback (most recent call last):
         gossamer.errors.ContractError: end is not row-wise: 'x' of row 0 differs when it is given alone: ...
     """
-    try:
-        base.check_algorithm(type(algorithm).__name__, algorithm)
-    except ConfigError as error:
-        raise ContractError(str(error)) from None
+    require_declared(require_algorithm, algorithm)
     for phase in range(algorithm.traits.num_phases):
         one = algorithm.of_phase(phase)
         if one.traits.downlink is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gossamer.errors import ContractError
+from gossamer.errors import ConfigError, ContractError
 from gossamer.submodel import Layout
 
 TOLERANCE = 1e-4  # relative; kernels round differently from shape to shape
@@ -17,6 +18,14 @@ def require(condition: object, message: str) -> None:
     """Raise a `ContractError` unless `condition` holds; unlike `assert`, also under ``python -O``."""
     if not condition:
         raise ContractError(message)
+
+
+def require_declared(require: Callable[[str, Any], None], plugin: object) -> None:
+    """Require what `require` does, of the methods and traits of a plug-in."""
+    try:
+        require(type(plugin).__name__, plugin)
+    except ConfigError as error:
+        raise ContractError(str(error)) from None
 
 
 def require_close(value: Tensor, expected: Tensor, message: str) -> None:

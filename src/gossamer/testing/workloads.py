@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gossamer.errors import ContractError
 from gossamer.submodel import Layout
-from gossamer.testing.requirements import require, require_close
-from gossamer.workloads.base import Batch, Workload, add_sums
+from gossamer.testing.requirements import require, require_close, require_declared
+from gossamer.workloads.base import Batch, Workload, add_sums, require_workload
 
 Ints = NDArray[np.int64]
 Tensors = Mapping[str, Tensor]
@@ -42,22 +42,23 @@ def check_workload(workload: Workload) -> None:
         Traceback (most recent call last):
         gossamer.errors.ContractError: loss must be differentiable by the parameters: compute it from them by ...
     """
+    require_declared(require_workload, workload)
     _check_attributes(workload)
     _check_init(workload)
     _check_client_labels(workload)
     _check_batches(workload)
     _check_padded_batches(workload)
     _check_loss(workload)
-    if workload.supports_padding:
+    if workload.traits.supports_padding:
         _check_loss_of_padding(workload)
-    if workload.supports_stacking:
+    if workload.traits.supports_stacking:
         loss_of = torch.vmap(lambda params, one: workload.loss(params, one | {"scale": 1.0}))
-        _check_stacked_loss(workload, loss_of, "under torch.vmap: correct it, or set supports_stacking = False")
-    if workload.stacks_natively:
+        _check_stacked_loss(workload, loss_of, "under torch.vmap: correct it, or set supports_stacking to False")
+    if workload.traits.stacks_natively:
         _check_stacked_loss(
             workload,
             lambda params, batch: workload.loss(params, batch | {"scale": 1.0}),
-            "of several clients in one call: correct it, or set stacks_natively = False",
+            "of several clients in one call: correct it, or set stacks_natively to False",
         )
     for capacity in (1.0, 0.5):
         _check_evaluation(workload, capacity)
@@ -78,11 +79,9 @@ def _check_attributes(workload: Workload) -> None:
     require(
         sizes.min() >= 1, f"client {sizes.argmin()} has {sizes.min()} training samples: give every client at least one"
     )
-    for name in ("supports_padding", "supports_stacking", "stacks_natively", "has_images"):
-        value = getattr(workload, name)
-        require(isinstance(value, bool), f"{name} must be True or False, not {value!r}")
-    for name, low in (("num_labels", 0), ("num_statistics_chunks", 0), ("num_evaluation_chunks", 1)):
-        value = getattr(workload, name)
+    counts = {"num_labels": (workload.num_labels, 0), "num_statistics_chunks": (workload.num_statistics_chunks, 0)}
+    counts["num_evaluation_chunks"] = (workload.num_evaluation_chunks, 1)
+    for name, (value, low) in counts.items():
         require(value >= low, f"{name} = {value!r} must be {low} or more")
 
 
@@ -258,7 +257,7 @@ def _check_loss_of_padding(workload: Workload) -> None:
     expected = _loss_and_gradient(workload, params, _merged(batch, 0))
     found = _loss_and_gradient(workload, params, _merged(padded, 0))
     message = (
-        "loss must leave out what the mask marks as padding: weight by batch['mask'], or set supports_padding = False"
+        "loss must leave out what the mask marks as padding: weight by batch['mask'], or set supports_padding to False"
     )
     for value, other in zip(found, expected, strict=True):
         require_close(value, other, message)

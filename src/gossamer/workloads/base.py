@@ -6,16 +6,23 @@ A workload of your own is any object with the attributes of `Workload`; name it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from gossamer.errors import require_attributes
+from gossamer.options import check_traits
+from gossamer.registry import resolve_function
 from gossamer.submodel.layout import Layout
+from gossamer.workloads.traits import ModelTraits, WorkloadTraits
 
 Params = Mapping[str, Tensor]
 Sums = dict[str, NDArray[np.float64]]
@@ -78,53 +85,43 @@ class Batch(NamedTuple):
 
 
 class Workload(Protocol):
-    """Data, model, loss and metrics.
+    """Data, model, loss and metrics, made as ``cls(options, num_clients=..., partition=..., seed=...)``.
 
-    A class may also have two methods that matter to peers only: ``peer_init(seed)``, which returns the model that each
-    of them starts from, [num_clients, d], where that is not `init` for all; and ``peer_metrics(rows)``, which returns
-    further metrics (``{name: number}``) given the models of all peers, [num_clients, d]. Where ``leaves_products`` is
-    true, `loss` may be given `Leaves` that are factored; otherwise it gets a plain dict.
-
-    With ``warnings`` (sentences) it says what is allowed, but hardly meant; they are logged when the run starts.
+    To write one, derive it from this class: what is abstract must be written, the rest has defaults.
 
     If a class takes the argument ``data``, it is what the attribute ``data`` of an equal workload holds, a dataclass
     that another process loaded and several share: its tensors must not be written to.
 
     Attributes:
+        traits: what it can and cannot do.
         layout: how the model lies in a flat row.
         num_clients: registered clients.
         num_samples: int64 [num_clients], training samples of each client, all >= 1.
         num_labels: entries of the ``"label"`` axis, 0 if there is none.
-        supports_padding: whether `loss` honours ``batch["mask"]``, which stacking clients of unequal batches needs
-            (False where a layer mixes samples, as BatchNorm does while training).
-        supports_stacking: whether `loss` works under `torch.vmap`.
-        stacks_natively: whether `loss` also takes parameters and batches with a leading client dimension and then
-            returns one loss a client, which spares the overhead of vmap.
-        has_images: whether samples are [*, channels, height, width] images, for which channels-last may pay.
-        statistics: names of model state that is set from data before evaluation (static BatchNorm); usually empty.
-        num_statistics_chunks: into how many fixed pieces the training data is divided for `statistics`; 0: none needed.
-        num_evaluation_chunks: into how many fixed pieces the test data is divided for `evaluate`.
+        num_statistics_chunks: fixed pieces into which the training data is divided for `statistics`; 0: none needed.
+        num_evaluation_chunks: fixed pieces into which the test data is divided for `evaluate`.
+        warnings: what is allowed, but hardly meant, a sentence each; logged when the run starts.
     """
 
+    traits: WorkloadTraits
     layout: Layout
     num_clients: int
     num_samples: NDArray[np.int64]
-    num_labels: int
-    supports_padding: bool
-    supports_stacking: bool
-    stacks_natively: bool
-    has_images: bool
-    num_evaluation_chunks: int
-    num_statistics_chunks: int
+    num_labels: int = 0
+    num_statistics_chunks: int = 0
+    num_evaluation_chunks: int = 1
+    warnings: tuple[str, ...] = ()
 
+    @abstractmethod
     def init(self, seed: int) -> Tensor:
         """Return initial parameters as a flat row [d], float32, or float64 if all of the training shall be."""
         ...
 
     def client_labels(self, clients: NDArray[np.int64]) -> Tensor:
-        """Return bool [s, num_labels]: the labels that each client's training data holds."""
-        ...
+        """Return bool [s, num_labels]: the labels that each client's training data holds; by default all of them."""
+        return torch.ones(len(clients), self.num_labels, dtype=torch.bool)
 
+    @abstractmethod
     def batch(self, clients: NDArray[np.int64], positions: NDArray[np.int64], round: int = 0) -> Batch:
         """Assemble samples for a block of clients.
 
@@ -135,6 +132,7 @@ class Workload(Protocol):
         """
         ...
 
+    @abstractmethod
     def loss(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Return the mean training loss (scalar) of one client's batch.
 
@@ -147,15 +145,25 @@ class Workload(Protocol):
 
     def statistics(self, params: Params, chunk: int) -> dict[str, Tensor]:
         """Return additive float64 sums over a chunk of the training data for static BatchNorm; {} if none is needed."""
-        ...
+        return {}
 
+    @abstractmethod
     def evaluate(self, params: Params, statistics: Mapping[str, Tensor], chunk: int) -> Sums:
         """Return additive sums over chunk `chunk` of the test data; they are added up in order for `metrics`."""
         ...
 
+    @abstractmethod
     def metrics(self, sums: Sums) -> dict[str, float]:
         """Turn added-up sums into metrics such as ``{"accuracy": ..., "loss": ...}``."""
         ...
+
+    def peer_init(self, seed: int) -> Tensor:
+        """Return the model that each peer starts from, [num_clients, d]; traits must say `has_peer_init`."""
+        return self.init(seed).expand(self.num_clients, -1)
+
+    def peer_metrics(self, rows: Tensor) -> dict[str, float]:
+        """Return metrics of all peers' models, [num_clients, d]; traits must say `has_peer_metrics`."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -183,11 +191,13 @@ class Model(Protocol):
     """A model as pure functions of its parameters, so that it can be trained stacked.
 
     Attributes:
+        traits: what it can and cannot do.
         shapes: ``{parameter: shape}`` in the order in which they lie in a row.
         axes: ``{parameter: (axis name | Dim | None, ...)}``.
         norms: names of the BatchNorm layers; usually empty.
     """
 
+    traits: ModelTraits
     shapes: dict[str, tuple[int, ...]]
     axes: dict[str, tuple[Any, ...]]
     norms: tuple[str, ...]
@@ -205,6 +215,51 @@ class Model(Protocol):
             context: how they are treated on their way.
         """
         ...
+
+
+METHODS = ("init", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics")
+ATTRIBUTES = (
+    "layout", "num_clients", "num_samples", "num_labels", "num_statistics_chunks", "num_evaluation_chunks", "warnings"
+)  # fmt: skip
+
+
+def require_workload(plugin: str, found: Any) -> None:
+    """Check the methods and the traits of the class of a workload, or all attributes of an instance.
+
+    Args:
+        plugin: what errors call it, such as ``"workload 'mine:MyWorkload'"``.
+
+    Raises:
+        ConfigError: it lacks something, or its traits are missing or contradicted, see `check_traits`.
+    """
+    names = ["traits", *METHODS]
+    if not isinstance(found, type):
+        names += [*ATTRIBUTES, *(["data"] if "data" in inspect.signature(type(found)).parameters else [])]
+    require_attributes(plugin, found, names, "derive it from gossamer.workloads.base.Workload")
+    check_traits(plugin, found, WorkloadTraits, Workload)
+
+
+def require_model(plugin: str, found: Any) -> None:
+    """Check that a model has what `Model` has.
+
+    Raises:
+        ConfigError: it lacks something, or its traits are missing or contradicted, see `check_traits`.
+    """
+    require_attributes(plugin, found, ("traits", "shapes", "axes", "norms", "init", "apply"))
+    check_traits(plugin, found, ModelTraits, Model)
+
+
+def find_workload(name: str) -> Callable[..., Workload]:
+    """Return the class of a workload's name, or a function that makes one, which can be checked only then.
+
+    Raises:
+        RegistryError: the name is unknown.
+        ConfigError: see `require_workload`.
+    """
+    found: Callable[..., Workload] = resolve_function("workload", name)
+    if isinstance(found, type):
+        require_workload(f"workload {name!r}", found)
+    return found
 
 
 def add_sums(parts: Sequence[Sums]) -> Sums:

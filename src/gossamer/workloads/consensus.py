@@ -17,7 +17,8 @@ from gossamer.errors import ConfigError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.threads import one_thread
-from gossamer.workloads.base import Batch, Params, Sums
+from gossamer.workloads.base import Batch, Params, Sums, Workload
+from gossamer.workloads.traits import WorkloadTraits
 
 Ints = NDArray[np.int64]
 
@@ -34,7 +35,7 @@ class ConsensusOptions(Options):
     precision: Literal["single", "double"] = "double"
 
 
-class Consensus:
+class Consensus(Workload):
     """Average consensus; see `base.Workload` for the attributes and methods.
 
     Peer i starts from its own standard normal point, and the loss is 0 wherever it is, so that a round of DSGD is
@@ -46,13 +47,7 @@ class Consensus:
     """
 
     Options = ConsensusOptions
-    num_labels = 0
-    supports_padding = True
-    supports_stacking = True
-    stacks_natively = True
-    has_images = False
-    num_statistics_chunks = 0
-    num_evaluation_chunks = 1
+    traits = WorkloadTraits(stacks_natively=True, has_peer_init=True, has_peer_metrics=True)
 
     def __init__(
         self, options: Mapping[str, Any], *, num_clients: int, partition: Mapping[str, Any] | str, seed: int
@@ -84,10 +79,6 @@ class Consensus:
         self.layout.views(rows)["x"].copy_(torch.from_numpy(points))
         return rows
 
-    def client_labels(self, clients: Ints) -> Tensor:
-        """Return bool [s, 0]: there are no classes."""
-        return torch.zeros(len(clients), 0, dtype=torch.bool)
-
     def batch(self, clients: Ints, positions: Ints, round: int = 0) -> Batch:
         """Return one number a sample, ``"nothing"``: zeros [s, m] of the precision, which the loss does not read."""
         return Batch({"nothing": torch.zeros(positions.shape, dtype=self._dtype)}, {})
@@ -103,10 +94,6 @@ class Consensus:
             a scalar, or [s].
         """
         return (0.0 * params["x"]).sum(-1)
-
-    def statistics(self, params: Params, chunk: int) -> dict[str, Tensor]:
-        """Return nothing: no layer mixes samples."""
-        return {}
 
     def evaluate(self, params: Params, statistics: Mapping[str, Tensor], chunk: int) -> Sums:
         """Return the loss, ``{"loss": float64 [1]}``."""

@@ -23,7 +23,8 @@ from gossamer.errors import ConfigError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.threads import one_thread
-from gossamer.workloads.base import Batch, Params, Sums, add_sums
+from gossamer.workloads.base import Batch, Params, Sums, Workload, add_sums
+from gossamer.workloads.traits import WorkloadTraits
 
 BLOCK = 64  # clients that are generated together: their numbers come from one generator
 CHUNK_FEATURES = 1 << 20  # numbers that are evaluated at a time
@@ -82,16 +83,11 @@ class Optimum(NamedTuple):
     loss: float
 
 
-class _LinearPredictor:
+class _LinearPredictor(Workload):
     """What the workloads of this module share: a model x [dim] predicts h.x of a sample with the features h."""
 
     Options: type[ConvexOptions]
-    num_labels = 0
-    supports_padding = True
-    supports_stacking = True
-    stacks_natively = True
-    has_images = False
-    num_statistics_chunks = 0
+    traits = WorkloadTraits(stacks_natively=True, has_peer_metrics=True)
 
     def __init__(
         self, options: Mapping[str, Any], *, num_clients: int, partition: Mapping[str, Any] | str, seed: int
@@ -162,10 +158,6 @@ class _LinearPredictor:
         """Return zeros [layout.d] of the precision: all clients and all seeds start from the same model."""
         return torch.zeros(self.layout.d, dtype=self._dtype)
 
-    def client_labels(self, clients: Ints) -> Tensor:
-        """Return bool [s, 0]: there are no classes."""
-        return torch.zeros(len(clients), 0, dtype=torch.bool)
-
     def batch(self, clients: Ints, positions: Ints, round: int = 0) -> Batch:
         """Assemble samples for a block of clients.
 
@@ -210,10 +202,6 @@ class _LinearPredictor:
             return losses.mean(-1) + self._penalty(params["x"])
         mean = torch.where(mask > 0, losses, 0.0).sum(-1) / mask.sum(-1).clamp_min(1.0)
         return mean + self._penalty(params["x"])
-
-    def statistics(self, params: Params, chunk: int) -> dict[str, Tensor]:
-        """Return nothing: no layer mixes samples."""
-        return {}
 
     def _chunk(self, chunk: int) -> dict[str, Tensor]:
         """Return all samples, float64, of the clients of an evaluation chunk."""

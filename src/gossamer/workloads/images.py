@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,12 +19,13 @@ from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.workloads.augment import crop_flip
-from gossamer.workloads.base import Batch, ForwardContext, Params, Sums
+from gossamer.workloads.base import Batch, ForwardContext, Params, Sums, Workload, require_model
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by, mask_logits
 from gossamer.workloads.modules import ModuleModel
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
+from gossamer.workloads.traits import WorkloadTraits
 
 CACHED_IMAGES = 128  # images that are normalised at a time
 MANY_SETS = (
@@ -57,7 +59,7 @@ class ImageOptions(Options):
     local_evaluation: bool = True
 
 
-class ImageClassification:
+class ImageClassification(Workload):
     """Classification of images [channels, height, width]; see `base.Workload` for the attributes and methods.
 
     Raises (when built):
@@ -66,6 +68,7 @@ class ImageClassification:
     """
 
     Options = ImageOptions
+    traits = WorkloadTraits()
 
     def __init__(
         self,
@@ -92,18 +95,24 @@ class ImageClassification:
         self.partition = self._divide(partition)
         self.num_samples = self.partition.num_samples
         self.num_labels = self.data.num_labels
-        _, model_class, params = plug_in("model", self.options.model, "workload.model")
+        name, model_class, params = plug_in("model", self.options.model, "workload.model")
         self.model = call_plug_in(model_class, "workload.model", self.data.shape, self.num_labels, **params)
         if isinstance(self.model, nn.Module):
             build = partial(model_class, self.data.shape, self.num_labels, **params)
             self.model = ModuleModel(build, self.data.shape, self.num_labels)
+        require_model(f"workload.model {name!r}", self.model)
         self.layout = Layout.of(self.model.shapes, self.model.axes)
-        convolves = any(len(shape) == 4 for shape in self.model.shapes.values())
-        self.has_images = getattr(self.model, "has_images", convolves)  # as convolutions see them
         mixes_samples = bool(self.model.norms)
-        self.supports_padding = not mixes_samples
-        self.supports_stacking = getattr(self.model, "supports_stacking", True)
-        self.stacks_natively = getattr(self.model, "stacks_natively", False)
+        own, model = type(self), self.model.traits
+        self.traits = replace(
+            self.traits,
+            supports_padding=self.traits.supports_padding and not mixes_samples,
+            supports_stacking=self.traits.supports_stacking and model.supports_stacking,
+            stacks_natively=model.stacks_natively,
+            has_images=model.has_images,
+            # whether the loss is this class's own, which asks for no gradient itself
+            leaves_products=own.loss is ImageClassification.loss and own.logits is ImageClassification.logits,
+        )
         self.num_evaluation_chunks = _num_chunks(len(self.data.test_labels), self.options.evaluation_chunk)
         self.num_statistics_chunks = (
             _num_chunks(len(self.data.train_labels), self.options.statistics_chunk) if mixes_samples else 0
@@ -216,11 +225,6 @@ class ImageClassification:
         """
         return self.loss_of_logits(self.logits(params, batch), batch)
 
-    @property
-    def leaves_products(self) -> bool:
-        """Whether `loss` is this class's own, which asks for no gradient itself."""
-        return type(self).loss is ImageClassification.loss and type(self).logits is ImageClassification.logits
-
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits float32 [b, num_labels] of a training batch, masked as `ImageOptions.label_mask` says."""
         logits: Tensor = self.model.apply(params, batch["x"], ForwardContext(batch.get("scale", 1.0)))
@@ -249,7 +253,7 @@ class ImageClassification:
 
     def _forward_only(self, images: Tensor) -> Tensor:
         """Return normalised images in the memory format in which convolutions are quicker without gradients."""
-        return self._normalised(images, channels_last=self.has_images)
+        return self._normalised(images, channels_last=self.traits.has_images)
 
     @torch.no_grad()
     def evaluate(self, params: Params, statistics: Mapping[str, Tensor], chunk: int) -> Sums:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, Leaves
+from gossamer.workloads.traits import ModelTraits
 
 WHERE = "workload.model"
 
@@ -80,12 +82,14 @@ class ImageModel:
 
     Attributes:
         Options: the options that the constructor takes as keywords.
+        traits: what the model can do; `has_images` is set where it has convolutions.
         norms: names of the BatchNorm layers; a model with any mixes samples while training.
         shapes: ``{parameter: shape}`` in the order in which they lie in a row.
         axes: ``{parameter: (axis name | Dim | None, ...)}``.
     """
 
     Options: ClassVar[type[ModelOptions]] = ModelOptions
+    traits = ModelTraits()
     norms: tuple[str, ...] = ()
 
     def __init__(self, input_shape: tuple[int, int, int], num_labels: int, width: float = 1.0, **params: Any) -> None:
@@ -104,6 +108,8 @@ class ImageModel:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.axes: dict[str, tuple[AxisSpec, ...]] = {}
         self.declare(options, input_shape, num_labels)
+        if any(len(shape) == 4 for shape in self.shapes.values()):  # it has convolutions
+            self.traits = replace(self.traits, has_images=True)
 
     def declare(self, options: Any, input_shape: tuple[int, int, int], num_labels: int) -> None:
         """Fill `shapes` and `axes` (and `norms`)."""
@@ -158,7 +164,7 @@ def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
 class Softmax(ImageModel):
     """Multinomial logistic regression on the pixels; nothing in it can be cut."""
 
-    stacks_natively = True
+    traits = ModelTraits(stacks_natively=True)
 
     def declare(self, options: ModelOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
         """Declare one linear layer."""
@@ -188,7 +194,7 @@ class MLP(ImageModel):
     """Perceptron with ReLU; two hidden layers of 200 on 28 x 28 are the "2NN" of McMahan et al. (arXiv 1602.05629)."""
 
     Options = MLPOptions
-    stacks_natively = True
+    traits = ModelTraits(stacks_natively=True)
 
     def declare(self, options: MLPOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
         """Declare the linear layers ``hidden0``, ``hidden1``, ... and ``output``."""

@@ -19,6 +19,7 @@ from gossamer.threads import one_thread
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.models import batch_norm, rescale
 from gossamer.workloads.module_checks import is_same_function
+from gossamer.workloads.traits import ModelTraits
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 CLOSE = 1e-4  # relative; kernels round differently from shape to shape
@@ -45,9 +46,7 @@ class ModuleModel:
     ``F.conv*`` of a parameter) that sum over a cut width: with ReLU the same as scaling each cut layer's output.
 
     Attributes:
-        shapes, axes, norms: see `gossamer.workloads.base.Model`.
-        has_images: whether the forward pass takes channels-last images and kernels.
-        supports_stacking: whether the forward pass works under `torch.vmap`.
+        traits, shapes, axes, norms: see `gossamer.workloads.base.Model`.
     """
 
     def __init__(
@@ -84,9 +83,10 @@ class ModuleModel:
             except ConfigError:
                 if attention is not None or not self._narrows_heads(num_labels, keep):
                     raise
-            self.supports_stacking = self._agrees(self._stacked)
+            stacks = self._agrees(self._stacked)
             convolves = any(len(shape) == 4 for shape in self.shapes.values())
-            self.has_images = convolves and self._agrees(self._channels_last)
+            has_images = convolves and self._agrees(self._channels_last)
+        self.traits = ModelTraits(supports_stacking=stacks, has_images=has_images)
 
     def _trace(self, attention: Attention, keep: Keep) -> None:
         try:

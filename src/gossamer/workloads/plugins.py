@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gossamer.errors import ConfigError
-from gossamer.registry import resolve
+from gossamer.registry import resolve_function
 
 Spec = str | dict[str, Any]
 
@@ -22,13 +22,13 @@ def plug_in(kind: str, spec: Any, where: str) -> tuple[str, Callable[..., Any], 
         ConfigError: there is no name, or it is unknown.
     """
     if isinstance(spec, str):
-        return spec, resolve(kind, spec), {}
+        return spec, resolve_function(kind, spec), {}
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         raise ConfigError(
             f"{where} = {spec!r} has no name: give the name of a {kind}, or a mapping with the key 'name'"
         )
     name = spec["name"]
-    return name, resolve(kind, name), {key: value for key, value in spec.items() if key != "name"}
+    return name, resolve_function(kind, name), {key: value for key, value in spec.items() if key != "name"}
 
 
 def call_plug_in(function: Callable[..., Any], where: str, *args: Any, **params: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +18,12 @@ from gossamer import rng
 from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
-from gossamer.workloads.base import Batch, ForwardContext, Params, Sums
+from gossamer.workloads.base import Batch, ForwardContext, Params, Sums, Workload, require_model
 from gossamer.workloads.label_sets import beaten_by, mask_logits
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
 from gossamer.workloads.texts import TextData
+from gossamer.workloads.traits import WorkloadTraits
 
 NOTHING = -1  # what follows the end of a text
 Ints = NDArray[np.int64]
@@ -46,7 +48,7 @@ class TextOptions(Options):
     evaluation_chunk: int = Field(100, ge=1)
 
 
-class NextCharacter:
+class NextCharacter(Workload):
     """Language modelling by character; see `base.Workload` for the attributes and methods.
 
     A sample is a window of `context` characters and the character that follows each of them. An owner's windows tile
@@ -62,11 +64,7 @@ class NextCharacter:
     """
 
     Options = TextOptions
-    supports_padding = True
-    supports_stacking = True
-    stacks_natively = False
-    has_images = False
-    num_statistics_chunks = 0
+    traits = WorkloadTraits()
 
     def __init__(
         self,
@@ -95,8 +93,15 @@ class NextCharacter:
         self._test, self._test_owner = _tiled([self.data.encode(text) for text in self.data.test], context)
         self.partition = self._divide(partition, owner, seed)
         self.num_samples = self.partition.num_samples
-        _, model_class, params = plug_in("text-model", self.options.model, "workload.model")
+        name, model_class, params = plug_in("text-model", self.options.model, "workload.model")
         self.model = call_plug_in(model_class, "workload.model", context, self.num_labels, **params)
+        require_model(f"workload.model {name!r}", self.model)
+        model = self.model.traits
+        self.traits = replace(
+            self.traits,
+            supports_stacking=self.traits.supports_stacking and model.supports_stacking,
+            stacks_natively=model.stacks_natively,
+        )
         self.layout = Layout.of(self.model.shapes, self.model.axes)
         self.num_evaluation_chunks = -(-len(self._test) // self.options.evaluation_chunk)
         self._has_character = self._find_characters()
@@ -189,10 +194,6 @@ class NextCharacter:
         # The same as F.cross_entropy, which under vmap is put together from slow parts.
         losses = -F.log_softmax(logits, dim=-1).gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
         return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp_min(1)
-
-    def statistics(self, params: Params, chunk: int) -> dict[str, Tensor]:
-        """Return nothing: no layer mixes samples."""
-        return {}
 
     @torch.no_grad()
     def evaluate(self, params: Params, statistics: Mapping[str, Tensor], chunk: int) -> Sums:

@@ -29,6 +29,7 @@ from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.models import WHERE, ModelOptions, default_init, rescale
+from gossamer.workloads.traits import ModelTraits
 
 STREAM = "stream"
 
@@ -82,6 +83,7 @@ class Transformer:
     """
 
     Options = TransformerOptions
+    traits = ModelTraits()
     norms: tuple[str, ...] = ()
 
     def __init__(self, context: int, num_labels: int, **params: Any) -> None:

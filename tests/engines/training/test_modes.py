@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def test_admissible(model: dict[str, Any], data: dict[str, Any], expected: set[V
 
 def test_a_workload_that_cannot_be_stacked(monkeypatch: pytest.MonkeyPatch) -> None:
     task = build(parse(configure())).task
-    monkeypatch.setattr(task.workload, "supports_stacking", False)
+    traits = replace(task.workload.traits, supports_stacking=False)
+    monkeypatch.setattr(task.workload, "traits", traits)
     assert measuring.admissible(task) == [SINGLY]
 
 

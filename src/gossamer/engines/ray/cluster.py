@@ -69,10 +69,11 @@ def put_data(workload: Any) -> list[Any]:
         [a reference]: in a list, for an actor to fetch when it can; [] if its class does not take ``data``, or its
         data are no dataclass that other processes can import: then every actor loads its own.
     """
-    data = getattr(workload, "data", None)
-    is_taken = "data" in inspect.signature(type(workload)).parameters
+    if "data" not in inspect.signature(type(workload)).parameters:
+        return []
+    data = workload.data
     has_name = type(data).__module__ != "__main__" and "<locals>" not in type(data).__qualname__
-    if not (dataclasses.is_dataclass(data) and is_taken and has_name):
+    if not (dataclasses.is_dataclass(data) and has_name):
         return []
     import ray
 

@@ -37,11 +37,11 @@ def choose_modes(task: Task, state: Mapping[str, Tensor]) -> tuple[VariantMode, 
 def admissible(task: Task) -> list[VariantMode]:
     """List the modes that workload and algorithm support, the one that is most often quickest first."""
     workload = task.workload
-    formats = [True, False] if workload.has_images else [False]
+    formats = [True, False] if workload.traits.has_images else [False]
     modes = [VariantMode(channels_last=last) for last in formats]
     ragged = bool((workload.num_samples % task.batch_size != 0).any())
-    stackable = workload.supports_stacking and task.algorithm.traits.stackable
-    if stackable and (workload.supports_padding or not ragged):
+    stackable = workload.traits.supports_stacking and task.algorithm.traits.stackable
+    if stackable and (workload.traits.supports_padding or not ragged):
         modes.append(VariantMode(stacked=True, padding=ragged))
     return modes
 

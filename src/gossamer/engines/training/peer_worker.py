@@ -202,7 +202,6 @@ def _consecutive(peers: NDArray[np.int64]) -> slice | Tensor:
 
 def initial_rows(task: Task, x: Tensor, low: int, high: int) -> Arrays:
     """Return the state of the peers low, ..., high - 1, who start from x [d] unless the workload has a `peer_init`."""
-    peer_init: Callable[[int], Tensor] | None = getattr(task.workload, "peer_init", None)
-    if peer_init is not None:
-        return task.algorithm.init(peer_init(task.seed)[low:high])
+    if task.workload.traits.has_peer_init:
+        return task.algorithm.init(task.workload.peer_init(task.seed)[low:high])
     return {name: row.expand(high - low, -1) for name, row in task.algorithm.init(x[None]).items()}

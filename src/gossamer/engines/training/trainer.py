@@ -270,13 +270,13 @@ class Trainer:
     def _stacked_leaves(self, x: Arrays, rows: slice) -> Leaves:
         """Return the parameters of some rows, which share the memory of `x`."""
         trained = {name: view[rows].detach().requires_grad_() for name, view in x.items()}
-        return Leaves(trained, factored=self._factored and self.task.workload.stacks_natively)
+        return Leaves(trained, factored=self._factored and self.task.workload.traits.stacks_natively)
 
     def _losses(self, params: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
         """Return the losses [s] of the first s clients of a batch, whose parameters are `params` [s, ...]."""
         workload, num_rows = self.task.workload, len(next(iter(params.values())))
         arrays, scale = {key: value[:num_rows] for key, value in batch.items() if key != "scale"}, batch["scale"]
-        if workload.stacks_natively:
+        if workload.traits.stacks_natively:
             return workload.loss(params, arrays | {"scale": scale})
         of_one = torch.vmap(lambda params, batch: workload.loss(params, batch | {"scale": scale}))
         losses: Tensor = of_one(params, arrays)
@@ -302,8 +302,9 @@ def end_rows(
 def may_leave_products(task: Task) -> bool:
     """Say whether gradients of linear layers may be left in two factors: nothing but plain steps asks for them."""
     algorithm = task.algorithm
-    leave = getattr(task.workload, "leaves_products", False)
-    leave = leave and (algorithm.traits.leaves_products or not algorithm.traits.has_local_loss)
+    leave = task.workload.traits.leaves_products and (
+        algorithm.traits.leaves_products or not algorithm.traits.has_local_loss
+    )
     return leave and algorithm.is_plain_sgd and all(one.optimizer.clip_norm is None for one in task.variants)
 
 

@@ -1,0 +1,45 @@
+"""What a workload and its model can and cannot do, in one frozen dataclass each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gossamer.options import Traits
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadTraits(Traits):
+    """What a workload can and cannot do; what depends on its model or options is set on the instance.
+
+    Attributes:
+        supports_padding: whether `Workload.loss` honours ``batch["mask"]``, which stacking clients of unequal batches
+            needs (False where a layer mixes samples, as BatchNorm does while training).
+        supports_stacking: whether `Workload.loss` works under `torch.vmap`.
+        stacks_natively: whether `Workload.loss` also takes parameters and batches with a leading client dimension and
+            then returns one loss a client, which spares the overhead of vmap.
+        has_images: whether samples are images [*, channels, height, width], for which channels-last may pay.
+        leaves_products: whether `Workload.loss` may be given `Leaves` that are factored; if not, a plain dict is given.
+        has_peer_init: whether peers start from models of their own, `Workload.peer_init`.
+        has_peer_metrics: whether there are metrics of all peers' models, `Workload.peer_metrics`.
+    """
+
+    hooks: ClassVar[Mapping[str, str]] = {"has_peer_init": "peer_init", "has_peer_metrics": "peer_metrics"}
+
+    supports_padding: bool = True
+    supports_stacking: bool = True
+    stacks_natively: bool = False
+    has_images: bool = False
+    leaves_products: bool = False
+    has_peer_init: bool = False
+    has_peer_metrics: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelTraits(Traits):
+    """What a model can and cannot do; see `WorkloadTraits` for each, which a workload takes over from its model."""
+
+    supports_stacking: bool = True
+    stacks_natively: bool = False
+    has_images: bool = False
