@@ -63,6 +63,11 @@ class TextData:
                 if unknown:
                     raise DataError(f"{where} has the character {min(unknown)!r}: add it to the vocabulary or drop it")
 
+    @property
+    def num_labels(self) -> int:
+        """Characters of the vocabulary."""
+        return len(self.vocabulary)
+
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the place of each character in the vocabulary, int64 [len(text)]."""
         points = np.frombuffer(self.vocabulary.encode("utf-32-le"), dtype=np.uint32)

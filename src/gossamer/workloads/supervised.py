@@ -1,0 +1,220 @@
+"""What workloads of labelled samples share: a data set, a partition, a model, and the cross entropy of its logits."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from gossamer import rng
+from gossamer.errors import DataError
+from gossamer.options import Options, parse_options
+from gossamer.submodel.layout import Layout
+from gossamer.workloads.base import Batch, ForwardContext, Model, Params, Sums, Workload, require_model
+from gossamer.workloads.label_sets import mask_logits
+from gossamer.workloads.partitions import Partition
+from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
+from gossamer.workloads.traits import WorkloadTraits
+
+Ints = NDArray[np.int64]
+
+
+class SupervisedOptions(Options):
+    """Options of every `Supervised`.
+
+    Attributes:
+        dataset: name of a data set, or a mapping of ``name`` and its options.
+        model: name of a model, or a mapping of ``name`` and its options.
+        label_mask: what the training loss does with labels that the client does not hold: ``"none"`` (the default: all
+            logits count), ``"zero"`` (their logits become 0, as in HeteroFL's code) or ``"minus-inf"`` (left out).
+        evaluation_chunk: most samples that are evaluated at a time.
+    """
+
+    dataset: Spec
+    model: Spec
+    label_mask: Literal["none", "zero", "minus-inf"] = "none"
+    evaluation_chunk: int = Field(1000, ge=1)
+
+
+class Supervised(Workload):
+    """Base of workloads whose model returns logits; see `base.Workload` for the attributes and methods.
+
+    Attributes:
+        Options: of the workload.
+        data_class: what a data set returns, with the attribute `num_labels`.
+        data_kind, model_kind: kinds of plug-ins that data sets and models are, see `gossamer.registry`.
+
+    Raises (when built):
+        ConfigError: an unknown or wrong option, or a plug-in that does not take it.
+        DataError: the data is missing or malformed, or cannot be divided as asked.
+    """
+
+    Options: ClassVar[type[SupervisedOptions]]
+    data_class: ClassVar[type]
+    data_kind: ClassVar[str]
+    model_kind: ClassVar[str]
+    traits = WorkloadTraits()
+    _num_test: int
+    _input_size: Any
+
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        *,
+        num_clients: int,
+        partition: Mapping[str, Any] | str,
+        seed: int,
+        data: Any = None,
+    ) -> None:
+        """Load the data, divide it and lay out the model.
+
+        Args:
+            options: see `Options`.
+            num_clients: how many clients share the training data.
+            partition: name of a partition, or a mapping of ``name`` and its parameters.
+            seed: of the partition and of augmentation.
+            data: a `data_class`, if it is loaded already.
+        """
+        self.options: Any = parse_options(self.Options, options, "workload")
+        self.num_clients, self.seed = num_clients, seed
+        self.data = self._load_data() if data is None else data
+        self.num_labels = self.data.num_labels
+        self.partition = self._divide(partition, *self._prepare())
+        self.num_samples = self.partition.num_samples
+        name, function, params = plug_in(self.model_kind, self.options.model, "workload.model")
+        self.model = self._make_model(function, params)
+        require_model(f"workload.model {name!r}", self.model)
+        self.layout = Layout.of(self.model.shapes, self.model.axes)
+        own, model = type(self), self.model.traits
+        self.traits = replace(
+            self.traits,
+            supports_padding=self.traits.supports_padding and not self.model.norms,
+            supports_stacking=self.traits.supports_stacking and model.supports_stacking,
+            stacks_natively=model.stacks_natively,
+            has_images=model.has_images,
+            # whether the loss is this class's own, which asks for no gradient itself
+            leaves_products=own.loss is Supervised.loss and own.logits is Supervised.logits,
+        )
+        self.num_evaluation_chunks = -(-self._num_test // self.options.evaluation_chunk)
+        self._holds_label = self._find_labels()
+
+    @abstractmethod
+    def _prepare(self) -> tuple[Ints, int, Ints | None]:
+        """Make samples of the data; set `_num_test`, how many of them are for testing, and `_input_size`, of one.
+
+        Returns:
+            what partitions divide by: a class of each training sample, the number of classes, an owner of each or None.
+        """
+
+    def _make_model(self, function: Callable[..., Any], params: Mapping[str, Any]) -> Model:
+        model: Model = call_plug_in(function, "workload.model", self._input_size, self.num_labels, **params)
+        return model
+
+    @abstractmethod
+    def _find_labels(self) -> Tensor:
+        """Return which labels each client's training data holds, bool [num_clients, num_labels]."""
+
+    @abstractmethod
+    def _fetch(self, rows: Ints, padding: NDArray[np.bool_], round: int) -> dict[str, Tensor]:
+        """Return ``"x"`` and ``"y"`` of a batch.
+
+        Args:
+            rows: int64 [s, m], numbers of training samples.
+            padding: bool [s, m], whose samples are to be replaced by nothing.
+            round: by which augmentation is drawn.
+        """
+
+    @abstractmethod
+    def loss_of_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        """Return what `loss` does, from the batch's `logits`."""
+
+    def _load_data(self) -> Any:
+        name, function, params = plug_in(self.data_kind, self.options.dataset, "workload.dataset")
+        data = call_plug_in(function, "workload.dataset", params)
+        if not isinstance(data, self.data_class):
+            wanted = f"{self.data_class.__module__}.{self.data_class.__name__}"
+            raise DataError(f"data set {name!r} returned {type(data).__name__}: return {wanted}")
+        return data
+
+    def _divide(self, spec: Mapping[str, Any] | str, classes: Ints, num_classes: int, owner: Ints | None) -> Partition:
+        name, function, params = plug_in("partition", spec, "clients.partition")
+        made = call_plug_in(
+            function, "clients.partition", classes, self.num_clients, num_classes, self.seed, owner, **params
+        )
+        if not isinstance(made, Partition):
+            raise DataError(
+                f"partition {name!r} returned {type(made).__name__}: return gossamer.workloads.partitions.Partition"
+            )
+        return made.checked(name, self.num_clients, len(classes))
+
+    def init(self, seed: int) -> Tensor:
+        """Return initial parameters as a flat float32 row [d]."""
+        return self.layout.flatten(self.model.init(rng.generator(seed, "init-model")))
+
+    def client_labels(self, clients: Ints) -> Tensor:
+        """Return bool [s, num_labels]: the labels of each client's training data."""
+        return self._holds_label[torch.from_numpy(clients)]
+
+    def batch(self, clients: Ints, positions: Ints, round: int = 0) -> Batch:
+        """Assemble samples for a block of clients.
+
+        Args:
+            clients: int64 [s].
+            positions: int64 [s, m], sample numbers within each client's own data; -1 is padding.
+            round: round number, by which augmentation is drawn.
+
+        Returns:
+            samples ``"x"``: [s, m, ...] and ``"y"``: int64 [s, m, ...], see the class, and, only where a row is padded,
+            ``"mask"``: float32 [s, m]; client constants ``"labels"``: bool [s, num_labels], see `client_labels`.
+
+        Raises:
+            IndexError: a position beyond the client's samples.
+        """
+        if (positions >= self.num_samples[clients][:, None]).any():
+            raise IndexError(
+                f"a position exceeds the samples {self.num_samples[clients].tolist()} of clients {clients.tolist()}"
+            )
+        padding = positions < 0
+        rows = self.partition.indices[self.partition.offsets[clients][:, None] + np.maximum(positions, 0)]
+        samples = self._fetch(rows, padding, round)
+        if padding.any():
+            samples["mask"] = torch.from_numpy((~padding).astype(np.float32))
+        return Batch(samples, {"labels": self.client_labels(clients)})
+
+    def loss(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
+        """Return the cross entropy in nats, averaged over what is not padding (0 if there is nothing).
+
+        Args:
+            params: parameters of the (sub-)model.
+            batch: ``"x"``, ``"y"``, ``"labels"`` and optionally ``"mask"`` of `batch`, without the leading s, and
+                optionally ``"scale"``.
+        """
+        return self.loss_of_logits(self.logits(params, batch), batch)
+
+    def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
+        """Return the logits float32 [..., num_labels] of a training batch, masked as the option `label_mask` says."""
+        logits: Tensor = self.model.apply(params, batch["x"], ForwardContext(batch.get("scale", 1.0)))
+        return mask_logits(logits, batch["labels"].unsqueeze(-2), self.options.label_mask)
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Return ``accuracy`` and ``loss`` on the whole test data, given ``"loss"``, ``"correct"`` and ``"count"``."""
+        loss, correct, count = (float(sums[name].sum()) for name in ("loss", "correct", "count"))
+        return {"accuracy": correct / count, "loss": loss / count}
+
+
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return losses [...] of logits [..., num_labels]: F.cross_entropy, which under vmap is made of slow parts."""
+    return -F.log_softmax(logits, dim=-1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+def chunk_of(total: int, num_chunks: int, chunk: int) -> slice:
+    """Return one of `num_chunks` slices of ``range(total)`` whose sizes differ by one at most."""
+    return slice(total * chunk // num_chunks, total * (chunk + 1) // num_chunks)
