@@ -8,14 +8,13 @@ is not part of a strategy: here the selective mean leaves what nobody held as it
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from gossamer.submodel.layout import Dim, Layout
-from gossamer.submodel.strategies import Strategy
-from gossamer.submodel.windows import Window, wrapped
+from gossamer.submodel.strategies import Strategy, static
 
 
 def by_magnitude(layout: Layout, x: Tensor) -> Mapping[str, Tensor]:
@@ -41,11 +40,5 @@ def _mean_along(weight: Tensor, dim: Dim) -> Tensor:
     return rows.view(dim.outer, -1, dim.inner).mean((0, 2))
 
 
-def _first(
-    width: int, length: int, *, round: int, stride: int, offset: int = 0, seed: int, client: int, group: Hashable
-) -> Window:
-    """Without a model, the first channels."""
-    return wrapped(width, offset, length)
-
-
-magnitude = Strategy(_first, shared=True, rank=by_magnitude, unused=("stride", "offsets"))
+# Without a model, the first channels.
+magnitude = Strategy(static.choose, shared=True, rank=by_magnitude, unused=("stride", "offsets"))

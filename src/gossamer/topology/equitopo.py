@@ -61,14 +61,8 @@ class CompleteDynOptions(TopologyOptions):
     eta: float = Field(default=0.5, gt=0, lt=1)
 
 
-class EquiDynOptions(BasisOptions):
-    """Options of EquiDyn.
-
-    Attributes:
-        eta: share of the drawn graph in the mixing.
-    """
-
-    eta: float = Field(default=0.5, gt=0, lt=1)
+class EquiDynOptions(CompleteDynOptions, BasisOptions):
+    """Options of EquiDyn, see the two."""
 
 
 def theorem_num_graphs(n: int, rho: float, p: float) -> int:

@@ -21,7 +21,7 @@ from gossamer.errors import ConfigError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
-from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, Leaves
+from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, Leaves, Model
 from gossamer.workloads.traits import ModelTraits
 
 WHERE = "workload.model"
@@ -77,20 +77,35 @@ def batch_norm(
     return torch.batch_norm(x, weight, bias, None, None, True, 0.0, epsilon, False)
 
 
-class ImageModel:
-    """Base of the models here: names, shapes and axes of the parameters, and their initial values.
+class DeclaredModel(Model):
+    """A model whose parameters are declared layer by layer, see `base.Model`.
 
     Attributes:
         Options: the options that the constructor takes as keywords.
-        traits: what the model can do; `has_images` is set where it has convolutions.
-        norms: names of the BatchNorm layers; a model with any mixes samples while training.
-        shapes: ``{parameter: shape}`` in the order in which they lie in a row.
-        axes: ``{parameter: (axis name | Dim | None, ...)}``.
     """
 
     Options: ClassVar[type[ModelOptions]] = ModelOptions
     traits = ModelTraits()
     norms: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        """Start without parameters."""
+        self.shapes = {}
+        self.axes = {}
+
+    def add(self, layer: str, shape: tuple[int, ...], axes: tuple[AxisSpec, ...], bias: bool = True) -> None:
+        """Declare ``<layer>.weight`` and, if asked, ``<layer>.bias`` along its first dimension."""
+        self.shapes[f"{layer}.weight"], self.axes[f"{layer}.weight"] = shape, axes
+        if bias:
+            self.shapes[f"{layer}.bias"], self.axes[f"{layer}.bias"] = shape[:1], axes[:1]
+
+    def init(self, source: np.random.Generator) -> dict[str, Tensor]:
+        """Return initial parameters, see `default_init`."""
+        return default_init(self.shapes, source)
+
+
+class ImageModel(DeclaredModel):
+    """Base of the image classifiers; `traits.has_images` is set where there are convolutions."""
 
     def __init__(self, input_shape: tuple[int, int, int], num_labels: int, width: float = 1.0, **params: Any) -> None:
         """Declare the parameters.
@@ -104,9 +119,8 @@ class ImageModel:
         Raises:
             ConfigError: an unknown or wrong option, or images too small for the model.
         """
+        super().__init__()
         options = parse_options(self.Options, {"width": width, **params}, WHERE)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.axes: dict[str, tuple[AxisSpec, ...]] = {}
         self.declare(options, input_shape, num_labels)
         if any(len(shape) == 4 for shape in self.shapes.values()):  # it has convolutions
             self.traits = replace(self.traits, has_images=True)
@@ -114,16 +128,6 @@ class ImageModel:
     def declare(self, options: Any, input_shape: tuple[int, int, int], num_labels: int) -> None:
         """Fill `shapes` and `axes` (and `norms`)."""
         raise NotImplementedError
-
-    def add(self, layer: str, shape: tuple[int, ...], axes: tuple[AxisSpec, ...], bias: bool = True) -> None:
-        """Declare ``<layer>.weight`` and, if asked, ``<layer>.bias`` along its first dimension."""
-        self.shapes[f"{layer}.weight"], self.axes[f"{layer}.weight"] = shape, axes
-        if bias:
-            self.shapes[f"{layer}.bias"], self.axes[f"{layer}.bias"] = shape[:1], axes[:1]
-
-    def init(self, source: np.random.Generator) -> dict[str, Tensor]:
-        """Return initial parameters, see `default_init`."""
-        return default_init(self.shapes, source)
 
     def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits float32 [b, num_labels] of images float32 [b, channels, height, width], see `base.Model`.

@@ -18,18 +18,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from gossamer.options import parse_options
-from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
+from gossamer.submodel.layout import LABEL_AXIS, Dim
 from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
-from gossamer.workloads.models import WHERE, ModelOptions, default_init, rescale
-from gossamer.workloads.traits import ModelTraits
+from gossamer.workloads.models import WHERE, DeclaredModel, ModelOptions, rescale
 
 STREAM = "stream"
 
@@ -64,7 +62,7 @@ class TransformerOptions(ModelOptions):
         return self
 
 
-class Transformer:
+class Transformer(DeclaredModel):
     """Causal transformer with pre-normalisation (Vaswani et al., arXiv 1706.03762; Radford et al., 2019).
 
     Characters and learned positions are embedded; every block adds multi-head attention to the stream, then a
@@ -74,17 +72,11 @@ class Transformer:
     sum over a share of the channels is about as large as the whole one.
 
     Attributes:
-        Options: the options that the constructor takes as keywords.
-        norms: empty: no layer mixes samples.
-        shapes: ``{parameter: shape}`` in the order in which they lie in a row.
-        axes: ``{parameter: (axis name | Dim | None, ...)}``.
         blocks: names of the blocks.
         head_dim: channels of a head; the softmax's scale is ``head_dim ** -0.5``, of every sub-model, too.
     """
 
     Options = TransformerOptions
-    traits = ModelTraits()
-    norms: tuple[str, ...] = ()
 
     def __init__(self, context: int, num_labels: int, **params: Any) -> None:
         """Declare the parameters.
@@ -97,9 +89,8 @@ class Transformer:
         Raises:
             ConfigError: an unknown or wrong option.
         """
+        super().__init__()
         self.options = options = parse_options(TransformerOptions, params, WHERE)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.axes: dict[str, tuple[AxisSpec, ...]] = {}
         self.blocks = tuple(f"block{i}" for i in range(options.num_blocks))
         self.head_dim, self.num_heads = options.stream // options.num_heads, options.num_heads
         if options.cut == "heads":
@@ -110,23 +101,17 @@ class Transformer:
         size, axis = (
             (window_length(options.stream, options.width), STREAM) if options.cut_stream else (options.stream, None)
         )
-        self._add("embedding", (num_labels, size), (LABEL_AXIS, axis), bias=False)
-        self._add("positions", (context, size), (None, axis), bias=False)
+        self.add("embedding", (num_labels, size), (LABEL_AXIS, axis), bias=False)
+        self.add("positions", (context, size), (None, axis), bias=False)
         for block in self.blocks:
-            self._add(f"{block}.norm0", (size,), (axis,))
+            self.add(f"{block}.norm0", (size,), (axis,))
             self._add_attention(block, size, axis)
-            self._add(f"{block}.norm1", (size,), (axis,))
-            self._add(f"{block}.expand", (hidden, size), (f"{block}.hidden", axis))
-            self._add(f"{block}.contract", (size, hidden), (axis, f"{block}.hidden"))
-        self._add("norm", (size,), (axis,))
+            self.add(f"{block}.norm1", (size,), (axis,))
+            self.add(f"{block}.expand", (hidden, size), (f"{block}.hidden", axis))
+            self.add(f"{block}.contract", (size, hidden), (axis, f"{block}.hidden"))
+        self.add("norm", (size,), (axis,))
         if not options.tied:
-            self._add("output", (num_labels, size), (LABEL_AXIS, axis))
-
-    def _add(self, layer: str, shape: tuple[int, ...], axes: tuple[AxisSpec, ...], bias: bool = True) -> None:
-        """Declare ``<layer>.weight`` and, if asked, ``<layer>.bias`` along its first dimension."""
-        self.shapes[f"{layer}.weight"], self.axes[f"{layer}.weight"] = shape, axes
-        if bias:
-            self.shapes[f"{layer}.bias"], self.axes[f"{layer}.bias"] = shape[:1], axes[:1]
+            self.add("output", (num_labels, size), (LABEL_AXIS, axis))
 
     def _add_attention(self, block: str, size: int, axis: str | None) -> None:
         """Declare the four projections; their inner dimension runs over heads, and in each over its channels."""
@@ -135,14 +120,10 @@ class Transformer:
             matched = mixed = Dim(f"{block}.heads", inner=self.head_dim)
         else:
             matched, mixed = (Dim(f"{block}.{pair}", outer=self.num_heads) for pair in ("query-key", "value-output"))
-        self._add(f"{block}.query", (inner, size), (matched, axis))
-        self._add(f"{block}.key", (inner, size), (matched, axis))
-        self._add(f"{block}.value", (inner, size), (mixed, axis))
-        self._add(f"{block}.project", (size, inner), (axis, mixed))
-
-    def init(self, source: np.random.Generator) -> dict[str, Tensor]:
-        """Return initial parameters, see `default_init`; embeddings are drawn like the rows of a linear layer."""
-        return default_init(self.shapes, source)
+        self.add(f"{block}.query", (inner, size), (matched, axis))
+        self.add(f"{block}.key", (inner, size), (matched, axis))
+        self.add(f"{block}.value", (inner, size), (mixed, axis))
+        self.add(f"{block}.project", (size, inner), (axis, mixed))
 
     def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits of the next character at every place, float32 [b, n, num_labels].
