@@ -45,7 +45,7 @@ class Parts:
     """The parts of a run before it starts, and its resolved configuration.
 
     Attributes:
-        warnings: what is allowed, but hardly meant; logged when the run starts.
+        warnings: sentences about what is allowed, but hardly meant; logged when the run starts.
     """
 
     config: Config
@@ -130,7 +130,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
 
     Args:
         config: the configuration; unless it is resolved already, it is now.
-        data: that the workload of the same configuration loaded elsewhere, see `Workload`; None: it is loaded.
+        data: data of an equal workload, see `Workload`; None: it is loaded.
 
     Raises:
         GossamerError: an unknown plug-in, contradictory options, missing or malformed data.

@@ -133,10 +133,10 @@ def check_traits(plugin: str, found: Any, kind: type[Traits], protocol: type) ->
     """Check that a plug-in's class, or an instance, states its traits, and nothing that contradicts them.
 
     Args:
-        plugin: what errors call it, such as ``"algorithm 'mine:MyAlgorithm'"``.
-        found: the class, or the instance.
+        plugin: name in errors, such as ``"algorithm 'mine:MyAlgorithm'"``.
+        found: class, or instance.
         kind: the class that its traits are to have.
-        protocol: what it implements; attributes of this are no misspelt traits.
+        protocol: protocol that it implements, whose attributes are no misspelt traits.
 
     Raises:
         ConfigError: there are no such traits, an attribute has the name of a trait or nearly so, or a trait says

@@ -43,7 +43,7 @@ class RoundPlan:
         variant: int16 [p], number of each one's variant, see `gossamer.engines.task.Variant`.
         lr: local learning rate.
         dropped: int64 [q], clients that were chosen but do not take part.
-        mixing: how peers exchange: by the "topology" of the round, or by the "mean" of all; "none": there is a server.
+        mixing: exchange of peers: by the "topology" of the round, or by the "mean" of all; "none": there is a server.
     """
 
     round: int

@@ -93,8 +93,8 @@ class RoundCosts:
     Attributes:
         bytes_up, bytes_down, client_flops: sums over all that were chosen. A late one counts its whole download, its
             FLOPs up to the end of the round, and no upload.
-        simulated_seconds: by how much simulated time advances: waiting for somebody to be available, and the round,
-            which lasts as long as its slowest survivor, or its deadline where fewer survive than it waits for.
+        simulated_seconds: advance of simulated time: the wait for an available participant, and the round, which lasts
+            as long as its slowest survivor, or to its deadline where fewer survive than it waits for.
         download_seconds, compute_seconds, upload_seconds: simulated seconds that devices spend so, added up like the
             bytes; latency is in none of them.
     """

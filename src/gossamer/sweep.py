@@ -76,11 +76,11 @@ def sweep(
     Args:
         source: path of a YAML file, or a dict.
         settings: ``key.path=value,value,...``.
-        seeds: of every point; None: those of the configuration.
+        seeds: seeds of every point; None: those of the configuration.
         engine: "ray": every run is a task of one CPU; "local": one run after the other in this process.
         out: the directory; None: ``runs/<name>-<time>``.
         num_parallel: most runs at once on Ray; None: as many as there are CPUs.
-        on_row: is told of every run that ends.
+        on_row: callback for every run that ends.
 
     Raises:
         ConfigError: a setting, or a configuration of the grid, is wrong; `out` holds something else.

@@ -21,8 +21,8 @@ def task_of(config: Mapping[str, Any], data: Any = None) -> Task:
     """Rebuild the task of a resolved configuration elsewhere.
 
     Args:
-        config: what `Parts.config` holds, as JSON.
-        data: that the workload of the same configuration loaded elsewhere, see `Workload`; None: it is loaded.
+        config: resolved configuration, as JSON.
+        data: data of an equal workload of another process, see `Workload`; None: it is loaded.
 
     Raises:
         GossamerError: a plug-in or the data is missing here.

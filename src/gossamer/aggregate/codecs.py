@@ -28,8 +28,8 @@ class Codec(Protocol):
 
         Args:
             rows: float32 or float64 [s, d], finite.
-            seed, round: of the run, and the round.
-            peers: int64 [s], who sends each row.
+            seed, round: seed of the run, and number of the round.
+            peers: int64 [s], sender of each row.
         """
         ...
 
@@ -70,8 +70,8 @@ class _Sparse(Options):
     """Options of codecs that keep some entries of a row, and set the others to 0.
 
     Attributes:
-        share: of the entries, rounded up; or
-        k: their number.
+        share: share of the entries, rounded up; or
+        k: number of entries.
     """
 
     share: float | None = Field(default=None, gt=0, le=1)

@@ -37,7 +37,7 @@ def combine(
     Args:
         layout: the whole model's layout.
         uplink: ``{name: "mean" | "sum"}``: a mean divides by the holders of each coordinate, a sum does not.
-        parts: at least one.
+        parts: parts, at least one.
         scalars: names among `uplink` that are one number a participant: a mean divides by the weight of all parts.
 
     Returns:

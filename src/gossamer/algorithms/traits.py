@@ -33,7 +33,7 @@ class AlgorithmTraits(Traits):
         codecs: ``{payload name: codec}`` of payloads that are compressed before they are sent.
         num_phases: phases of a round, each a plan, local steps and an exchange.
 
-        capacities: what ``submodel.capacities`` means: "one" (whole models, unless a strategy is given), "given" (every
+        capacities: meaning of ``submodel.capacities``: "one" (whole models, unless a strategy is given), "given" (every
             participant trains at its own), "smallest" or "largest" (all have that one, and so has the global model).
         strategy: window strategy that the algorithm has by definition, or None.
         default_label_mask: ``workload.label_mask`` where a configuration leaves it out.
@@ -50,7 +50,7 @@ class AlgorithmTraits(Traits):
 
         joint: of peers, whether the payloads "x" and "y" go through a joint mixing as a state [n, 2, d].
         lazy: of peers, whether (I + W) / 2 takes the place of each W.
-        merge_every: of peers, rounds from one exact average of all to the next; None: never.
+        merge_every: of peers, number of rounds from one exact average of all to the next; None: never.
         no_merge: of peers, reason why ``peers.merge_every`` and ``peers.final_merge`` must be left out.
         one_step_only: of peers, reason why a round may not have several local steps.
     """

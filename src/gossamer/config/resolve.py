@@ -34,9 +34,9 @@ class Resolved:
     Attributes:
         config: the configuration, with what the algorithm decides filled in and paths of files absolute.
         algorithm: the algorithm.
-        topology: by which peers mix; None: there is a server.
-        engine_class: where training runs.
-        warnings: what is allowed, but hardly meant.
+        topology: topology by which peers mix; None: there is a server.
+        engine_class: class of the engine.
+        warnings: sentences about what is allowed, but hardly meant.
     """
 
     config: Config

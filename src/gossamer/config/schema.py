@@ -49,9 +49,9 @@ class EngineOptions(Options):
         name: local, ray, or a plug-in's.
         workers: processes, or Ray actors, that train; "auto": one for each core, of a cluster anew every round.
         block_size: participants that are trained together.
-        modes: how each capacity is trained, or one mode for all of them; "auto": as is measured to be quickest when the
-            run starts, which may differ in the last bits from one run to another.
-        address: of a Ray cluster, "auto" for the one on this machine; None: a Ray of the run's own.
+        modes: mode of each capacity, or one mode for all; "auto": the quickest, as measured when the run starts, which
+            may differ from run to run, and with it the last bits.
+        address: address of a Ray cluster, "auto" for the one on this machine; None: the run starts its own.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least.
         collective: gloo, or nccl where each has a GPU: Ray's actors send rows of peers to each other by
@@ -87,14 +87,14 @@ class ClientsOptions(Options):
     Attributes:
         num: registered clients.
         per_round: participants a round.
-        partition: how the data is split.
-        sampler: how participants are chosen among those who are available.
+        partition: name and options of the partition of the data.
+        sampler: name of the sampler of participants among those who are available.
         weighting: aggregation weights: number of samples, or equal.
         quorum: least share of the updates that a round waits for (`per_round`, or all who were available where these
             were fewer) which must be in time and usable.
         deadline_seconds: simulated seconds after which a round ends; who would take longer does not train. None: never.
-        over_selection: how many times `per_round` clients are chosen (rounded up), of whom the first `per_round` to
-            finish in simulated time take part.
+        over_selection: factor by which more than `per_round` clients are chosen (rounded up), of whom the first
+            `per_round` to finish in simulated time take part.
     """
 
     num: int = Field(ge=1)
@@ -121,8 +121,8 @@ class PeersOptions(Options):
     Attributes:
         num: peers; None: as many as the topology's file has.
         topology: name and parameters (``gossamer topology list``), or the path of a topology's YAML file.
-        partition: how the data is split.
-        merge_every: every so many rounds the mixing is the mean of all peers (Gossip-PGA); None: as the algorithm does.
+        partition: name and options of the partition of the data.
+        merge_every: number of rounds from one mean of all peers to the next (Gossip-PGA); None: that of the algorithm.
         final_merge: whether the last round's mixing is the mean of all peers.
         quorum: least share of the peers' updates that must be usable in a round.
     """

@@ -75,7 +75,7 @@ class Engine(Protocol):
         """Return what else there is to log of the state: of peers, how far apart they are and how each one does.
 
         Args:
-            num_peers: of how many peers the own model is evaluated.
+            num_peers: number of peers whose own models are evaluated.
         """
         ...
 

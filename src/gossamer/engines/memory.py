@@ -43,7 +43,7 @@ class Mappable:
 
     Attributes:
         tensor: [num_floats].
-        address: what `attach` takes, plain JSON values.
+        address: argument of `attach`, of plain JSON values.
     """
 
     def __init__(self, num_floats: int, dtype: torch.dtype = torch.float32) -> None:

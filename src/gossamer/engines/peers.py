@@ -40,7 +40,7 @@ class PeerEngine(ABC):
         """Bind a task.
 
         Args:
-            task: what trains; it has a topology.
+            task: task with a topology.
             x: [d], the initial model.
             bounds: [low, high] of the peers whose rows lie together.
             block_size: peers that are trained stacked together, or None for a size that suits.

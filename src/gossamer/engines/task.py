@@ -25,7 +25,7 @@ class VariantMode(Options):
         stacked: all rows of a block in one batched computation (vmap), instead of one after another.
         channels_last: images in channels-last order.
         padding: short batches are padded and masked (stacked only).
-        device: where torch computes their gradients, as "cpu" or "cuda". Sums and evaluation stay on processors.
+        device: device of their gradients, as "cpu" or "cuda". Sums and evaluation stay on processors.
     """
 
     stacked: bool = False
@@ -53,7 +53,7 @@ class LocalSGD:
     """The optimizer of local steps.
 
     Attributes:
-        momentum, weight_decay: as of `torch.optim.SGD`.
+        momentum, weight_decay: see `torch.optim.SGD`.
         clip_norm: largest Euclidean norm of a step's gradient, or None.
     """
 
@@ -70,11 +70,11 @@ class Variant:
         index: number among the task's variants; `WHOLE` for the whole model.
         capacity: share of the channels of each axis, in (0, 1].
         modules: names of the model's top-level modules that it holds.
-        layout: of its (sub-)model, the same in every round.
-        working_layout: of the rows while they are trained: that layout in the mode's order of memory.
-        algorithm: as such participants run it.
-        optimizer: of their local steps.
-        mode: how they are trained.
+        layout: layout of its (sub-)model, the same in every round.
+        working_layout: layout of rows while they are trained: `layout` in the mode's memory order.
+        algorithm: algorithm of such participants.
+        optimizer: optimizer of their local steps.
+        mode: mode of their training.
         shares_window: whether all of them have the same window in a round.
     """
 
@@ -115,12 +115,12 @@ class Task:
     """What trains a block, on any engine: the same on every worker.
 
     Attributes:
-        algorithm: as the server, or a peer of the whole model, runs it.
-        variants: what participants hold, by ascending capacity.
-        batch_size: samples a step.
+        algorithm: algorithm of the server, or of a peer with the whole model.
+        variants: variants that participants hold, by ascending capacity.
+        batch_size: number of samples of a step.
         scaler: whether a sub-model's activations are multiplied by 1 / capacity while training.
         count_labels: whether label rows are averaged over the clients that own the label only.
-        topology: by which peers mix; None: there is a server.
+        topology: topology by which peers mix; None: there is a server.
     """
 
     workload: Workload

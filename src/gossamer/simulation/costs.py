@@ -20,10 +20,10 @@ class VariantCosts:
 
     Attributes:
         capacity: the capacity.
-        num_parameters: of its sub-model.
-        bytes_up, bytes_down: what it sends and receives a round.
-        flops_per_sample: of one training sample, forward and backward.
-        memory_bytes: what training holds at once: parameters, gradients, what else the algorithm carries from step to
+        num_parameters: number of parameters of its sub-model.
+        bytes_up, bytes_down: bytes that it sends and receives in a round.
+        flops_per_sample: operations of one training sample, forward and backward.
+        memory_bytes: memory of training: parameters, gradients, what else the algorithm carries from step to
             step (such as momentum), and what a batch saves for the backward pass, its own samples included. What was
             received counts no second time: it becomes the parameters.
     """
@@ -114,8 +114,8 @@ def add_up(efforts: Efforts, kept: NDArray[np.bool_], round_seconds: float, wait
     """Add up the costs of a round.
 
     Args:
-        efforts: of all p that were chosen.
-        kept: bool [p], who is in time.
+        efforts: efforts of all p that were chosen.
+        kept: bool [p], those in time.
         round_seconds: simulated seconds from the round's beginning to its end.
         waited_seconds: simulated seconds before it began, when nobody was available.
     """

@@ -52,7 +52,7 @@ def count_variants(
 
     Args:
         scaler: whether a sub-model's activations are multiplied by 1 / capacity while training.
-        bytes_per_number: of a parameter.
+        bytes_per_number: bytes of a parameter.
     """
     scales = [1.0 / variant.capacity if scaler else 1.0 for variant in variants]
     steps = {
@@ -170,9 +170,9 @@ def count_step(
     """Count what one local step costs, by doing one of the largest client.
 
     Args:
-        layout: of the (sub-)model that is trained.
+        layout: layout of the (sub-)model that is trained.
         scale: factor of hidden activations, see `Workload.loss`.
-        algorithm: as participants of this capacity run it; None: the loss is given the parameters themselves.
+        algorithm: algorithm of participants of this capacity; None: the loss is given the parameters themselves.
     """
     client = np.array([int(np.argmax(workload.num_samples))], dtype=np.int64)
     count = int(min(batch_size, workload.num_samples[client[0]]))

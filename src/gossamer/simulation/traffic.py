@@ -55,7 +55,7 @@ def exchanged(efforts: Efforts, traffic: Traffic) -> RoundCosts:
     through its downlink is done, and the round lasts as long as the slowest.
 
     Args:
-        efforts: of all n peers, their bytes, upload and download those of one message.
+        efforts: efforts of all n peers, with bytes, upload and download of one message.
     """
     if traffic.links is None:  # everybody waits for the slowest, in whatever group it is
         up, down = efforts.upload_seconds * traffic.sent, efforts.download_seconds * traffic.received

@@ -187,8 +187,8 @@ class Cutter:
 
         Args:
             stride: channels by which moving windows move a round.
-            seed: of random windows.
-            offsets: ``{axis: channels}`` by which an axis's windows are moved besides; 0 for those left out.
+            seed: seed of random windows.
+            offsets: ``{axis: channels}``, additional offset of the windows of an axis; 0 for those left out.
             full_size: whether everybody holds the whole model, whatever the capacity.
 
         Raises:
@@ -218,7 +218,7 @@ class Cutter:
         """Return the cut of `client` in `round`.
 
         Args:
-            order: what `order` returned for the model at the start of the round; needed only where the strategy ranks.
+            order: result of `order` for the model at the start of the round; needed only where the strategy ranks.
         """
         capacity = self._held(capacity)
         if self.strategy.rank is not None:

@@ -45,7 +45,7 @@ class Strategy:
         rank: ``(layout, x [d]) -> {axis: order}``: all channels of each axis, int64 [width], the most important first,
             by the model at the start of a round; a window then holds the first ones, and `choose` serves only where
             there is no model. None: windows do not depend on the model.
-        unused: which of "stride" and "offsets" change nothing.
+        unused: those of "stride" and "offsets" that have no effect.
     """
 
     choose: Chooser

@@ -51,7 +51,7 @@ def trace_axes(
     Args:
         module: the module, with parameters of its full width.
         inputs: example inputs; two samples suffice.
-        attention: what is cut where a reshape divides channels among heads (or other nested factors): ``"heads"``,
+        attention: factor to cut where a reshape divides channels among heads (or other nested factors): ``"heads"``,
             whole heads (the outermost factor), or ``"head-dim"``, the channels in every head (the innermost).
         keep: names of axes that are not to be cut, or a function that says so of a name.
         label_outputs: whether the last dimension of the (first) output belongs to labels, see `LABEL_AXIS`.

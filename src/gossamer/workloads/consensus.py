@@ -28,7 +28,7 @@ class ConsensusOptions(Options):
 
     Attributes:
         dim: coordinates of each peer's point.
-        precision: of the points: ``"single"`` (float32) or ``"double"`` (float64). Metrics are computed in float64.
+        precision: precision of the points: ``"single"`` (float32) or ``"double"`` (float64). Metrics are in float64.
     """
 
     dim: int = Field(10, ge=1)
@@ -56,9 +56,9 @@ class Consensus(Workload):
 
         Args:
             options: see `ConsensusOptions`.
-            num_clients: how many peers there are.
+            num_clients: number of peers.
             partition: ``"iid"``, the default; there is no data.
-            seed: of the points.
+            seed: seed of the points.
         """
         self.options = parse_options(self.Options, options, "workload")
         if partition not in ("iid", {"name": "iid"}):

@@ -42,8 +42,8 @@ class ConvexOptions(Options):
         dim: coordinates of the model.
         num_samples: samples of each client.
         heterogeneity: standard deviation of each coordinate of the clients' own models around the common one.
-        precision: of parameters, samples and losses: ``"single"`` (float32) or ``"double"`` (float64). Metrics and the
-            optimum are computed in double precision from the samples as they are stored.
+        precision: that of parameters, samples and losses: ``"single"`` (float32) or ``"double"`` (float64). Metrics
+            and the optimum are computed in double precision from the samples as they are stored.
     """
 
     dim: int = Field(10, ge=1)
@@ -96,9 +96,9 @@ class _LinearPredictor(Workload):
 
         Args:
             options: see `Options`.
-            num_clients: how many clients there are.
+            num_clients: number of clients.
             partition: ``"iid"``, the default; every client generates its own data.
-            seed: of the data.
+            seed: seed of the data.
         """
         self.options = parse_options(self.Options, options, "workload")
         if partition not in ("iid", {"name": "iid"}):

@@ -29,12 +29,12 @@ class ImageData:
     """Training and test images with their labels.
 
     Attributes:
-        name: what the set is called in messages.
+        name: name in messages.
         train_images, test_images: uint8 or float32 [N, channels, height, width]; N may differ, the rest may not.
         train_labels, test_labels: int64 [N], in 0 .. num_labels - 1.
         num_labels: number of classes.
-        mean, std: of each channel of the training images, in the units in which they are stored; computed if left out.
-        owner: int64 [N], who each training image belongs to by nature (a writer, a phone), or None.
+        mean, std: mean and standard deviation of each channel of the training images as stored; computed if left out.
+        owner: int64 [N], natural owner of each training image (a writer, a phone), or None.
 
     Raises:
         DataError: a shape, a type or a value does not fit the above.
@@ -126,7 +126,7 @@ class SubsetOptions(Options):
 
     Attributes:
         limit: keep only this many training images, the first after a shuffle; None keeps all.
-        seed: of that shuffle.
+        seed: seed of that shuffle.
     """
 
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -223,7 +223,7 @@ class SyntheticOptions(Options):
         shape: channels, height, width.
         num_labels: number of classes; label i is given to every num_labels-th image.
         noise: standard deviation of a pixel around its class's prototype, whose pixels have standard deviation 1.
-        seed: of prototypes and noise.
+        seed: seed of prototypes and noise.
     """
 
     num_train: int = Field(1000, ge=1)

@@ -67,9 +67,9 @@ def is_same_function(apply: Apply, layout: Layout, params: Mapping[str, Tensor],
 
     Args:
         apply: returns what a (sub-)model computes of its parameters and a batch.
-        layout: of the whole model.
-        params: of the whole model; they are disturbed, so that nothing is 0 that may be another number.
-        x: a batch of floats.
+        layout: layout of the whole model.
+        params: parameters of the whole model; they are perturbed, so that none is 0 by accident.
+        x: batch of floats.
 
     Returns:
         that; also where a result is not finite, so that nothing can be told.

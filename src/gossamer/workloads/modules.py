@@ -62,7 +62,7 @@ class ModuleModel:
 
         Args:
             build: returns a new module of full width, initialised by PyTorch's default generator.
-            input_shape, num_labels: of one sample; of the logits float32 [b, num_labels] that the module returns.
+            input_shape, num_labels: shape of one sample; width of the logits, float32 [b, num_labels].
             attention, keep: see `trace_axes`; attention None: fewer heads if the module takes them, else narrower ones.
 
         Raises:

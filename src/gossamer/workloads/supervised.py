@@ -33,7 +33,7 @@ class SupervisedOptions(Options):
     Attributes:
         dataset: name of a data set, or a mapping of ``name`` and its options.
         model: name of a model, or a mapping of ``name`` and its options.
-        label_mask: what the training loss does with labels that the client does not hold: ``"none"`` (the default: all
+        label_mask: treatment in the training loss of labels that the client does not hold: ``"none"`` (the default: all
             logits count), ``"zero"`` (their logits become 0, as in HeteroFL's code) or ``"minus-inf"`` (left out).
         evaluation_chunk: most samples that are evaluated at a time.
     """
@@ -49,7 +49,7 @@ class Supervised(Workload):
 
     Attributes:
         Options: of the workload.
-        data_class: what a data set returns, with the attribute `num_labels`.
+        data_class: class of data sets, with the attribute `num_labels`.
         data_kind, model_kind: kinds of plug-ins that data sets and models are, see `gossamer.registry`.
 
     Raises (when built):
@@ -78,9 +78,9 @@ class Supervised(Workload):
 
         Args:
             options: see `Options`.
-            num_clients: how many clients share the training data.
+            num_clients: number of clients that share the training data.
             partition: name of a partition, or a mapping of ``name`` and its parameters.
-            seed: of the partition and of augmentation.
+            seed: seed of the partition and of augmentation.
             data: a `data_class`, if it is loaded already.
         """
         self.options: Any = parse_options(self.Options, options, "workload")
@@ -129,7 +129,7 @@ class Supervised(Workload):
         Args:
             rows: int64 [s, m], numbers of training samples.
             padding: bool [s, m], whose samples are to be replaced by nothing.
-            round: by which augmentation is drawn.
+            round: number of the round, by which augmentation is drawn.
         """
 
     @abstractmethod

@@ -29,7 +29,7 @@ class TextData:
     """A training and a test text of every owner.
 
     Attributes:
-        name: what the set is called in messages.
+        name: name in messages.
         vocabulary: all characters that may occur, each once, in ascending order.
         owners: whose texts they are, such as the roles of a play.
         train, test: one text an owner, of two characters or more.
@@ -172,7 +172,7 @@ class SyntheticTextOptions(Options):
         num_test_characters: length of each test text.
         num_symbols: size of the vocabulary, lower-case letters.
         noise: probability that a character is drawn at random.
-        seed: of all draws.
+        seed: seed of all draws.
     """
 
     num_owners: int = Field(8, ge=1)

@@ -42,9 +42,9 @@ class LocalEngine(FederatedEngine):
         """Place `state` (arrays [1, d]) in shared memory and start the workers.
 
         Args:
-            task: what trains a block.
-            store: where private client state rests; needed if the algorithm keeps some.
-            workers: processes; 0 trains in this process. Changes no bits.
+            task: task to train.
+            store: store of private client state; needed if the algorithm keeps some.
+            workers: number of processes; 0 trains in this process. Changes no bits.
             block_size: participants a block (a power of two), or None for a size that suits. Changes no bits.
             hooks: see `EngineHooks`.
         """

@@ -37,7 +37,7 @@ class LocalPeerEngine(PeerEngine):
         """Place the peers' state in shared memory and start the workers.
 
         Args:
-            task: what trains; it has a topology.
+            task: task with a topology.
             x: [d], the initial model of all peers, unless the workload has a `peer_init`.
             workers: processes; 0 trains in this process. Changes no bits.
             block_size: peers a block, or None for a size that suits. Changes no bits.

@@ -101,7 +101,7 @@ class ClientActor:
         Args:
             message: JSON, with ``memory`` as in `train`.
             state: the whole one, if there is no such memory.
-            order: as in `train`.
+            order: see `train`.
         """
         described = json.loads(message)
         memory = described["memory"]

@@ -110,7 +110,7 @@ def start_ray(address: str | None, num_cpus: int | None) -> Callable[[], None]:
 
     Args:
         address: None for a Ray of our own, else "auto" or the address of a cluster.
-        num_cpus: of a Ray of our own; None: all.
+        num_cpus: number of CPUs of a Ray that is started here; None: all.
 
     Raises:
         EngineError: there is no such cluster, or Ray does not start.

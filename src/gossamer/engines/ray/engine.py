@@ -50,12 +50,12 @@ class RayEngine(FederatedEngine):
         """Start Ray or join a cluster, and start actors.
 
         Args:
-            task, state, store, block_size, hooks: as of the local engine.
-            workers: actors, of one CPU each; 0: as many as there are CPUs, anew every round. Changes no bits. Where
+            task, state, store, block_size, hooks: see `LocalEngine`.
+            workers: number of actors, of one CPU each; 0: as many as CPUs, counted every round. Changes no bits. Where
                 modes name another device than "cpu", there is one more actor for every GPU of the cluster; these alone
                 train the capacities of such modes.
-            recipe: how actors rebuild the task, see `ClientActor`.
-            address: None: a Ray of our own; else "auto" or the address of a cluster.
+            recipe: recipe by which actors rebuild the task, see `prepare`.
+            address: address of a cluster, or "auto"; None: Ray is started here.
             straggler_seconds: see `ActorPool`.
 
         Raises:

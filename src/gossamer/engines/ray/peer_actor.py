@@ -83,9 +83,9 @@ class PeerActor:
         """Return "" and the new rows of a block's state.
 
         Args:
-            message: as of `train`, without jobs, and with ``lr``.
-            block: what `train` returned for the block.
-            pieces: what the other blocks' peers send to this one.
+            message: see `train`, without jobs, and with ``lr``.
+            block: result of `train` for the block.
+            pieces: payloads of other blocks' peers for this one.
         """
         described, trained = json.loads(message), tensors(block)
         bounds = described["bounds"][described["block"]]
@@ -102,7 +102,7 @@ class PeerActor:
         Args:
             message: JSON: ``bounds``, ``round``, ``mixing`` and ``lr``, as of `mix`; ``numbers`` of the blocks;
                 ``spans``, see `swap_rows_`; ``member``, see `Member`, or null: then nothing is done.
-            blocks: what `train` returned for them.
+            blocks: results of `train` for them.
 
         Returns:
             "", or why the group broke; the new rows of each block's state, or None.

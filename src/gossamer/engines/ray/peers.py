@@ -50,10 +50,10 @@ class RayPeerEngine(PeerEngine):
         """Start Ray or join a cluster, start actors, and let them make the peers' initial rows.
 
         Args:
-            task: what trains; it has a topology.
+            task: task with a topology.
             x: [d], the initial model, of which actors make their own.
-            workers, hooks, recipe, address, straggler_seconds: as of `RayEngine`.
-            block_size: peers that are trained stacked together, or None for a size that suits. Changes no bits.
+            workers, hooks, recipe, address, straggler_seconds: see `RayEngine`.
+            block_size: number of peers that are trained stacked, or None for a suitable one. Changes no bits.
             collective: backend by which actors, whose number is then fixed, exchange rows; None: the object store.
 
         Raises:

@@ -57,7 +57,7 @@ class BlockResult:
     """What one block of s participants returns.
 
     Attributes:
-        block: which block.
+        block: the block.
         payload: ``{name: tensors}``: for each leaf its weighted tree sum [d_sub], None if every row was dropped; where
             every participant has a window of its own, the weighted rows, [d_sub] each, instead. [1] for scalars.
         loss: mean training loss of each row, length s.

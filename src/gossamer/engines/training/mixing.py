@@ -72,8 +72,8 @@ class Mixer:
 
         Args:
             plan: see `update`.
-            everyone: what its peers and those that they hear from send, see `laid_out`.
-            block: what was trained, see `laid_out`.
+            everyone: payloads of its peers and of those that they hear from, see `laid_out`.
+            block: trained rows, see `laid_out`.
             bounds: [low, high] of the block's peers.
         """
         sent = {name: rows for name, rows in everyone.items() if name != HOLDERS}
@@ -86,7 +86,7 @@ class Mixer:
 
         Args:
             bounds: [low, high] of each block.
-            blocks: what was trained: under `SENT` the payloads, under `STATE` other state arrays.
+            blocks: trained rows: payloads under `SENT`, other state arrays under `STATE`.
         """
         everyone: Arrays = {}
         for (low, high), block in zip(bounds, blocks, strict=True):

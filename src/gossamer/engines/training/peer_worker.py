@@ -27,7 +27,7 @@ class PeerState:
 
     Attributes:
         state: the algorithm's state, [n, d] each, [n, 1] of scalars.
-        outbox: what peers send under names that no state array has; a payload named like one lies in its place.
+        outbox: payloads under names that no state array has; one named like a state array replaces it.
         holders: uint8 [n, d], which coordinates each peer's window of the round holds; None: everybody holds all.
         merged: [1, d], the mean of all peers' models.
         first: number of the peer in row 0.
@@ -46,7 +46,7 @@ class PeerState:
         """Return the arrays of peers.
 
         Args:
-            task: what trains them.
+            task: task that trains them.
             state, merged, first: see the class.
             place: returns zeroed memory for rows of a width and a dtype.
         """

@@ -111,7 +111,7 @@ class Trainer:
         """Do the local steps, in the mode of the variant.
 
         Args:
-            received: what each participant starts from: arrays [1, d] of one each, or arrays [s, d] of all.
+            received: initial arrays: [1, d] for each participant, or [s, d] of all.
         """
         positions, mode = local_positions(self.task, job), self.task.variants[job.block.variant].mode
         client_state = on(mode.device, client_state)
