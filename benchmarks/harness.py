@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from quiet import MOST_SHARE, ROOT, Reading, Usage, descendants, is_quiet, read, usage, wait_until_quiet
+from quiet import MAX_SHARE, ROOT, Reading, Usage, descendants, is_quiet, read, usage, wait_until_quiet
 
 HERE = Path(__file__).parent
 RIVALS = HERE / "rivals"
@@ -43,7 +43,7 @@ class Trials(Generic[Result]):
 
     Attributes:
         asked: how many should count.
-        most_share: of a core that others may use in one that counts.
+        max_share: of a core that others may use in one that counts.
         accepted: what was measured while others were quiet, or while nothing was known about them.
         discarded: what was measured while they were not.
         shares: of a core that others used during the accepted trials; None: nothing is known.
@@ -51,7 +51,7 @@ class Trials(Generic[Result]):
     """
 
     asked: int
-    most_share: float = MOST_SHARE
+    max_share: float = MAX_SHARE
     accepted: list[Result] = field(default_factory=list)
     discarded: list[Result] = field(default_factory=list)
     shares: list[float | None] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Trials(Generic[Result]):
 
     def add(self, result: Result, used: Usage) -> bool:
         """Take a trial; returns False if it is discarded."""
-        counts = is_quiet(used, self.most_share) is not False
+        counts = is_quiet(used, self.max_share) is not False
         (self.accepted if counts else self.discarded).append(result)
         (self.shares if counts else self.discarded_shares).append(used.share)
         return counts
@@ -88,7 +88,7 @@ class Gate:
         self,
         attempts: int = 3,
         patience: float = 20.0,
-        most_share: float = MOST_SHARE,
+        max_share: float = MAX_SHARE,
         *,
         reader: Callable[[], Reading | None] = read,
         wait: Callable[[float, float], object] = wait_until_quiet,
@@ -98,10 +98,10 @@ class Gate:
         Args:
             attempts: how often a trial is measured at most.
             patience: seconds to wait at most, after a discarded trial, until others are quiet.
-            most_share: of one core that others may use on average.
+            max_share: of one core that others may use on average.
             reader, wait: for tests.
         """
-        self.attempts, self.patience, self.most_share = attempts, patience, most_share
+        self.attempts, self.patience, self.max_share = attempts, patience, max_share
         self._read, self._wait = reader, wait
         self._trials: list[Trials[Any]] = []
 
@@ -110,12 +110,12 @@ class Gate:
         """Add the options that set the bounds."""
         parser.add_argument("--attempts", type=int, default=3, help="times that a disturbed trial is measured at most")
         parser.add_argument("--patience", type=float, default=20.0, help="seconds to wait for quiet before it is again")
-        parser.add_argument("--most-share", type=float, default=MOST_SHARE, help="of a core that others may use")
+        parser.add_argument("--max-share", type=float, default=MAX_SHARE, help="of a core that others may use")
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Gate:
         """Return the gate that the options describe."""
-        return cls(max(1, arguments.attempts), arguments.patience, arguments.most_share)
+        return cls(max(1, arguments.attempts), arguments.patience, arguments.max_share)
 
     def gated(
         self,
@@ -145,7 +145,7 @@ class Gate:
 
         A discarded trial is repeated before the next contender's, so that they stay interleaved.
         """
-        found = {name: Trials[Result](repeats, self.most_share) for name in measures}
+        found = {name: Trials[Result](repeats, self.max_share) for name in measures}
         self._trials += found.values()
         for repeat in range(repeats):
             for name, measure in measures.items():
@@ -160,7 +160,7 @@ class Gate:
                     if counts:
                         break
                     if attempt + 1 < self.attempts:
-                        self._wait(self.patience, self.most_share)
+                        self._wait(self.patience, self.max_share)
         return found
 
     @property
@@ -179,7 +179,7 @@ class Gate:
         return {
             "quiet": self.quiet,
             "gate": {
-                "most_share_of_a_core_by_others": self.most_share,
+                "most_share_of_a_core_by_others": self.max_share,
                 "attempts_at_most": self.attempts,
                 "asked": sum(one.asked for one in self._trials),
                 "accepted": sum(len(one.accepted) for one in self._trials),
@@ -328,7 +328,7 @@ def summary(trials: Mapping[str, Trials[Report]]) -> dict[str, Report]:
 def start(trials: Trials[Report], figure: str = "first_round_seconds", window: str = "first") -> Report:
     """Return the median of a figure of the start, over the runs whose start was quiet, or over all where none was."""
     runs = trials.results
-    quiet = [run for run in runs if is_quiet(run["usage"].get(window, timed(run)), trials.most_share) is not False]
+    quiet = [run for run in runs if is_quiet(run["usage"].get(window, timed(run)), trials.max_share) is not False]
     values = [run[figure] for run in quiet or runs]
     return {
         figure: statistics.median(values),

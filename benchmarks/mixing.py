@@ -39,11 +39,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 GOALS = {"shift": 1.5, "matching": 2.5, "ten neighbours": 12.0}
 CHECKED_COLUMNS = 8
-MOST_DENSE = 10_000
+MAX_DENSE = 10_000
 MILLION, WIDTH = 1_000_000, 16
 CONSENSUS = ("od-equidyn", "random-match", "base", "ceca")
 TOLERANCES = {"single": 1e-6, "double": 1e-10}
-MOST_ROUNDS = 1_000
+MAX_ROUNDS = 1_000
 
 
 class Peers:
@@ -62,7 +62,7 @@ class Peers:
         is_joint = name == "ceca"
         self.parts = parts_of(
             {
-                "rounds": MOST_ROUNDS,
+                "rounds": MAX_ROUNDS,
                 "workload": {"name": "consensus", "dim": d // 2 if is_joint else d, "precision": precision},
                 "peers": {"num": n, "topology": {"name": name, **options}},
                 "algorithm": "dsgd-ceca" if is_joint else "dsgd",
@@ -156,7 +156,7 @@ def one_state(n: int, d: int, workers: int, repeats: int, gate: Gate) -> Report:
     seconds = {name: [one[name] for one in passes] for name in passes[0]}
     for peers in kinds.values():
         peers.engine.close()
-    if n <= MOST_DENSE:
+    if n <= MAX_DENSE:
         dense = as_torch(regular).to_dense()
         once = gate.gated(lambda: seconds_of(lambda: torch.mm(dense, x, out=out)))
         seconds["ten neighbours, dense matrix (once)"] = once.results
@@ -182,7 +182,7 @@ def consensus(name: str, n: int, precision: str, workers: int) -> Report:
     """Mix normal numbers, a million peers of a few each, until all agree with the mean."""
     peers = Peers(name, {}, n, 2 * WIDTH if name == "ceca" else WIDTH, workers, precision)
     first, left, draws, exchanges = peers.distance(), 1.0, [], []
-    while left > TOLERANCES[precision] and peers.round < MOST_ROUNDS:
+    while left > TOLERANCES[precision] and peers.round < MAX_ROUNDS:
         draws.append(seconds_of(peers.draw))
         exchanges.append(seconds_of(peers.exchange))
         left = peers.distance() / first

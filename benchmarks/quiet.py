@@ -31,9 +31,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-MOST_SHARE = 0.05  # of one core that others may use on average
+MAX_SHARE = 0.05  # of one core that others may use on average
 ROUNDING_SECONDS = 0.03  # by which the counters of a short trial may be off
-MOST_DOUBT = 0.25  # by which the columns may miss the time that passed
+MAX_DOUBT = 0.25  # by which the columns may miss the time that passed
 ROOT = "GOSSAMER_BENCHMARK_ROOT"  # the process under which all contenders run
 
 
@@ -125,7 +125,7 @@ def usage(before: Reading | None, after: Reading | None) -> Usage:
         return Usage(0.0, 0.0, None)
     seconds, own = after.seconds - before.seconds, after.own - before.own
     passed, counted = after.cores * seconds, after.counted - before.counted
-    if abs(counted - passed) > MOST_DOUBT * passed + after.cores * ROUNDING_SECONDS:
+    if abs(counted - passed) > MAX_DOUBT * passed + after.cores * ROUNDING_SECONDS:
         return Usage(seconds, own, None)
     return Usage(seconds, own, max(0.0, passed - (after.idle - before.idle) - own))
 
@@ -136,19 +136,19 @@ def together(usages: Iterable[Usage]) -> Usage:
     return Usage(sum(seconds), sum(own), None if None in others else sum(others))
 
 
-def is_quiet(used: Usage, most_share: float = MOST_SHARE) -> bool | None:
+def is_quiet(used: Usage, max_share: float = MAX_SHARE) -> bool | None:
     """Tell whether others left the processors alone; None where nothing is known.
 
     Args:
         used: between the start and the end of what was timed.
-        most_share: of one core that others may use on average.
+        max_share: of one core that others may use on average.
     """
-    return None if used.others is None else used.others <= most_share * used.seconds + ROUNDING_SECONDS
+    return None if used.others is None else used.others <= max_share * used.seconds + ROUNDING_SECONDS
 
 
 def wait_until_quiet(
     patience: float,
-    most_share: float = MOST_SHARE,
+    max_share: float = MAX_SHARE,
     reader: Callable[[], Reading | None] = read,
     sleep: Callable[[float], None] = time.sleep,
     window: float = 1.0,
@@ -157,14 +157,14 @@ def wait_until_quiet(
 
     Args:
         patience: seconds to wait at most.
-        most_share: of one core that others may use.
+        max_share: of one core that others may use.
         reader, sleep: for tests.
         window: seconds that are looked at together.
     """
     for _ in range(int(patience / window)):
         before = reader()
         sleep(window)
-        if is_quiet(usage(before, reader()), most_share) is not False:
+        if is_quiet(usage(before, reader()), max_share) is not False:
             return True
     return False
 

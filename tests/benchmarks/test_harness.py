@@ -41,7 +41,7 @@ class Waiting:
     def __init__(self) -> None:
         self.times = 0
 
-    def __call__(self, patience: float, most_share: float) -> None:
+    def __call__(self, patience: float, max_share: float) -> None:
         self.times += 1
 
 
@@ -76,7 +76,7 @@ class TestIsQuiet:
         ("others", "expected"), [(0.0, True), (0.5, True), (0.6, False), (10.0, False), (None, None)]
     )
     def test_by_the_share_of_a_core(self, others: float | None, expected: bool | None) -> None:
-        assert is_quiet(Usage(10.0, 15.0, others), most_share=0.05) is expected
+        assert is_quiet(Usage(10.0, 15.0, others), max_share=0.05) is expected
 
     def test_the_steps_of_the_counters_are_forgiven(self) -> None:
         assert is_quiet(Usage(0.2, 0.4, 0.03)) is True
