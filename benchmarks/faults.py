@@ -1,7 +1,7 @@
 """Strike at runs on Ray at random, and compare what comes out with runs of the local engine that nobody touched.
 
-Four experiments on made-up images: FedRolex with mixed capacities, gradient tracking of peers, and the same peers that
-hear from each other by gloo, each on a Ray of its own, and SCAFFOLD on a cluster of two nodes. A child process runs
+Three experiments on made-up images: FedRolex with mixed capacities and gradient tracking of peers, each on a Ray of its
+own, and SCAFFOLD on a cluster of two nodes. A child process runs
 one, commits every round, and reports the start and end of every span through a pipe; this process draws what to do to
 it, and when:
 
@@ -65,11 +65,9 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "engine": BASE["engine"] | {"modes": [{"capacity": level} for level in LEVELS]},
     },
     "peers": {"algorithm": "dsgt", "peers": {"num": 12, "topology": "random-match"}},
-    "gloo": {"algorithm": "dsgt", "peers": {"num": 12, "topology": "random-match"}},
     "cluster": {"algorithm": "scaffold", "clients": {"num": 12, "per_round": 8}},
 }
 ON_RAY: dict[str, dict[str, Any]] = {name: {"name": "ray"} for name in EXPERIMENTS}
-ON_RAY["gloo"] |= {"collective": "gloo"}
 
 
 def configuration(name: str, seed: int, engine: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,9 +377,7 @@ def main() -> None:
     began, reports, killed = time.monotonic(), dict[str, Any](), list[tuple[int, int, str, str]]()
     with tempfile.TemporaryDirectory() as folder:
         if options.memory:
-            reports = {
-                name: memory(name, options.memory, options.seed, Path(folder)) for name in ("fedrolex", "peers", "gloo")
-            }
+            reports = {name: memory(name, options.memory, options.seed, Path(folder)) for name in ("fedrolex", "peers")}
         else:
             bounds = np.linspace(0, options.faults, len(options.experiments) + 1)
             shares = np.diff(np.round(bounds).astype(int)).tolist()

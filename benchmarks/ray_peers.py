@@ -1,13 +1,12 @@
-"""Peers on two Ray actors that hear from each other by gloo, by Ray's object store, or in one machine's memory.
+"""Peers on two Ray actors, which hear from each other by Ray's object store, or in one machine's memory.
 
-A round of decentralized SGD: one step of every peer on a batch of 8, and one exchange. Three contenders, interleaved,
-each in processes of its own: the Ray engine with ``engine.collective: gloo``, the same without (rows then cross by the
-object store), and the local engine with two workers, which is the bound. 64 peers with an MLP of 199,210 parameters on
-three graphs, and 1,000 peers with softmax. All must end with the same bits.
+A round of decentralized SGD: one step of every peer on a batch of 8, and one exchange. Two contenders, interleaved, each
+in processes of its own: the Ray engine, and the local engine with two workers, which is the bound. 64 peers with an MLP of
+199,210 parameters on three graphs, and 1,000 peers with softmax. Both must end with the same bits.
 
 Bytes of a round: ``messages``, what peers send along the edges of the graph; ``crossing``, distinct rows that leave the
-block (object store) or the actor (gloo) that has them; ``loopback``, what everybody on this machine sent through the
-loopback interface meanwhile, where Ray's calls and gloo's messages go.
+block that has them; ``loopback``, what everybody on this machine sent through the loopback interface meanwhile, where
+Ray's calls go.
 
 With --engine it is one contender by itself.
 """
@@ -29,7 +28,6 @@ from harness import HERE, RIVALS, Gate, Report, Trials, interleave, machine, sum
 NUM_WORKERS, BATCH = 2, 8
 BLOCKS_OF_AN_ACTOR = 2
 ENGINES: dict[str, dict[str, Any]] = {
-    "gloo": {"name": "ray", "collective": "gloo"},
     "object store": {"name": "ray"},
     "local": {"name": "local"},
 }
@@ -134,22 +132,20 @@ def versions() -> dict[str, str]:
 # ---- all contenders
 
 
-def crossing_bytes(case: Mapping[str, Any], num_floats: int, rounds: range) -> dict[str, float]:
-    """Return how many bytes of distinct rows leave their block, or their actor, in a round on average."""
+def crossing_bytes(case: Mapping[str, Any], num_floats: int, rounds: range) -> float:
+    """Return how many bytes of distinct rows leave their block, in a round on average."""
     from gossamer import topology
 
     n, size = case["peers"], 1
     while size * BLOCKS_OF_AN_ACTOR * NUM_WORKERS < n:
         size *= 2
     graph = topology.build(case["topology"], n=n, seed=0)
-    groups = {"object store": size, "gloo": size * BLOCKS_OF_AN_ACTOR}
-    found = dict.fromkeys(groups, 0)
+    count = 0
     for number in rounds:
         edges = graph.mixing(number).edges()
-        for way, peers in groups.items():
-            pairs = zip((edges.receiver // peers).tolist(), edges.sender.tolist(), strict=True)
-            found[way] += sum(sender // peers != group for group, sender in set(pairs))
-    return {way: 4 * num_floats * count / len(rounds) for way, count in found.items()}
+        pairs = zip((edges.receiver // size).tolist(), edges.sender.tolist(), strict=True)
+        count += sum(sender // size != group for group, sender in set(pairs))
+    return 4 * num_floats * count / len(rounds)
 
 
 def compare(name: str, arguments: argparse.Namespace, gate: Gate) -> Report:
@@ -172,15 +168,13 @@ def compare(name: str, arguments: argparse.Namespace, gate: Gate) -> Report:
     for engine, of_one in trials.items():
         found[engine]["phase_seconds"] = phases(of_one)
         loopback = statistics.median(run["loopback_bytes"] for run in of_one.results)
-        found[engine]["bytes_per_round"] = {"crossing": crossing.get(engine, 0.0), "loopback": loopback}
+        found[engine]["bytes_per_round"] = {"crossing": crossing if engine != "local" else 0.0, "loopback": loopback}
     seconds = {engine: one["seconds_per_round"] for engine, one in found.items()}
     return {
         "peers": case["peers"],
         "parameters": num_floats,
         "message_bytes_per_round": messages,
         "engines": found,
-        "gloo / object store": seconds["gloo"] / seconds["object store"],
-        "gloo / local": seconds["gloo"] / seconds["local"],
         "object store / local": seconds["object store"] / seconds["local"],
     }
 

@@ -82,8 +82,6 @@ class Parts:
         else:
             given["workers"] = default_workers() if options.workers == "auto" else options.workers
         if self.task.topology is not None:
-            if options.collective is not None and self.engine_class.is_remote:
-                given["collective"] = options.collective
             return self.engine_class.of_peers(self.task, x, **given), None
         store = None
         if self.algorithm.traits.client_arrays:

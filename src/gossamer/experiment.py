@@ -59,9 +59,7 @@ class Run:
 
 
 # Where a run that has begun may go on: what changes no bits.
-MOVABLE = tuple(
-    f"engine.{key}" for key in ("name", "workers", "block_size", "address", "straggler_seconds", "collective")
-)
+MOVABLE = tuple(f"engine.{key}" for key in ("name", "workers", "block_size", "address", "straggler_seconds"))
 
 
 @dataclass

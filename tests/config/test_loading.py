@@ -126,11 +126,6 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"engine__workers": "many"}, "engine.workers = 'many': input should be a valid integer"),
     ({"engine__block_size": 6}, "engine.block_size = 6: give 'auto' or a power of two"),
     ({"engine__block_size": 0}, "engine.block_size = 0: give 'auto' or a power of two"),
-    ({"engine__collective": "mpi"}, "engine.collective = 'mpi': input should be 'gloo' or 'nccl'"),
-    (
-        {"engine__name": "ray", "engine__collective": "gloo"},
-        "engine.collective = 'gloo' lets Ray's actors send peers' rows to each other, but there are",
-    ),
     ({"engine__modes": [{"stacked": True}]}, "missing key 'engine.modes.0.capacity': add it"),
     ({"checkpoint__keep": 1}, "checkpoint.keep = 1: input should be greater than or equal to 2"),
     ({"evaluation__every": 0}, "evaluation.every = 0"),

@@ -35,7 +35,7 @@ def strike(experiment: str, num_faults: int) -> dict[str, Any]:
 
 
 @pytest.mark.sweep(keep=0.3, at_least=1)
-@pytest.mark.parametrize("experiment", ["fedrolex", "peers", "gloo"])
+@pytest.mark.parametrize("experiment", ["fedrolex", "peers"])
 def test_every_kind_of_blow(experiment: str) -> None:
     """Clients, or peers, on a Ray of their own, that goes when its driver is killed."""
     assert set(strike(experiment, len(KINDS))["fired"]) == KINDS

@@ -54,8 +54,6 @@ class EngineOptions(Options):
         address: address of a Ray cluster, "auto" for the one on this machine; None: the run starts its own.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least.
-        collective: gloo, or nccl where each has a GPU: Ray's actors send rows of peers to each other by
-            torch.distributed; None: by Ray's object store. Changes no bits; without meaning to engine local.
     """
 
     name: str = "local"
@@ -64,7 +62,6 @@ class EngineOptions(Options):
     modes: list[ModeOptions] | VariantMode | Literal["auto"] = "auto"
     address: str | None = None
     straggler_seconds: float | None = Field(default=None, gt=0)
-    collective: Literal["gloo", "nccl"] | None = None
 
     @field_validator("workers", "block_size")
     @classmethod
@@ -306,15 +303,6 @@ class Config(Options):
         found = self.peers if self.clients is None else self.clients
         assert found is not None
         return found
-
-    @model_validator(mode="after")
-    def _collective_for_peers(self) -> Config:
-        if self.engine.collective is not None and self.peers is None:
-            raise ValueError(
-                f"engine.collective = {self.engine.collective!r} lets Ray's actors send peers' rows to each other, but"
-                " there are no peers: set it to null"
-            )
-        return self
 
     @model_validator(mode="before")
     @classmethod

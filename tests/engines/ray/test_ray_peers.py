@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +12,7 @@ import pytest
 
 from federation import LEVELS, STACKED, assert_same, events, modes
 from gossamer import resume, run
-from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Backend, Member, Rendezvous
-from gossamer.engines.ray import collective
-from gossamer.engines.ray.collective import rendezvous_host
 from gossamer.engines.ray.peers import RayPeerEngine
-from gossamer.errors import ConfigError, RoundAborted
 from gossamer.experiment import Hooks
 from gossamer.plan import RoundPlan
 from gossamer.profiling.spans import Spans
@@ -26,7 +21,6 @@ from slow_peers import LEAST_SQUARES, decentralized
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
 
 RAY = {"engine.name": "ray", "engine.workers": 3}
-GLOO = {"engine.collective": "gloo"}
 CASES: dict[str, dict[str, Any]] = {
     "a shift, epochs of unequal lengths": {"peers.num": 9, "peers.topology": {"name": "d-equistatic", "M": 3}},
     "a matching, mixed and merged": {
@@ -84,98 +78,26 @@ class Strike:
 
 
 @pytest.mark.sweep(keep=0.5)
-@pytest.mark.parametrize("collective", [{}, GLOO], ids=["store", "gloo"])
 @pytest.mark.parametrize("case", CASES)
-def test_bits_of_the_local_engine(tmp_path: Path, case: str, collective: dict[str, str]) -> None:
+def test_bits_of_the_local_engine(tmp_path: Path, case: str) -> None:
     changes = CASES[case]
     here = run(decentralized(changes), out=tmp_path / "local")
-    there = run(decentralized(changes | RAY | collective), out=tmp_path / "ray")
+    there = run(decentralized(changes | RAY), out=tmp_path / "ray")
     assert_same(there, here)
     assert not events(there.directory, "retry")
 
 
 @pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("exchange", [1, 2])
-@pytest.mark.parametrize("collective", [{}, GLOO], ids=["store", "gloo"])
-def test_a_killed_actor_costs_no_bits(tmp_path: Path, collective: dict[str, str], exchange: int) -> None:
-    """One is killed when an exchange begins, and has other blocks to mix then, or a group that misses it."""
+def test_a_killed_actor_costs_no_bits(tmp_path: Path, exchange: int) -> None:
+    """One is killed when an exchange begins, and has other blocks to mix then."""
     strike = Strike(exchange, signal.SIGKILL)
     changes = CASES["a matching, mixed and merged"]
     here = run(decentralized(changes), out=tmp_path / "local")
-    there = run(decentralized(changes | RAY | collective), out=tmp_path / "ray", hooks=strike.hooks())
+    there = run(decentralized(changes | RAY), out=tmp_path / "ray", hooks=strike.hooks())
     assert strike.fired
     assert events(there.directory, "actor-replaced")
-    broken = [event for event in events(there.directory, "retry") if event["reason"] == "group-broken"]
-    assert len(broken) == (1 if collective and exchange > 1 else 0)  # there was none yet in the first
     assert_same(there, here)
-
-
-def test_a_member_that_dies_while_its_group_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The survivors and the replacement meet in the next group."""
-    members, fired = Rendezvous.members, list[int]()
-
-    def strike(self: Rendezvous, size: int, backend: Backend, seconds: float) -> list[Member]:
-        found = members(self, size, backend, seconds)
-        if not fired:
-            fired.append(own_actors()[0])
-            os.kill(fired[0], signal.SIGKILL)
-        return found
-
-    monkeypatch.setattr(Rendezvous, "members", strike)
-    monkeypatch.setattr(collective, "TIMEOUT_SECONDS", 0.0)  # as little as there may be
-    changes = CASES["codecs"]
-    there = run(decentralized(changes | RAY | GLOO), out=tmp_path / "ray")
-    assert fired
-    assert [event["reason"] for event in events(there.directory, "retry")][-1] == "group-broken"
-    assert_same(there, run(decentralized(changes), out=tmp_path / "local"))
-
-
-def test_a_member_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It alone is replaced, although the others wait for it."""
-    monkeypatch.setattr(collective, "MIN_TIMEOUT_SECONDS", 3.0)
-    strike, changes = Strike(2, signal.SIGSTOP), CASES["codecs"]
-    quick = {"engine.straggler_seconds": 0.5}
-    there = run(decentralized(changes | RAY | GLOO | quick), out=tmp_path / "ray", hooks=strike.hooks())
-    assert strike.fired
-    assert [event["reason"] for event in events(there.directory, "actor-replaced")] == ["hung"]
-    assert_same(there, run(decentralized(changes), out=tmp_path / "local"))
-
-
-def test_groups_that_break_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The round is given up in one sentence, and what was committed goes on without a group, and elsewhere."""
-    members = Rendezvous.members
-    monkeypatch.setattr(Rendezvous, "members", lambda *given: [one._replace(size=9) for one in members(*given)])
-    monkeypatch.setattr(collective, "MIN_TIMEOUT_SECONDS", 0.5)
-    changes, quick = CASES["codecs"], {"engine.straggler_seconds": 0.1}
-    with pytest.raises(RoundAborted, match=r"5 groups of Ray actors in a row broke \(a group of 9 did not form"):
-        run(decentralized(changes | RAY | GLOO | quick), out=tmp_path / "ray")
-    shutil.copytree(tmp_path / "ray", tmp_path / "elsewhere")
-    here = run(decentralized(changes), out=tmp_path / "local")
-    assert_same(resume(tmp_path / "ray", overrides=["engine.collective=null"]), here)
-    assert_same(resume(tmp_path / "elsewhere", overrides=["engine.name=local"]), here)
-
-
-def test_a_gpu_for_each_actor(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="takes a GPU for each of 3 actors, but the cluster has 2"):
-        run(decentralized(RAY | {"engine.collective": "nccl"}), out=tmp_path / "ray")
-
-
-def test_several_machines_need_the_name_of_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    nodes = [{"NodeManagerAddress": f"10.0.0.{number}", "Alive": True} for number in (1, 2)]
-    monkeypatch.delenv(INTERFACE, raising=False)
-    assert rendezvous_host() == LOOPBACK
-    monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    with pytest.raises(ConfigError, match=f"name the interface of a private network by the variable {INTERFACE}"):
-        rendezvous_host()
-    monkeypatch.setenv(INTERFACE, "no-such")
-    with pytest.raises(ConfigError, match=f"{INTERFACE} = 'no-such' is no interface"):
-        rendezvous_host()
-    monkeypatch.setenv(INTERFACE, "lo")
-    assert rendezvous_host() == LOOPBACK
-    nodes[1]["Alive"] = False
-    assert rendezvous_host() == LOOPBACK
 
 
 def test_resumed_on_the_other_engine(tmp_path: Path) -> None:

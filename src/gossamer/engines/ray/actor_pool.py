@@ -34,8 +34,6 @@ class Call(NamedTuple):
         num_returns: number of objects returned; more than one stay references.
         cost: rough duration, relative to the others of its batch.
         again: arguments of a repetition, on a replacement or beside a straggler; None: the same.
-        waits_seconds: longest wait for other calls of its batch. A call with one is not repeated elsewhere meanwhile,
-            and its caller calls `ActorPool.note_seconds`.
     """
 
     key: Hashable
@@ -44,7 +42,6 @@ class Call(NamedTuple):
     num_returns: int = 1
     cost: float = 1.0
     again: tuple[Any, ...] | None = None
-    waits_seconds: float = 0.0
 
     def repeated(self) -> Call:
         """Return the call as it is made again."""
@@ -133,7 +130,7 @@ class ActorPool:
         while len(self) < num_actors:
             self._actors.append(self._started(CPU))
 
-    def map(self, calls: Calls, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Hashable, Any]]:
+    def map(self, calls: Calls, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Any, Any]]:
         """Yield (key, result) of all calls, in the order in which they end.
 
         Args:
@@ -174,10 +171,6 @@ class ActorPool:
         """Kill the actors."""
         self._num_others = 0
         self.resize(0)
-
-    def note_seconds(self, method: str, seconds: float) -> None:
-        """Note the duration of an answer."""
-        self._longest[method] = max(seconds, self._longest.get(method, 0.0))
 
     def limit_seconds(self, method: str) -> float:
         """Return the time without an answer after which a call is repeated elsewhere."""
@@ -271,8 +264,8 @@ class _Batch:
             return None
         attempt = self.flying.pop(ready[0])
         if actors[attempt.number].generation == attempt.generation:
-            if not attempt.call.waits_seconds:
-                self._pool.note_seconds(attempt.call.method, now - actors[attempt.number].heard)
+            method, longest = attempt.call.method, self._pool._longest
+            longest[method] = max(now - actors[attempt.number].heard, longest.get(method, 0.0))
             actors[attempt.number].heard = now
         return attempt
 
@@ -322,9 +315,7 @@ class _Batch:
         actors = self._pool._actors
         for attempt in self._current():
             silent, limit = now - actors[attempt.number].heard, self._pool.limit_seconds(attempt.call.method)
-            silent -= attempt.call.waits_seconds
-            is_alone = not attempt.call.waits_seconds
-            if is_alone and silent > limit and not attempt.is_doubled and attempt.call.key not in self.done:
+            if silent > limit and not attempt.is_doubled and attempt.call.key not in self.done:
                 attempt.is_doubled = True
                 self.again[actors[attempt.number].kind].append(attempt.call.repeated())
                 self._pool.on_event("retry", reason="straggler", call=str(attempt.call.key))

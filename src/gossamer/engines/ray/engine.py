@@ -137,7 +137,7 @@ class RayEngine(FederatedEngine):
                 values = self._memory.take_back(described)
             else:
                 values = [torch.from_numpy(array) for array in arrays]
-            yield self._block_result(by_key[key], described, values)  # type: ignore[index]
+            yield self._block_result(by_key[key], described, values)
 
     def _blocks_of(self, plan: RoundPlan, variant: Variant) -> list[Block]:
         """Cut the last rows of a round finely and the first ones coarsely: every block sends one sum."""

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.collective.group import Group, GroupBroken, Member
-from gossamer.engines.collective.rows import swap_rows_
 from gossamer.engines.ray.client_actor import prepare, tensors
 from gossamer.engines.ray.cluster import arrays_of
 from gossamer.engines.training.mixing import HOLDERS, SENT, STATE, Mixer, column_sums, squared_distance
@@ -33,7 +31,6 @@ class PeerActor:
         """Rebuild the task, see `prepare`."""
         self._task = prepare(recipe, data)
         self._mixer = Mixer(self._task)
-        self._group: Group | None = None
 
     def ready(self) -> bool:
         """Answer, once the task is built."""
@@ -49,8 +46,7 @@ class PeerActor:
 
         Args:
             message: JSON: ``jobs``, as `PeerWorker.train` takes them, of all peers low, ..., high - 1; ``bounds``, of
-                all blocks; ``block``, the number of this one; ``round`` and ``mixing``; ``pieces``, whether there are
-                to be any.
+                all blocks; ``block``, the number of this one; ``round`` and ``mixing``.
             state: rows of the block.
 
         Returns:
@@ -74,7 +70,7 @@ class PeerActor:
         block = {f"{SENT}{name}": value for name, value in sent.items()}
         block |= {f"{STATE}{name}": value for name, value in arrays.items() if name not in sent}
         pieces: list[dict[str, NDArray[Any]] | None] = []
-        for number, (first, last) in enumerate(described["bounds"] if described["pieces"] else ()):
+        for number, (first, last) in enumerate(described["bounds"]):
             wanted = self._mixer.heard(described, first, last, low, high) if number != described["block"] else None
             pieces.append(None if wanted is None else _piece(sent, wanted, low))
         return json.dumps(replies), arrays_of(block), *pieces
@@ -95,47 +91,6 @@ class PeerActor:
                 for name, rows in everyone.items():
                     rows[torch.from_numpy(piece["peers"])] = torch.from_numpy(piece[name])
         return "", arrays_of(self._mixer.update_block(described, everyone, trained, bounds))
-
-    def mix_collectively(self, message: str, *blocks: Rows) -> Any:
-        """Mix several blocks while other actors mix theirs, exchanging rows by a process group.
-
-        Args:
-            message: JSON: ``bounds``, ``round``, ``mixing`` and ``lr``, as of `mix`; ``numbers`` of the blocks;
-                ``spans``, see `swap_rows_`; ``member``, see `Member`, or null: then nothing is done.
-            blocks: results of `train` for them.
-
-        Returns:
-            "", or why the group broke; the new rows of each block's state, or None.
-        """
-        described, trained = json.loads(message), [tensors(block) for block in blocks]
-        bounds = [described["bounds"][number] for number in described["numbers"]]
-        everyone = self._mixer.laid_out(bounds, trained)
-        try:
-            group = self._joined(described["member"])
-            swap_rows_(group, described["spans"], everyone, lambda *where: self._mixer.heard(described, *where))
-        except GroupBroken as error:
-            self._leave()
-            return str(error), *[None] * len(blocks)
-        mixed = (self._mixer.update_block(described, everyone, *each) for each in zip(trained, bounds, strict=True))
-        return "", *map(arrays_of, mixed)
-
-    def _joined(self, member: list[Any] | None) -> Group:
-        """Return the group of a member, in which this process stays until it is given another.
-
-        Raises:
-            GroupBroken: this actor is a replacement, or the others did not come in time.
-        """
-        if member is None:
-            raise GroupBroken("a member was replaced")
-        if self._group is None or self._group.member != Member(*member):
-            self._leave()
-            self._group = Group(Member(*member))
-        return self._group
-
-    def _leave(self) -> None:
-        if self._group is not None:
-            self._group.close()
-            self._group = None
 
     def sums(self, block: Rows) -> NDArray[np.float64]:
         """Return the sum of a block's models, float64 [d], see `column_sums`."""

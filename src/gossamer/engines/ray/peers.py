@@ -6,7 +6,7 @@ Only the rows that cross blocks are exchanged. The driver holds references, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,9 @@ from torch import Tensor
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import NO_HOOKS, EngineHooks
-from gossamer.engines.collective.group import Backend, has_nccl
 from gossamer.engines.peers import MERGED, Message, PeerEngine, mix_message
 from gossamer.engines.ray.actor_pool import ActorPool, Call
-from gossamer.engines.ray.cluster import make_actor, num_cpus, num_gpus, put_data, start_ray
-from gossamer.engines.ray.collective import CollectiveExchange
+from gossamer.engines.ray.cluster import make_actor, num_cpus, put_data, start_ray
 from gossamer.engines.ray.peer_actor import PeerActor
 from gossamer.engines.task import Task
 from gossamer.errors import ConfigError, StateLost
@@ -45,7 +43,6 @@ class RayPeerEngine(PeerEngine):
         recipe: Mapping[str, Any],
         address: str | None = None,
         straggler_seconds: float | None = None,
-        collective: Backend | None = None,
     ) -> None:
         """Start Ray or join a cluster, start actors, and let them make the peers' initial rows.
 
@@ -54,39 +51,21 @@ class RayPeerEngine(PeerEngine):
             x: [d], the initial model, of which actors make their own.
             workers, hooks, recipe, address, straggler_seconds: see `RayEngine`.
             block_size: number of peers that are trained stacked, or None for a suitable one. Changes no bits.
-            collective: backend by which actors, whose number is then fixed, exchange rows; None: the object store.
 
         Raises:
-            ConfigError: modes name a GPU, or collective is nccl and there are too few; see also
-                `CollectiveExchange`.
+            ConfigError: modes name a GPU.
         """
         if any(variant.mode.is_on_gpu for variant in task.variants):
             raise ConfigError(
                 "engine.modes trains peers on another device than cpu, which engine ray does not: use cpu"
             )
         self._leave = start_ray(address, workers or None)
-        self._adapts = not workers and collective is None
+        self._adapts = not workers
         num_actors = workers or num_cpus()
         bounds = bounds_of_blocks(task.workload.num_clients, num_actors)
         super().__init__(task, x, bounds, block_size=block_size, hooks=hooks)
-        self._collective: CollectiveExchange | None = None
-        if collective is not None:
-            self._collective = CollectiveExchange(
-                collective,
-                self._bounds,
-                num_actors,
-                max_bytes=self._num_peers * x.nbytes * len(task.algorithm.traits.uplink),
-                straggler_seconds=straggler_seconds,
-            )
-            require_gpus(collective, self._collective.size)
-        make = make_actor(PeerActor, json.dumps(recipe), put_data(task.workload), num_gpus=int(collective == "nccl"))
-        self._actors = ActorPool(
-            make,
-            num_actors if self._collective is None else 0,
-            straggler_seconds=straggler_seconds,
-            on_event=hooks.report,
-            others=dict.fromkeys(self._collective.kinds, (make, 1)) if self._collective is not None else None,
-        )
+        make = make_actor(PeerActor, json.dumps(recipe), put_data(task.workload))
+        self._actors = ActorPool(make, num_actors, straggler_seconds=straggler_seconds, on_event=hooks.report)
         self._state: list[Any] = []
         self._trained: dict[int, tuple[Any, ...]] = {}
         self._mean = torch.zeros(len(x), dtype=x.dtype)
@@ -122,8 +101,6 @@ class RayPeerEngine(PeerEngine):
     def close(self) -> None:
         """Stop the actors, and the Ray that was started for them."""
         self._actors.stop()
-        if self._collective is not None:
-            self._collective.close()
         self._state, self._trained = [], {}
         self._leave()
 
@@ -131,55 +108,46 @@ class RayPeerEngine(PeerEngine):
 
     def _train_jobs(self, plan: RoundPlan, jobs: list[list[Message]]) -> Iterator[Message]:
         """Have blocks trained; what their peers send, and keep, goes into the object store."""
-        self._trained, has_pieces = {}, self._collective is None
-        message = mix_message(plan) | {"bounds": self._bounds, "pieces": has_pieces}
+        self._trained, message = {}, mix_message(plan) | {"bounds": self._bounds}
         calls = (
             Call(
                 number,
                 "train",
                 (json.dumps(message | {"block": number, "jobs": jobs[number]}), self._state[number]),
-                num_returns=2 + has_pieces * len(self._bounds),
+                num_returns=2 + len(self._bounds),
             )
             for number in range(len(self._bounds))
         )
-        for number, (replies, *kept) in self._map(calls, self.hooks.stop_requested):
+        for number, (replies, *kept) in self._actors.map(calls, self.hooks.stop_requested):
             self._trained[number] = tuple(kept)
             yield from json.loads(replies)
 
     def _mix(self, plan: RoundPlan) -> None:
         """Mix and update, block by block."""
         message, numbers = mix_message(plan) | {"bounds": self._bounds}, range(len(self._bounds))
-        blocks = [self._trained[number][0] for number in numbers]
-        if self._collective is not None:
-            self._state = self._collective.mix(self._actors, message, blocks, self.hooks.report)
-        else:
-            calls = (
-                Call(
-                    number,
-                    "mix",
-                    (
-                        json.dumps(message | {"block": number}),
-                        blocks[number],
-                        *(self._trained[source][1 + number] for source in numbers),
-                    ),
-                    num_returns=2,
-                )
-                for number in numbers
+        calls = (
+            Call(
+                number,
+                "mix",
+                (
+                    json.dumps(message | {"block": number}),
+                    self._trained[number][0],
+                    *(self._trained[source][1 + number] for source in numbers),
+                ),
+                num_returns=2,
             )
-            done = dict(self._map(calls))
-            self._state = [done[number][1] for number in numbers]
+            for number in numbers
+        )
+        done = dict(self._actors.map(calls))
+        self._state = [done[number][1] for number in numbers]
         self._trained = {}
 
     def _require_state(self) -> None:
         """Let the actors make the initial rows, unless there are some."""
         if not self._state:
             calls = (Call(number, "init", tuple(bounds), num_returns=2) for number, bounds in enumerate(self._bounds))
-            made = dict(self._map(calls))
+            made = dict(self._actors.map(calls))
             self._state = [made[number][1] for number in range(len(self._bounds))]
-
-    def _map(self, calls: Iterable[Call], stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Any, Any]]:
-        """Have calls done, by the actors that have the blocks if each has its own."""
-        return self._actors.map(calls if self._collective is None else self._collective.spread(calls), stop)
 
     def _models(self, peers: list[int]) -> NDArray[Any]:
         """Return models, [k, d]."""
@@ -190,7 +158,7 @@ class RayPeerEngine(PeerEngine):
             for number, (low, high) in enumerate(self._bounds)
         }
         calls = (Call(number, "rows", (self._state[number], rows)) for number, rows in wanted.items() if rows)
-        found = dict(self._map(calls))
+        found = dict(self._actors.map(calls))
         return np.concatenate([found[number] for number, rows in wanted.items() if rows])
 
     def _take_mean(self) -> float:
@@ -202,7 +170,7 @@ class RayPeerEngine(PeerEngine):
         """Add up what the blocks return, by a tree over blocks."""
         tree = TreeSum(len(self._bounds))
         calls = (Call(number, method, (block, *arguments)) for number, block in enumerate(self._state))
-        for number, found in self._map(calls):
+        for number, found in self._actors.map(calls):
             tree.add(number, torch.from_numpy(found.copy()))
         assert tree.total is not None
         return tree.total
@@ -211,7 +179,7 @@ class RayPeerEngine(PeerEngine):
         calls = (
             Call(chunk, "evaluate", (json.dumps({**message, "chunk": chunk}), models)) for chunk in range(num_chunks)
         )
-        sums = {key: json.loads(reply)["sums"] for key, reply in self._map(calls)}
+        sums = {key: json.loads(reply)["sums"] for key, reply in self._actors.map(calls)}
         return [sums[chunk] for chunk in range(num_chunks)]
 
 
@@ -221,18 +189,3 @@ def bounds_of_blocks(num_peers: int, num_actors: int) -> list[list[int]]:
     while size * BLOCKS_PER_ACTOR * num_actors < num_peers:
         size *= 2
     return [[low, min(low + size, num_peers)] for low in range(0, num_peers, size)]
-
-
-def require_gpus(collective: Backend, num_actors: int) -> None:
-    """Raise a `ConfigError` if actors shall send by NCCL and not each can have a GPU."""
-    if collective != "nccl":
-        return
-    if num_gpus() < num_actors:
-        raise ConfigError(
-            f"engine.collective = 'nccl' takes a GPU for each of {num_actors} actors, but the cluster has {num_gpus()}:"
-            " set engine.workers to as many, or engine.collective to gloo"
-        )
-    if not has_nccl():
-        raise ConfigError(
-            "engine.collective = 'nccl', but this torch is built without NCCL: use gloo, or another torch"
-        )
