@@ -1,8 +1,8 @@
 """Peers on two Ray actors, which hear from each other by Ray's object store, or in one machine's memory.
 
-A round of decentralized SGD: one step of every peer on a batch of 8, and one exchange. Two contenders, interleaved, each
-in processes of its own: the Ray engine, and the local engine with two workers, which is the bound. 64 peers with an MLP of
-199,210 parameters on three graphs, and 1,000 peers with softmax. Both must end with the same bits.
+A round of decentralized SGD: one step of every peer on a batch of 8, and one exchange. Two contenders, interleaved,
+each in processes of its own: the Ray engine, and the local engine with two workers, which is the bound. 64 peers with
+an MLP of 199,210 parameters on three graphs, and 1,000 peers with softmax. Both must end with the same bits.
 
 Bytes of a round: ``messages``, what peers send along the edges of the graph; ``crossing``, distinct rows that leave the
 block that has them; ``loopback``, what everybody on this machine sent through the loopback interface meanwhile, where
