@@ -226,7 +226,7 @@ def _run_rounds(
         try:
             loop.run()
         except EngineError as error:
-            for note in getattr(error, "__notes__", ()):  # the traceback of a worker
+            for note in vars(error).get("__notes__", ()):  # the traceback of a worker
                 log.log_event("worker-failed", message=str(error), traceback=note)
             raise
         return parts.final_model(engine.read())

@@ -162,4 +162,6 @@ def resolve(kind: str, name: str) -> Any:
                 found = getattr(found, part)
         except (ImportError, AttributeError) as error:
             raise RegistryError(f"cannot load {kind} {name!r} from {target!r}: {error}") from error
+        except ConfigError as error:  # such as of its traits
+            raise ConfigError(f"{kind} {name!r}: {error}") from error
     return found

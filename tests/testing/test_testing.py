@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import doctest
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
-
-from gossamer.testing import algorithms, workloads
 
 PLUGIN = """
 from gossamer.algorithms.federated import FedAvg
@@ -43,10 +38,3 @@ def test_a_plug_in_of_a_third_party(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.stderr == ""
     assert done.stdout.startswith("init returned shape (15,), not (16,): ")
-
-
-@pytest.mark.parametrize("module", [algorithms, workloads])
-def test_examples(module: object) -> None:
-    found = doctest.testmod(module, optionflags=doctest.ELLIPSIS)  # type: ignore[arg-type]
-    assert found.failed == 0
-    assert found.attempted > 3

@@ -2,6 +2,47 @@
 
 `Arrays` maps names to float32 tensors. State arrays have leading rows: [n, d] at n sites, [s, d] for s clients.
 Participants of a smaller capacity see the same functions on rows cut to their window.
+
+A whole algorithm, for ``algorithm: {name: "toy:MajorityVote", size: 0.02}`` if it stands in a file ``toy.py``:
+
+    >>> import torch
+    >>> from gossamer.algorithms.base import Algorithm
+    >>> from gossamer.algorithms.traits import AlgorithmTraits
+    >>> class MajorityVote(Algorithm):
+    ...     traits = AlgorithmTraits(uplink={"sign": "mean"})
+    ...
+    ...     def __init__(self, options, *, momentum=0.0, weight_decay=0.0):
+    ...         self.size = options.get("size", 0.01)
+    ...
+    ...     def init(self, x):
+    ...         return {"x": x}
+    ...
+    ...     def init_client(self, x):
+    ...         return {}
+    ...
+    ...     def begin(self, state, client_state):
+    ...         return {"x": state["x"].clone()}
+    ...
+    ...     def step(self, carry, grad, lr):
+    ...         carry["x"].sub_(grad, alpha=lr)
+    ...         return carry
+    ...
+    ...     def end(self, state, client_state, carry, steps, lr):
+    ...         return {"sign": (carry["x"] - state["x"]).sign()}, {}
+    ...
+    ...     def update(self, state, inbox, num_clients):
+    ...         return {"x": state["x"] + self.size * inbox["sign"].sign()}
+
+A round of one client, by hand; and what becomes of a misspelt trait:
+
+    >>> toy, state = MajorityVote({}), {"x": torch.zeros(1, 3)}
+    >>> carry = toy.step(toy.begin(state, {}), torch.tensor([[4.0, -2.0, 0.0]]), lr=0.1)
+    >>> payload, _ = toy.end(state, {}, carry, steps=1, lr=0.1)
+    >>> toy.update(state, payload | {"held": None}, num_clients=1)["x"].tolist()[0]
+    [-0.009999999776482582, 0.009999999776482582, 0.0]
+    >>> AlgorithmTraits(stackabel=False)
+    Traceback (most recent call last):
+    gossamer.errors.ConfigError: AlgorithmTraits has no trait 'stackabel'; did you mean 'stackable'? (known: ...)
 """
 
 from __future__ import annotations

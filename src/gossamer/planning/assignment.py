@@ -81,10 +81,9 @@ def assign_devices(entries: Sequence[DeviceShare], assignment: str, num_clients:
 def devices_of_capacities(devices: Devices, capacities: Capacities, num_clients: int) -> list[tuple[int, int]]:
     """Return the pairs (device, capacity), as indices, that some client may have."""
     everybody, assignment = np.arange(num_clients, dtype=np.int64), devices.assignment
-    both_fixed = capacities.is_fixed and getattr(assignment, "is_fixed", True)
-    if both_fixed:
+    if capacities.is_fixed and (assignment is None or assignment.is_fixed):
         together = np.stack([devices.of(everybody, 0), capacities.variants(everybody, 0)], axis=1)
         return [(int(device), int(variant)) for device, variant in np.unique(together, axis=0)]
-    if getattr(assignment, "levels", None) == capacities.levels:  # drawn anew each round, but together
+    if assignment is not None and assignment.levels == capacities.levels:  # drawn anew each round, but together
         return [(level, level) for level in range(len(capacities.levels))]
     return [(device, level) for device in range(len(devices.profiles)) for level in range(len(capacities.levels))]

@@ -145,7 +145,15 @@ def check_devices(entries: Sequence[DeviceShare]) -> None:
 
 
 class Assignment(Protocol):
-    """Says which of several levels each client has, as `planning.Capacities` does."""
+    """Says which of several levels each client has, as `planning.Capacities` does.
+
+    Attributes:
+        levels: the levels.
+        is_fixed: whether a client's level never changes.
+    """
+
+    levels: tuple[float, ...]
+    is_fixed: bool
 
     def variants(self, clients: Ints, round: int) -> NDArray[np.int16]:
         """Return int16 [p]: the level of each client in a round."""

@@ -185,10 +185,9 @@ def _on_torch(x: Any, num_peers: int, rows_per_peer: int, kernel: Callable[[Tens
     """Apply a kernel for flat rows, [rows, d], to a state [rows, ...] or [peers, rows_per_peer, ...]."""
     import torch
 
-    if str(getattr(x, "dtype", "")).removeprefix("torch.") not in ("float32", "float64"):
-        raise ConfigError(
-            f"cannot mix {getattr(x, 'dtype', type(x).__name__)}: give a float32 or float64 tensor or array"
-        )
+    kind = x.dtype if isinstance(x, np.ndarray | torch.Tensor) else type(x).__name__
+    if str(kind).removeprefix("torch.") not in ("float32", "float64"):
+        raise ConfigError(f"cannot mix {kind}: give a float32 or float64 tensor or array")
     tensor = torch.from_numpy(np.require(x, requirements=["C", "W"])) if isinstance(x, np.ndarray) else x
     by_peer = rows_per_peer > 1 and tuple(tensor.shape[:2]) == (num_peers, rows_per_peer)
     num_rows = num_peers * rows_per_peer

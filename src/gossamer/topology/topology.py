@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Topology:
     options: TopologyOptions
     kind: str
     schedule: Schedule
+    _mixing: Callable[[int], Mixing] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         remembered = NUM_CACHED if self.n <= MAX_CACHED else 1
@@ -75,8 +76,7 @@ class Topology:
         if round < 0:
             raise ConfigError(f"round {round} is below 0: rounds are counted from 0")
         place = round if self.schedule.cycle is None else round % self.schedule.cycle
-        mixing: Mixing = getattr(self, "_mixing")(place)  # noqa: B009
-        return mixing
+        return self._mixing(place)
 
     def consensus_rate(self) -> float:
         """Return the factor by which a round contracts the disagreement ``||X - mean||`` in the worst direction.

@@ -1,7 +1,47 @@
 """What a workload is: data of many clients, a model in a `Layout`, a loss and metrics.
 
-A workload of your own is any object with the attributes of `Workload`; name it in a configuration as
-``my_package.my_module:MyWorkload``. `gossamer.testing.check_workload` checks one.
+A whole workload, for ``workload: "toy:Points"`` if it stands in a file ``toy.py``:
+
+    >>> import numpy as np
+    >>> import torch
+    >>> from gossamer.submodel import Layout
+    >>> from gossamer.workloads.base import Batch, Workload
+    >>> from gossamer.workloads.traits import WorkloadTraits
+    >>> class Points(Workload):  # the model is the point of the plane that is nearest to all clients' points
+    ...     traits = WorkloadTraits()
+    ...
+    ...     def __init__(self, options, *, num_clients, partition, seed):
+    ...         self.num_clients, self.num_samples = num_clients, np.full(num_clients, 4, dtype=np.int64)
+    ...         self.layout = Layout.of({"x": (2,)}, {"x": (None,)})
+    ...         self.points = 1 + torch.randn(num_clients, 4, 2, generator=torch.Generator().manual_seed(seed))
+    ...
+    ...     def init(self, seed):
+    ...         return torch.zeros(self.layout.d)
+    ...
+    ...     def batch(self, clients, positions, round=0):
+    ...         held = torch.from_numpy(positions >= 0)
+    ...         points = self.points[torch.from_numpy(clients)[:, None], torch.from_numpy(positions)]
+    ...         return Batch({"points": points} if held.all() else {"points": points, "mask": held.float()}, {})
+    ...
+    ...     def loss(self, params, batch):
+    ...         squares = (params["x"] - batch["points"]).square().sum(-1)
+    ...         weights = batch.get("mask", torch.ones_like(squares))
+    ...         return (squares * weights).sum() / weights.sum().clamp_min(1)
+    ...
+    ...     def evaluate(self, params, statistics, chunk):
+    ...         squares = (params["x"] - self.points).double().square().sum(-1)
+    ...         return {"loss": squares.sum().reshape(1).numpy(), "count": np.array([float(squares.numel())])}
+    ...
+    ...     def metrics(self, sums):
+    ...         return {"loss": float(sums["loss"][0] / sums["count"][0])}
+
+It keeps its contract; what becomes of a misspelt trait:
+
+    >>> from gossamer.testing import check_workload
+    >>> check_workload(Points({}, num_clients=3, partition="iid", seed=0))
+    >>> WorkloadTraits(support_stacking=False)
+    Traceback (most recent call last):
+    gossamer.errors.ConfigError: WorkloadTraits has no trait 'support_stacking'; did you mean 'supports_stacking'? ...
 """
 
 from __future__ import annotations
@@ -232,10 +272,11 @@ def require_workload(plugin: str, found: Any) -> None:
     Raises:
         ConfigError: it lacks something, or its traits are missing or contradicted, see `check_traits`.
     """
-    names = ["traits", *METHODS]
-    if not isinstance(found, type):
-        names += [*ATTRIBUTES, *(["data"] if "data" in inspect.signature(type(found)).parameters else [])]
-    require_attributes(plugin, found, names, "derive it from gossamer.workloads.base.Workload")
+    is_class = isinstance(found, type)
+    remedy = "derive it from gossamer.workloads.base.Workload"
+    require_attributes(plugin, found, ("traits", *METHODS, *(() if is_class else ATTRIBUTES)), remedy)
+    if not is_class and "data" in inspect.signature(type(found)).parameters:
+        require_attributes(plugin, found, ("data",))
     check_traits(plugin, found, WorkloadTraits, Workload)
 
 

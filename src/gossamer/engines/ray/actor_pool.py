@@ -281,7 +281,7 @@ class _Batch:
         try:
             ray.get(actor.starting)
         except _lost() as error:
-            if getattr(error, "actor_init_failed", False):
+            if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
                 raise EngineError(f"a Ray actor cannot start: {str(error).splitlines()[-1]}") from None
             number = self._pool._actors.index(actor)
             self._pool._lost_one(_Attempt(READY, [], number, actor.generation), type(error).__name__, self)
