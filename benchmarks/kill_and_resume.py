@@ -77,7 +77,7 @@ def child(directory: Path, config: Path, reports: int) -> None:
         made.listeners.append(lambda name, starts: report(("+" if starts else "-") + name))
         return made
 
-    Checkpoints.commit = partialmethod(Checkpoints.commit, on_phase=lambda step: report(f".{step}"))  # type: ignore
+    Checkpoints.commit = partialmethod(Checkpoints.commit, on_step=lambda step: report(f".{step}"))  # type: ignore
     hooks = Hooks(spans=spans)
     begun = (directory / "config.yaml").exists()
     run = gossamer.resume(directory, hooks) if begun else gossamer.run(config, out=directory, hooks=hooks)

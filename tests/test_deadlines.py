@@ -47,7 +47,7 @@ BUSY = mixed("fedrolex") | {
 def slow_clients(config: dict[str, Any]) -> list[int]:
     """Return the clients whose device is the second one."""
     planner = build(parse(config)).planner
-    return np.flatnonzero(planner.costs.devices.of(np.arange(8), 0) == 1).tolist()
+    return np.flatnonzero(planner.costs[0].devices.of(np.arange(8), 0) == 1).tolist()
 
 
 class TestSeconds:
@@ -161,7 +161,7 @@ class TestSameBits:
         assert len({record["num_participants"] for record in undisturbed.metrics}) > 1
         planner, now, waited = build(parse(configure(BUSY))).planner, 0.0, []
         for record in undisturbed.metrics:
-            began, available = planner.costs.devices.available(record["round"] - 1, now)
+            began, available = planner.costs[0].devices.available(record["round"] - 1, now)
             waited.append(began > now)
             assert len(available) < 8
             now = record["simulated_seconds"]
@@ -196,7 +196,7 @@ class TestSameBits:
         for round, record in reversed(list(enumerate(undisturbed.metrics))):
             plan = first.plan(round, starts[round])
             assert (len(plan.client), len(plan.dropped)) == (record["num_participants"], record["num_dropped"])
-            assert first.timed_plan(round, starts[round]).costs.simulated_seconds == pytest.approx(
+            assert first.phases(round, starts[round])[0].costs.simulated_seconds == pytest.approx(
                 starts[round + 1] - starts[round]
             )
         for round in range(6):
@@ -301,8 +301,8 @@ class TestFairness:
             levels = mixed(algorithm, (0.25, 1.0)) | {"engine.modes": "auto", "submodel.shares": [1, 3]}
             config = configure(levels | {"devices": TIED, "submodel.assignment": assignment})
             planner = build(parse(config)).planner
-            names = [profile.name for profile in planner.costs.devices.profiles]
-            who.append([names[i] for round in range(3) for i in planner.costs.devices.of(np.arange(8), round)])
+            names = [profile.name for profile in planner.costs[0].devices.profiles]
+            who.append([names[i] for round in range(3) for i in planner.costs[0].devices.of(np.arange(8), round)])
         assert who[0] == who[1] == who[2] == who[3]
         assert set(who[0]) == {"quick", "slow"}
 

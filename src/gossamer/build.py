@@ -202,8 +202,8 @@ def make_planner(config: Config, task: Task) -> Planner:
     )
 
 
-def count_costs(config: Config, task: Task, capacities: Capacities) -> Costs:
-    """Count what each capacity costs, and give every client its device.
+def count_costs(config: Config, task: Task, capacities: Capacities) -> list[Costs]:
+    """Count what each capacity costs in each phase of a round, and give every client its device.
 
     Raises:
         ConfigError: a sub-model does not fit a device that trains it.
@@ -214,17 +214,20 @@ def count_costs(config: Config, task: Task, capacities: Capacities) -> Costs:
         task.workload.num_clients,
         config.seed,
     )
-    variants = count_variants(
-        task.workload,
-        task.algorithm,
-        task.variants,
-        batch_size=task.batch_size,
-        scaler=task.scaler,
-        bytes_per_number=task.workload.init(task.seed).itemsize,
-    )
-    costs = Costs(variants, devices)
-    costs.check_memory(devices_of_capacities(devices, capacities, task.workload.num_clients))
-    return costs
+    pairs = devices_of_capacities(devices, capacities, task.workload.num_clients)
+    found = []
+    for phase in task.phases:
+        variants = count_variants(
+            task.workload,
+            phase.algorithm,
+            phase.variants,
+            batch_size=task.batch_size,
+            scaler=task.scaler,
+            bytes_per_number=task.workload.init(task.seed).itemsize,
+        )
+        found.append(Costs(variants, devices))
+        found[-1].check_memory(pairs)
+    return found
 
 
 def check_modes(task: Task, algorithm: str) -> None:
@@ -236,7 +239,7 @@ def check_modes(task: Task, algorithm: str) -> None:
     ragged = bool((task.workload.num_samples % task.batch_size != 0).any())
     for variant in task.variants:
         mode, capacity = variant.mode, variant.capacity
-        if mode.stacked and not task.algorithm.traits.stackable:
+        if mode.stacked and not task.is_stackable:
             raise ConfigError(
                 f"engine.modes stacks capacity {capacity}, but algorithm {algorithm!r} trains"
                 " participants one by one: use auto"

@@ -35,6 +35,9 @@ class Block(NamedTuple):
 class RoundPlan:
     """Who trains what in one phase of one round; rows are sorted by variant, most steps first, then client.
 
+    A phase is one plan and two verbs: its participants train, then there is an exchange. Most algorithms have one phase
+    a round. (round, phase), both counted from 0, addresses random numbers, messages and commits.
+
     Attributes:
         round, phase: address of the phase.
         client: int64 [p], participants.

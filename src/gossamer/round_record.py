@@ -1,9 +1,10 @@
-"""What is counted from round to round, the record of a round, and who watches."""
+"""What is counted from round to round, the records of a phase and of a round, and who watches."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ class Observer(Protocol):
     """Watches a run, for example to draw a progress bar."""
 
     def on_block(self, round: int, done: int, total: int) -> None:
-        """`done` of `total` participants of a round (counted from 0) are trained."""
+        """`done` of `total` participants of a round (counted from 0) are trained, those of all phases added up."""
         ...
 
     def on_round(self, record: Mapping[str, Any]) -> None:
@@ -28,72 +29,116 @@ class Observer(Protocol):
 
 @dataclass
 class Progress:
-    """What the loop carries from round to round beside the engine's state; goes into every commit."""
+    """What the loop carries from phase to phase beside the engine's state; goes into every commit.
+
+    Attributes:
+        round: rounds that are done.
+        phase: phases of the next one that are done.
+        phases: their records, see `phase_record`.
+        wall_seconds: since the run began, without the time between interruption and resumption.
+        simulated_seconds, total_bytes_up, total_bytes_down, total_client_flops: of the rounds that are done.
+    """
 
     round: int = 0
+    phase: int = 0
+    phases: list[Record] = field(default_factory=list)
     wall_seconds: float = 0.0
     simulated_seconds: float = 0.0
     total_bytes_up: int = 0
     total_bytes_down: int = 0
     total_client_flops: float = 0.0
 
-    def add(self, costs: RoundCosts, seconds: float) -> None:
-        """Count one more round that cost `costs` and took `seconds` of wall-clock time."""
-        self.round += 1
-        self.wall_seconds += seconds
-        self.simulated_seconds += costs.simulated_seconds
-        self.total_bytes_up += costs.bytes_up
-        self.total_bytes_down += costs.bytes_down
-        self.total_client_flops += costs.client_flops
+    @property
+    def address(self) -> tuple[int, int]:
+        """Round and phase."""
+        return self.round, self.phase
+
+    def end_phase(self, record: Record) -> None:
+        """Count one more phase."""
+        self.phase += 1
+        self.phases = [*self.phases, record]
+
+    def end_round(self) -> list[Record]:
+        """Count one more round, whose phases are all done, and return their records."""
+        done, self.phases = self.phases, []
+        self.round, self.phase = self.round + 1, 0
+        self.simulated_seconds += _total(done, "simulated_seconds")
+        self.total_bytes_up += _total(done, "bytes_up")
+        self.total_bytes_down += _total(done, "bytes_down")
+        self.total_client_flops += _total(done, "client_flops")
+        return done
+
+
+def describe_done(round: int, phase: int) -> str:
+    """Say how many rounds, and phases of the next one, are done."""
+    return f"phase {phase} of round {round + 1}" if phase else f"round {round}"
+
+
+def _total(phases: Sequence[Record], name: str) -> Any:
+    return sum(record[name] for record in phases)
+
+
+def phase_record(plan: RoundPlan, costs: RoundCosts, losses: NDArray[np.float64], seconds: float) -> Record:
+    """Return what a round's record is made of, of one of its phases: plain JSON values.
+
+    Args:
+        plan: its participants are those that train, its dropped ones those that were late.
+        costs: the phase's own.
+        losses: float64 [p], NaN for participants whose update was dropped.
+        seconds: wall-clock time of the phase.
+    """
+    loss = float(np.nanmean(losses))
+    return asdict(costs) | {
+        "seconds": seconds,
+        "num_participants": len(plan.client),
+        "num_survivors": int(np.isfinite(losses).sum()),
+        "num_dropped": len(plan.dropped),
+        "lr": plan.lr,
+        "train_loss": loss if math.isfinite(loss) else None,
+    }
 
 
 def round_record(
-    progress: Progress,
-    plan: RoundPlan,
-    costs: RoundCosts,
-    losses: NDArray[np.float64],
-    seconds: float,
-    phase_seconds: Mapping[str, float],
+    progress: Progress, phases: Sequence[Record], seconds: float, phase_seconds: Mapping[str, float]
 ) -> Record:
     """Return a round's line of metrics.jsonl, without the workload's metrics.
 
     Args:
         progress: totals, this round included.
-        plan: the round's plan; its participants are those that train, its dropped ones those that were late.
-        costs: the round's own; the simulated seconds of transfers and computation are sums over devices, see
-            `RoundCosts`.
-        losses: float64 [p], NaN for participants whose update was dropped.
-        seconds: wall-clock time of the round.
+        phases: of the round, see `phase_record`. Costs and late participants are added up; the simulated seconds of
+            transfers and computation are sums over devices, see `RoundCosts`. All else is that of the last phase.
+        seconds: wall-clock time of the round after its last phase.
         phase_seconds: time of each span since the last record.
     """
+    last = phases[-1]
     return {
         "round": progress.round,
         "wall_seconds": progress.wall_seconds,
-        "round_seconds": seconds,
+        "round_seconds": _total(phases, "seconds") + seconds,
         "phase_seconds": dict(phase_seconds),
         "simulated_seconds": progress.simulated_seconds,
-        "simulated_download_seconds": costs.download_seconds,
-        "simulated_compute_seconds": costs.compute_seconds,
-        "simulated_upload_seconds": costs.upload_seconds,
+        "simulated_download_seconds": _total(phases, "download_seconds"),
+        "simulated_compute_seconds": _total(phases, "compute_seconds"),
+        "simulated_upload_seconds": _total(phases, "upload_seconds"),
         "total_bytes_up": progress.total_bytes_up,
         "total_bytes_down": progress.total_bytes_down,
         "total_client_flops": progress.total_client_flops,
-        "num_participants": len(plan.client),
-        "num_survivors": int(np.isfinite(losses).sum()),
-        "num_dropped": len(plan.dropped),
-        "lr": plan.lr,
-        "train_loss": float(np.nanmean(losses)),
+        "num_participants": last["num_participants"],
+        "num_survivors": last["num_survivors"],
+        "num_dropped": _total(phases, "num_dropped"),
+        "lr": last["lr"],
+        "train_loss": last["train_loss"],
     }
 
 
 @dataclass(frozen=True)
 class RoundCosts:
-    """What one round costs.
+    """What one phase of a round costs.
 
     Attributes:
         bytes_up, bytes_down, client_flops: sums over all that were chosen. A late one counts its whole download, its
-            FLOPs up to the end of the round, and no upload.
-        simulated_seconds: advance of simulated time: the wait for an available participant, and the round, which lasts
+            FLOPs up to the end of the phase, and no upload.
+        simulated_seconds: advance of simulated time: the wait for an available participant, and the phase, which lasts
             as long as its slowest survivor, or to its deadline where fewer survive than it waits for.
         download_seconds, compute_seconds, upload_seconds: simulated seconds that devices spend so, added up like the
             bytes; latency is in none of them.

@@ -1,4 +1,7 @@
-"""The loop. Data flows one way through a round: plan, train, exchange, update, evaluate, log, commit."""
+"""The loop. Data flows one way through a round: plan, train, exchange, update, evaluate, log, commit.
+
+A round may have several phases: each is planned, trained and exchanged, and may be committed, before the next.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
 from gossamer.plan import STOPPED
 from gossamer.planning.base import Planner, TimedPlan
 from gossamer.profiling.spans import Spans
-from gossamer.round_record import Observer, Progress, Record, round_record
+from gossamer.round_record import Observer, Progress, Record, describe_done, phase_record, round_record
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
@@ -36,7 +39,7 @@ class LoopOptions:
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         evaluate_variants: capacities of the variants to evaluate besides the whole model; () for none.
         evaluate_peers: peers whose own models are evaluated.
-        commit_every_seconds: least time between commits; 0 commits after every round.
+        commit_every_seconds: least time between commits; 0 commits after every phase.
     """
 
     num_rounds: int
@@ -49,7 +52,12 @@ class LoopOptions:
 
 @dataclass
 class Loop:
-    """One run: its parts, and `run`."""
+    """One run: its parts, and `run`.
+
+    Attributes:
+        progress: rounds and phases that are done.
+        committed: round and phase of the last commit.
+    """
 
     engine: Engine
     workload: Workload
@@ -62,8 +70,9 @@ class Loop:
     warnings: tuple[str, ...] = ()
     spans: Spans = field(default_factory=Spans)
     progress: Progress = field(default_factory=Progress)
-    committed_round: int = -1
+    committed: tuple[int, int] = (-1, 0)
     _clock: float = 0.0
+    _committed_at: float = 0.0
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a commit: state, private rows, counters and logs."""
@@ -73,31 +82,32 @@ class Loop:
             self.store.restore({n.removeprefix("store."): v for n, v in arrays.items() if n.startswith("store.")})
         self.progress = Progress(**checkpoint.progress)
         self.log.truncate(checkpoint.log_offsets)
-        self.committed_round = checkpoint.round
+        self.committed = checkpoint.round, checkpoint.phase
 
     def run(self) -> None:
         """Run all rounds that are left; where the engine loses the state, go back to the last commit.
 
         Raises:
             StateLost: the engine lost the state again and again.
-            QuorumError: too few usable updates; the state before that round is committed.
-            Interrupted: a stop was requested; the last whole round is committed.
+            QuorumError: too few usable updates; the state before that phase is committed.
+            Interrupted: a stop was requested; the last whole phase is committed.
         """
         self._clock = time.perf_counter()
-        if self.committed_round < 0:
-            for variant in self.planner.costs.variants:
-                self.log.log_event("variant", **asdict(variant))
+        if self.committed[0] < 0:
+            for phase, costs in enumerate(self.planner.costs):
+                for variant in costs.variants:
+                    self.log.log_event("variant", **asdict(variant), **self._address(None, phase))
             for message in self.warnings:
                 self.log.log_event("warning", message=message)
         if self.progress.round == 0:
             self._commit()
-        losses, lost_at = 0, -1
+        losses, lost_at = 0, (-1, 0)
         while True:
             try:
                 return self._run_rounds()
             except StateLost as error:
-                losses = losses + 1 if self.committed_round == lost_at else 1
-                lost_at = self.committed_round
+                losses = losses + 1 if self.committed == lost_at else 1
+                lost_at = self.committed
                 if losses > MAX_LOSSES:
                     raise
                 self._go_back(error, losses)
@@ -114,51 +124,72 @@ class Loop:
         self.log.log_event("state-lost", round=lost, back_to=checkpoint.round, times=times, reason=str(error))
 
     def _run_rounds(self) -> None:
-        committed_at = time.monotonic()
+        self._committed_at = time.monotonic()
         while self.progress.round < self.options.num_rounds:
             try:
                 self._round()
             except (Interrupted, QuorumError, RoundAborted):
-                if self.engine.is_whole:
+                if self.engine.is_whole and self.progress.phase < self.num_phases:  # else the round is not evaluated
                     self._commit()
                 raise
-            if time.monotonic() - committed_at >= self.options.commit_every_seconds:
-                self._commit()
-                committed_at = time.monotonic()
         self._commit()
 
+    @property
+    def num_phases(self) -> int:
+        """Phases of a round."""
+        return len(self.planner.costs)
+
     def _round(self) -> None:
-        began = time.perf_counter()
-        if self.engine.hooks.stop_requested():
-            raise Interrupted(f"stopped after round {self.progress.round} of {self.options.num_rounds}")
-        timed = self.planner.timed_plan(self.progress.round, self.progress.simulated_seconds)
-        plan = timed.plan
-        losses = self._train(timed)
-        with self.spans.span("exchange"):
-            self.engine.exchange(plan)
-        number = self.progress.round + 1
-        metrics: Record = {}
-        if number % self.options.evaluate_every == 0 or number == self.options.num_rounds:
+        round = self.progress.round
+        for timed in self.planner.phases(round, self.progress.simulated_seconds)[self.progress.phase :]:
+            self._phase(timed)
+        began, metrics = time.perf_counter(), Record()
+        if (round + 1) % self.options.evaluate_every == 0 or round + 1 == self.options.num_rounds:
             with self.spans.span("evaluate"):
-                metrics = self._evaluate(plan.round)
-        now = time.perf_counter()
-        self.progress.add(timed.costs, now - self._clock)  # training, logging and commits, but no time between runs
-        self._clock = now
-        for reason, clients in timed.late.items():
-            if len(clients):
-                listed = clients[:MAX_LISTED].tolist()
-                self.log.log_event("dropped", round=number, reason=reason, num_clients=len(clients), clients=listed)
-        record = round_record(self.progress, plan, timed.costs, losses, now - began, self.spans.take()) | metrics
+                metrics = self._evaluate(round)
+        self._count_time()
+        done, seconds = self.progress.end_round(), time.perf_counter() - began
+        record = round_record(self.progress, done, seconds, self.spans.take()) | metrics
         self.log.log_metrics(record)
         if self.observer is not None:
             self.observer.on_round(record)
+
+    def _phase(self, timed: TimedPlan) -> None:
+        self._commit(if_due=True)  # what was done before
+        began, plan = time.perf_counter(), timed.plan
+        if self.engine.hooks.stop_requested():
+            raise self._stopped()
+        losses = self._train(timed)
+        with self.spans.span("exchange"):
+            self.engine.exchange(plan)
+        for reason, clients in timed.late.items():
+            if len(clients):
+                listed = clients[:MAX_LISTED].tolist()
+                where = self._address(plan.round, plan.phase)
+                self.log.log_event("dropped", **where, reason=reason, num_clients=len(clients), clients=listed)
+        self._count_time()
+        self.progress.end_phase(phase_record(plan, timed.costs, losses, time.perf_counter() - began))
+
+    def _count_time(self) -> None:
+        """Count the time of training, logging and commits, but none between runs."""
+        now = time.perf_counter()
+        self.progress.wall_seconds += now - self._clock
+        self._clock = now
+
+    def _address(self, round: int | None, phase: int) -> Record:
+        """Return what events say of round and phase, counted from 1 there; a single phase is not named."""
+        named = {} if round is None else {"round": round + 1}
+        return named if self.num_phases == 1 else named | {"phase": phase + 1}
+
+    def _stopped(self) -> Interrupted:
+        return Interrupted(f"stopped after {describe_done(*self.progress.address)} of {self.options.num_rounds}")
 
     def _train(self, timed: TimedPlan) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Train; return the participants' losses, NaN where the update was dropped."""
         plan = timed.plan
         self._check_quorum(timed, len(plan.client), "in time", "raise clients.deadline_seconds")
         losses = np.full(len(plan.client), np.nan)
-        done, is_stopped = 0, False
+        done, total, is_stopped = plan.phase * len(losses), self.num_phases * len(losses), False
         with self.spans.span("train"):
             for report in self.engine.train(plan):
                 is_stopped |= report.missing == STOPPED
@@ -168,24 +199,26 @@ class Loop:
                 losses[report.rows] = np.where(report.finite, np.nan_to_num(report.loss), np.nan)
                 dropped, reason = plan.client[report.rows][~np.array(report.finite)], report.missing or "not finite"
                 for client in dropped.tolist():
-                    self.log.log_event("update-dropped", round=plan.round + 1, client=client, reason=reason)
+                    where = self._address(plan.round, plan.phase)
+                    self.log.log_event("update-dropped", **where, client=client, reason=reason)
                 done += len(report.finite)
                 if self.observer is not None:
-                    self.observer.on_block(plan.round, done, len(plan.client))
+                    self.observer.on_block(plan.round, done, total)
         if is_stopped or (self.engine.hooks.stop_requested() and self.engine.is_whole):
-            raise Interrupted(f"stopped after round {self.progress.round} of {self.options.num_rounds}")
+            raise self._stopped()
         self._check_quorum(timed, int(np.isfinite(losses).sum()), "usable", "lower train.lr or set train.clip_norm")
         return losses
 
     def _check_quorum(self, timed: TimedPlan, num_left: int, what: str, remedy: str) -> None:
         needed = max(1, math.ceil(self.options.quorum * timed.num_expected))
         if num_left < needed:
-            section = self.planner.section
-            committed = self.progress.round if self.engine.is_whole else self.committed_round
+            section, plan = self.planner.section, timed.plan
+            committed = self.progress.address if self.engine.is_whole else self.committed
+            where = ", ".join(f"{name} {number}" for name, number in self._address(plan.round, plan.phase).items())
             raise QuorumError(
-                f"round {timed.plan.round + 1}: only {num_left} of {timed.num_expected} updates are {what} and"
+                f"{where}: only {num_left} of {timed.num_expected} updates are {what} and"
                 f" {section}.quorum asks for {needed}: {remedy}, or lower {section}.quorum;"
-                f" round {committed} is committed"
+                f" {describe_done(*committed)} is committed"
             )
 
     def _evaluate(self, round: int) -> Record:
@@ -200,15 +233,17 @@ class Loop:
                 metrics[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
         return metrics | self.engine.measure(self.options.evaluate_peers)
 
-    def _commit(self) -> None:
-        if self.committed_round == self.progress.round:
+    def _commit(self, *, if_due: bool = False) -> None:
+        is_due = time.monotonic() - self._committed_at >= self.options.commit_every_seconds
+        if self.committed == self.progress.address or (if_due and not is_due):
             return
         with self.spans.span("commit"):
             arrays: dict[str, torch.Tensor] = {f"state.{name}": value for name, value in self.engine.read().items()}
             if self.store is not None:
                 arrays |= {f"store.{name}": value for name, value in self.store.index().items()}
             self.log.sync()
-            self.checkpoints.commit(self.progress.round, arrays, vars(self.progress), self.log.offsets())
+            round, phase = self.progress.address
+            self.checkpoints.commit(round, arrays, vars(self.progress), self.log.offsets(), phase=phase)
             if self.store is not None:
                 self.store.release()
-        self.committed_round = self.progress.round
+        self.committed, self._committed_at = self.progress.address, time.monotonic()

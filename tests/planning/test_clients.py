@@ -49,7 +49,7 @@ def planner(**changes: Any) -> ClientPlanner:
         "per_round": 15,
         "sampler": uniform,
         "capacities": Capacities(LEVELS, [2, 1, 1], "fixed", NUM_CLIENTS, 3),
-        "costs": costs(),
+        "costs": [costs()],
         "weighting": "samples",
         "epochs": 2,
         "steps": None,
@@ -273,7 +273,7 @@ class TestFirstToFinish:
 
 class TestTimedPlan:
     def timed(self, now: float = 0.0, round: int = 1, **changes: Any) -> TimedPlan:
-        return planner(**changes).timed_plan(round, now)
+        return planner(**changes).phases(round, now)[0]
 
     def test_as_long_as_the_slowest(self) -> None:
         timed = self.timed()
@@ -339,9 +339,9 @@ class TestTimedPlan:
 
     def test_slow_devices_are_late(self) -> None:
         slow = DEVICE.model_copy(update={"flops_per_second": 0.01})
-        made = planner(costs=costs(DEVICE, slow), deadline_seconds=500.0, per_round=NUM_CLIENTS)
+        made = planner(costs=[costs(DEVICE, slow)], deadline_seconds=500.0, per_round=NUM_CLIENTS)
         plan = made.plan(0)
-        device = made.costs.devices.of(np.arange(NUM_CLIENTS), 0)
+        device = made.costs[0].devices.of(np.arange(NUM_CLIENTS), 0)
         assert np.bincount(device).tolist() == [20, 20]
         assert device[plan.client].tolist() == [0] * 20
         assert device[plan.dropped].tolist() == [1] * 20
@@ -351,7 +351,7 @@ class TestTimedPlan:
         on_and_off = DEVICE.model_copy(
             update={"availability": DeviceShare(profile={"availability": {"trace": [[5, 5]]}}).profile.availability}
         )
-        first, second = (planner(costs=costs(on_and_off), **options) for _ in range(2))
+        first, second = (planner(costs=[costs(on_and_off)], **options) for _ in range(2))
         first.plan(7, 3.0)  # whatever was asked before
         for round in range(4):
             for now in (0.0, 4.0, 1e6):
@@ -362,13 +362,15 @@ class TestTimedPlan:
 class TestAvailability:
     def timed(self, now: float, availability: dict[str, Any], **changes: Any) -> TimedPlan:
         device = DeviceProfile.model_validate({**DEVICE.model_dump(), "availability": availability})
-        return planner(costs=costs(device), **changes).timed_plan(2, now)
+        return planner(costs=[costs(device)], **changes).phases(2, now)[0]
 
     def test_only_the_available_take_part(self) -> None:
         timed = self.timed(0.0, {"probability": 0.5})
-        devices = planner(
-            costs=costs(DeviceProfile.model_validate({"availability": {"probability": 0.5}}))
-        ).costs.devices
+        devices = (
+            planner(costs=[costs(DeviceProfile.model_validate({"availability": {"probability": 0.5}}))])
+            .costs[0]
+            .devices
+        )
         began, available = devices.available(2, 0.0)
         assert began == 0.0
         assert 15 < len(available) < 25

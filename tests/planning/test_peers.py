@@ -42,7 +42,7 @@ def planner(graph: Topology, *profiles: DeviceProfile, **changes: Any) -> PeerPl
         "num_samples": np.arange(graph.n) % 20 + 5,
         "topology": graph,
         "capacities": Capacities(LEVELS, [2, 1, 1], "fixed", graph.n, 3),
-        "costs": Costs(VARIANTS, assign_devices(entries, "fixed", graph.n, 3)),
+        "costs": [Costs(VARIANTS, assign_devices(entries, "fixed", graph.n, 3))],
         "epochs": 2,
         "steps": None,
         "batch_size": 8,
@@ -56,7 +56,7 @@ def slow_exchange(found: PeerPlanner, round: int) -> RoundCosts:
     """Play a round event by event: who is ready to send, what is on its way, who has everything."""
     edges = found.topology.mixing(round).edges()
     latency, bandwidth = edges.latency_seconds, edges.bandwidth_bytes_per_second
-    n, devices = found.topology.n, found.costs.devices
+    n, devices = found.topology.n, found.costs[0].devices
     profile = [devices.profiles[int(devices.of(np.array([i]), round)[0])] for i in range(n)]
     own = [VARIANTS[int(found.capacities.variants(np.array([i]), round)[0])] for i in range(n)]
     flops = [own[i].flops_per_sample * int(found.samples_trained[i]) for i in range(n)]
@@ -117,7 +117,7 @@ class TestSimulatedTime:
     def test_event_by_event(self, name: str, n: int, seed: int, round: int) -> None:
         parameters = {"degree": 2} if name == "el-local" else {}
         found = planner(topology.build(name, n, seed, **parameters))
-        assert_close(found.timed_plan(round, 0.0).costs, slow_exchange(found, round))
+        assert_close(found.phases(round, 0.0)[0].costs, slow_exchange(found, round))
 
     @given(data=st.data(), n=st.integers(2, 8))
     def test_links_of_a_file(self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, n: int) -> None:
@@ -130,7 +130,7 @@ class TestSimulatedTime:
             links.append((i, j, {name: number for name, number in known.items() if number is not None}))
         path = graphml(tmp_path_factory.mktemp("network") / "network.graphml", links)
         found = planner(topology.build("file", path=path))
-        assert_close(found.timed_plan(0, 0.0).costs, slow_exchange(found, 0))
+        assert_close(found.phases(0, 0.0)[0].costs, slow_exchange(found, 0))
 
     def test_half_the_bandwidth_of_a_link_doubles_its_transfer(self, tmp_path: Path) -> None:
         seconds = []
@@ -138,7 +138,7 @@ class TestSimulatedTime:
             link = {"latency_seconds": 0.25} | ({} if bandwidth is None else {"bandwidth_bytes_per_second": bandwidth})
             graph = topology.build("file", path=graphml(tmp_path / f"{number}.graphml", [(0, 1, link)]))
             alike = {"capacities": Capacities(LEVELS, [0, 0, 1], "fixed", 2, 3), "num_samples": np.array([8, 8])}
-            seconds.append(planner(graph, QUICK, **alike).timed_plan(0, 0.0).costs.simulated_seconds)
+            seconds.append(planner(graph, QUICK, **alike).phases(0, 0.0)[0].costs.simulated_seconds)
         assert seconds[0] == pytest.approx(2 * 8 * 4 / 8.0 + 40 / 20.0 + 0.25 + 40 / 50.0)
         assert seconds[1] - seconds[0] == pytest.approx(40 / 4.0)
         assert seconds[2] - seconds[0] == pytest.approx(2 * (40 / 4.0))
@@ -184,7 +184,7 @@ class TestBytes:
         graph = parts.task.topology
         assert graph is not None
         for round in range(3):
-            costs = parts.planner.timed_plan(round, 0.0).costs
+            costs = parts.planner.phases(round, 0.0)[0].costs
             mixing = graph.mixing(round)
             assert costs.bytes_up == sum(len(mixing.send_ranks(i)) for i in range(7)) * row_bytes
             assert costs.bytes_down == sum(len(mixing.recv_ranks(i)) for i in range(7)) * row_bytes
@@ -192,7 +192,7 @@ class TestBytes:
     def test_mixed_momentum_and_float64(self) -> None:
         changes = {"algorithm": {"name": "dsgd", "mix_momentum": True}, "train.momentum": 0.9}
         parts = build(parse(decentralized(LEAST_SQUARES | changes)))
-        assert parts.planner.timed_plan(0, 0.0).costs.bytes_up == 8 * 2 * 2 * 5 * 8
+        assert parts.planner.phases(0, 0.0)[0].costs.bytes_up == 8 * 2 * 2 * 5 * 8
 
     @pytest.mark.parametrize("changes", [{"merge_every": 3}, {"final_merge": True}, {}], ids=str)
     def test_a_merge_is_an_all_reduce(self, changes: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ class TestBytes:
         found = planner(graph, SLOW, **alike, num_rounds=7, **changes)
         merges = {"merge_every": [2, 5], "final_merge": [6]}.get(next(iter(changes), ""), [])
         for round in range(7):
-            timed = found.timed_plan(round, 0.0)
+            timed = found.phases(round, 0.0)[0]
             assert timed.plan.mixing == ("mean" if round in merges else "topology")
             if round not in merges:
                 assert_close(timed.costs, slow_exchange(found, round))
@@ -222,14 +222,14 @@ class TestRounds:
         found = planner(graph)
         rounds = [*range(13), *reversed(range(13)), 64, 70]
         for round in rounds:
-            assert_close(found.timed_plan(round, 0.0).costs, slow_exchange(found, round))
+            assert_close(found.phases(round, 0.0)[0].costs, slow_exchange(found, round))
         if graph.schedule.cycle is not None:
             assert graph.schedule.cycle < 13
 
     def test_repeated_rounds_differ(self) -> None:
         """The comparison above could fail: the rounds of a cycle do not cost the same."""
         found = planner(topology.build("simple-base", 11))
-        assert len({found.timed_plan(round, 0.0).costs.bytes_up for round in range(8)}) > 1
+        assert len({found.phases(round, 0.0)[0].costs.bytes_up for round in range(8)}) > 1
 
     @given(
         num_samples=st.lists(st.integers(1, 30), min_size=2, max_size=9),

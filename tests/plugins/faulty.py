@@ -40,9 +40,9 @@ class Faulty(ImageClassification):
         self.home = os.getpid()
         super().__init__(own, num_clients=num_clients, partition=partition, seed=seed)
 
-    def batch(self, clients: Ints, positions: Ints, round: int = 0) -> Batch:
+    def batch(self, clients: Ints, positions: Ints, round: int = 0, phase: int = 0) -> Batch:
         """Add to each client's constants the factor of its loss: 1, or NaN; or go wrong at once."""
-        samples, constants = super().batch(clients, positions, round)
+        samples, constants = super().batch(clients, positions, round, phase)
         on = round >= self.first_round and (self.flag is None or Path(self.flag).exists())
         bad = np.isin(clients, self.bad) & on
         if bad.any():

@@ -22,10 +22,10 @@ threads: list[int] = []  # with which it was computed
 class Recording(ImageClassification):
     """Notes every call."""
 
-    def batch(self, clients: Ints, positions: Ints, round: int = 0) -> Batch:
+    def batch(self, clients: Ints, positions: Ints, round: int = 0, phase: int = 0) -> Batch:
         """Note the number of clients."""
         num_clients.append(len(clients))
-        return super().batch(clients, positions, round)
+        return super().batch(clients, positions, round, phase)
 
     def loss(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Note the order of the images' dimensions, whether some may be padding, and the threads."""

@@ -120,7 +120,7 @@ def test_participants_are_those_of_the_run(tmp_path: Path) -> None:
     seen, now = Coverage(build(parse(data)).workload.layout), 0.0
     parts = build(parse(data))
     for record in run(data, out=tmp_path / "run").metrics:
-        timed = parts.planner.timed_plan(record["round"] - 1, now)
+        timed = parts.planner.phases(record["round"] - 1, now)[0]
         now = record["simulated_seconds"]
         for client, variant in zip(timed.plan.client, timed.plan.variant, strict=True):
             capacity = parts.task.capacities[variant]

@@ -56,7 +56,7 @@ def test_a_commit_comes_back(tmp_path: Path) -> None:
     store = Checkpoints(tmp_path / "checkpoints")
     assert store.latest() is None
     phases: list[str] = []
-    path = commit(store, 3, on_phase=phases.append)
+    path = commit(store, 3, on_step=phases.append)
     assert path == tmp_path / "checkpoints" / "00000003"
     assert names(path) == sorted(FILES)
     assert phases == ["arrays", "progress", "manifest", "renamed", "pruned"]
@@ -138,7 +138,7 @@ def test_a_round_committed_again_replaces_the_first(tmp_path: Path, damaged: boo
         (tmp_path / "00000002" / "progress.json").write_text("{}")
         assert_is(store.latest(), 1)
     present: list[list[str]] = []
-    commit(store, 2, on_phase=lambda phase: present.append(names(tmp_path)))
+    commit(store, 2, on_step=lambda phase: present.append(names(tmp_path)))
     assert all({"00000001", "00000002"} <= set(moment) for moment in present[:4])
     assert names(tmp_path) == ["00000001", "00000002.1"]
     assert_is(Checkpoints(tmp_path).latest(), 2)

@@ -50,8 +50,8 @@ class TestWhatShips:
 def with_samples(change: Any) -> dict[str, Any]:
     """Return a `batch` whose samples go through `change`."""
 
-    def batch(self: Any, clients: Any, positions: Any, round: int = 0) -> Batch:
-        samples, constants = ImageClassification.batch(self, clients, positions, round)
+    def batch(self: Any, clients: Any, positions: Any, round: int = 0, phase: int = 0) -> Batch:
+        samples, constants = ImageClassification.batch(self, clients, positions, round, phase)
         return Batch(change(samples), constants)
 
     return {"batch": batch}
@@ -72,8 +72,8 @@ def random_init(self: Any, seed: int) -> Tensor:
     return ImageClassification.init(self, np.random.default_rng().integers(1000))
 
 
-def one_batch_for_all(self: Any, clients: Any, positions: Any, round: int = 0) -> Batch:
-    samples, constants = ImageClassification.batch(self, clients, positions, round)
+def one_batch_for_all(self: Any, clients: Any, positions: Any, round: int = 0, phase: int = 0) -> Batch:
+    samples, constants = ImageClassification.batch(self, clients, positions, round, phase)
     return Batch({"x": samples["x"] - samples["x"].mean()} | {"y": samples["y"]}, constants)
 
 

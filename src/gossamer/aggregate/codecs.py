@@ -23,12 +23,12 @@ INDEX_BYTES = 4
 class Codec(Protocol):
     """Compresses rows before they are sent; contracts: ``E ||Q(v) - v||^2 <= (1 - contraction) ||v||^2``."""
 
-    def compress(self, rows: Tensor, *, seed: int, round: int, peers: NDArray[np.int64]) -> Tensor:
-        """Return what receivers decode, a new tensor; row i depends on rows[i], seed, round and peers[i] alone.
+    def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
+        """Return what receivers decode, a new tensor; row i depends on rows[i], seed, round, phase and peers[i] alone.
 
         Args:
             rows: float32 or float64 [s, d], finite.
-            seed, round: seed of the run, and number of the round.
+            seed, round, phase: seed of the run, and numbers of the round and the phase.
             peers: int64 [s], sender of each row.
         """
         ...
@@ -45,7 +45,7 @@ class Codec(Protocol):
 class Identity(Options):
     """No compression."""
 
-    def compress(self, rows: Tensor, *, seed: int, round: int, peers: NDArray[np.int64]) -> Tensor:
+    def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return a copy."""
         return rows.clone()
 
@@ -95,7 +95,7 @@ class _Sparse(Options):
 class TopK(_Sparse):
     """Keeps the k entries of largest absolute value; sends them and their places."""
 
-    def compress(self, rows: Tensor, *, seed: int, round: int, peers: NDArray[np.int64]) -> Tensor:
+    def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows with k entries other than 0."""
         kept = rows.abs().topk(self.count(rows.shape[1]), dim=1, sorted=False).indices
         return torch.zeros_like(rows).scatter_(1, kept, rows.gather(1, kept))
@@ -108,12 +108,12 @@ class TopK(_Sparse):
 class RandomK(_Sparse):
     """Keeps k random entries, not scaled up; receivers draw their places themselves, so that only values travel."""
 
-    def compress(self, rows: Tensor, *, seed: int, round: int, peers: NDArray[np.int64]) -> Tensor:
+    def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows with k entries other than 0."""
         d = rows.shape[1]
         kept = torch.empty(len(rows), self.count(d), dtype=torch.int64)
         for i, peer in enumerate(peers.tolist()):
-            source = rng.generator(seed, "codec-random-k", round, participant=peer)
+            source = rng.generator(seed, "codec-random-k", round, phase, participant=peer)
             kept[i] = torch.from_numpy(source.choice(d, kept.shape[1], replace=False, shuffle=False))
         kept = kept.to(rows.device)
         return torch.zeros_like(rows).scatter_(1, kept, rows.gather(1, kept))
@@ -129,7 +129,7 @@ class Sign(Options):
     As a bit cannot say 0, the sign of 0 is 1.
     """
 
-    def compress(self, rows: Tensor, *, seed: int, round: int, peers: NDArray[np.int64]) -> Tensor:
+    def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows of two values each."""
         scale = rows.abs().mean(dim=1, keepdim=True)
         return torch.where(rows >= 0, scale, -scale)
@@ -159,13 +159,15 @@ class Quantise(Options):
         """Return the bound of the variance relative to ``||v||^2``."""
         return min(d / self.levels**2, math.sqrt(d) / self.levels)
 
-    def compress(self, rows: Tensor, *, seed: int, round: int, peers: NDArray[np.int64]) -> Tensor:
+    def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows on a grid."""
         norm = rows.norm(dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)  # squares of small floats vanish
         ratio = rows.abs().div_(torch.where(norm > 0, norm, 1.0))
         drawn = np.empty(tuple(rows.shape), dtype=np.float64 if rows.dtype == torch.float64 else np.float32)
         for i, peer in enumerate(peers.tolist()):
-            rng.generator(seed, "codec-quantise", round, participant=peer).random(dtype=drawn.dtype.type, out=drawn[i])
+            rng.generator(seed, "codec-quantise", round, phase, participant=peer).random(
+                dtype=drawn.dtype.type, out=drawn[i]
+            )
         level = ratio.mul_(self.levels).add_(torch.from_numpy(drawn).to(rows.device)).floor_()
         level.clamp_(max=self.levels)  # the sum may be rounded up to the next whole number
         return level.copysign_(rows).mul_(norm / (self.levels * (1.0 + self.omega(rows.shape[1]))))

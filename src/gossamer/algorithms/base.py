@@ -71,6 +71,11 @@ class Algorithm(Protocol):
 
     To write one, derive it from this class, or from `FedAvg`: what is abstract must be written, the rest has defaults.
 
+    A round is a phase, or several: in each the participants train (`begin`, `step`, `end`) and then exchange
+    (`update`). Where there are several, `of_phase` returns the algorithm of each. All of them work on the state that
+    `init` makes, and their traits say what is received and sent in that phase; what is kept or refused
+    (``client_arrays``, ``capacities``, ``whole_models_only`` and the like) is read from the traits of the whole.
+
     Attributes:
         traits: what it can and cannot do. Those of the class are read when it is named; options may change some on an
             instance.
@@ -121,7 +126,7 @@ class Algorithm(Protocol):
         ...
 
     def of_phase(self, phase: int) -> Algorithm:
-        """Return the algorithm as it is in a phase of a round, counted from 0, where it has several."""
+        """Return the algorithm as it is in a phase of a round, counted from 0, where traits say `num_phases`."""
         return self
 
     def of_capacity(self, layout: Layout, capacity: float) -> Algorithm:
@@ -235,6 +240,25 @@ def require_algorithm(plugin: str, found: Any) -> None:
     methods = [name for name in vars(Algorithm) if not name.startswith("_")]
     require_attributes(plugin, found, ["traits", *methods], "derive it from gossamer.algorithms.base.Algorithm")
     check_traits(plugin, found, AlgorithmTraits, Algorithm)
+
+
+def require_phases(plugin: str, algorithm: Algorithm) -> None:
+    """Check what an algorithm is in each phase of a round, where there are several.
+
+    Raises:
+        ConfigError: see `require_algorithm`; or a phase contradicts the traits of the whole.
+    """
+    traits = algorithm.traits
+    for phase in range(traits.num_phases if traits.num_phases > 1 else 0):
+        one, where = algorithm.of_phase(phase), f"phase {phase} of {plugin}"
+        require_algorithm(where, one)
+        if (one.traits.downlink is None) != (traits.downlink is None):
+            raise ConfigError(
+                f"{where} has downlink = {one.traits.downlink}, but the whole has {traits.downlink}: give names in"
+                " both, or None (peers) in both"
+            )
+        if unknown := sorted({*one.traits.client_arrays} - {*traits.client_arrays}):
+            raise ConfigError(f"{where} has client_arrays {unknown}, which the whole has not: add them to its traits")
 
 
 def find_algorithm(name: str) -> type[Algorithm]:

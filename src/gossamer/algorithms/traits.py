@@ -31,7 +31,7 @@ class AlgorithmTraits(Traits):
             and added up like any other; a mean divides by the weight of all survivors, whatever they hold. Of peers
             also of such state arrays.
         codecs: ``{payload name: codec}`` of payloads that are compressed before they are sent.
-        num_phases: phases of a round, each a plan, local steps and an exchange.
+        num_phases: phases of a round, see `Algorithm.of_phase`; with several, what stands above is of each phase.
 
         capacities: meaning of ``submodel.capacities``: "one" (whole models, unless a strategy is given), "given" (every
             participant trains at its own), "smallest" or "largest" (all have that one, and so has the global model).

@@ -9,7 +9,7 @@ from typing import Any
 
 from gossamer import registry
 from gossamer import topology as topologies
-from gossamer.algorithms.base import Algorithm, find_algorithm, require_algorithm
+from gossamer.algorithms.base import Algorithm, find_algorithm, require_algorithm, require_phases
 from gossamer.config.rules import (
     check_peers,
     is_topology_file,
@@ -81,6 +81,7 @@ def make_algorithm(config: Config) -> Algorithm:
     with plugin_errors(f"algorithm {name!r}"):
         algorithm: Algorithm = make(options, momentum=config.train.momentum, weight_decay=config.train.weight_decay)
     require_algorithm(f"algorithm {name!r}", algorithm)
+    require_phases(f"algorithm {name!r}", algorithm)
     return algorithm
 
 

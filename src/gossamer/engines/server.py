@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ class FederatedEngine(ABC):
     ) -> None:
         """Bind a task to the resident arrays `state`, [1, d] each, which are changed in place from now on."""
         self._task, self._store, self._block_size = task, store, block_size
+        self._phase = task.phases[0]  # the task of the phase that is under way
         self.num_workers, self.hooks = num_workers, hooks
         self._state: Arrays = dict(state)
         self._order = task.cutter.order(self._state["x"][0])
@@ -83,6 +85,7 @@ class FederatedEngine(ABC):
 
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
         """Train the plan's participants, and keep sums for `exchange`."""
+        self._phase = self._task.phases[plan.phase]
         self._results, self._sums, self._window_rows, self._private = [], {}, {}, {}
         for axis, order in self._task.cutter.order(self._state["x"][0]).items():
             self._order[axis].copy_(order)
@@ -92,7 +95,7 @@ class FederatedEngine(ABC):
             of_variant = self._blocks_of(plan, variant)
             rows = plan.variant_rows(variant.index)
             count = rows.stop - rows.start
-            trees |= {(variant.index, name): TreeSum(count) for name in self._task.algorithm.traits.uplink if count}
+            trees |= {(variant.index, name): TreeSum(count) for name in self._phase.algorithm.traits.uplink if count}
             blocks += of_variant
         missing = {block.rows.start: block for block in blocks}
         for result in self._train_blocks(plan, blocks):
@@ -114,7 +117,7 @@ class FederatedEngine(ABC):
         parts = [part for variant in self._task.variants for part in self._parts(plan, variant, kept)]
         if parts:
             with one_thread():  # memory-bound, and waiting threads would take time from busy workers
-                algorithm = self._task.algorithm
+                algorithm = self._phase.algorithm
                 inbox = combine(self._task.cutter.layout, algorithm.traits.uplink, parts, algorithm.traits.scalars)
                 views = {name: value[None] if value is not None else None for name, value in inbox.items()}
                 updated = algorithm.update(self._state, views, self._task.workload.num_clients)
@@ -187,7 +190,7 @@ class FederatedEngine(ABC):
         shared = self._task.variants[block.variant].shares_window
         num_parts = num_leaves_of(block) if shared else block.rows.stop - block.rows.start
         payload: dict[str, list[Tensor | None]] = {
-            name: [None] * num_parts for name in self._task.algorithm.traits.uplink
+            name: [None] * num_parts for name in self._phase.algorithm.traits.uplink
         }
         private: dict[str, Tensor] = {}
         for (key, part), value in zip(reply["arrays"], arrays, strict=True):
@@ -200,15 +203,14 @@ class FederatedEngine(ABC):
 
     def _floats_of_a_slot(self) -> int:
         """Return how large a slot for the results of any block must be, client state included."""
-        task, largest = self._task, 0
-        num_scalars = len(task.algorithm.traits.scalars)
-        for variant in task.variants:
+        largest = 0
+        for variant, phase in product(self._task.variants, self._task.phases):
+            traits = phase.algorithm.traits
             leaf, leaves = self._block_shape(variant, MAX_PARTICIPANTS)
             num_sums = leaves if variant.shares_window else leaf * leaves
-            num_rows = (len(task.algorithm.traits.uplink) - num_scalars) * num_sums
-            num_rows += 2 * len(task.algorithm.traits.client_arrays) * leaf * leaves
-            num_floats = num_rows * variant.layout.d + num_scalars * num_sums * ALIGNMENT
-            largest = max(largest, num_floats)
+            num_scalars = len(traits.scalars)
+            num_rows = (len(traits.uplink) - num_scalars) * num_sums + 2 * len(traits.client_arrays) * leaf * leaves
+            largest = max(largest, num_rows * variant.layout.d + num_scalars * num_sums * ALIGNMENT)
         return largest
 
     def _blocks_of(self, plan: RoundPlan, variant: Variant) -> list[Block]:
@@ -234,12 +236,13 @@ class FederatedEngine(ABC):
 
     def _client_state(self, job: Job) -> Arrays:
         """Return the private rows [s, d] of a job's clients, those of newcomers as the algorithm starts them."""
-        names = self._task.algorithm.traits.client_arrays
+        algorithm = self._phase.algorithm
+        names = algorithm.traits.client_arrays
         if not names:
             return {}
         assert self._store is not None
         d_sub = self._task.variants[job.block.variant].layout.d
-        fresh = self._task.algorithm.init_client(torch.zeros(len(job.client), d_sub))
+        fresh = algorithm.init_client(torch.zeros(len(job.client), d_sub))
         rows = {}
         for name in names:
             stored, present = self._store.get(name, torch.from_numpy(job.client))
@@ -268,13 +271,13 @@ class FederatedEngine(ABC):
         if self._task.count_labels:
             labels = self._task.workload.client_labels(plan.client[survivors]).numpy() * plan.weight[survivors, None]
         if variant.shares_window:
-            sums = {name: self._sums[variant.index, name] for name in self._task.algorithm.traits.uplink}
+            sums = {name: self._sums[variant.index, name] for name in self._phase.algorithm.traits.uplink}
             label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).float()
             cut = self._task.cut(variant, plan.round, order=self._order)
             yield Part(cut, sums, math.fsum(plan.weight[survivors]), label_weights)
             return
         for number, row in enumerate(survivors.tolist()):
-            sums = {name: self._window_rows[row, name] for name in self._task.algorithm.traits.uplink}
+            sums = {name: self._window_rows[row, name] for name in self._phase.algorithm.traits.uplink}
             label_weights = None if labels is None else torch.from_numpy(labels[number]).float()
             cut = self._task.cut(variant, plan.round, int(plan.client[row]), self._order)
             yield Part(cut, sums, float(plan.weight[row]), label_weights)

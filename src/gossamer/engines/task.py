@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -114,6 +115,8 @@ WHOLE = -1  # index of the whole model among the variants
 class Task:
     """What trains a block, on any engine: the same on every worker.
 
+    Where a round has several phases, `phases` has what trains in each.
+
     Attributes:
         algorithm: algorithm of the server, or of a peer with the whole model.
         variants: variants that participants hold, by ascending capacity.
@@ -155,11 +158,34 @@ class Task:
 
     def with_modes(self, modes: Sequence[VariantMode]) -> Task:
         """Return the same task, trained in other modes."""
-        bound = tuple(
-            Variant.bind(one.index, one.capacity, self.algorithm, self.cutter, one.optimizer, mode)
+        return self._bound(self.algorithm, modes)
+
+    @property
+    def num_phases(self) -> int:
+        """Phases of a round."""
+        return self.algorithm.traits.num_phases
+
+    @property
+    def is_stackable(self) -> bool:
+        """Whether the algorithm lets participants be trained several at a time."""
+        return all(phase.algorithm.traits.stackable for phase in self.phases)
+
+    @property
+    def phases(self) -> tuple[Task, ...]:
+        """The task as each phase of a round has it: with that phase's algorithm; itself where there is one phase."""
+        return (self,) if self.num_phases == 1 else self._phases
+
+    @cached_property
+    def _phases(self) -> tuple[Task, ...]:
+        modes = [one.mode for one in self.variants]
+        return tuple(self._bound(self.algorithm.of_phase(phase), modes) for phase in range(self.num_phases))
+
+    def _bound(self, algorithm: Algorithm, modes: Sequence[VariantMode]) -> Task:
+        variants = tuple(
+            Variant.bind(one.index, one.capacity, algorithm, self.cutter, one.optimizer, mode)
             for one, mode in zip(self.variants, modes, strict=True)
         )
-        return replace(self, variants=bound)
+        return replace(self, algorithm=algorithm, variants=variants)
 
 
 def require_devices(task: Task) -> None:

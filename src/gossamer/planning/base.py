@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,12 +14,12 @@ from gossamer.simulation.devices import Ints
 
 @dataclass(frozen=True)
 class TimedPlan:
-    """A round's plan and what simulated time makes of the round.
+    """The plan of a phase and what simulated time makes of it.
 
     Attributes:
         plan: who trains; those that are late are its `dropped` and never train.
-        costs: what the round costs, late participants included.
-        num_expected: updates that the round waits for; the quorum is a share of it.
+        costs: what the phase costs, late participants included.
+        num_expected: updates that it waits for; the quorum is a share of it.
         late: ``{reason: int64 clients, ascending}``: "deadline" for those who would not have met it, "over-selection"
             for those who would, but others were quicker.
     """
@@ -35,12 +35,21 @@ class Planner(Protocol):
 
     Attributes:
         section: of the configuration in which its population stands.
-        costs: what participants cost.
+        costs: what participants cost in each phase of a round.
     """
 
     section: str
-    costs: Costs
+    costs: Sequence[Costs]
 
-    def timed_plan(self, round: int, now: float) -> TimedPlan:
-        """Return the plan of a round, counted from 0; `now`: simulated seconds that the rounds before took."""
+    def phases(self, round: int, now: float) -> list[TimedPlan]:
+        """Return the plans of a round's phases, in order.
+
+        Args:
+            round: counted from 0.
+            now: simulated seconds that the rounds before took.
+        """
+        ...
+
+    def plan(self, round: int, now: float = 0.0, phase: int = 0) -> RoundPlan:
+        """Return one plan alone."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +50,7 @@ def first_to_finish(
 
 
 class ClientPlanner:
-    """Builds the plan of a round."""
+    """Builds the plans of a round."""
 
     section = "clients"
 
@@ -63,7 +63,7 @@ class ClientPlanner:
         per_round: int,
         sampler: Sampler,
         capacities: Capacities,
-        costs: Costs,
+        costs: Sequence[Costs],
         weighting: str,
         epochs: int | None,
         steps: int | None,
@@ -82,14 +82,15 @@ class ClientPlanner:
         self.deadline_seconds = math.inf if deadline_seconds is None else deadline_seconds
         self.over_selection = over_selection
 
-    def plan(self, round: int, now: float = 0.0) -> RoundPlan:
-        """Return the plan alone, see `timed_plan`."""
-        return self.timed_plan(round, now).plan
+    def plan(self, round: int, now: float = 0.0, phase: int = 0) -> RoundPlan:
+        """Return one plan alone, see `phases`."""
+        return self.phases(round, now)[phase].plan
 
-    def timed_plan(self, round: int, now: float) -> TimedPlan:
-        """Return the plan of a round, rows in canonical order, and how it goes in simulated time.
+    def phases(self, round: int, now: float) -> list[TimedPlan]:
+        """Return the plan of each phase of a round, rows in canonical order, and how it goes in simulated time.
 
-        Late participants are found here, before anybody trains, so neither wall-clock time nor workers matter.
+        Late participants are found here, before anybody trains, so neither wall-clock time nor workers matter. Who is
+        in time takes part in the next phase, too; a deadline is for each phase.
 
         Args:
             round: counted from 0.
@@ -103,26 +104,35 @@ class ClientPlanner:
         steps, variant = self._steps(self.num_samples[clients]), self.capacities.variants(clients, round)
         order = np.lexsort((clients, -steps, variant))
         clients, steps, variant = clients[order], steps[order], variant[order]
-        efforts = self.costs.efforts(clients, variant, self._samples(clients, steps), round)
         num_expected = len(clients) if self.over_selection == 1 else min(self.per_round, len(clients))
-        kept, round_seconds = first_to_finish(efforts.seconds, clients, num_expected, self.deadline_seconds)
-        weight = self.num_samples[clients].astype(np.float64) if self.weighting == "samples" else np.ones(len(clients))
-        too_slow = efforts.seconds > self.deadline_seconds
-        plan = RoundPlan(
-            round=round,
-            phase=0,
-            client=clients[kept],
-            weight=weight[kept],
-            steps=steps[kept].astype(np.int32),
-            variant=variant[kept],
-            lr=learning_rate(self.lr, self.schedule, round, self.num_rounds),
-            dropped=np.sort(clients[~kept]),
-        )
-        late = {
-            "deadline": np.sort(clients[too_slow]),
-            "over-selection": np.sort(clients[~kept & ~too_slow]),
-        }
-        return TimedPlan(plan, add_up(efforts, kept, round_seconds, began - now), num_expected, late)
+        found, waited = list[TimedPlan](), began - now
+        for phase, costs in enumerate(self.costs):
+            efforts = costs.efforts(clients, variant, self._samples(clients, steps), round)
+            left = min(num_expected, len(clients))
+            kept, seconds = first_to_finish(efforts.seconds, clients, left, self.deadline_seconds)
+            too_slow = efforts.seconds > self.deadline_seconds
+            late = {
+                "deadline": np.sort(clients[too_slow]),
+                "over-selection": np.sort(clients[~kept & ~too_slow]),
+            }
+            dropped = np.sort(clients[~kept])
+            clients, steps, variant = clients[kept], steps[kept], variant[kept]
+            plan = RoundPlan(
+                round=round,
+                phase=phase,
+                client=clients,
+                weight=self._weights(clients),
+                steps=steps.astype(np.int32),
+                variant=variant,
+                lr=learning_rate(self.lr, self.schedule, round, self.num_rounds),
+                dropped=dropped,
+            )
+            found.append(TimedPlan(plan, add_up(efforts, kept, seconds, waited), num_expected, late))
+            waited = 0.0
+        return found
+
+    def _weights(self, clients: Ints) -> Floats:
+        return self.num_samples[clients].astype(np.float64) if self.weighting == "samples" else np.ones(len(clients))
 
     def samples_trained(self, plan: RoundPlan) -> NDArray[np.int64]:
         """Return int64 [p]: samples that each participant's local steps go through."""
@@ -134,7 +144,7 @@ class ClientPlanner:
         The sampler chooses among those who are available, numbered in ascending order; where they are fewer than are
         wanted, all take part.
         """
-        began, available = self.costs.devices.available(round, now)
+        began, available = self.costs[0].devices.available(round, now)
         wanted = math.ceil(self.over_selection * self.per_round * (1 - 1e-12))  # 1.12 * 25 is a little more than 28
         count = min(wanted, len(available))
         places = np.asarray(self.sampler(self.seed, round, len(available), count), dtype=np.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -12,7 +14,6 @@ from gossamer.plan import RoundPlan
 from gossamer.planning.assignment import Capacities
 from gossamer.planning.base import TimedPlan
 from gossamer.planning.schedule import ScheduleOptions, learning_rate
-from gossamer.round_record import RoundCosts
 from gossamer.simulation.costs import Costs
 from gossamer.simulation.devices import Ints
 from gossamer.simulation.traffic import Traffic, exchanged, reduced
@@ -22,7 +23,7 @@ MAX_CACHED_ROUNDS = 64  # rounds of a topology that repeats
 
 
 class PeerPlanner:
-    """Builds the plan of a round, in which all peers train and mix."""
+    """Builds the plans of a round, in which all peers train and mix."""
 
     section = "peers"
 
@@ -33,7 +34,7 @@ class PeerPlanner:
         num_samples: NDArray[np.int64],
         topology: Topology,
         capacities: Capacities,
-        costs: Costs,
+        costs: Sequence[Costs],
         epochs: int | None,
         steps: int | None,
         batch_size: int,
@@ -53,12 +54,14 @@ class PeerPlanner:
         remembered = min(topology.schedule.cycle or 1, MAX_CACHED_ROUNDS)  # lists of edges are long
         self._traffic = lru_cache(maxsize=remembered)(lambda round: Traffic.of(topology.mixing(round)))
 
-    def plan(self, round: int, now: float = 0.0) -> RoundPlan:
-        """Return the plan alone, see `timed_plan`."""
-        return self.timed_plan(round, now).plan
+    def plan(self, round: int, now: float = 0.0, phase: int = 0) -> RoundPlan:
+        """Return one plan alone, see `phases`."""
+        return self.phases(round, now)[phase].plan
 
-    def timed_plan(self, round: int, now: float) -> TimedPlan:
-        """Return the plan of a round, rows by variant, steps and peer, and what it costs.
+    def phases(self, round: int, now: float) -> list[TimedPlan]:
+        """Return the plan of each phase of a round, rows by variant, steps and peer, and what it costs.
+
+        All phases mix in the same way.
 
         Args:
             round: counted from 0.
@@ -67,7 +70,7 @@ class PeerPlanner:
         peers = np.arange(self.topology.n, dtype=np.int64)
         variant = self.capacities.variants(peers, round)
         mixing: Literal["topology", "mean"] = "mean" if self._merges(round) else "topology"
-        costs = self._costs(peers, variant, round, None if mixing == "mean" else self._traffic_of(round))
+        traffic = None if mixing == "mean" else self._traffic_of(round)
         in_order = (variant[1:] == variant[:-1]).all() and (self.steps[1:] == self.steps[:-1]).all()
         order = peers if in_order else np.lexsort((peers, -self.steps, variant))
         plan = RoundPlan(
@@ -80,7 +83,9 @@ class PeerPlanner:
             lr=learning_rate(self.lr, self.schedule, round, self.num_rounds),
             mixing=mixing,
         )
-        return TimedPlan(plan, costs, len(peers), {})
+        efforts = [costs.efforts(peers, variant, self.samples_trained, round) for costs in self.costs]
+        costs = [reduced(one) if traffic is None else exchanged(one, traffic) for one in efforts]
+        return [TimedPlan(replace(plan, phase=phase), one, len(peers), {}) for phase, one in enumerate(costs)]
 
     def _merges(self, round: int) -> bool:
         """Say whether a round ends with the mean of all peers."""
@@ -90,9 +95,3 @@ class PeerPlanner:
     def _traffic_of(self, round: int) -> Traffic:
         cycle = self.topology.schedule.cycle
         return self._traffic(round if cycle is None else round % cycle)
-
-    def _costs(self, peers: Ints, variant: NDArray[np.int16], round: int, traffic: Traffic | None) -> RoundCosts:
-        efforts = self.costs.efforts(peers, variant, self.samples_trained, round)
-        if traffic is None:
-            return reduced(efforts)
-        return exchanged(efforts, traffic)

@@ -133,9 +133,9 @@ def _follow(parts: Parts, num_rounds: int, variant: Variant | None) -> tuple[Rea
             if variant is not None and variant.shares_window:
                 coverage.add(parts.task.cut(variant, number))
             else:
-                timed = parts.planner.timed_plan(number, now)
-                now += timed.costs.simulated_seconds
-                for cut in _cuts(parts, timed.plan, variant):
+                phases = parts.planner.phases(number, now)
+                now += sum(phase.costs.simulated_seconds for phase in phases)
+                for cut in _cuts(parts, phases[-1].plan, variant):
                     coverage.add(cut)
             channels, weights = coverage.channels, coverage.weights
             channels_after = number + 1 if channels_after is None and channels == 1.0 else channels_after

@@ -2,13 +2,13 @@
 
 A commit is a directory of three files, written under another name, synced to the disk and then renamed:
 
-    %08d/                   the round, as a decimal number
+    %08d/                   the round, as a decimal number; %08d-%d: and phases of the next one that are done, if any
         arrays.safetensors  every array
         progress.json       everything else that a resume needs
-        manifest.json       written last: format, round, SHA-256 and size of each file, lengths of the logs
+        manifest.json       written last: format, round, phase, SHA-256 and size of each file, lengths of the logs
 
-So a directory of that name is a complete commit, and anything else is a leftover. A round that is committed again,
-because its first commit was damaged, goes to ``%08d.1``, ``%08d.2``, ..., and then the earlier one is deleted.
+So a directory of that name is a complete commit, and anything else is a leftover. What is committed again, because its
+first commit was damaged, goes to ``%08d.1``, ``%08d.2``, ..., and then the earlier one is deleted.
 
 Assumptions: the file system renames atomically and keeps what it has fsynced; there is one writer at a time.
 """
@@ -38,7 +38,7 @@ ARRAYS = "arrays.safetensors"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
 
-_COMMIT_NAME = re.compile(r"(\d{8,})(?:\.(\d+))?")
+_COMMIT_NAME = re.compile(r"(\d{8,})(?:-(\d+))?(?:\.(\d+))?")
 _LEFTOVERS = (".writing-*", ".deleting-*")
 
 
@@ -52,6 +52,7 @@ class Checkpoint:
         progress: JSON object that was committed with them.
         log_offsets: length of each log at the commit, in bytes.
         path: its directory.
+        phase: number of phases of the next round that were done.
         damaged: one message for each newer commit that is damaged.
     """
 
@@ -60,6 +61,7 @@ class Checkpoint:
     progress: dict[str, Any]
     log_offsets: dict[str, int]
     path: Path
+    phase: int = 0
     damaged: list[str] = field(default_factory=list)
 
 
@@ -95,18 +97,21 @@ class Checkpoints:
         arrays: Mapping[str, torch.Tensor],
         progress: Mapping[str, Any],
         log_offsets: Mapping[str, int],
-        on_phase: Callable[[str], None] | None = None,
+        on_step: Callable[[str], None] | None = None,
+        *,
+        phase: int = 0,
     ) -> Path:
-        """Make the state after `round` durable, then delete all commits but the newest `keep`.
+        """Make a state durable, then delete all commits but the newest `keep`.
 
-        Commits of later rounds, left by an abandoned continuation, are deleted too.
+        Later commits, left by an abandoned continuation, are deleted too.
 
         Args:
             round: number of rounds done, >= 0.
             arrays: tensors of any shape and any dtype that safetensors supports.
             progress: JSON values; integer keys come back as text.
             log_offsets: length in bytes of each log, already synced.
-            on_phase: callback, called with "arrays", "progress", "manifest", "renamed" and "pruned" as each is done.
+            on_step: callback, called with "arrays", "progress", "manifest", "renamed" and "pruned" as each is done.
+            phase: number of phases of the next round that are done.
 
         Returns:
             The directory of the commit.
@@ -118,13 +123,13 @@ class Checkpoints:
         """
         if round < 0:
             raise ValueError(f"cannot commit round {round}: rounds count from 0")
-        done = on_phase or _ignore
+        done, address = on_step or _ignore, (round, phase)
         aside = self.directory / f".writing-{round}"
         try:
             with storage_errors(aside):
                 shutil.rmtree(aside, ignore_errors=True)
-                self._write(aside, round, arrays, progress, log_offsets, done)
-                target = self._free_name(round)
+                self._write(aside, address, arrays, progress, log_offsets, done)
+                target = self._free_name(address)
                 os.rename(aside, target)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -132,7 +137,7 @@ class Checkpoints:
         with storage_errors(target):
             sync(self.directory)
             done("renamed")
-            self._prune(round)
+            self._prune(address)
             done("pruned")
         return target
 
@@ -161,7 +166,7 @@ class Checkpoints:
     def _write(
         self,
         aside: Path,
-        round: int,
+        address: tuple[int, int],
         arrays: Mapping[str, torch.Tensor],
         progress: Mapping[str, Any],
         log_offsets: Mapping[str, int],
@@ -174,13 +179,14 @@ class Checkpoints:
             text = json.dumps(dict(progress), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the progress of round {round} is not valid JSON ({error}): use finite plain values only"
+                f"the progress of round {address[0]} is not valid JSON ({error}): use finite plain values only"
             ) from error
         _write_text(aside / PROGRESS, text)
         done("progress")
         manifest = {
             "format": FORMAT,
-            "round": round,
+            "round": address[0],
+            "phase": address[1],
             "files": {name: _describe(aside / name) for name in (ARRAYS, PROGRESS)},
             "log_offsets": dict(log_offsets),
         }
@@ -188,30 +194,32 @@ class Checkpoints:
         sync(aside)
         done("manifest")
 
-    def _commits(self) -> list[tuple[int, int, Path]]:
-        """List (round, attempt, path) of every commit, the newest first."""
+    def _commits(self) -> list[tuple[tuple[int, int], int, Path]]:
+        """List ((round, phase), attempt, path) of every commit, the newest first."""
         found = []
         for path in self.directory.iterdir():
             match = _COMMIT_NAME.fullmatch(path.name)
             if match:
-                found.append((int(match[1]), int(match[2] or 0), path))
+                found.append(((int(match[1]), int(match[2] or 0)), int(match[3] or 0), path))
         return sorted(found, reverse=True)
 
-    def _free_name(self, round: int) -> Path:
-        attempts = [attempt for existing, attempt, _ in self._commits() if existing == round]
-        return self.directory / (f"{round:08d}.{max(attempts) + 1}" if attempts else f"{round:08d}")
+    def _free_name(self, address: tuple[int, int]) -> Path:
+        attempts = [attempt for existing, attempt, _ in self._commits() if existing == address]
+        round, phase = address
+        name = f"{round:08d}-{phase}" if phase else f"{round:08d}"
+        return self.directory / (f"{name}.{max(attempts) + 1}" if attempts else name)
 
-    def _prune(self, round: int) -> None:
-        kept_rounds: set[int] = set()
+    def _prune(self, address: tuple[int, int]) -> None:
+        kept: set[tuple[int, int]] = set()
         for existing, _, path in self._commits():
-            superseded = existing > round or existing in kept_rounds or path in self._damaged
-            if superseded or len(kept_rounds) == self.keep:
+            superseded = existing > address or existing in kept or path in self._damaged
+            if superseded or len(kept) == self.keep:
                 # Renamed first: an interrupted deletion must not leave part of a commit under a commit's name.
                 doomed = path.with_name(f".deleting-{path.name}")
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
             else:
-                kept_rounds.add(existing)
+                kept.add(existing)
 
 
 def _read(path: Path) -> Checkpoint:
@@ -243,7 +251,7 @@ def _read(path: Path) -> Checkpoint:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{MANIFEST} or what it lists is malformed ({error})") from error
-    return Checkpoint(manifest["round"], arrays, progress, manifest["log_offsets"], path)
+    return Checkpoint(manifest["round"], arrays, progress, manifest["log_offsets"], path, manifest.get("phase", 0))
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, torch.Tensor]) -> None:
@@ -281,5 +289,5 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _ignore(phase: str) -> None:
+def _ignore(step: str) -> None:
     pass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm, Arrays, require_algorithm
+from gossamer.algorithms.base import Algorithm, Arrays, require_algorithm, require_phases
 from gossamer.submodel import Layout
 from gossamer.testing.requirements import random_rows, require, require_arrays, require_declared
 
@@ -46,6 +46,7 @@ def check_algorithm(algorithm: Algorithm, layout: Layout = SMALL) -> None:
         gossamer.errors.ContractError: end is not row-wise: 'x' of row 0 differs when it is given alone: ...
     """
     require_declared(require_algorithm, algorithm)
+    require_declared(require_phases, algorithm)
     for phase in range(algorithm.traits.num_phases):
         one = algorithm.of_phase(phase)
         if one.traits.downlink is None:

@@ -12,19 +12,19 @@ from gossamer import rng
 PADDING = 4
 
 
-def crop_flip(images: Tensor, samples: NDArray[np.int64], seed: int, round: int) -> Tensor:
+def crop_flip(images: Tensor, samples: NDArray[np.int64], seed: int, round: int, phase: int = 0) -> Tensor:
     """Pad by 4 black pixels, crop at random to the old size, mirror half of the images (He et al., arXiv 1512.03385).
 
     Args:
         images: [b, channels, height, width] of any type.
         samples: int64 [b], numbers of the training samples, each of which has one owner: a sample is drawn anew every
-            round, but not for a further epoch within one.
-        seed, round: address of the draw.
+            phase, but not for a further epoch within one.
+        seed, round, phase: address of the draw.
 
     Returns:
         a new tensor like `images`.
     """
-    words = rng.bits(seed, "augment", round, 0, samples, 1)[:, 0]
+    words = rng.bits(seed, "augment", round, phase, samples, 1)[:, 0]
     span = np.uint64(2 * PADDING + 1)
     top = torch.from_numpy((words % span).astype(np.int64))
     left = torch.from_numpy((words // span % span).astype(np.int64))

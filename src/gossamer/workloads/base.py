@@ -162,13 +162,13 @@ class Workload(Protocol):
         return torch.ones(len(clients), self.num_labels, dtype=torch.bool)
 
     @abstractmethod
-    def batch(self, clients: NDArray[np.int64], positions: NDArray[np.int64], round: int = 0) -> Batch:
+    def batch(self, clients: NDArray[np.int64], positions: NDArray[np.int64], round: int = 0, phase: int = 0) -> Batch:
         """Assemble samples for a block of clients.
 
         Args:
             clients: int64 [s].
             positions: int64 [s, m], sample numbers within each client's own data; -1 is padding.
-            round: address of random augmentation.
+            round, phase: address of random augmentation.
         """
         ...
 

@@ -79,7 +79,7 @@ class Consensus(Workload):
         self.layout.views(rows)["x"].copy_(torch.from_numpy(points))
         return rows
 
-    def batch(self, clients: Ints, positions: Ints, round: int = 0) -> Batch:
+    def batch(self, clients: Ints, positions: Ints, round: int = 0, phase: int = 0) -> Batch:
         """Return one number a sample, ``"nothing"``: zeros [s, m] of the precision, which the loss does not read."""
         return Batch({"nothing": torch.zeros(positions.shape, dtype=self._dtype)}, {})
 

@@ -158,13 +158,13 @@ class _LinearPredictor(Workload):
         """Return zeros [layout.d] of the precision: all clients and all seeds start from the same model."""
         return torch.zeros(self.layout.d, dtype=self._dtype)
 
-    def batch(self, clients: Ints, positions: Ints, round: int = 0) -> Batch:
+    def batch(self, clients: Ints, positions: Ints, round: int = 0, phase: int = 0) -> Batch:
         """Assemble samples for a block of clients.
 
         Args:
             clients: int64 [s].
             positions: int64 [s, m], sample numbers within each client's own data; -1 is padding.
-            round: not used.
+            round, phase: not used.
 
         Returns:
             samples ``"features"``: [s, m, dim] and ``"target"``: [s, m] of the precision and, only where a row is

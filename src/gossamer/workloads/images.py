@@ -86,11 +86,11 @@ class ImageClassification(Supervised):
         """Pieces into which the training data is divided for the statistics of BatchNorm layers, if there are any."""
         return -(-len(self.data.train_labels) // self.options.statistics_chunk) if self.model.norms else 0
 
-    def _fetch(self, rows: Ints, padding: NDArray[np.bool_], round: int) -> dict[str, Tensor]:
+    def _fetch(self, rows: Ints, padding: NDArray[np.bool_], round: int, phase: int) -> dict[str, Tensor]:
         picked = torch.from_numpy(rows.reshape(-1))
         images = self.data.train_images.index_select(0, picked)
         if self.options.augment == "crop-flip":
-            images = crop_flip(images, rows.reshape(-1), self.seed, round)
+            images = crop_flip(images, rows.reshape(-1), self.seed, round, phase)
         samples = {
             "x": self._normalised(images, is_own=True).view(*rows.shape, *self.data.shape),
             "y": self.data.train_labels.index_select(0, picked).view(rows.shape),

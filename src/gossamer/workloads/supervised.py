@@ -123,13 +123,13 @@ class Supervised(Workload):
         """Return which labels each client's training data holds, bool [num_clients, num_labels]."""
 
     @abstractmethod
-    def _fetch(self, rows: Ints, padding: NDArray[np.bool_], round: int) -> dict[str, Tensor]:
+    def _fetch(self, rows: Ints, padding: NDArray[np.bool_], round: int, phase: int) -> dict[str, Tensor]:
         """Return ``"x"`` and ``"y"`` of a batch.
 
         Args:
             rows: int64 [s, m], numbers of training samples.
             padding: bool [s, m], whose samples are to be replaced by nothing.
-            round: number of the round, by which augmentation is drawn.
+            round, phase: numbers of the round and the phase, by which augmentation is drawn.
         """
 
     @abstractmethod
@@ -163,13 +163,13 @@ class Supervised(Workload):
         """Return bool [s, num_labels]: the labels of each client's training data."""
         return self._holds_label[torch.from_numpy(clients)]
 
-    def batch(self, clients: Ints, positions: Ints, round: int = 0) -> Batch:
+    def batch(self, clients: Ints, positions: Ints, round: int = 0, phase: int = 0) -> Batch:
         """Assemble samples for a block of clients.
 
         Args:
             clients: int64 [s].
             positions: int64 [s, m], sample numbers within each client's own data; -1 is padding.
-            round: round number, by which augmentation is drawn.
+            round, phase: by which augmentation is drawn.
 
         Returns:
             samples ``"x"``: [s, m, ...] and ``"y"``: int64 [s, m, ...], see the class, and, only where a row is padded,
@@ -184,7 +184,7 @@ class Supervised(Workload):
             )
         padding = positions < 0
         rows = self.partition.indices[self.partition.offsets[clients][:, None] + np.maximum(positions, 0)]
-        samples = self._fetch(rows, padding, round)
+        samples = self._fetch(rows, padding, round, phase)
         if padding.any():
             samples["mask"] = torch.from_numpy((~padding).astype(np.float32))
         return Batch(samples, {"labels": self.client_labels(clients)})

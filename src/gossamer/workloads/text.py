@@ -65,7 +65,7 @@ class NextCharacter(Supervised):
         held[client[:, None], self._train[torch.from_numpy(self.partition.indices)]] = True
         return held[:, :-1].contiguous()
 
-    def _fetch(self, rows: Ints, padding: NDArray[np.bool_], round: int) -> dict[str, Tensor]:
+    def _fetch(self, rows: Ints, padding: NDArray[np.bool_], round: int, phase: int) -> dict[str, Tensor]:
         windows = self._train[torch.from_numpy(rows)]
         windows[torch.from_numpy(padding)] = NOTHING
         return dict(zip("xy", _inputs_and_targets(windows), strict=True))

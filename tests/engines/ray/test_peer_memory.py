@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
     parts = build(parse(decentralized({"algorithm": "dsgt", "peers.topology": "random-match"} | modes(**STACKED))))
     monkeypatch.setattr(peer_actor, "prepare", lambda *arguments: parts.task)
     host = peer_actor.PeerActor("", [])
-    plan = parts.planner.timed_plan(0, 0.0).plan
+    plan = parts.planner.phases(0, 0.0)[0].plan
     described = {"round": 0, "mixing": plan.mixing, "pieces": True, "bounds": BOUNDS, "block": 0}
     job = {"kind": "train", "round": 0, "phase": 0, "variant": 0, "first": 0, "peers": [0, 1, 2, 3], "lr": plan.lr}
     job["steps"] = plan.steps[:4].tolist()

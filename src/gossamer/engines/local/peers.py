@@ -54,10 +54,10 @@ class LocalPeerEngine(PeerEngine):
         initial = initial_rows(task, x, 0, num_peers)
         state = {name: place(rows.shape[1], rows.dtype).copy_(rows) for name, rows in initial.items()}
         self._peers = PeerState.of(task, state, place, shared_zeros(len(x), x.dtype)[None], 0)
-        self._local = PeerWorker(task, self._peers)
+        self._handle = PeerWorker.handler(task, self._peers)
         self._pool: WorkerPool | None = None
         if workers and sys.platform == "linux":
-            self._pool = WorkerPool(workers, lambda: PeerWorker(task, self._peers).handle)
+            self._pool = WorkerPool(workers, lambda: PeerWorker.handler(task, self._peers))
 
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
         """Train all peers where their rows lie; a request to stop is heeded after the exchange."""
@@ -101,8 +101,8 @@ class LocalPeerEngine(PeerEngine):
 
     def _mix(self, plan: RoundPlan) -> None:
         """Mix and update, panel by panel; scalars last."""
-        message = mix_message(plan)
-        for columns in (self._columns, [[0, 0]] if self._task.algorithm.traits.scalars else []):
+        message, algorithm = mix_message(plan), self._task.phases[plan.phase].algorithm
+        for columns in (self._columns, [[0, 0]] if algorithm.traits.scalars else []):
             for _ in self._map(({**message, "columns": one} for one in columns), here=self._is_small):
                 pass
 
@@ -124,5 +124,5 @@ class LocalPeerEngine(PeerEngine):
             return
         for job in jobs:
             with one_thread():
-                reply = self._local.handle(job)
+                reply = self._handle(job)
             yield reply

@@ -21,7 +21,6 @@ from gossamer.engines.ray.shared_memory import AttachedMemory
 from gossamer.engines.slots import write_arrays
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
-from gossamer.engines.training.trainer import Trainer
 from gossamer.engines.training.worker import Worker, named_arrays
 from gossamer.registry import resolve
 
@@ -53,7 +52,6 @@ class ClientActor:
         self._task = prepare(recipe, data)
         self._state: Arrays = {}
         self._order: Arrays = {}
-        self._trainer = Trainer(self._task, self._state, self._order)
         self._worker = Worker(self._task, self._state, self._order, torch.zeros(0, 0))
         self._attached = AttachedMemory()
         self._received_at: Any = None
@@ -87,7 +85,7 @@ class ClientActor:
             self._receive(job, received, is_cut=described["is_cut"])
         number = described["slot"]
         slot = None if number is None else self._attached.slot(described["memory"], number)
-        result = self._trainer.train(job, tensors(client_state), slot)
+        result = self._worker.trainers[job.phase].train(job, tensors(client_state), slot)
         present = named_arrays(result)
         arrays = [value for *_, value in present]
         reply = {"loss": result.loss, "finite": result.finite, "arrays": [[name, part] for name, part, _ in present]}
@@ -118,7 +116,7 @@ class ClientActor:
         received: Received = ray.get(reference[0])
         self._received_at = address
         if is_cut:
-            self._trainer.receive(job, tensors(received))
+            self._worker.trainers[job.phase].receive(job, tensors(received))
         else:
             _replace(self._state, tensors(received))
 

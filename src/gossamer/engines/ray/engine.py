@@ -172,7 +172,7 @@ class RayEngine(FederatedEngine):
         if key not in self._received:
             import ray
 
-            names = self._task.algorithm.traits.downlink if is_cut else self._state
+            names = self._phase.algorithm.traits.downlink if is_cut else self._state
             rows = {name: self._state[name] for name in names or ()}
             cut = self._task.cut(self._task.variants[job.block.variant], job.round, order=self._order)
             if is_cut and not cut.is_full:

@@ -30,7 +30,7 @@ class PeerActor:
     def __init__(self, recipe: str, data: list[Any]) -> None:
         """Rebuild the task, see `prepare`."""
         self._task = prepare(recipe, data)
-        self._mixer = Mixer(self._task)
+        self._mixers = [Mixer(phase) for phase in self._task.phases]
 
     def ready(self) -> bool:
         """Answer, once the task is built."""
@@ -46,7 +46,7 @@ class PeerActor:
 
         Args:
             message: JSON: ``jobs``, as `PeerWorker.train` takes them, of all peers low, ..., high - 1; ``bounds``, of
-                all blocks; ``block``, the number of this one; ``round`` and ``mixing``.
+                all blocks; ``block``, the number of this one; what `mix_message` holds.
             state: rows of the block.
 
         Returns:
@@ -54,6 +54,7 @@ class PeerActor:
             of the others, what it needs to hear: its payloads' rows and their numbers.
         """
         described = json.loads(message)
+        task, mixer = self._task.phases[described["phase"]], self._mixers[described["phase"]]
         low, high = described["bounds"][described["block"]]
         arrays = {name: torch.from_numpy(rows.copy()) for name, rows in state.items()}
 
@@ -61,17 +62,17 @@ class PeerActor:
             """Return zeros for all peers of the block."""
             return torch.zeros(high - low, d, dtype=dtype)
 
-        peers = PeerState.of(self._task, arrays, place, arrays["x"][:1], low)
-        worker = PeerWorker(self._task, peers)
+        peers = PeerState.of(task, arrays, place, arrays["x"][:1], low)
+        worker = PeerWorker(task, peers)
         replies = [worker.train(job) for job in described["jobs"]]
-        sent = {name: peers.payload(name) for name in self._task.algorithm.traits.uplink}
+        sent = {name: peers.payload(name) for name in task.algorithm.traits.uplink}
         if peers.holders is not None:
             sent[HOLDERS] = peers.holders
         block = {f"{SENT}{name}": value for name, value in sent.items()}
         block |= {f"{STATE}{name}": value for name, value in arrays.items() if name not in sent}
         pieces: list[dict[str, NDArray[Any]] | None] = []
         for number, (first, last) in enumerate(described["bounds"]):
-            wanted = self._mixer.heard(described, first, last, low, high) if number != described["block"] else None
+            wanted = mixer.heard(described, first, last, low, high) if number != described["block"] else None
             pieces.append(None if wanted is None else _piece(sent, wanted, low))
         return json.dumps(replies), arrays_of(block), *pieces
 
@@ -79,18 +80,18 @@ class PeerActor:
         """Return "" and the new rows of a block's state.
 
         Args:
-            message: see `train`, without jobs, and with ``lr``.
+            message: see `train`, without jobs.
             block: result of `train` for the block.
             pieces: payloads of other blocks' peers for this one.
         """
         described, trained = json.loads(message), tensors(block)
-        bounds = described["bounds"][described["block"]]
-        everyone = self._mixer.laid_out([bounds], [trained])
+        bounds, mixer = described["bounds"][described["block"]], self._mixers[described["phase"]]
+        everyone = mixer.laid_out([bounds], [trained])
         for piece in pieces:
             if piece is not None:
                 for name, rows in everyone.items():
                     rows[torch.from_numpy(piece["peers"])] = torch.from_numpy(piece[name])
-        return "", arrays_of(self._mixer.update_block(described, everyone, trained, bounds))
+        return "", arrays_of(mixer.update_block(described, everyone, trained, bounds))
 
     def sums(self, block: Rows) -> NDArray[np.float64]:
         """Return the sum of a block's models, float64 [d], see `column_sums`."""

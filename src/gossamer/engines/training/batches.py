@@ -37,7 +37,7 @@ class Batches:
         for first in range(0, num_steps, fetch_steps):
             last = min(first + fetch_steps, num_steps)
             wanted = positions[rows, first * size : last * size]
-            samples, constants = task.workload.batch(clients, wanted, round=job.round)
+            samples, constants = task.workload.batch(clients, wanted, job.round, job.phase)
             samples = {key: as_format(value, mode.channels_last) for key, value in samples.items()}
             if mode.padding:
                 samples["mask"] = torch.from_numpy(wanted >= 0).float()

@@ -40,7 +40,7 @@ def admissible(task: Task) -> list[VariantMode]:
     formats = [True, False] if workload.traits.has_images else [False]
     modes = [VariantMode(channels_last=last) for last in formats]
     ragged = bool((workload.num_samples % task.batch_size != 0).any())
-    stackable = workload.traits.supports_stacking and task.algorithm.traits.stackable
+    stackable = workload.traits.supports_stacking and task.is_stackable
     if stackable and (workload.traits.supports_padding or not ragged):
         modes.append(VariantMode(stacked=True, padding=ragged))
     return modes
@@ -85,18 +85,19 @@ def _trial(
     modes = [mode if other is variant else other.mode for other in task.variants]
     x = state["x"][0]
     order = task.cutter.order(x)
-    trainer = Trainer(task.with_modes(modes), state, order)
+    trainers = [Trainer(phase, state, order) for phase in task.with_modes(modes).phases]
     row = task.cut(variant, 0, order=order).read(x, x.new_zeros(layout.d))
-    fresh = task.algorithm.init_client(row.new_zeros(len(clients), layout.d))
+    zeros = row.new_zeros(len(clients), layout.d)
     peers = task.algorithm.init(row.repeat(len(clients), 1)) if task.topology is not None else None
 
     def run() -> float:
-        """Train the block once."""
+        """Train the block once, in every phase."""
         began = time.perf_counter()
-        if peers is not None:
-            trainer.train_peers(job, peers)
-        else:
-            trainer.train(job, fresh)
+        for phase, trainer in enumerate(trainers):
+            if peers is not None:
+                trainer.train_peers(job._replace(phase=phase), peers)
+            else:
+                trainer.train(job._replace(phase=phase), trainer.task.algorithm.init_client(zeros))
         return (time.perf_counter() - began) / len(clients)
 
     return run

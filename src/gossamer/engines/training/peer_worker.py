@@ -50,8 +50,12 @@ class PeerState:
             state, merged, first: see the class.
             place: returns zeroed memory for rows of a width and a dtype.
         """
-        d, dtype, traits = state["x"].shape[1], state["x"].dtype, task.algorithm.traits
-        outbox = {name: place(1 if name in traits.scalars else d, dtype) for name in traits.uplink if name not in state}
+        d, dtype, outbox = state["x"].shape[1], state["x"].dtype, Arrays()
+        for phase in task.phases:
+            traits = phase.algorithm.traits
+            for name in traits.uplink:
+                if name not in state and name not in outbox:
+                    outbox[name] = place(1 if name in traits.scalars else d, dtype)
         return cls(state, outbox, None if task.is_whole else place(d, torch.uint8), merged, first)
 
     def payload(self, name: str) -> Tensor:
@@ -60,12 +64,19 @@ class PeerState:
 
 
 class PeerWorker:
-    """Handles messages about peers; lives in a worker process, or in the driver's where there are none."""
+    """Handles messages about peers in one phase; lives in a worker process, or in the driver's where there are none."""
 
     def __init__(self, task: Task, peers: PeerState) -> None:
+        """Bind the task of the phase to the peers' rows."""
         self._task, self._peers = task, peers
         self._scalars = task.algorithm.traits.scalars
         self._trainer, self._mixer = Trainer(task, peers.state), Mixer(task)
+
+    @classmethod
+    def handler(cls, task: Task, peers: PeerState) -> Callable[[Message], Message]:
+        """Return what handles the messages of all phases."""
+        workers = [cls(phase, peers) for phase in task.phases]
+        return lambda message: workers[message.get("phase", 0)].handle(message)  # any of them measures and evaluates
 
     def handle(self, message: Message) -> Message:
         """Do one job and return its reply, both plain JSON values."""
@@ -97,7 +108,7 @@ class PeerWorker:
         real = layout.coordinates  # padding takes no part in a codec
         for name, codec in task.algorithm.traits.codecs.items():
             rows = payload[name][:, real]
-            payload[name][:, real] = codec.compress(rows, seed=task.seed, round=job.round, peers=peers)
+            payload[name][:, real] = codec.compress(rows, seed=task.seed, round=job.round, phase=job.phase, peers=peers)
         for name, rows in payload.items():
             self._write(job, where, self._peers.payload(name), rows)
         for name, rows in site.items():

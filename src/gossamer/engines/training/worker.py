@@ -22,11 +22,14 @@ class Worker:
     """Handles messages; lives in a worker process, or in the driver's where there are none.
 
     A slot is a stretch of shared memory: first the client state that a job reads, then what the job writes.
+
+    Attributes:
+        trainers: of each phase of a round.
     """
 
     def __init__(self, task: Task, state: Mapping[str, Tensor], order: Mapping[str, Tensor], slots: Tensor) -> None:
         self._task, self._state, self._order, self._slots = task, state, order, slots
-        self._trainer = Trainer(task, state, order)
+        self.trainers = [Trainer(phase, state, order) for phase in task.phases]
         self._statistics: tuple[tuple[float, int], dict[str, Tensor]] | None = None
 
     def handle(self, message: Message) -> Message:
@@ -42,7 +45,7 @@ class Worker:
 
     def train(self, job: Job, client_state: Arrays) -> BlockResult:
         """Train one block in this process."""
-        return self._trainer.train(job, client_state)
+        return self.trainers[job.phase].train(job, client_state)
 
     def statistics(self, variant: int, round: int, chunk: int) -> dict[str, Tensor]:
         """Return the BatchNorm sums of one chunk of training data."""
@@ -64,14 +67,14 @@ class Worker:
 
     def _train(self, message: Message) -> Message:
         job = Job.of_message(message)
-        slot, num_rows = self._slots[message["slot"]], len(job.client)
+        slot, num_rows, trainer = self._slots[message["slot"]], len(job.client), self.trainers[job.phase]
         d_sub = self._task.variants[job.block.variant].layout.d
         taken = 0
         client_state = {}
-        for name in self._task.algorithm.traits.client_arrays:
+        for name in trainer.task.algorithm.traits.client_arrays:
             client_state[name] = slot[taken : taken + num_rows * d_sub].view(num_rows, d_sub).clone()
             taken += num_rows * d_sub
-        result = self._trainer.train(job, client_state, slot)
+        result = trainer.train(job, client_state, slot)
         present = named_arrays(result)
         return {
             "variant": message["variant"],
