@@ -20,13 +20,13 @@ AXES = {
 }
 
 
-def sample_order(parts: Parts, round: int, client: int) -> list[list[int]]:
+def sample_order(parts: Parts, round: int, client: int, phase: int = 0) -> list[list[int]]:
     """Return the numbers, among the training data, of the samples in each local batch of one client."""
     mine, options = parts.workload.partition.of_client(client), parts.config.train
     batches = []
     for epoch in range(options.epochs):
         clients, sizes = np.array([client]), np.array([len(mine)])
-        (order,) = rng.permutations(parts.config.seed, "shuffle", round, 0, clients, sizes, extra=epoch)
+        (order,) = rng.permutations(parts.config.seed, "shuffle", round, phase, clients, sizes, extra=epoch)
         batches += [
             mine[order[at : at + options.batch_size]].tolist() for at in range(0, len(mine), options.batch_size)
         ]

@@ -46,7 +46,7 @@ class Sent(NamedTuple):
     change: Params
 
 
-def gradients_of(parts: Parts, round: int, client: int, scale: float) -> list[Gradient]:
+def gradients_of(parts: Parts, round: int, client: int, scale: float, phase: int = 0) -> list[Gradient]:
     """Return one function from a model to the gradient of its loss for each local step of a client."""
 
     def gradient(params: Params, batch: list[int]) -> Params:
@@ -55,7 +55,7 @@ def gradients_of(parts: Parts, round: int, client: int, scale: float) -> list[Gr
         loss = F.cross_entropy(perceptron(leaves, images.double(), scale), labels)
         return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
-    return [lambda params, batch=batch: gradient(params, batch) for batch in sample_order(parts, round, client)]
+    return [lambda params, batch=batch: gradient(params, batch) for batch in sample_order(parts, round, client, phase)]
 
 
 def train_round(parts: Parts, round: int, model: Params, local: Local) -> list[Sent]:

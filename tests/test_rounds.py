@@ -18,7 +18,7 @@ from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.base import EngineHooks
 from gossamer.engines.local.engine import LocalEngine
-from gossamer.errors import StateLost
+from gossamer.errors import RoundAborted, StateLost
 from gossamer.experiment import Hooks
 from gossamer.profiling.spans import Spans
 from gossamer.storage.checkpoint import Checkpoints
@@ -236,6 +236,14 @@ class TestLostState:
 
 
 class TestCommits:
+    def test_a_round_that_was_not_evaluated_is_not_committed(self, tmp_path: Path) -> None:
+        """Its state is not that of the round before."""
+        config = configure({"checkpoint.every_seconds": 1000})
+        whole = run(config, out=tmp_path / "whole")
+        with pytest.raises(RoundAborted):
+            run(config, out=tmp_path / "run", hooks=failing("evaluate", True, 2, RoundAborted))
+        assert_same(resume(tmp_path / "run"), whole)
+
     @pytest.mark.parametrize(("keep", "kept"), [(2, [4, 5]), (4, [2, 3, 4, 5])])
     def test_after_every_round(self, tmp_path: Path, keep: int, kept: list[int]) -> None:
         done = run(configure({"rounds": 5, "checkpoint.keep": keep}), out=tmp_path / "run")

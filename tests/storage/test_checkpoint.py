@@ -129,6 +129,19 @@ def test_a_commit_is_the_newest_afterwards(tmp_path: Path) -> None:
     assert names(tmp_path) == ["00000010", "00000015"]
 
 
+def test_phases_stand_between_rounds(tmp_path: Path) -> None:
+    store = Checkpoints(tmp_path, keep=4)
+    for round, phase in [(1, 0), (1, 1), (1, 2), (2, 0), (2, 10), (2, 9)]:
+        commit(store, round, phase=phase)
+    assert names(tmp_path) == ["00000001-1", "00000001-2", "00000002", "00000002-9"]
+    found = store.latest()
+    assert_is(found, 2)
+    assert found is not None
+    assert found.phase == 9
+    commit(store, 2, phase=9)
+    assert names(tmp_path)[-1] == "00000002-9.1"
+
+
 @pytest.mark.parametrize("damaged", [True, False])
 def test_a_round_committed_again_replaces_the_first(tmp_path: Path, damaged: bool) -> None:
     store = Checkpoints(tmp_path)

@@ -48,11 +48,11 @@ def check_algorithm(algorithm: Algorithm, layout: Layout = SMALL) -> None:
     require_declared(require_algorithm, algorithm)
     require_declared(require_phases, algorithm)
     for phase in range(algorithm.traits.num_phases):
-        one = algorithm.of_phase(phase)
+        one, is_last = algorithm.of_phase(phase), phase == algorithm.traits.num_phases - 1
         if one.traits.downlink is None:
-            _check_of_peers(one, layout)
+            _check_of_peers(one, layout, must_move=is_last)
         else:
-            _check_of_clients(one, layout, must_move=phase == algorithm.traits.num_phases - 1)
+            _check_of_clients(one, layout, must_move=is_last)
 
 
 # ---- what both have in common
@@ -221,12 +221,12 @@ def _check_update(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> N
 # ---- of peers
 
 
-def _check_of_peers(algorithm: Algorithm, layout: Layout) -> None:
+def _check_of_peers(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> None:
     state = _check_states_of_peers(algorithm, layout)
     _check_begin(algorithm, layout, state, {})
     _check_step(algorithm, layout, state, {})
     ended = _check_end_of_peers(algorithm, layout, state)
-    _check_update_of_peers(algorithm, layout, state, *ended)
+    _check_update_of_peers(algorithm, layout, state, *ended, must_move=must_move)
 
 
 def _check_states_of_peers(algorithm: Algorithm, layout: Layout) -> Arrays:
@@ -262,7 +262,7 @@ def _check_end_of_peers(algorithm: Algorithm, layout: Layout, state: Arrays) -> 
 
 
 def _check_update_of_peers(
-    algorithm: Algorithm, layout: Layout, state: Arrays, payload: Arrays, changed: Arrays
+    algorithm: Algorithm, layout: Layout, state: Arrays, payload: Arrays, changed: Arrays, *, must_move: bool
 ) -> None:
     """Update all rows and columns at once, and some of them alone: the bits must be the same."""
     scalars = set(algorithm.traits.scalars)
@@ -280,7 +280,8 @@ def _check_update_of_peers(
 
     everything = torch.arange(layout.d)
     updated = update(slice(None), everything)
-    require("x" in updated, f"update returned {sorted(updated)}: it must return the models under 'x'")
+    returns_models = "x" in updated or not (must_move or "x" in algorithm.traits.uplink)
+    require(returns_models, f"update returned {sorted(updated)}: it must return the models under 'x'")
     unknown = sorted(set(updated) - set(state))
     require(not unknown, f"update returned {unknown}, unknown to init: return them there, too, or leave them out")
     _require_shapes(algorithm, layout, updated, set(updated), "update")

@@ -15,6 +15,7 @@ from federation import STACKED, modes
 from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.memory import keep_freed_memory
+from gossamer.engines.peers import mix_message
 from gossamer.engines.ray import peer_actor
 from gossamer.engines.training.mixing import sparse_zeros
 from gossamer.engines.training.peer_worker import PeerState
@@ -30,14 +31,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
     monkeypatch.setattr(peer_actor, "prepare", lambda *arguments: parts.task)
     host = peer_actor.PeerActor("", [])
     plan = parts.planner.phases(0, 0.0)[0].plan
-    described = {"round": 0, "mixing": plan.mixing, "pieces": True, "bounds": BOUNDS, "block": 0}
+    described = mix_message(plan) | {"bounds": BOUNDS, "block": 0}
     job = {"kind": "train", "round": 0, "phase": 0, "variant": 0, "first": 0, "peers": [0, 1, 2, 3], "lr": plan.lr}
     job["steps"] = plan.steps[:4].tolist()
     state = host.init(0, 4)[1]
     question = {"kind": "evaluate", "peers": [0], "variant": -1, "round": 0, "statistics": [{}], "chunk": 0}
     train = json.dumps(described | {"jobs": [job]})
     block = host.train(train, state)[1]
-    mix = json.dumps(described | {"lr": 0.1})
+    mix = json.dumps(described)
     gc.collect()
     gc.disable()
     yield [

@@ -20,6 +20,7 @@ from federation import (
     SCAFFOLD,
     SINGLY,
     STACKED,
+    Injected,
     assert_same,
     configure,
     digest,
@@ -59,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
     "channels last": mixed("fedrolex", (0.5, 1.0), **SINGLY, channels_last=True) | CNN,
     "a plug-in found by path": {"workload.name": "recording:Recording", "algorithm": "counting:Counting"},
     "scalars of a plug-in": {"algorithm": "tallying:Tallying"},
+    "two phases, private state": {"algorithm": "two_phases:FedLin"},
+    "two phases, rolling": mixed("two_phases:MimeLite", **STACKED),
     "float64": {
         "workload": {"name": "least-squares", "dim": 5, "num_samples": 12, "heterogeneity": 1.0},
         "train.batch_size": 4,
@@ -84,6 +87,16 @@ def test_bits_of_the_local_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert_same(there, here)
     assert events(there.directory, "retry") == []
     assert bool(replies) == is_own
+
+
+@SHARED
+@pytest.mark.parametrize("started", [True, False], ids=["before the commit", "after"])
+def test_resumed_between_phases(tmp_path: Path, started: bool) -> None:
+    """The fourth commit is that of the first phase of round 2."""
+    config = configure(CASES["two phases, private state"])
+    with pytest.raises(Injected):
+        run(on_ray(config), out=tmp_path / "ray", hooks=failing("commit", started, 4))
+    assert_same(resume(tmp_path / "ray"), run(config, out=tmp_path / "local"))
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two rows a peer": {"algorithm": "dsgd-ceca", "peers.num": 11, "peers.topology": "ceca"},
     "windows of three widths": {"submodel": {"capacities": list(LEVELS), "strategy": "rolling"}}
     | modes(LEVELS, **STACKED),
+    "two phases": {"algorithm": "two_phases:TwoGossips", "peers.topology": "base", "train.steps": 1},
     "a payload of its own": {"algorithm": "quasi-global-momentum", "train.momentum": 0.9, "peers.topology": "base"},
 }
 
