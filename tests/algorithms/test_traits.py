@@ -217,6 +217,15 @@ class TestPlugIns:
         with pytest.raises(ConfigError, match=message):
             resolve(parse(configure({"algorithm": name(found)})))
 
+    def test_momentum_is_refused_of_any_class(self, name: Name) -> None:
+        found = type("Mine", (Whole,), {"traits": AlgorithmTraits(no_momentum="it has its own")})
+        data = {"algorithm": name(found), "train.momentum": 0.9}
+        with pytest.raises(
+            ConfigError,
+            match=r"algorithm 'mine:Mine' does not go with train.momentum = 0.9, because it has its own: set",
+        ):
+            resolve(parse(configure(data)))
+
     def test_traits_that_fail_name_the_plug_in(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         (tmp_path / "misspelt.py").write_text(
             "from gossamer.algorithms.federated import FedAvg\n"

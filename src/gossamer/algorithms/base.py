@@ -199,11 +199,7 @@ class BaseAlgorithm(Algorithm):
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         self.options: Any = parse_options(type(self).Options, options, "algorithm")
-        if momentum and self.traits.no_momentum is not None:
-            raise ConfigError(
-                f"{type(self).__name__} does not go with train.momentum = {momentum!r}, because"
-                f" {self.traits.no_momentum}: set train.momentum to 0"
-            )
+        require_no_momentum(type(self).__name__, self.traits, momentum)
         self.momentum, self.weight_decay = momentum, weight_decay
 
     def init_client(self, x: Tensor) -> Arrays:
@@ -259,6 +255,19 @@ def require_phases(plugin: str, algorithm: Algorithm) -> None:
             )
         if unknown := sorted({*one.traits.client_arrays} - {*traits.client_arrays}):
             raise ConfigError(f"{where} has client_arrays {unknown}, which the whole has not: add them to its traits")
+
+
+def require_no_momentum(plugin: str, traits: AlgorithmTraits, momentum: float) -> None:
+    """Refuse momentum where the traits give a reason; `plugin` is what the error calls the algorithm.
+
+    Raises:
+        ConfigError: there is a reason, and momentum is not 0.
+    """
+    if momentum and traits.no_momentum is not None:
+        raise ConfigError(
+            f"{plugin} does not go with train.momentum = {momentum!r}, because {traits.no_momentum}: set train.momentum"
+            " to 0"
+        )
 
 
 def find_algorithm(name: str) -> type[Algorithm]:

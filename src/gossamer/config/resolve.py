@@ -9,7 +9,13 @@ from typing import Any
 
 from gossamer import registry
 from gossamer import topology as topologies
-from gossamer.algorithms.base import Algorithm, find_algorithm, require_algorithm, require_phases
+from gossamer.algorithms.base import (
+    Algorithm,
+    find_algorithm,
+    require_algorithm,
+    require_no_momentum,
+    require_phases,
+)
 from gossamer.config.rules import (
     check_peers,
     is_topology_file,
@@ -82,6 +88,7 @@ def make_algorithm(config: Config) -> Algorithm:
         algorithm: Algorithm = make(options, momentum=config.train.momentum, weight_decay=config.train.weight_decay)
     require_algorithm(f"algorithm {name!r}", algorithm)
     require_phases(f"algorithm {name!r}", algorithm)
+    require_no_momentum(f"algorithm {name!r}", algorithm.traits, config.train.momentum)
     return algorithm
 
 
