@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Mapping
 from types import MappingProxyType, UnionType
@@ -130,7 +131,7 @@ class Traits:
 
 
 def check_traits(plugin: str, found: Any, kind: type[Traits], protocol: type) -> None:
-    """Check that a plug-in's class, or an instance, states its traits, and nothing that contradicts them.
+    """Check that a plug-in's class, or an instance, states its traits, and that its methods agree with them.
 
     Args:
         plugin: name in errors, such as ``"algorithm 'mine:MyAlgorithm'"``.
@@ -139,14 +140,14 @@ def check_traits(plugin: str, found: Any, kind: type[Traits], protocol: type) ->
         protocol: protocol that it implements, whose attributes are no misspelt traits.
 
     Raises:
-        ConfigError: there are no such traits, an attribute has the name of a trait or nearly so, or a trait says
-            otherwise than the methods.
+        ConfigError: there are no such traits, an attribute has the name of a trait or nearly so, a trait says
+            otherwise than the methods, or a method takes other arguments than the protocol's.
     """
     if not hasattr(found, "traits") or not isinstance(found.traits, kind):
         given = f"traits = {found.traits!r}" if hasattr(found, "traits") else "no traits"
         raise ConfigError(f"{plugin} has {given}: state what it can do in an attribute traits = {kind.__name__}(...)")
     parts = found.__mro__ if isinstance(found, type) else (found, *type(found).__mro__)
-    own = {name: value for part in parts if part is not protocol for name, value in vars(part).items()}
+    own = {name: value for part in reversed(parts) if part is not protocol for name, value in vars(part).items()}
     for name, value in own.items():
         if name in kind.names():
             raise ConfigError(
@@ -160,6 +161,16 @@ def check_traits(plugin: str, found: Any, kind: type[Traits], protocol: type) ->
                 f"{plugin} has an attribute {name!r} that has no effect{close} (traits belong into traits ="
                 f" {kind.__name__}(...); anything else needs a name less like theirs)"
             )
+    for name, method in vars(protocol).items():
+        if inspect.isfunction(method) and inspect.isfunction(own.get(name)) and name[0] != "_":
+            arguments = list(inspect.signature(method).parameters)
+            try:
+                inspect.signature(own[name]).bind(*arguments)
+            except TypeError as error:
+                raise ConfigError(
+                    f"{plugin} has a method {name!r} that cannot be called with ({', '.join(arguments)}), because of"
+                    f" {error}: take these arguments"
+                ) from None
     for trait, method in kind.hooks.items():
         stated = vars(found.traits)[trait]
         if stated != (method in own) and (stated or isinstance(found, type)):  # an instance may go without

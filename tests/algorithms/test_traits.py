@@ -203,6 +203,10 @@ class TestPlugIns:
                 with_attribute("size", 1, has_local_loss=True, stackable=False),
                 "has no method 'local_loss', but traits.has_local_loss is True: set it to False, or write the method",
             ),
+            (
+                with_attribute("end", lambda self, state, carry: ({}, {})),
+                r"has a method 'end' that cannot be called with \(self, state, client_state, carry, steps, lr\), becau",
+            ),
             (with_attribute("forward", FedAvg.forward), "but traits.transforms_parameters is False"),
         ],
     )

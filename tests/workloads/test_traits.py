@@ -85,6 +85,10 @@ class TestWorkloads:
             (with_attribute("has_images", property(lambda self: True)), "states 'has_images' beside its traits"),
             (with_attribute("support_stacking", False), "has no effect; did you mean 'supports_stacking'"),
             (with_attribute("peer_inits", Consensus.peer_init), "has no effect; did you mean 'peer_init'"),
+            (
+                with_attribute("batch", lambda self, clients, positions, round=0: None),
+                r"'batch' that cannot be called with \(self, clients, positions, round, phase\), because of too many",
+            ),
             (with_attribute("peer_init", Consensus.peer_init), "but traits.has_peer_init is False: set it to True"),
             (with_attribute("size", 1, has_peer_init=True), "has no method 'peer_init', but traits.has_peer_init is T"),
         ],

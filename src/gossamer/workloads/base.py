@@ -18,7 +18,7 @@ A whole workload, for ``workload: "toy:Points"`` if it stands in a file ``toy.py
     ...     def init(self, seed):
     ...         return torch.zeros(self.layout.d)
     ...
-    ...     def batch(self, clients, positions, round=0):
+    ...     def batch(self, clients, positions, round=0, phase=0):
     ...         held = torch.from_numpy(positions >= 0)
     ...         points = self.points[torch.from_numpy(clients)[:, None], torch.from_numpy(positions)]
     ...         return Batch({"points": points} if held.all() else {"points": points, "mask": held.float()}, {})
