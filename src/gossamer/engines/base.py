@@ -44,7 +44,7 @@ class Engine(Protocol):
 
     Attributes:
         hooks: see `EngineHooks`.
-        is_whole: whether the state is that of a whole round. Peers train in place, so between `train` and the end of
+        is_whole: whether the state is that of whole phases. Peers train in place, so between `train` and the end of
             `exchange` theirs is not, and cannot be committed.
     """
 

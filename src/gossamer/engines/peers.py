@@ -82,7 +82,7 @@ class PeerEngine(ABC):
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
         """Train all peers."""
         jobs = [self._jobs(plan, low, high) for low, high in self._bounds]
-        missing = {job["first"]: len(job["peers"]) for together in jobs for job in together}
+        missing = {job["first"]: len(job["peers"]) for block in jobs for job in block}
         for reply in self._train_jobs(plan, jobs):
             first = reply["first"]
             yield TrainReport(slice(first, first + missing.pop(first)), reply["loss"], reply["finite"])

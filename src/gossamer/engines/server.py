@@ -222,17 +222,17 @@ class FederatedEngine(ABC):
         """Return the rows of a leaf, a power of two, and the leaves of a block."""
         if self._block_size is not None:
             return self._block_size, 1
-        share = math.ceil(num_rows / max(1, self.num_workers))
+        per_worker = math.ceil(num_rows / max(1, self.num_workers))
         if not variant.mode.stacked:
             # Several blocks a worker even out the load, but a block of next to no work costs more than it evens out.
             parts = BLOCKS_PER_WORKER if self.num_workers > 1 else 1
-            least = SMALL_BLOCK_FLOATS // variant.layout.d
-            rows = max(1, share // parts, min(share, least))
+            small = SMALL_BLOCK_FLOATS // variant.layout.d
+            rows = max(1, per_worker // parts, min(per_worker, small))
             return min(1 << (rows.bit_length() - 1), MAX_BLOCK_ROWS_ONE_BY_ONE), 1
         fitting = min(max(2, STACKED_BLOCK_FLOATS // variant.layout.d), MAX_BLOCK_ROWS)  # stay in cache
-        num_blocks = max(1, math.ceil(share / fitting))  # no row of this variant may be in the round
+        num_blocks = max(1, math.ceil(per_worker / fitting))  # no row of this variant may be in the round
         leaf = min(4, 1 << (fitting.bit_length() - 1))
-        return leaf, max(1, math.ceil(share / num_blocks / leaf))
+        return leaf, max(1, math.ceil(per_worker / num_blocks / leaf))
 
     def _client_state(self, job: Job) -> Arrays:
         """Return the private rows [s, d] of a job's clients, those of newcomers as the algorithm starts them."""

@@ -64,9 +64,9 @@ def write_arrays(slot: Tensor, arrays: Iterable[Tensor]) -> list[Extent]:
     extents: list[Extent] = []
     taken = 0
     for value in arrays:
-        place = slot[taken : taken + value.numel()].view(value.shape)
-        if place.data_ptr() != value.data_ptr():
-            place.copy_(value)
+        target = slot[taken : taken + value.numel()].view(value.shape)
+        if target.data_ptr() != value.data_ptr():
+            target.copy_(value)
         extents.append((taken, list(value.shape)))
         taken += -(-value.numel() // ALIGNMENT) * ALIGNMENT  # after a scalar, rows still start aligned
     return extents

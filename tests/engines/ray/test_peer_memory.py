@@ -1,4 +1,4 @@
-"""A host of peers holds no rows between calls: neither in cycles, nor in memory that its allocator would keep."""
+"""An actor of peers holds no rows between calls: neither in cycles, nor in memory that its allocator would keep."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ BOUNDS = [[0, 4], [4, 8]]
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
-    """What a host is asked in a round, while nobody collects garbage."""
+    """What an actor is asked in a round, while nobody collects garbage."""
     parts = build(parse(decentralized({"algorithm": "dsgt", "peers.topology": "random-match"} | modes(**STACKED))))
     monkeypatch.setattr(peer_actor, "prepare", lambda *arguments: parts.task)
-    host = peer_actor.PeerActor("", [])
+    actor = peer_actor.PeerActor("", [])
     plan = parts.planner.phases(0, 0.0)[0].plan
     described = mix_message(plan) | {"bounds": BOUNDS, "block": 0}
     job = {"kind": "train", "round": 0, "phase": 0, "variant": 0, "first": 0, "peers": [0, 1, 2, 3], "lr": plan.lr}
     job["steps"] = plan.steps[:4].tolist()
-    state = host.init(0, 4)[1]
+    state = actor.init(0, 4)[1]
     question = {"kind": "evaluate", "peers": [0], "variant": -1, "round": 0, "statistics": [{}], "chunk": 0}
     train = json.dumps(described | {"jobs": [job]})
-    block = host.train(train, state)[1]
+    block = actor.train(train, state)[1]
     mix = json.dumps(described)
     gc.collect()
     gc.disable()
     yield [
-        lambda: host.train(train, state),
-        lambda: host.mix(mix, block, None, None),
-        lambda: host.evaluate(json.dumps(question), state["x"][:1]),
+        lambda: actor.train(train, state),
+        lambda: actor.mix(mix, block, None, None),
+        lambda: actor.evaluate(json.dumps(question), state["x"][:1]),
     ]
     gc.enable()
 

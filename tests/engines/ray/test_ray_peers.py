@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def own_actors() -> list[int]:
-    """Return the processes of the hosts that belong to this process's Ray."""
+    """Return the processes of the actors that belong to this process's Ray."""
 
     def parent(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

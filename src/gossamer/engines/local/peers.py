@@ -47,13 +47,13 @@ class LocalPeerEngine(PeerEngine):
         num_peers = task.workload.num_clients
         super().__init__(task, x, [[0, num_peers]], block_size=block_size, hooks=hooks)
 
-        def place(d: int, dtype: torch.dtype) -> Tensor:
+        def zeros(d: int, dtype: torch.dtype) -> Tensor:
             """Return shared memory for all peers."""
             return shared_zeros(num_peers * d, dtype).view(num_peers, d)
 
         initial = initial_rows(task, x, 0, num_peers)
-        state = {name: place(rows.shape[1], rows.dtype).copy_(rows) for name, rows in initial.items()}
-        self._peers = PeerState.of(task, state, place, shared_zeros(len(x), x.dtype)[None], 0)
+        state = {name: zeros(rows.shape[1], rows.dtype).copy_(rows) for name, rows in initial.items()}
+        self._peers = PeerState.of(task, state, zeros, shared_zeros(len(x), x.dtype)[None], 0)
         self._handle = PeerWorker.handler(task, self._peers)
         self._pool: WorkerPool | None = None
         if workers and sys.platform == "linux":

@@ -1,6 +1,6 @@
 """What runs inside a Ray actor: a task rebuilt from JSON, and the same training as on one machine.
 
-Nothing here matters: whatever a host holds it was given with the call, so a dead one costs a repetition and no result.
+Nothing here matters: all that an actor holds was given with the call, so a dead one costs a repetition and no result.
 """
 
 from __future__ import annotations

@@ -58,11 +58,11 @@ class PeerActor:
         low, high = described["bounds"][described["block"]]
         arrays = {name: torch.from_numpy(rows.copy()) for name, rows in state.items()}
 
-        def place(d: int, dtype: torch.dtype) -> Tensor:
+        def zeros(d: int, dtype: torch.dtype) -> Tensor:
             """Return zeros for all peers of the block."""
             return torch.zeros(high - low, d, dtype=dtype)
 
-        peers = PeerState.of(task, arrays, place, arrays["x"][:1], low)
+        peers = PeerState.of(task, arrays, zeros, arrays["x"][:1], low)
         worker = PeerWorker(task, peers)
         replies = [worker.train(job) for job in described["jobs"]]
         sent = {name: peers.payload(name) for name in task.algorithm.traits.uplink}
@@ -103,9 +103,9 @@ class PeerActor:
         found = [squared_distance(x[:, slice(*one)], center[slice(*one)]) for one in columns]
         return torch.stack(found).numpy()
 
-    def rows(self, block: Rows, places: list[int]) -> NDArray[Any]:
+    def rows(self, block: Rows, numbers: list[int]) -> NDArray[Any]:
         """Return some of a block's models."""
-        return block["x"][places]
+        return block["x"][numbers]
 
     def evaluate(self, message: str, models: NDArray[Any]) -> str:
         """Return the sums of one chunk of data for several models [k, d], see `PeerWorker.evaluate`."""

@@ -51,14 +51,14 @@ def _run(
 ) -> Iterator[tuple[str, str | Exception]]:
     import ray
 
-    place = [os.path.abspath(path) for path in sys.path], os.getcwd()
+    origin = [os.path.abspath(path) for path in sys.path], os.getcwd()
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_call)
     waiting, flying = deque(messages.items()), dict[Any, str]()
     deadline = float("inf")
     while (waiting or flying) and time.monotonic() < deadline:
         while waiting and len(flying) < num_parallel:
             key, message = waiting.popleft()
-            flying[remote.remote(function, message, place)] = key
+            flying[remote.remote(function, message, origin)] = key
         ready, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
         for one in ready:
             yield flying.pop(one), _result(one)
@@ -79,11 +79,11 @@ def _result(reference: Any) -> str | Exception:
     return found
 
 
-def _call(function: str, message: str, place: tuple[list[str], str]) -> str:
+def _call(function: str, message: str, origin: tuple[list[str], str]) -> str:
     """Do one piece of work where the driver would: with its modules, and its folder if this machine has it."""
     import torch
 
-    paths, folder = place
+    paths, folder = origin
     sys.path += [path for path in paths if path not in sys.path]
     if os.path.isdir(folder):
         os.chdir(folder)

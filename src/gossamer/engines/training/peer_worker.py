@@ -41,22 +41,22 @@ class PeerState:
 
     @classmethod
     def of(
-        cls, task: Task, state: Arrays, place: Callable[[int, torch.dtype], Tensor], merged: Tensor, first: int
+        cls, task: Task, state: Arrays, zeros: Callable[[int, torch.dtype], Tensor], merged: Tensor, first: int
     ) -> Self:
         """Return the arrays of peers.
 
         Args:
             task: task that trains them.
             state, merged, first: see the class.
-            place: returns zeroed memory for rows of a width and a dtype.
+            zeros: callback that returns memory for rows of a width and a dtype.
         """
         d, dtype, outbox = state["x"].shape[1], state["x"].dtype, Arrays()
         for phase in task.phases:
             traits = phase.algorithm.traits
             for name in traits.uplink:
                 if name not in state and name not in outbox:
-                    outbox[name] = place(1 if name in traits.scalars else d, dtype)
-        return cls(state, outbox, None if task.is_whole else place(d, torch.uint8), merged, first)
+                    outbox[name] = zeros(1 if name in traits.scalars else d, dtype)
+        return cls(state, outbox, None if task.is_whole else zeros(d, torch.uint8), merged, first)
 
     def payload(self, name: str) -> Tensor:
         """Return where the payload of this name lies."""

@@ -139,8 +139,8 @@ class Trainer:
             labels = task.workload.client_labels(job.client) * weights[:, None] if per_label else None
             alone = isinstance(rows, list) and name not in self._scalars and (job.block.leaf == 1 or not shared)
             if target is not None and labels is None and alone:  # no sum will be made, so this is where they may stay
-                places = target[: len(rows) * layout.d].view(len(rows), 1, layout.d)
-                rows = [torch.mul(row, w, out=place) for row, w, place in zip(rows, weights, places, strict=True)]
+                targets = target[: len(rows) * layout.d].view(len(rows), 1, layout.d)
+                rows = [torch.mul(row, w, out=out) for row, w, out in zip(rows, weights, targets, strict=True)]
             else:
                 for part, chunk in chunks(rows):
                     scale_rows_(layout, chunk, weights[part], None if labels is None else labels[part])
@@ -247,8 +247,8 @@ class Trainer:
                 active = count
                 num_rows = max(active, 2)
                 leaves = self._stacked_leaves(views["x"], slice(0, num_rows))
-                carries = {leaf: {name: view[leaf][:num_rows] for name, view in views.items()} for leaf in leaves}
-                trained = {leaf: {name: rows[:active] for name, rows in carries[leaf].items()} for leaf in leaves}
+                carries = {param: {name: view[param][:num_rows] for name, view in views.items()} for param in leaves}
+                trained = {param: {name: rows[:active] for name, rows in carries[param].items()} for param in leaves}
             values = self._losses(given_to_loss(algorithm, leaves.params, carries), batch)
             grads, factors = gradients(values.sum(), leaves)
             if clip_norm is not None:
@@ -327,7 +327,7 @@ def equal_runs(steps: NDArray[np.int32]) -> list[tuple[int, int]]:
 
 
 def chunks(rows: Rows) -> list[tuple[slice, Tensor]]:
-    """Return the tensors [k, d] that `rows` consists of, each with its place."""
+    """Return the tensors [k, d] that `rows` consists of, each with its rows."""
     if isinstance(rows, Tensor):
         return [(slice(0, len(rows)), rows)]
     return [(slice(i, i + 1), row) for i, row in enumerate(rows)]
