@@ -78,7 +78,6 @@ class Strike:
                 os.kill(self.fired[0], self._number)
 
 
-@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("case", CASES)
 def test_bits_of_the_local_engine(tmp_path: Path, case: str) -> None:
     changes = CASES[case]
@@ -88,7 +87,6 @@ def test_bits_of_the_local_engine(tmp_path: Path, case: str) -> None:
     assert not events(there.directory, "retry")
 
 
-@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("exchange", [1, 2])
 def test_a_killed_actor_costs_no_bits(tmp_path: Path, exchange: int) -> None:
     """One is killed when an exchange begins, and has other blocks to mix then."""
