@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from gossamer.engines.ray.cluster import start_ray
 
@@ -20,8 +21,10 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE / "plugins")]
 torch.set_num_threads(1)
 
-settings.register_profile("sample", max_examples=25, deadline=None)
-settings.register_profile("whole", max_examples=100, deadline=None)
+# How long examples take to draw depends on what else the machine does.
+UNTIMED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("sample", max_examples=25, **UNTIMED)
+settings.register_profile("whole", max_examples=100, **UNTIMED)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,7 +23,7 @@ def part(capacity: float, value: float, weight: float, label_weights: Tensor | N
     if label_weights is not None:
         full["output"] = (label_weights * value)[:, None].expand(2, 4)
     row = LAYOUT.flatten(full)
-    sums = {"x": cut.read(row, torch.empty(cut.sub.d)), "count": torch.ones(cut.sub.d)}
+    sums = {"x": cut.read(row, torch.zeros(cut.sub.d)), "count": torch.ones(cut.sub.d)}
     return Part(cut, sums, weight, label_weights)
 
 
