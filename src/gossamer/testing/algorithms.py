@@ -273,6 +273,7 @@ def _check_update_of_peers(
         """Return what `update` makes of some rows and coordinates."""
 
         def part(arrays: Arrays) -> Arrays:
+            """Return the same entries of every array of a mapping."""
             return {n: (v[rows] if n in scalars else v[rows][:, columns]).clone() for n, v in arrays.items()}
 
         inbox = part(mixed) | {"sent": part(payload), "held": None, "lr": LR}
