@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from gossamer import topology
 from gossamer.build import build
 from gossamer.config.loading import parse, with_value
-from gossamer.config.resolve import settle
+from gossamer.config.resolve import build_topology, settle
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError
 from gossamer.registry import BUILTIN, resolve
@@ -154,3 +156,52 @@ def test_what_windows_do_not_follow_is_told(strategy: str) -> None:
         told = [message for message in moved.warnings if message.startswith(f"submodel.{option} changes nothing")]
         assert (before == after) == bool(told)
         assert not plain.warnings
+
+
+class TestTopologies:
+    """Which number of peers and which seed hold: the inline ones, then those of the file, then those of the run."""
+
+    @pytest.mark.parametrize(
+        ("said", "inline", "peers", "expected"),
+        [
+            ({"n": 8, "seed": 5}, {}, {}, (8, 5)),
+            ({"n": 8, "seed": 5}, {}, {"num": 8}, (8, 5)),
+            ({"n": 8}, {}, {}, (8, 3)),
+            ({}, {}, {"num": 9}, (9, 3)),
+            ({"seed": 0}, {}, {"num": 9}, (9, 0)),
+            ({"n": 8, "seed": 5}, {"n": 9, "seed": 4}, {}, (9, 4)),
+            (None, {"n": 9, "seed": 4}, {}, (9, 4)),
+            (None, {"seed": 0}, {"num": 9}, (9, 0)),
+            (None, {}, {"num": 9}, (9, 3)),
+        ],
+    )
+    def test_precedence(
+        self, tmp_path: Path, said: dict[str, int] | None, inline: dict[str, int], peers: dict[str, int], expected: Any
+    ) -> None:
+        name, path = "erdos-renyi", tmp_path / "graph.yaml"
+        if said is not None:
+            path.write_text(yaml.safe_dump({"topology": name, "source": "this test"} | said))
+            name = str(path)
+        config = configuration("dsgd", clients=None, seed=3, peers={"topology": {"name": name} | inline} | peers)
+        found = build_topology(config)
+        assert found is not None
+        assert (found.n, found.seed) == expected
+        plain = topology.build("erdos-renyi", found.n, seed=found.seed)
+        assert found.digest() == plain.digest() != topology.build("erdos-renyi", found.n, seed=99).digest()
+
+    def test_two_numbers_of_peers(self, tmp_path: Path) -> None:
+        (tmp_path / "graph.yaml").write_text("{topology: ring, n: 8, source: this test}")
+        for name in ({"name": str(tmp_path / "graph.yaml")}, {"name": "ring", "n": 8}):
+            config = configuration("dsgd", clients=None, peers={"num": 9, "topology": name})
+            with pytest.raises(
+                ConfigError, match=r"peers\.num = 9, but topology '.*' has n = 8 peers: leave peers.num"
+            ):
+                build_topology(config)
+
+    @pytest.mark.parametrize("seed", [-1, 1.5, True, "x"])
+    def test_seeds_that_are_none(self, seed: Any) -> None:
+        config = configuration("dsgd", clients=None, peers={"num": 9, "topology": {"name": "ring", "seed": seed}})
+        with pytest.raises(
+            ConfigError, match=r"topology 'ring' with seed = .*: seed must be a whole number, 0 or more"
+        ):
+            build_topology(config)

@@ -87,8 +87,40 @@ class TestGraphs:
             (PATH, {"path": "a.graphml"}, "give either a path or a networkx graph"),
             (None, {}, "give either a path or a networkx graph"),
             ([(0, 1)], {}, r"file.graph = list is not a networkx graph"),
-            (networkx.Graph([(0, 1, {"latency_seconds": -1})]), {}, "an edge's latency_seconds = -1 must be finite"),
-            (networkx.Graph([(0, 1, {"latency_seconds": "far"})]), {}, "attribute 'latency_seconds' is not a number"),
+            (
+                networkx.Graph([(0, 1, {"latency_seconds": -1})]),
+                {},
+                "latency_seconds of edge .* is -1, but must be in 0",
+            ),
+            (
+                networkx.Graph([(0, 1, {"latency_seconds": "far"})]),
+                {},
+                "latency_seconds of edge .*, 'far', is not a number",
+            ),
+            (
+                networkx.Graph([(0, 1, {"bandwidth_bytes_per_second": 0})]),
+                {},
+                "is 0, but must be in 0.001..1e.18: correct",
+            ),
+            (networkx.Graph([(0, 1, {"latency_seconds": math.nan})]), {}, "is nan, but must be in"),
+            (networkx.Graph([(0, 1, {"latency_seconds": True})]), {}, "'?True'?, is not a number"),
+            (
+                networkx.Graph([(0, 1, {"latency": 0.5})]),
+                {},
+                "the attribute 'latency' of edges has no effect.*rename it",
+            ),
+            (
+                networkx.Graph([(0, 1, {"bandwith_bytes_per_second": 5})]),
+                {},
+                "no effect; did you mean 'bandwidth_bytes_",
+            ),
+            (
+                weighted((0, 1, 0.5)),
+                {},
+                "edges with weights: set weights to 'given' to mix by them, or to 'metropolis'",
+            ),
+            (weighted((0, 1, math.inf)), {"weights": "given"}, "is inf, but must be finite"),
+            (weighted((0, 1, math.nan)), {"weights": "given"}, "is nan, but must be finite"),
         ],
         ids=lambda value: value[:24] if isinstance(value, str) else "",
     )
@@ -112,7 +144,7 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         ("name", "content"),
-        [("none.graphml", None), ("bad.graphml", "<graphml"), ("bad.txt", "0 1 {oops\n"), ("other.graphml", "<a></a>")],
+        [("none.graphml", None), ("none.txt", None), ("bad.graphml", "<graphml"), ("other.graphml", "<a></a>")],
     )
     def test_what_cannot_be_read(self, tmp_path: Path, name: str, content: str | None) -> None:
         if content is not None:
@@ -157,6 +189,39 @@ class TestSpecifications:
             (tmp_path / "a.yaml").write_text(content)
         with pytest.raises(ConfigError, match=message):
             topology.load(tmp_path / "a.yaml")
+
+
+class TestDigests:
+    """What tells an edited file from one that draws the same graph."""
+
+    def of(self, path: Path, text: str) -> str:
+        path.write_text(text)
+        return topology.load(path).digest()
+
+    def test_of_specifications(self, tmp_path: Path) -> None:
+        path, text = tmp_path / "a.yaml", "{topology: d-equistatic, n: 40, seed: 1, parameters: {M: 5}, source: x}"
+        first = self.of(path, text)
+        assert self.of(path, "# a comment\n" + text.replace("source: x", "source: y")) == first
+        for change in (("n: 40", "n: 41"), ("seed: 1", "seed: 2"), ("M: 5", "M: 4"), ("d-equi", "u-equi")):
+            assert self.of(path, text.replace(*change)) != first
+
+    @pytest.mark.parametrize("name", ["od-equidyn", "ou-equidyn"])
+    def test_of_rounds_that_are_drawn_anew(self, tmp_path: Path, name: str) -> None:
+        """Even where their first rounds agree."""
+        text = f"{{topology: {name}, n: 3, seed: 0, parameters: {{M: 1}}, source: x}}"
+        found = {self.of(tmp_path / "a.yaml", text.replace("seed: 0", f"seed: {seed}")) for seed in range(6)}
+        assert len(found) == 6
+
+    def test_of_cycles(self) -> None:
+        assert len({topology.build("base", n, k=k).digest() for n in (11, 12) for k in (1, 2, 3)}) == 6
+        assert topology.build("ring", 5, seed=1).digest() == topology.build("ring", 5, seed=2).digest()
+
+    def test_of_graphs_and_their_links(self, tmp_path: Path) -> None:
+        path, text = tmp_path / "a.txt", '0 1 {"latency_seconds": 0.5}\n1 2\n2 3\n'
+        first = self.of(path, text)
+        assert self.of(path, text.replace("1 2", "1  2  # the same")) == first
+        changes = [("0.5", "0.25"), ("latency_seconds", "bandwidth_bytes_per_second"), ("2 3", "1 3"), ("0.5", "0")]
+        assert first not in {self.of(path, text.replace(*change)) for change in changes}
 
 
 class TestNetworks:

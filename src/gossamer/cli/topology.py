@@ -14,12 +14,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="List, describe and measure the graphs on which peers mix.")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a topology, or path of a YAML or GraphML file.")]
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="Name of a topology, or path of a YAML file, of GraphML or of a list of edges."
+    ),
+]
 Peers = Annotated[int | None, typer.Option("-n", metavar="N", help="Number of peers; not needed with a file.")]
 Parameters = Annotated[
     list[str] | None, typer.Option("-p", metavar="KEY=VALUE", help="A parameter, such as -p M=9; may be repeated.")
 ]
-TopologySeed = Annotated[int | None, typer.Option("--seed", metavar="S", help="Seed of all draws; default: 0.")]
+TopologySeed = Annotated[
+    int | None, typer.Option("--seed", metavar="S", help="Seed of all draws; default: that of the file, or 0.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -44,9 +51,9 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Describe a topology: degree, symmetry, consensus rate and bound, period, spectrum; and draw it."""
-    from gossamer.topology import report
+    from gossamer.topology import find, report
 
-    topology = report.find(name, n, seed, _parse(parameters))
+    topology = find(name, _parse(parameters, n, seed))
     if output is not None:
         _require_format(output)
     facts = report.describe(topology)
@@ -66,26 +73,28 @@ def measure(
     as_json: Json = False,
 ) -> None:
     """Mix a random vector until all peers agree to 1e-10, and compare the rate with the bound."""
-    from gossamer.topology import report
+    from gossamer.topology import find, report
 
-    topology = report.find(name, n, seed, _parse(parameters))
+    topology = find(name, _parse(parameters, n, seed))
     facts = report.measured(topology, rounds, start_seed=topology.seed)
     typer.echo(_json(facts) if as_json else report.render(facts))
 
 
-def _parse(parameters: list[str] | None) -> dict[str, Any]:
-    """Return ``KEY=VALUE`` words as a mapping, with values parsed as YAML.
+def _parse(parameters: list[str] | None, n: int | None, seed: int | None) -> dict[str, Any]:
+    """Return ``KEY=VALUE`` words, n and seed as a mapping, with values parsed as YAML.
 
     Raises:
         ConfigError: a word is not of this form.
     """
     import yaml
 
-    parsed: dict[str, Any] = {}
+    parsed: dict[str, Any] = {"n": n, "seed": seed}
     for word in parameters or ():
         key, separator, value = word.partition("=")
         if not separator or not key:
             raise ConfigError(f"parameter {word!r} is not of the form KEY=VALUE: write -p M=9")
+        if parsed.get(key) is not None:
+            raise ConfigError(f"parameter {word!r} gives {key} twice: keep one of them")
         try:
             parsed[key] = yaml.safe_load(value)
         except yaml.YAMLError:

@@ -18,7 +18,6 @@ from gossamer.algorithms.base import (
 )
 from gossamer.config.rules import (
     check_peers,
-    is_topology_file,
     require_population,
     require_whole_models,
     unused_options,
@@ -93,23 +92,28 @@ def make_algorithm(config: Config) -> Algorithm:
 
 
 def build_topology(config: Config) -> Topology | None:
-    """Build the peers' topology, from a name and parameters or from a YAML file; None where there is a server.
+    """Build the peers' topology, from a name and parameters or from a file; None where there is a server.
 
     Raises:
-        ConfigError: see `topology.build`.
+        ConfigError: see `topology.find`, or it has another number of peers than ``peers.num``.
     """
     if config.peers is None:
         return None
-    name, parameters = split(config.peers.topology)
-    make = topologies.load if is_topology_file(name) else topologies.build
-    return make(name, n=config.peers.num, seed=config.seed, **parameters)
+    (name, parameters), num = split(config.peers.topology), config.peers.num
+    found = topologies.find(name, parameters, default_n=num, default_seed=config.seed)
+    if num not in (None, found.n):
+        raise ConfigError(
+            f"peers.num = {num}, but topology {name!r} has n = {found.n} peers: leave peers.num out, or set it to"
+            f" {found.n}"
+        )
+    return found
 
 
 def _with_topology(config: Config, topology: Topology) -> Config:
     """Return the configuration with the topology's number of peers, and its files named from the root."""
     assert config.peers is not None
     given = dict(config.peers.topology)
-    if is_topology_file(given["name"]):
+    if topologies.is_file(given["name"]):
         given["name"] = str(Path(given["name"]).absolute())
     if isinstance(given.get("path"), str):
         given["path"] = str(Path(given["path"]).absolute())

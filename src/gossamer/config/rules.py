@@ -11,11 +11,6 @@ from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
 
 
-def is_topology_file(name: str) -> bool:
-    """Say whether the name of a topology is the path of a YAML file."""
-    return name.endswith((".yaml", ".yml"))
-
-
 def require_population(config: Config, algorithm: Any) -> None:
     """Refuse an algorithm of peers for clients, and the other way round.
 

@@ -117,7 +117,9 @@ class PeersOptions(Options):
 
     Attributes:
         num: peers; None: as many as the topology's file has.
-        topology: name and parameters (``gossamer topology list``), or the path of a topology's YAML file.
+        topology: name and parameters (``gossamer topology list``), or the path of a topology's file, YAML, GraphML or a
+            list of edges; with ``n`` and ``seed``, which hold before those of the file, and these before `num` and the
+            run's seed.
         partition: name and options of the partition of the data.
         merge_every: number of rounds from one mean of all peers to the next (Gossip-PGA); None: that of the algorithm.
         final_merge: whether the last round's mixing is the mean of all peers.

@@ -5,7 +5,7 @@ from gossamer.topology.consensus import Measurement, measure
 from gossamer.topology.family import Family, Schedule, TopologyOptions
 from gossamer.topology.mixings import BlockAverage, Matching, Shift
 from gossamer.topology.sparse import Joint, Sparse
-from gossamer.topology.topology import Topology, build, load
+from gossamer.topology.topology import Topology, build, find, is_file, load
 
 __all__ = [
     "BlockAverage",
@@ -21,6 +21,8 @@ __all__ = [
     "Topology",
     "TopologyOptions",
     "build",
+    "find",
+    "is_file",
     "load",
     "measure",
 ]

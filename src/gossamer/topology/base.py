@@ -56,11 +56,13 @@ class Mixing(ABC):
         stochasticity: "doubly" (keeps the mean and constants), "row" (keeps constants) or "column" (keeps the mean).
         is_symmetric: whether W equals its transpose.
         rows_per_site: rows of state of each peer; 1 except for joint mixings.
+        has_links: whether latency or bandwidth of some links is known.
     """
 
     kind: ClassVar[str]
     rows_per_site: ClassVar[int] = 1
     n: int
+    has_links: bool = False
     stochasticity: Stochasticity = "doubly"
 
     @property

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import ConfigDict, model_validator
 
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, nearest
 from gossamer.topology.base import Floats, Integers, Stochasticity
+from gossamer.topology.edgelists import read_edges
 from gossamer.topology.family import Family, Schedule, TopologyOptions, static
 from gossamer.topology.sparse import TOLERANCE, Sparse
 from gossamer.topology.weights import fastest, is_connected, metropolis
 
-LINK_ATTRIBUTES = ("latency_seconds", "bandwidth_bytes_per_second")
+LINK_RANGES = {"latency_seconds": (0.0, 1e9), "bandwidth_bytes_per_second": (1e-3, 1e18)}
+KNOWN = (*LINK_RANGES, "weight")
+GRAPHML = (".graphml", ".xml")
 
 
 class FileOptions(TopologyOptions):
     """Options of a graph from a file or from networkx.
 
     Attributes:
-        path: path of a GraphML file (.graphml or .xml), or of a list of edges: two names a line, then attributes as in
-            networkx, such as ``{"latency_seconds": 0.01}``; # starts a comment.
+        path: path of a GraphML file (.graphml or .xml), or of a list of edges, see `edgelists`.
         graph: networkx graph, instead of a path. Peers are numbered in the order of its nodes.
         weights: "metropolis" (Metropolis-Hastings), "fastest" (best rate of symmetric weights; small n), or
             "given": the attribute "weight" of an edge sender -> receiver is W[receiver, sender]; the rest to 1 is the
-            peer's own weight, and loops are refused.
+            peer's own weight, and loops are refused. None: "metropolis", where no edge has a weight.
         stochasticity: stochasticity of given weights: "doubly", "row" or "column".
     """
 
@@ -35,7 +38,7 @@ class FileOptions(TopologyOptions):
 
     path: Path | None = None
     graph: Any = None
-    weights: Literal["metropolis", "given", "fastest"] = "metropolis"
+    weights: Literal["metropolis", "given", "fastest"] | None = None
     stochasticity: Stochasticity = "doubly"
 
     @model_validator(mode="after")
@@ -43,60 +46,141 @@ class FileOptions(TopologyOptions):
         if (self.path is None) == (self.graph is None):
             raise ValueError("give either a path or a networkx graph")
         if self.weights != "given" and self.stochasticity != "doubly":
-            raise ValueError(f"{self.weights} weights are doubly stochastic, not {self.stochasticity}: leave it out")
+            weights = self.weights or "metropolis"
+            raise ValueError(
+                f"{weights} weights are doubly stochastic, not {self.stochasticity}: leave it out, or set weights to"
+                " 'given'"
+            )
         return self
 
 
-def read_graph(path: Path) -> Any:
+def read_graph(path: Path, options: FileOptions) -> Any:
     """Read a networkx graph from a file.
 
     Raises:
-        ConfigError: the file is missing or malformed.
+        ConfigError: the file is missing or malformed, or may be read in several ways.
     """
     from xml.etree.ElementTree import ParseError
 
     import networkx
 
+    if path.suffix.lower() in (".yaml", ".yml"):
+        raise ConfigError(f"{str(path)!r} is no graph but a topology: name it as the topology itself, without 'file'")
     try:
-        if path.suffix.lower() in (".graphml", ".xml"):
-            return networkx.read_graphml(path)
-        return networkx.read_edgelist(path)
-    except (OSError, ParseError, networkx.NetworkXException, ValueError, TypeError, KeyError, SyntaxError) as error:
+        if path.suffix.lower() in GRAPHML:
+            return _read_graphml(path)
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("<"):
+            return _read_graphml(path)
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+    except (OSError, ParseError, networkx.NetworkXException, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"cannot read the graph {str(path)!r} ({reason}): give GraphML (.graphml) or a list of edges"
+            f"cannot read the graph {str(path)!r} ({reason}): give GraphML (.graphml) or a list of edges, as UTF-8"
         ) from None
+    return read_edges(path, text, options.weights == "given", options.stochasticity != "doubly")
 
 
-def _attribute(where: str, edges: list[Any], name: str, default: float) -> Floats:
-    """Return one attribute of all edges, float64 [e], with `default` where an edge lacks it.
+def _read_graphml(path: Path) -> Any:
+    """Read GraphML of one graph, with the defaults of its edges, and nothing but what it declares.
 
     Raises:
-        ConfigError: a value is not a number, or below 0.
+        ValueError: it holds more or less than that.
     """
-    try:
-        values = np.array([float(data.get(name, default)) for _, _, data in edges], dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{where}: an edge's attribute {name!r} is not a number: correct the file") from None
-    if name in LINK_ATTRIBUTES and bool(((values < 0) | np.isinf(values)).any()):
-        raise ConfigError(f"{where}: an edge's {name} = {values.min():g} must be finite and not negative: correct it")
+    from xml.etree import ElementTree
+
+    import networkx
+
+    def named(element: Any, name: str) -> list[Any]:
+        """Return the children of a name, whatever their namespace."""
+        return [each for each in element if each.tag.rpartition("}")[2] == name]
+
+    root = ElementTree.parse(path).getroot()
+    graphs = named(root.iter(), "graph")
+    if len(graphs) != 1 or graphs[0].get("edgedefault") not in ("directed", "undirected"):
+        raise ValueError("not one graph whose edgedefault is directed or undirected")
+    declared = [node.get("id") for node in named(graphs[0], "node")]
+    if len({*declared} - {None}) < len(declared):
+        raise ValueError("a node without an id, or two with the same one")
+    ends = [edge.get(end) for edge in named(graphs[0], "edge") for end in ("source", "target")]
+    unknown = next((end for end in ends if end not in {*declared}), "")
+    if unknown != "":
+        raise ValueError(f"an edge to {unknown!r}, which is not declared as a node")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ports, which change nothing
+        graph = networkx.read_graphml(path)
+    if (graph.number_of_nodes(), 2 * graph.number_of_edges()) != (len(declared), len(ends)):
+        raise ValueError("nodes or edges outside of the graph's namespace")
+    for _, _, data in graph.edges(data=True):
+        data.update({**graph.graph["edge_default"], **data})
+    return graph
+
+
+def _attribute(where: str, edges: list[Any], name: str) -> Floats:
+    """Return one attribute of all edges, float64 [e], nan where an edge lacks it.
+
+    Raises:
+        ConfigError: a value is not a number, or out of its range.
+    """
+    low, high = LINK_RANGES.get(name, (-math.inf, math.inf))
+    values = np.full(len(edges), math.nan)
+    for index, (*ends, data) in enumerate(edges):
+        given = data.get(name, "")
+        if given == "":  # an empty cell, or an empty element
+            continue
+        try:
+            if isinstance(given, bool) or "_" in str(given):
+                raise ValueError
+            values[index] = float(given)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{where}: the {name} of edge {tuple(ends)}, {given!r:.40}, is not a number: correct it"
+            ) from None
+        if not low <= values[index] <= high or math.isinf(values[index]):
+            proper = f"in {low:g}..{high:g}" if name in LINK_RANGES else "finite"
+            raise ConfigError(
+                f"{where}: the {name} of edge {tuple(ends)} is {values[index]:g}, but must be {proper}: correct it, or"
+                " remove an edge that carries nothing"
+            )
     return values
+
+
+def _check_attributes(where: str, edges: list[Any], weights: str | None) -> None:
+    """Refuse attributes that would change nothing.
+
+    Raises:
+        ConfigError: one is misspelt, or edges have weights and nothing says whether to mix by them.
+    """
+    names = {str(name): None for *_, data in edges for name in data}  # in order
+    for name in names:
+        near = nearest(name.lower(), KNOWN, cutoff=0.85)
+        if name not in KNOWN and (near or any(word in name.lower() for word in ("latency", "bandwidth", "delay"))):
+            raise ConfigError(
+                f"{where}: the attribute {name!r} of edges has no effect{near} (known: {', '.join(KNOWN)}): rename it"
+            )
+    if weights is None and "weight" in names:
+        raise ConfigError(
+            f"{where} has edges with weights: set weights to 'given' to mix by them, or to 'metropolis' to compute"
+            " others from the degrees"
+        )
 
 
 def _links(where: str, edges: list[Any]) -> tuple[Floats | None, Floats | None]:
     """Return latency and bandwidth of the edges, nan where unknown; None for what no edge has."""
-    latency, bandwidth = (_attribute(where, edges, name, math.nan) for name in LINK_ATTRIBUTES)
+    latency, bandwidth = (_attribute(where, edges, name) for name in LINK_RANGES)
     return (None if np.isnan(latency).all() else latency), (None if np.isnan(bandwidth).all() else bandwidth)
 
 
 def _make(n: int, seed: int, options: FileOptions) -> Schedule:
-    graph = read_graph(options.path) if options.path is not None else options.graph
+    graph = read_graph(options.path, options) if options.path is not None else options.graph
     where = repr(str(options.path)) if options.path is not None else "the graph"
     if not hasattr(graph, "number_of_nodes") or not hasattr(graph, "is_multigraph"):
         raise ConfigError(f"file.graph = {type(graph).__name__} is not a networkx graph: give one, or a path")
     _check(graph, n, where, options)
     place = {name: number for number, name in enumerate(graph.nodes)}
     edges = list(graph.edges(data=True))
+    _check_attributes(where, edges, options.weights)
     sender = np.array([place[u] for u, _, _ in edges], dtype=np.int64)
     receiver = np.array([place[v] for _, v, _ in edges], dtype=np.int64)
     n, directed = len(place), graph.is_directed()
@@ -117,7 +201,7 @@ def _make(n: int, seed: int, options: FileOptions) -> Schedule:
         raise ConfigError(
             f"{where}: the weights of peer {int(own.argmin())} sum to {1.0 - own.min():.6g}, above 1: scale them down"
         )
-    return static(mixing, facts={"weights": options.weights})
+    return static(mixing, facts={"weights": options.weights or "metropolis"})
 
 
 def _check(graph: Any, n: int, where: str, options: FileOptions) -> None:
@@ -138,18 +222,17 @@ def _check(graph: Any, n: int, where: str, options: FileOptions) -> None:
         raise ConfigError(f"{where} has a loop at {loop!r}: remove it, because a peer's own weight is the rest to 1")
     if graph.is_directed() and options.weights != "given":
         raise ConfigError(
-            f"{where} is directed, but {options.weights} weights need an undirected graph: set weights to 'given'"
+            f"{where} is directed, but {options.weights or 'metropolis'} weights need an undirected graph: set weights"
+            " to 'given', or give each pair once, without a direction"
         )
 
 
 def _weights(
     where: str, edges: list[Any], n: int, receiver: Integers, sender: Integers, options: FileOptions
 ) -> Floats:
-    if options.weights == "metropolis":
-        return metropolis(n, receiver, sender)
-    if options.weights == "fastest":
-        return fastest(n, receiver, sender)
-    weight = _attribute(where, edges, "weight", math.nan)
+    if options.weights != "given":
+        return (fastest if options.weights == "fastest" else metropolis)(n, receiver, sender)
+    weight = _attribute(where, edges, "weight")
     if not (weight > 0).all():
         bad = int((~(weight > 0)).argmax())
         raise ConfigError(

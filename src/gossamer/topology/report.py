@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 from gossamer.errors import ConfigError
 from gossamer.registry import names, resolve
 from gossamer.topology.consensus import TOLERANCE, measure
-from gossamer.topology.topology import Topology, build, load
+from gossamer.topology.topology import Topology
 
 Answer = TypeVar("Answer")
-
-
-def find(name: str, n: int | None, seed: int | None, parameters: Mapping[str, Any]) -> Topology:
-    """Build the topology of a short name, a YAML file of `TopologySpec`, or a GraphML file.
-
-    Raises:
-        ConfigError: see `build` and `load`.
-    """
-    if name.endswith((".yaml", ".yml")):
-        return load(name, n, seed, **parameters)
-    if name.endswith(".graphml"):
-        return build("file", n, seed or 0, **{"path": Path(name), **parameters})
-    return build(name, n, seed or 0, **parameters)
 
 
 def catalogue() -> list[dict[str, Any]]:

@@ -74,6 +74,11 @@ class Sparse(Streaming):
         """Number of peers."""
         return int(self.matrix.shape[0])
 
+    @property
+    def has_links(self) -> bool:  # type: ignore[override]
+        """Whether latency or bandwidth of some links is known."""
+        return self.latency_seconds is not None or self.bandwidth_bytes_per_second is not None
+
     @cached_property
     def _edges(self) -> Edges:
         coordinates = self.matrix.tocoo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +16,7 @@ from pydantic import Field
 from gossamer import rng
 from gossamer.errors import ConfigError, nearest
 from gossamer.options import Options, parse_options
-from gossamer.registry import resolve
+from gossamer.registry import names, resolve
 from gossamer.topology import spectra
 from gossamer.topology.base import Mixing
 from gossamer.topology.family import Family, Schedule, TopologyOptions
@@ -23,6 +24,8 @@ from gossamer.topology.family import Family, Schedule, TopologyOptions
 NUM_ESTIMATION_ROUNDS = 200
 MAX_CACHED = 100_000  # peers of a topology that caches the mixings of several rounds
 NUM_CACHED = 64
+YAML = (".yaml", ".yml")
+SUFFIXES = (*YAML, ".graphml", ".xml", ".txt", ".csv", ".tsv", ".edgelist", ".edges")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +80,21 @@ class Topology:
             raise ConfigError(f"round {round} is below 0: rounds are counted from 0")
         place = round if self.schedule.cycle is None else round % self.schedule.cycle
         return self._mixing(place)
+
+    def digest(self) -> str:
+        """Return 32 hexadecimal digits that identify the mixings of all rounds, and the links of a file.
+
+        A cycle is digested mixing by mixing, so comments and spelling of a file do not matter; of rounds that are drawn
+        anew, the first one, and what they are drawn from.
+        """
+        drawn = (self.name, self.seed, self.options.model_dump_json(exclude={"graph", "path"}))
+        digest = hashlib.blake2b(repr(drawn if self.schedule.cycle is None else ()).encode(), digest_size=16)
+        for round in range(self.schedule.cycle or 1):
+            mixing = self.mixing(round)
+            digest.update(mixing.digest().encode())
+            for link in mixing.edges()[3:] if mixing.has_links else ():
+                digest.update(b"|" + (b"" if link is None else link.tobytes()))
+        return digest.hexdigest()
 
     def consensus_rate(self) -> float:
         """Return the factor by which a round contracts the disagreement ``||X - mean||`` in the worst direction.
@@ -138,14 +156,15 @@ class TopologySpec(Options):
 
     Attributes:
         topology: name of the topology.
-        n, seed: see `build`.
+        n: number of peers.
+        seed: seed of all draws; None: that of the run, 0 where there is none.
         parameters: parameters of the topology; a relative ``path`` is relative to the folder of the file.
         source: publication, in one line.
     """
 
     topology: str
     n: int | None = None
-    seed: int = 0
+    seed: int | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
     source: str
 
@@ -163,13 +182,18 @@ def build(name: str, n: int | None = None, seed: int = 0, **parameters: Any) -> 
         ConfigError: the name or a parameter is unknown, there are too few peers, or the graph is impossible or
             disconnected.
     """
+    return _build(name, n, seed, parameters)
+
+
+def _build(name: str, n: Any, seed: Any, parameters: Mapping[str, Any]) -> Topology:
     family: Family = resolve("topology", name)
     if not isinstance(family, Family):
         raise ConfigError(f"topology {name!r} is a {type(family).__name__}, not a Family: name a Family")
     if n is None and not family.sets_n:
         raise ConfigError(f"topology {name!r} needs the number of peers: give n")
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int | np.integer) or n < family.minimum):
-        raise ConfigError(f"topology {name!r} with n = {n!r}: n must be a whole number, {family.minimum} or more")
+    if n is not None:
+        _require_whole(f"topology {name!r} with n", n, family.minimum)
+    _require_whole(f"topology {name!r} with seed", seed, 0)
     options = parse_options(family.options, parameters, name)
     schedule = family.make(int(n or 0), seed, options)
     if options.lazy:
@@ -178,27 +202,66 @@ def build(name: str, n: int | None = None, seed: int = 0, **parameters: Any) -> 
     return Topology(name, found, seed, options, family.kind, schedule)
 
 
+def _require_whole(what: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
+        key = what.rpartition(" ")[2]
+        raise ConfigError(f"{what} = {value!r}: {key} must be a whole number, {minimum} or more")
+
+
+def is_file(name: str) -> bool:
+    """Say whether the name of a topology is the path of a YAML file or of a graph."""
+    is_path = Path(name).suffix.lower() in SUFFIXES or "/" in name
+    return is_path or (":" not in name and name not in names("topology") and Path(name).is_file())
+
+
+def find(name: str, parameters: Mapping[str, Any], *, default_n: int | None = None, default_seed: int = 0) -> Topology:
+    """Build the topology of a name or a file.
+
+    Args:
+        name: see `build`, or the path of a YAML file of `TopologySpec`, of a GraphML file, or of a list of edges.
+        parameters: parameters of the topology, ``n`` and ``seed`` among them; they replace the entries of a file.
+        default_n, default_seed: number of peers and seed where neither `parameters` nor the file say them.
+
+    Raises:
+        ConfigError: a file is missing or malformed; see `build`.
+    """
+    given = {key: value for key, value in parameters.items() if value is not None or key not in ("n", "seed")}
+    if is_file(name) and Path(name).suffix.lower() not in YAML:
+        name, given = "file", {"path": Path(name), **given}
+    elif is_file(name):
+        path = Path(name)
+        spec = _read(path)
+        said = {"n": spec.n, "seed": spec.seed}
+        folder = {"path": path.parent / str(spec.parameters["path"])} if "path" in spec.parameters else {}
+        given = {key: value for key, value in said.items() if value is not None} | spec.parameters | folder | given
+        name = spec.topology
+    n, seed = given.pop("n", default_n), given.pop("seed", default_seed)
+    return _build(name, n, seed, given)
+
+
 def load(path: str | Path, n: int | None = None, seed: int | None = None, **parameters: Any) -> Topology:
-    """Build the topology of a YAML file of `TopologySpec`; arguments replace its entries.
+    """Build the topology of a file, see `find`; arguments replace its entries.
 
     Raises:
         ConfigError: the file is missing or malformed; see `build`.
     """
-    path = Path(path)
+    return find(str(path), {"n": n, "seed": seed, **parameters})
+
+
+def _read(path: Path) -> TopologySpec:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             data = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
+        near = [each.name for each in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(
-            f"cannot read the topology {str(path)!r} ({reason}): give a YAML file{nearest(path.name, _near(path))}"
+            f"cannot read the topology {str(path)!r} ({reason}): give a YAML file{nearest(path.name, near)}"
         ) from None
     spec = parse_options(TopologySpec, data, path.name)
-    merged = {**spec.parameters, **parameters}
-    if "path" in spec.parameters and "path" not in parameters:
-        merged["path"] = path.parent / str(merged["path"])
-    return build(spec.topology, spec.n if n is None else n, spec.seed if seed is None else seed, **merged)
-
-
-def _near(path: Path) -> list[str]:
-    return [each.name for each in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    if is_file(spec.topology):
+        raise ConfigError(
+            f"{path.name}.topology = {spec.topology!r} is a file: write 'topology: file' and 'parameters: {{path:"
+            f" {spec.topology}}}'"
+        )
+    return spec
