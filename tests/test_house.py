@@ -28,7 +28,6 @@ LAZY = {
     "ray",
     "grpc",
     "datasets",
-    "flwr_datasets",
     "huggingface_hub",
     "pyarrow",
     "sklearn",

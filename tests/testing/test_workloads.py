@@ -95,7 +95,7 @@ BROKEN_WORKLOADS: dict[str, tuple[dict[str, Any], str]] = {
     "order": ({"client_labels": lambda self, c: torch.eye(4).bool()[: len(c)]}, "depend on the others in the call"),
     "shapes": (with_samples(lambda s: s | {"y": s["y"].flatten()}), "batch sample 'y' has shape"),
     "noise": (with_samples(lambda s: s | {"x": s["x"] + torch.rand(())}), "batch must depend on its arguments alone"),
-    "neighbours": ({"batch": one_batch_for_all}, "how many are asked for"),
+    "neighbours": ({"batch": one_batch_for_all}, "must not depend on (its neighbours|how many)"),
     "no mask": (with_samples(lambda s: {k: v for k, v in s.items() if k != "mask"}), "must have the key 'mask'"),
     "mask": (with_samples(lambda s: {k: 1 - v if k == "mask" else v for k, v in s.items()}), "1 for samples and 0"),
     "padding": (

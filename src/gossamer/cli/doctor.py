@@ -17,7 +17,7 @@ from gossamer import registry
 
 REQUIRED = (
     *("gossamer", "torch", "numpy", "scipy", "networkx", "ray", "grpcio", "protobuf", "pydantic", "PyYAML", "typer"),
-    *("rich", "matplotlib", "safetensors", "scikit-learn", "datasets", "flwr-datasets"),
+    *("rich", "matplotlib", "safetensors", "scikit-learn", "datasets"),
 )
 OPTIONAL = ("tensorboard", "mlflow", "wandb", "perfetto", "opentelemetry-sdk", "transformers")
 MIN_TORCH = (2, 10)

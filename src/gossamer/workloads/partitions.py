@@ -2,14 +2,12 @@
 
 A partition of your own is a function ``(labels, num_clients, num_labels, seed, owner, **params) -> Partition``, named
 as ``my_package.my_module:my_partition``. Every partition here is a function of its arguments alone, uses every sample
-exactly once and leaves no client without one. Dirichlet, shards and natural ids are dealt by flwr-datasets.
+exactly once, leaves no client without one, and favours none: the samples of a class are shuffled before they are dealt,
+whatever their order in the data set, and where shares are no whole numbers chance decides who gets one more.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -135,11 +133,23 @@ def _check_counts(num_clients: int, total: int, options: IidOptions) -> None:
         )
 
 
-def iid(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any) -> Partition:
-    """Shuffle the samples and cut them into equal parts, the first ones larger by one where there is a remainder.
+def rounded(shares: NDArray[np.float64], source: np.random.Generator) -> Ints:
+    """Round shares [n] whose sum is whole, each up or down, to int64 [n] of the same sum; their means are the shares.
 
-    The parts are those of flwr-datasets' `IidPartitioner` over shuffled data, computed here because that one shuffles
-    nothing and makes one data set object a client, which takes minutes for 100,000 of them.
+    This is systematic sampling: cumulated shares are cut at whole numbers, all shifted by one random offset.
+    """
+    bounds = np.concatenate([[0.0], np.cumsum(shares)])
+    total = round(bounds[-1])
+    cuts = np.floor(bounds + source.random()).clip(0, total).astype(np.int64)
+    cuts[-1] = total  # which rounding errors may have missed
+    return np.diff(cuts)
+
+
+def iid(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any) -> Partition:
+    """Shuffle the samples and cut them into equal parts, some larger by one where there is a remainder.
+
+    Computed here because flwr-datasets' `IidPartitioner` shuffles nothing, gives the remainder to the first clients and
+    makes one data set object a client, which takes minutes for 100,000 of them.
 
     Raises:
         ConfigError: an unknown or wrong parameter, see `IidOptions`.
@@ -147,10 +157,11 @@ def iid(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints 
     """
     options = parse_options(IidOptions, params, WHERE)
     _check_counts(num_clients, len(labels), options)
-    order = rng.generator(seed, "partition-iid").permutation(len(labels)).astype(np.int64)
-    size, larger = divmod(len(labels), num_clients)
-    clients = np.arange(num_clients + 1, dtype=np.int64)
-    return Partition(order, clients * size + np.minimum(clients, larger)).checked("iid", num_clients, len(labels))
+    source = rng.generator(seed, "partition-iid")
+    order = source.permutation(len(labels)).astype(np.int64)
+    sizes = rounded(np.full(num_clients, len(labels) / num_clients), source)
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    return Partition(order, offsets).checked("iid", num_clients, len(labels), options.min_samples)
 
 
 def dirichlet(
@@ -158,24 +169,24 @@ def dirichlet(
 ) -> Partition:
     """Divide every class among the clients in proportions drawn from a symmetric Dirichlet distribution.
 
-    Source: Yurochkin et al., arXiv 1905.12022 (one draw a class over the clients, as most federated benchmarks do),
-    through flwr-datasets' `DirichletPartitioner`. Up to ten draws are tried until every client holds `min_samples`; the
-    library's own retries take time quadratic in the clients.
+    Source: Yurochkin et al., arXiv 1905.12022 (one draw a class over the clients, as most federated benchmarks do). Up
+    to ten draws are tried until every client holds `min_samples`. Unlike here, flwr-datasets' `DirichletPartitioner`
+    deals a class in the order of the data set, and rounds in favour of the last client at the cost of the first.
 
     Raises:
         ConfigError: an unknown or wrong parameter, see `DirichletOptions`.
         DataError: no draw gives every client `min_samples`.
     """
-    from flwr_datasets.partitioner import DirichletPartitioner
-
     options = parse_options(DirichletOptions, params, WHERE)
     _check_counts(num_clients, len(labels), options)
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    client = np.empty(len(labels), dtype=np.int64)
     for attempt in range(NUM_DRAWS):
-        draw = rng.stable_hash(seed, "partition-dirichlet", attempt)
-        partitioner = DirichletPartitioner(
-            num_clients, "label", options.alpha, min_partition_size=0, shuffle=False, seed=draw
-        )
-        partition = _dealt(partitioner, num_clients, label=labels)
+        source = rng.generator(seed, "partition-dirichlet", extra=attempt)
+        for samples in members:
+            shares = source.dirichlet(np.full(num_clients, options.alpha)) * len(samples)
+            client[source.permutation(samples)] = np.repeat(np.arange(num_clients), rounded(shares, source))
+        partition = Partition.of_clients(client, num_clients)
         if partition.num_samples.min() >= options.min_samples:
             return partition.checked("dirichlet", num_clients, len(labels), options.min_samples)
     raise DataError(
@@ -185,17 +196,15 @@ def dirichlet(
 
 
 def shards(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any) -> Partition:
-    """Sort the samples by label, cut them into num_clients x per_client shards and deal the shards at random.
+    """Sort the samples by label, in random order within one, cut them into num_clients x per_client shards, deal these.
 
-    Source: McMahan et al., arXiv 1602.05629. flwr-datasets' `ShardPartitioner` deals the shards; they are cut here, to
-    sizes that differ by one at most, because that one leaves out the remainder of an uneven division.
+    Source: McMahan et al., arXiv 1602.05629. Sizes of shards differ by one at most, so that none of the data are left
+    out where the division is uneven.
 
     Raises:
         ConfigError: an unknown or wrong parameter, see `ShardsOptions`.
         DataError: fewer samples than shards.
     """
-    from flwr_datasets.partitioner import ShardPartitioner
-
     options = parse_options(ShardsOptions, params, WHERE)
     num_shards = num_clients * options.per_client
     _check_counts(num_clients, len(labels), options)
@@ -204,20 +213,12 @@ def shards(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: In
             f"{len(labels)} training samples cannot be cut into {num_shards} shards ({num_clients} clients with"
             f" {options.per_client} each): lower {WHERE}.per_client or the number of clients"
         )
-    partitioner = ShardPartitioner(
-        num_clients,
-        "label",
-        num_shards_per_partition=options.per_client,
-        shard_size=1,
-        shuffle=False,
-        seed=rng.stable_hash(seed, "partition-shards"),
-    )
-    dealt = _dealt(partitioner, num_clients, label=np.arange(num_shards))
-    owner_of_shard = np.empty(num_shards, dtype=np.int64)
-    owner_of_shard[dealt.indices] = np.repeat(np.arange(num_clients), options.per_client)
+    source = rng.generator(seed, "partition-shards")
+    owner_of_shard = source.permutation(np.repeat(np.arange(num_clients), options.per_client))
+    order = source.permutation(len(labels))
     client = np.empty(len(labels), dtype=np.int64)
     cuts = np.arange(len(labels), dtype=np.int64) * num_shards // len(labels)
-    client[np.argsort(labels, kind="stable")] = owner_of_shard[cuts]
+    client[order[np.argsort(labels[order], kind="stable")]] = owner_of_shard[cuts]
     return Partition.of_clients(client, num_clients).checked("shards", num_clients, len(labels), options.min_samples)
 
 
@@ -230,35 +231,19 @@ def natural_id(
         ConfigError: an unknown or wrong parameter, see `IidOptions`.
         DataError: the data set has no owners, or their number is not that of the clients.
     """
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
     options = parse_options(IidOptions, params, WHERE)
     if owner is None:
         raise DataError(
             "the data set has no natural owners, so partition 'natural-id' cannot divide it: choose another partition"
         )
-    num_owners = len(np.unique(owner))
+    owners, client = np.unique(owner, return_inverse=True)
+    num_owners = len(owners)
     if num_owners != num_clients:
         raise DataError(
             f"the data set has {num_owners} natural owners but {num_clients} clients: set the clients to {num_owners}"
         )
-    partition = _dealt(NaturalIdPartitioner("owner"), num_clients, owner=owner)
+    partition = Partition.of_clients(client, num_clients)
     return partition.checked("natural-id", num_clients, len(labels), options.min_samples)
-
-
-def _dealt(partitioner: Any, num_clients: int, **columns: Ints) -> Partition:
-    """Let a flwr-datasets partitioner deal rows that consist of `columns` alone, and read its assignment once.
-
-    The first partition that is loaded makes the whole assignment; loading all would build a data set object a client.
-    """
-    import datasets
-
-    partitioner.dataset = datasets.Dataset.from_dict(columns)
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():  # one shows a progress bar, one is dated
-        warnings.simplefilter("ignore", FutureWarning)
-        partitioner.load_partition(0)
-    lists: dict[int, Sequence[int]] = partitioner._partition_id_to_indices
-    return Partition.of_lists([lists[client] for client in range(num_clients)])
 
 
 def n_classes(
@@ -277,7 +262,7 @@ def n_classes(
     _check_counts(num_clients, len(labels), options)
     counts = np.bincount(labels, minlength=num_labels)
     present = np.flatnonzero(counts)
-    source = rng.generator(seed, "partition-n-classes")
+    source, ties = (rng.generator(seed, f"partition-n-classes{part}") for part in ("", "-ties"))
     num_owners = _num_owners(counts[present], num_clients, options.n)
     owned = _deal_classes(num_owners, num_clients, options.n, source)
     client = np.empty(len(labels), dtype=np.int64)
@@ -286,7 +271,8 @@ def n_classes(
         owners = np.flatnonzero(owned[:, column])
         share, remainder = divmod(int(counts[label]), len(owners))
         shares = np.full(len(owners), share)
-        shares[np.argsort(sizes[owners], kind="stable")[:remainder]] += 1  # the smallest clients get one more
+        smallest = np.lexsort((ties.random(len(owners)), sizes[owners]))
+        shares[smallest[:remainder]] += 1
         client[source.permutation(np.flatnonzero(labels == label))] = np.repeat(owners, shares)
         sizes[owners] += shares
     return Partition.of_clients(client, num_clients).checked("n-classes", num_clients, len(labels), options.min_samples)
