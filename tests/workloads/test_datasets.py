@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,7 @@ from gossamer.errors import ConfigError, DataError
 from gossamer.workloads import datasets, datasets_hub
 from gossamer.workloads.datasets import ImageData, channel_moments, cifar10, digits, mnist, synthetic
 from gossamer.workloads.datasets_hub import HubSource, load
+from gossamer.workloads.partitions import dirichlet, natural_id, shards
 
 TINY = HubSource("tiny", "nobody/tiny", "image", "label", "L", 3)
 needs_data = pytest.mark.skipif(
@@ -142,8 +147,14 @@ def image_data(**changes: Any) -> ImageData:
         ({"train_labels": torch.zeros(3, dtype=torch.int64)}, "4 images but labels"),
         ({"train_labels": torch.zeros(4)}, "labels of type torch.float32"),
         ({"train_images": torch.zeros(4, 2, 2)}, r"shape \(4, 2, 2\)"),
-        ({"test_images": torch.zeros(1, 1, 3, 2)}, "same shape"),
-        ({"test_images": torch.full((1, 1, 2, 2), torch.nan)}, "not finite"),
+        ({"test_images": torch.zeros(1, 1, 3, 2, dtype=torch.uint8)}, r"shape \(1, 3, 2\): give both splits the same"),
+        ({"test_images": torch.full((1, 1, 2, 2), torch.nan)}, "test split .* not finite"),
+        ({"test_images": torch.zeros(1, 1, 2, 2)}, r"type torch.uint8 and shape \(1, 2, 2\) but test images of type t"),
+        ({"mean": (0.0,)}, r"has mean = \(0.0,\) and std = \(\): give one finite number of each"),
+        ({"std": (1.0,)}, r"has mean = \(\) and std = \(1.0,\)"),
+        ({"mean": (0.0, 0.0), "std": (1.0, 1.0)}, "each of its 1 channels"),
+        ({"mean": (0.0,), "std": (0.0,)}, "std above 0"),
+        ({"mean": (math.nan,), "std": (1.0,)}, "mean = .nan,."),
         ({"owner": torch.zeros(3, dtype=torch.int64)}, "one int64 for each of its 4"),
     ],
 )
@@ -151,6 +162,67 @@ def test_malformed_image_data_is_refused(changes: dict[str, Any], message: str) 
     image_data()
     with pytest.raises(DataError, match=message):
         image_data(**changes)
+
+
+def noise(*shape: int, largest: float = 255.0, kind: torch.dtype = torch.float32) -> torch.Tensor:
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * largest).to(kind)
+
+
+def of_images(train: torch.Tensor, test: torch.Tensor, **changes: Any) -> ImageData:
+    labels = [torch.zeros(len(images), dtype=torch.int64) for images in (train, test)]
+    return ImageData("mine", train, labels[0], test, labels[1], 1, **changes)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_moments_and_test_images_of_another_unit_are_refused(kind: torch.dtype) -> None:
+    """Such as the moments of pixels of 0 .. 1, which everybody knows by heart, beside pixels of 0 .. 255."""
+    train, test = noise(9, 1, 4, 4, kind=kind), noise(5, 1, 4, 4, kind=kind)
+    assert of_images(train, test, mean=[127.5], std=torch.tensor([74.0])).std == (74.0,)
+    assert of_images(train, test, mean=(0.0,), std=(1.0,)).mean == (0.0,)
+    with pytest.raises(DataError, match=r"mean and std of data set 'mine' have the standard deviation 0\.308, but"):
+        of_images(train, test, mean=(0.1307,), std=(0.3081,))
+    with pytest.raises(DataError, match=r"mean and std of .* 74, but the training images, as stored, 0\."):
+        of_images(noise(9, 1, 4, 4, largest=1.0), noise(5, 1, 4, 4, largest=1.0), mean=(127.5,), std=(74.0,))
+    with pytest.raises(DataError, match="the test images of data set 'mine' have the standard deviation 0"):
+        of_images(noise(9, 1, 4, 4), noise(5, 1, 4, 4, largest=1.0))
+
+
+def test_channels_that_come_last_are_refused() -> None:
+    for shape in ((32, 32, 3), (28, 28, 1), (48, 64, 3), (8, 8, 4)):
+        with pytest.raises(DataError, match=r"channels seem to come last: .*permute\(0, 3, 1, 2\)"):
+            of_images(noise(2, *shape), noise(2, *shape))
+    for shape in ((3, 32, 32), (1, 28, 28), (9, 128, 1), (3, 3, 3), (64, 2, 2)):  # the third is a series of 9 sensors
+        assert of_images(noise(2, *shape), noise(2, *shape)).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("pixels", "kind", "mode", "expected"),
+    [
+        (np.array([[0, 257, 32896, 65535]], dtype=np.uint16), "PNG", "L", [0, 1, 128, 255]),
+        (np.array([[0, 257, 32896, 65535]], dtype=np.uint16), "TIFF", "L", [0, 1, 128, 255]),
+        (np.array([[0, 257, 32896, 65535]], dtype=np.uint16), "PNG", "RGB", [0, 1, 128, 255]),
+        (np.array([[False, True]]), "PNG", "L", [0, 255]),
+        (np.array([[0, 200]], dtype=np.uint8), "PNG", "L", [0, 200]),
+    ],
+)
+def test_every_depth_becomes_eight_bits(pixels: np.ndarray, kind: str, mode: str, expected: list[int]) -> None:
+    decoded = datasets_hub._decode_image(encoded(pixels, kind), HubSource("a", "b", "c", "d", mode, 2), "row 0")
+    assert decoded.dtype == np.uint8
+    assert decoded[:, 0].tolist() == [expected] * {"L": 1, "RGB": 3}[mode]
+
+
+@pytest.mark.parametrize("pixels", [np.ones((2, 2), dtype=np.float32), np.ones((2, 2), dtype=np.int32)])
+def test_depths_without_a_scale_are_refused(pixels: np.ndarray) -> None:
+    with pytest.raises(DataError, match=r"row 0 is not an image \(its pixels are of mode '.', not of 8 or 16 bits\)"):
+        datasets_hub._decode_image(encoded(pixels, "TIFF"), TINY, "row 0")
+
+
+def test_a_file_named_datasets_beside_the_experiment(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the place of the library of that name, which local files and partitions do without."""
+    monkeypatch.setitem(sys.modules, "datasets", ModuleType("datasets"))
+    labels = load(TINY)[1]
+    for make, num_clients in ((dirichlet, 2), (shards, 2), (natural_id, 3)):
+        assert len(make(labels, num_clients, 3, 0, labels).num_samples) == num_clients
 
 
 def test_parquet_is_decoded_to_what_was_encoded(tiny: dict[str, Any]) -> None:
@@ -241,7 +313,7 @@ def test_each_fault_of_a_file_is_named(tiny: dict[str, Any]) -> None:
         ),
         ({"image": [{"bytes": None, "path": "x"}, *cells[1:]]}, "row 0 of column 'image'"),
         ({"image": [*cells[:4], wrong_size]}, "row 4 of .* earlier images"),
-        ({"image": [1, 2, 3, 4, 5]}, "holds no images"),
+        ({"image": [1, 2, 3, 4, 5]}, "row 0 of column 'image' of .* is not an image"),
     ]
     for columns, message in faults:
         rewrite(tiny, **columns)
@@ -274,11 +346,12 @@ def test_hub_answer_is_decoded_and_cached(tiny: dict[str, Any], monkeypatch: pyt
     import datasets as library
     import huggingface_hub
 
-    with datasets_hub._opened(TINY, TINY.files()) as splits:
-        monkeypatch.setattr(library, "load_dataset", lambda repository: splits)
-        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
-        monkeypatch.delenv("GOSSAMER_DATA")
-        assert np.array_equal(load(TINY)[0][:, 0], tiny["train"][0])
+    files = {split: str(tiny["folder"] / f"{split}.parquet") for split in ("train", "test")}
+    splits = {split: library.Dataset.from_parquet(file, keep_in_memory=True) for split, file in files.items()}
+    monkeypatch.setattr(library, "load_dataset", lambda repository: splits)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    monkeypatch.delenv("GOSSAMER_DATA")
+    assert np.array_equal(load(TINY)[0][:, 0], tiny["train"][0])
     monkeypatch.setattr(library, "load_dataset", lambda repository: pytest.fail("fetched although it is cached"))
     assert np.array_equal(load(TINY)[2][:, 0], tiny["test"][0])
 
@@ -321,3 +394,33 @@ def test_real_sets(
     assert set(whole.train_labels.tolist()) == set(range(10))
     known = {1: [0.1307], 3: [0.4914, 0.4822, 0.4465]}[shape[0]]
     assert [value / 255 for value in whole.mean] == pytest.approx(known, abs=5e-4)
+
+
+class TestHoldingOut:
+    """Some of the training images take the place of the test images."""
+
+    @pytest.mark.parametrize("has_owners", [False, True])
+    def test_every_class_or_owner_gives_its_share(self, has_owners: bool) -> None:
+        whole = digits({})
+        owner = torch.arange(1437) % 20 if has_owners else None
+        found = replace(whole, owner=owner).hold_out(0.1, seed=3)
+        assert (len(found.train_labels), len(found.test_labels)) == (1293, 144)
+        both = torch.cat([found.train_images, found.test_images]).flatten(1).tolist()
+        assert sorted(both) == sorted(whole.train_images.flatten(1).tolist())
+        assert (found.mean, found.std) == (whole.mean, whole.std)
+        if found.owner is None:
+            expected = whole.train_labels.bincount() / 10
+            assert ((found.test_labels.bincount() - expected).abs() < 1).all()
+        else:
+            assert found.owner.bincount().min() >= 64
+        assert torch.equal(found.test_labels, replace(whole, owner=owner).hold_out(0.1, seed=3).test_labels)
+        assert not torch.equal(found.test_images, replace(whole, owner=owner).hold_out(0.1, seed=4).test_images)
+
+    def test_everybody_keeps_an_image(self) -> None:
+        found = of_images(noise(4, 1, 2, 2), noise(4, 1, 2, 2), owner=torch.tensor([0, 1, 2, 2])).hold_out(0.9, seed=0)
+        assert found.owner is not None
+        assert found.owner.tolist() == [0, 1, 2]
+
+    def test_less_than_an_image_is_refused(self) -> None:
+        with pytest.raises(DataError, match=r"workload.validation = 0.1 of the 4 training images of 'mine'"):
+            of_images(noise(4, 1, 2, 2), noise(4, 1, 2, 2)).hold_out(0.1, seed=0)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.errors import ConfigError, DataError, RegistryError
+from gossamer.testing import check_workload
 from gossamer.workloads import label_sets
 from gossamer.workloads.augment import crop_flip
 from gossamer.workloads.base import ForwardContext, Workload, add_sums
@@ -402,3 +403,23 @@ def test_real_images_are_divided_and_evaluated() -> None:
     assert (workload.client_labels(np.arange(100)).sum(1) == 2).all()
     found = measured(workload, params_of(workload))
     assert found["accuracy"] < 0.3 < found["local_accuracy"] < 0.8
+
+
+def test_validation_data_are_held_out_and_named() -> None:
+    whole, some = build(), build(validation=0.2)
+    assert len(some.data.test_labels) + len(some.data.train_labels) == len(whole.data.train_labels)
+    assert int(some.num_samples.sum()) == len(some.data.train_labels)
+    params = params_of(some)
+    assert measured(some, params).keys() == {f"validation_{name}" for name in measured(whole, params)}
+    logits = some.model.apply(params, some._forward_only(some.data.test_images))
+    expected = float((logits.argmax(1) == some.data.test_labels).double().mean())
+    assert measured(some, params)["validation_accuracy"] == pytest.approx(expected)
+    shared = ImageClassification(  # what another process loaded is held out already
+        {"dataset": SYNTHETIC, "model": {"name": "mlp", "hidden": [16]}, "validation": 0.2},
+        num_clients=6,
+        partition="iid",
+        seed=0,
+        data=some.data,
+    )
+    assert shared.digest() == some.digest() != whole.digest()
+    check_workload(some)

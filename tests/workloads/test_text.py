@@ -388,3 +388,11 @@ def test_tiny_shakespeare() -> None:
         slow_unigram_bits(workload.data)
     )
     assert not bool(workload.client_labels(np.arange(99)).all())
+
+
+def test_validation_texts_are_the_ends_of_the_training_texts() -> None:
+    options = {"dataset": VOICES, "validation": 0.3, "model": MODEL}
+    found = NextCharacter(options, num_clients=3, partition="natural-id", seed=0)
+    assert found.data.train == ("ababa", "bcc", "ddaadda")
+    assert found.data.test == ("bab", "bb", "adda")
+    assert "validation_bits_per_character" in measured(found, params_of(found))

@@ -83,6 +83,9 @@ def _check_attributes(workload: Workload) -> None:
     counts["num_evaluation_chunks"] = (workload.num_evaluation_chunks, 1)
     for name, (value, low) in counts.items():
         require(value >= low, f"{name} = {value!r} must be {low} or more")
+    digest = workload.digest()
+    require(isinstance(digest, str), f"digest returned {digest!r}: return a string, see gossamer.workloads.digests")
+    require(digest == workload.digest(), "digest must depend on the data alone: it is another one when asked again")
 
 
 def _check_init(workload: Workload) -> None:

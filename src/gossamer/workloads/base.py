@@ -62,6 +62,7 @@ from gossamer.errors import require_attributes
 from gossamer.options import check_traits
 from gossamer.registry import resolve_function
 from gossamer.submodel.layout import Layout
+from gossamer.workloads.digests import digest_of
 from gossamer.workloads.traits import ModelTraits, WorkloadTraits
 
 Params = Mapping[str, Tensor]
@@ -156,6 +157,13 @@ class Workload(Protocol):
     def init(self, seed: int) -> Tensor:
         """Return initial parameters as a flat row [d], float32, or float64 if all of the training shall be."""
         ...
+
+    def digest(self) -> str:
+        """Return a digest of the data and their partition, see `digest_of`; by default of `num_samples` alone.
+
+        A run resumes only on data of the digest that it began with.
+        """
+        return digest_of(self.num_samples)
 
     def client_labels(self, clients: NDArray[np.int64]) -> Tensor:
         """Return bool [s, num_labels]: the labels that each client's training data holds; by default all of them."""
@@ -257,7 +265,7 @@ class Model(Protocol):
         ...
 
 
-METHODS = ("init", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics")
+METHODS = ("init", "digest", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics")
 ATTRIBUTES = (
     "layout", "num_clients", "num_samples", "num_labels", "num_statistics_chunks", "num_evaluation_chunks", "warnings"
 )  # fmt: skip

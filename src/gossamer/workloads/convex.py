@@ -240,7 +240,7 @@ class _LinearPredictor(Workload):
 
         Returns:
             ``loss``, the mean over clients of their mean losses, and ``gradient_norm``, the Euclidean norm of its
-            gradient; where the optimum x* is known also ``optimality_gap``, the loss less that of x*, and
+            gradient; where there is an `optimum` x* also ``optimality_gap``, the loss less that of x*, and
             ``squared_distance``, |x - x*|^2.
         """
         loss, gradient, x = (sums[name] / sums["count"] for name in ("loss", "gradient", "x"))
@@ -257,7 +257,7 @@ class _LinearPredictor(Workload):
             rows: [n, layout.d], a model a row.
 
         Returns:
-            ``peers_squared_distance``, the mean over peers of |x_i - x*|^2; {} where the optimum x* is not known.
+            ``peers_squared_distance``, the mean over peers of |x_i - x*|^2; {} where there is no `optimum` x*.
         """
         if self.optimum is None:
             return {}
@@ -272,29 +272,28 @@ class _LinearPredictor(Workload):
 
     @cached_property
     def optimum(self) -> Optimum | None:
-        """The model of the least loss; None where the loss is not convex.
-
-        Raises:
-            ConfigError: there is no such model, or there are many.
-        """
+        """The model of the least loss; None where the loss is not convex, or the samples determine no single model."""
         if not self.is_convex:
             return None
         with one_thread():
             x = self._minimise()
+            if x is None:
+                return None
             parts = [self.evaluate({"x": x}, {}, chunk) for chunk in range(self.num_evaluation_chunks)]
         return Optimum(x, float(add_sums(parts)["loss"][0]) / self.num_clients)
 
-    def _minimise(self) -> Tensor:
-        """Newton's method from zero, steps halved until the gradient shrinks; one step is the normal equations."""
+    def _minimise(self) -> Tensor | None:
+        """Newton's method from zero, steps halved until the gradient shrinks; one step is the normal equations.
+
+        Returns:
+            the minimiser; None where there is none, or where there are many.
+        """
         x = torch.zeros(self.options.dim, dtype=torch.float64)
         gradient, hessian = self._derivatives(x)
         enough = GRADIENT_NORM * max(1.0, float(gradient.norm()))
         while gradient.norm() > enough:
             if torch.linalg.eigvalsh(hessian)[0] < FLAT:
-                raise ConfigError(
-                    f"{self.num_clients} clients of workload.num_samples = {self.options.num_samples} do not determine"
-                    f" an optimum of workload.dim = {self.options.dim}: give more samples, or regularise"
-                )
+                return None
             step = torch.linalg.solve(hessian, gradient)
             for halving in range(HALVINGS):
                 nearer = x - step / 2**halving

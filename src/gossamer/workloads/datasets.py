@@ -6,7 +6,8 @@ Images stay as they are stored (uint8 where they are) and are normalised when a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -19,8 +20,11 @@ from gossamer import rng
 from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
 from gossamer.workloads.datasets_hub import HubSource, load
+from gossamer.workloads.partitions import rounded
 
 WHERE = "workload.dataset"
+MAX_RATIO = 50.0  # of standard deviations in one unit; 0 .. 255 and 0 .. 1 differ by a factor of 255
+FEW = 1000  # images that suffice to tell their unit
 PER_DIGIT_TEST = 36  # 10 x 36 = 360 test images, 1,437 for training
 
 
@@ -31,9 +35,11 @@ class ImageData:
     Attributes:
         name: name in messages.
         train_images, test_images: uint8 or float32 [N, channels, height, width]; N may differ, the rest may not.
+            Both are normalised by `mean` and `std`, so their pixels have one unit.
         train_labels, test_labels: int64 [N], in 0 .. num_labels - 1.
         num_labels: number of classes.
-        mean, std: mean and standard deviation of each channel of the training images as stored; computed if left out.
+        mean, std: mean and standard deviation of each channel of the training images as stored, such as 0 .. 255, or 0
+            and 1 to leave pixels as they are; computed if both are left out.
         owner: int64 [N], natural owner of each training image (a writer, a phone), or None.
 
     Raises:
@@ -53,26 +59,92 @@ class ImageData:
     def __post_init__(self) -> None:
         _check_split(self.name, "training", self.train_images, self.train_labels, self.num_labels)
         _check_split(self.name, "test", self.test_images, self.test_labels, self.num_labels)
-        if self.train_images.shape[1:] != self.test_images.shape[1:]:
+        kinds = [f"{one.dtype} and shape {tuple(one.shape[1:])}" for one in (self.train_images, self.test_images)]
+        if kinds[0] != kinds[1]:
             raise DataError(
-                f"data set {self.name!r} has training images of shape {tuple(self.train_images.shape[1:])}"
-                f" but test images of shape {tuple(self.test_images.shape[1:])}: give both splits the same shape"
+                f"data set {self.name!r} has training images of type {kinds[0]} but test images of type {kinds[1]}:"
+                " give both splits the same type and shape"
             )
         if self.owner is not None and (self.owner.dtype != torch.int64 or self.owner.shape != self.train_labels.shape):
             raise DataError(
                 f"data set {self.name!r} has owners of type {self.owner.dtype} and shape {tuple(self.owner.shape)}:"
                 f" give one int64 for each of its {len(self.train_labels)} training images"
             )
-        if not self.mean:
-            mean, std = channel_moments(self.train_images)
-            object.__setattr__(self, "mean", mean)
-            object.__setattr__(self, "std", std)
+        self._check_moments()
+
+    def _check_moments(self) -> None:
+        """Fill in `mean` and `std`, or check them.
+
+        Raises:
+            DataError: one of them is missing or wrong, or they or the test images have another unit than the training
+                images.
+        """
+        given = tuple(map(float, self.mean)), tuple(map(float, self.std))
+        mean, std = given if any(given) else channel_moments(self.train_images)
+        if {len(mean), len(std)} != {self.shape[0]} or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise DataError(
+                f"data set {self.name!r} has mean = {given[0]} and std = {given[1]}: give one finite number of each for"
+                f" each of its {self.shape[0]} channels, std above 0, or leave both out"
+            )
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "std", std)
+        few = [channel_moments(one[:: -(-len(one) // FEW)])[1] for one in (self.train_images, self.test_images)]
+        _check_unit(f"the test images of data set {self.name!r}", few[1], few[0])
+        if any(given) and set(std) != {1.0}:
+            _check_unit(f"mean and std of data set {self.name!r}", std, few[0])
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of one image: channels, height, width."""
         channels, height, width = self.train_images.shape[1:]
         return channels, height, width
+
+    def hold_out(self, share: float, seed: int) -> ImageData:
+        """Return this data set with a share of its training images in the place of the test images.
+
+        Every owner gives up its share, or every class where there are no owners, but keeps one image at least. `mean`
+        and `std` remain those of all training images.
+
+        Raises:
+            DataError: the share is less than one image.
+        """
+        source = rng.generator(seed, "hold-out")
+        owner = self.train_labels if self.owner is None else self.owner
+        _, group, sizes = np.unique(owner.numpy(), return_inverse=True, return_counts=True)
+        total = len(group)
+        counts = np.minimum(rounded(sizes.astype(np.float64) * (round(share * total) / total), source), sizes - 1)
+        order = source.permutation(total)
+        order = order[np.argsort(group[order], kind="stable")]
+        rank = np.arange(total) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        held_out = np.sort(order[rank < np.repeat(counts, sizes)])
+        if not len(held_out):
+            raise DataError(
+                f"workload.validation = {share} of the {total} training images of {self.name!r}, which are of"
+                f" {len(sizes)} classes or owners, is less than one image: raise it"
+            )
+        kept, out = torch.from_numpy(np.setdiff1d(np.arange(total), held_out)), torch.from_numpy(held_out)
+        return replace(
+            self,
+            train_images=self.train_images[kept],
+            train_labels=self.train_labels[kept],
+            test_images=self.train_images[out],
+            test_labels=self.train_labels[out],
+            owner=None if self.owner is None else self.owner[kept],
+        )
+
+
+def _check_unit(what: str, deviations: Sequence[float], of_training: Sequence[float]) -> None:
+    """Compare standard deviations of channels with those of the training images; 1 is that of a constant channel, too.
+
+    Raises:
+        DataError: they differ by so much that their units must differ.
+    """
+    for one, expected in zip(deviations, of_training, strict=True):
+        if not 1 / MAX_RATIO < one / expected < MAX_RATIO and 1.0 not in (one, expected):
+            raise DataError(
+                f"{what} have the standard deviation {one:.3g}, but the training images, as stored, {expected:.3g}:"
+                " give all of them one unit, such as pixels of 0 .. 255"
+            )
 
 
 def _check_split(name: str, split: str, images: Tensor, labels: Tensor, num_labels: int) -> None:
@@ -86,6 +158,12 @@ def _check_split(name: str, split: str, images: Tensor, labels: Tensor, num_labe
         raise DataError(
             f"{where} has images of type {images.dtype} and shape {tuple(images.shape)}:"
             " give uint8 or float32 [N, channels, height, width]"
+        )
+    channels, height, width = images.shape[1:]
+    if width <= 4 < min(channels, height) and (channels == height or width == 3):
+        raise DataError(
+            f"{where} has images of shape {tuple(images.shape)}, whose channels seem to come last: give"
+            " [N, channels, height, width], as images.permute(0, 3, 1, 2) does"
         )
     if labels.dtype != torch.int64 or tuple(labels.shape) != (len(images),) or len(images) == 0:
         raise DataError(

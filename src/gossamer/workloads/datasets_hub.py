@@ -12,8 +12,6 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from gossamer.errors import DataError
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
 SPLITS = ("train", "test")
 ARRAY_NAMES = ("train_images", "train_labels", "test_images", "test_labels")
-FORMAT_VERSION = 1  # part of the cache's key: raise it when what is cached changes
+FORMAT_VERSION = 2  # part of the cache's key: raise it when what is cached changes
 PROBE_SECONDS = 5.0
 
 
@@ -128,47 +126,27 @@ def _write_cache(path: Path, arrays: Arrays) -> None:
 
 def _decode_all(source: HubSource, files: dict[str, Path] | None) -> Arrays:
     places = {split: str(files[split]) if files else f"{source.repository} ({split})" for split in SPLITS}
-    with _opened(source, files) as splits:
-        train, test = (_decode(source, splits[split], places[split]) for split in SPLITS)
+    tables = _from_hub(source) if files is None else {split: _from_file(path) for split, path in files.items()}
+    train, test = (_decode(source, tables[split], places[split]) for split in SPLITS)
     return *train, *test
 
 
-@contextmanager
-def _opened(source: HubSource, files: dict[str, Path] | None) -> Iterator[Any]:
-    """Yield ``{split: datasets.Dataset}``; the intermediate files of reading parquet are removed at the end.
+def _from_file(path: Path) -> Any:
+    """Read a parquet file as a `pyarrow.Table`.
 
     Raises:
-        DataError: a file cannot be read, or the hub cannot be reached.
+        DataError: it cannot be read.
     """
-    if files is None:
-        yield _from_hub(source)
-        return
-    with tempfile.TemporaryDirectory(prefix="gossamer-") as scratch, _no_progress_bars():
-        opened = {}
-        for split, path in files.items():
-            try:
-                opened[split] = _library().Dataset.from_parquet(str(path), cache_dir=scratch, keep_in_memory=True)
-            except Exception as error:  # the library raises many kinds for a broken file
-                raise DataError(
-                    f"cannot read {str(path)!r} as parquet ({_first_line(error)}): fetch the file again"
-                ) from error
-        yield opened
+    import pyarrow.parquet
 
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    datasets = _library()
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
     try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+        return pyarrow.parquet.read_table(path)
+    except Exception as error:  # the library raises many kinds for a broken file
+        raise DataError(f"cannot read {str(path)!r} as parquet ({_first_line(error)}): fetch the file again") from error
 
 
-def _from_hub(source: HubSource) -> Any:
-    """Fetch a data set from the hub; not exercised by this repository's tests: needs the network.
+def _from_hub(source: HubSource) -> dict[str, Any]:
+    """Fetch a data set from the hub as ``{split: pyarrow.Table}``; not tested here, because it needs the network.
 
     The library would retry for half a minute where there is no network, so one short question is asked first. With
     ``HF_HUB_OFFLINE=1`` nothing is asked, and the library's own cache must hold the set.
@@ -176,13 +154,15 @@ def _from_hub(source: HubSource) -> Any:
     Raises:
         DataError: the hub cannot be reached, or does not have the set.
     """
+    import datasets
     import huggingface_hub
     import huggingface_hub.constants  # loaded lazily: no attribute of the package until it is imported
 
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             huggingface_hub.HfApi().dataset_info(source.repository, timeout=PROBE_SECONDS)
-        return _library().load_dataset(source.repository)
+        found = datasets.load_dataset(source.repository)
+        return {split: found[split].with_format("arrow")[:] for split in SPLITS}
     except Exception as error:  # the libraries raise many kinds for a broken network
         raise DataError(
             f"cannot fetch {source.repository!r} from the Hugging Face hub ({_first_line(error)}): allow network"
@@ -190,40 +170,29 @@ def _from_hub(source: HubSource) -> Any:
         ) from error
 
 
-def _library() -> Any:
-    """Import the library `datasets`, which takes a second."""
-    import datasets
-
-    return datasets
-
-
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _decode(source: HubSource, split: Any, place: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Decode one split into uint8 [N, C, H, W] and int64 [N].
+def _decode(source: HubSource, table: Any, place: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Decode the `pyarrow.Table` of one split into uint8 [N, C, H, W] and int64 [N].
 
     Raises:
         DataError: a column is missing, an image cannot be decoded or has another size, or a label is out of range.
     """
     for column in (source.image_column, source.label_column):
-        if column not in split.column_names:
+        if column not in table.column_names:
             raise DataError(
-                f"{place} has no column {column!r}, only {split.column_names}: rename its column or fetch it again"
+                f"{place} has no column {column!r}, only {table.column_names}: rename its column or fetch it again"
             )
-    if len(split) == 0:
+    if table.num_rows == 0:
         raise DataError(f"{place} has no rows: fetch it again")
-    labels = _checked_labels(split.with_format("numpy")[source.label_column][:], source, place)
-    try:
-        encoded = split.cast_column(source.image_column, _library().Image(decode=False))
-    except Exception as error:
-        raise DataError(f"column {source.image_column!r} of {place} holds no images ({_first_line(error)})") from error
+    labels = _checked_labels(table[source.label_column].to_numpy(), source, place)
     images: NDArray[np.uint8] | None = None
-    for row, cell in enumerate(encoded[source.image_column]):
+    for row, cell in enumerate(table[source.image_column].to_pylist()):
         pixels = _decode_image(cell, source, f"row {row} of column {source.image_column!r} of {place}")
         if images is None:
-            images = np.empty((len(split), *pixels.shape), dtype=np.uint8)
+            images = np.empty((table.num_rows, *pixels.shape), dtype=np.uint8)
         if pixels.shape != images.shape[1:]:
             raise DataError(
                 f"row {row} of {place} is {pixels.shape} but earlier images are {images.shape[1:]}: resize or drop it"
@@ -249,7 +218,9 @@ def _checked_labels(values: Any, source: HubSource, place: str) -> NDArray[np.in
 
 
 def _decode_image(cell: Any, source: HubSource, place: str) -> NDArray[np.uint8]:
-    """Decode PNG, JPEG ... bytes into uint8 [C, H, W].
+    """Decode PNG, JPEG ... bytes, or a mapping that has them as ``"bytes"``, into uint8 [C, H, W].
+
+    Pixels of 16 bits are scaled to 8.
 
     Raises:
         DataError: they are missing or no image.
@@ -257,7 +228,12 @@ def _decode_image(cell: Any, source: HubSource, place: str) -> NDArray[np.uint8]
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(cell["bytes"])) as picture:
+        with Image.open(io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell)) as opened:
+            picture: Image.Image = opened
+            if opened.mode[0] in "IF":  # which `convert` would cut off at 255
+                if opened.mode == "F" or (opened.mode == "I" and opened.format != "PNG"):
+                    raise ValueError(f"its pixels are of mode {opened.mode!r}, not of 8 or 16 bits")
+                picture = Image.fromarray(np.rint(np.asarray(opened) / 257).astype(np.uint8))
             pixels = np.asarray(picture if picture.mode == source.mode else picture.convert(source.mode))
     except Exception as error:  # PIL raises many kinds for broken bytes
         raise DataError(

@@ -166,15 +166,15 @@ class ImageClassification(Supervised):
             arrays["local_correct"] = self._label_sets.correct(beaten, labels)
         return arrays
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
-        """Turn added-up sums into metrics.
+    def measured(self, sums: Sums) -> dict[str, float]:
+        """Turn added-up sums into metrics of the test data.
 
         Returns:
             ``accuracy`` and ``loss`` on the whole test data; with local evaluation also ``local_accuracy`` and
             ``worst_client_accuracy``, the mean and the least of the clients' accuracies on their own classes. These two
             are left out where distinct label sets are too many, see `warnings`.
         """
-        found = super().metrics(sums)
+        found = super().measured(sums)
         if self._label_sets is not None:
             local = self._label_sets.accuracies(sums["local_correct"], sums["tested"])
             if len(local):

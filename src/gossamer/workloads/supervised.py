@@ -19,6 +19,7 @@ from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.workloads.base import Batch, ForwardContext, Model, Params, Sums, Workload, require_model
+from gossamer.workloads.digests import digest_of
 from gossamer.workloads.label_sets import mask_logits
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
@@ -36,12 +37,15 @@ class SupervisedOptions(Options):
         label_mask: treatment in the training loss of labels that the client does not hold: ``"none"`` (the default: all
             logits count), ``"zero"`` (their logits become 0, as in HeteroFL's code) or ``"minus-inf"`` (left out).
         evaluation_chunk: most samples that are evaluated at a time.
+        validation: share of the training data that is held out and evaluated instead of the test data, by which to
+            choose learning rates and the like. Metrics are then called ``validation_accuracy`` and so on.
     """
 
     dataset: Spec
     model: Spec
     label_mask: Literal["none", "zero", "minus-inf"] = "none"
     evaluation_chunk: int = Field(1000, ge=1)
+    validation: float | None = Field(None, gt=0, lt=1)
 
 
 class Supervised(Workload):
@@ -49,7 +53,8 @@ class Supervised(Workload):
 
     Attributes:
         Options: of the workload.
-        data_class: class of data sets, with the attribute `num_labels`.
+        data_class: class of data sets, with the attribute `num_labels` and a method ``hold_out(share, seed)``, which
+            returns the data set whose test data are a share of the training data, taken out of these.
         data_kind, model_kind: kinds of plug-ins that data sets and models are, see `gossamer.registry`.
 
     Raises (when built):
@@ -58,7 +63,7 @@ class Supervised(Workload):
     """
 
     Options: ClassVar[type[SupervisedOptions]]
-    data_class: ClassVar[type]
+    data_class: ClassVar[type[Any]]
     data_kind: ClassVar[str]
     model_kind: ClassVar[str]
     traits = WorkloadTraits()
@@ -142,7 +147,7 @@ class Supervised(Workload):
         if not isinstance(data, self.data_class):
             wanted = f"{self.data_class.__module__}.{self.data_class.__name__}"
             raise DataError(f"data set {name!r} returned {type(data).__name__}: return {wanted}")
-        return data
+        return data if self.options.validation is None else data.hold_out(self.options.validation, self.seed)
 
     def _divide(self, spec: Mapping[str, Any] | str, classes: Ints, num_classes: int, owner: Ints | None) -> Partition:
         name, function, params = plug_in("partition", spec, "clients.partition")
@@ -158,6 +163,10 @@ class Supervised(Workload):
     def init(self, seed: int) -> Tensor:
         """Return initial parameters as a flat float32 row [d]."""
         return self.layout.flatten(self.model.init(rng.generator(seed, "init-model")))
+
+    def digest(self) -> str:
+        """Return a digest of the data set and its partition."""
+        return digest_of(self.data, self.partition)
 
     def client_labels(self, clients: Ints) -> Tensor:
         """Return bool [s, num_labels]: the labels of each client's training data."""
@@ -205,6 +214,11 @@ class Supervised(Workload):
         return mask_logits(logits, batch["labels"].unsqueeze(-2), self.options.label_mask)
 
     def metrics(self, sums: Sums) -> dict[str, float]:
+        """Turn added-up sums into metrics, see `measured`, whose names say where it is not the test data."""
+        prefix = "" if self.options.validation is None else "validation_"
+        return {prefix + name: value for name, value in self.measured(sums).items()}
+
+    def measured(self, sums: Sums) -> dict[str, float]:
         """Return ``accuracy`` and ``loss`` on the whole test data, given ``"loss"``, ``"correct"`` and ``"count"``."""
         loss, correct, count = (float(sums[name].sum()) for name in ("loss", "correct", "count"))
         return {"accuracy": correct / count, "loss": loss / count}

@@ -100,8 +100,8 @@ class NextCharacter(Supervised):
         sums = {name: np.bincount(owner, value.double().numpy(), num_owners) for name, value in values.items()}
         return {name: np.asarray(value, dtype=np.float64) for name, value in sums.items()}
 
-    def metrics(self, sums: Sums) -> dict[str, float]:
-        """Turn added-up sums into metrics.
+    def measured(self, sums: Sums) -> dict[str, float]:
+        """Turn added-up sums into metrics of the test data.
 
         Returns:
             ``accuracy``, ``loss`` (nats) and ``bits_per_character`` of all test characters alike;
@@ -109,7 +109,7 @@ class NextCharacter(Supervised):
             owners, each on its own test text (the owners are the clients where the partition is natural); and the
             constant ``unigram_bits``, see `unigram_bits`.
         """
-        found = super().metrics(sums)
+        found = super().measured(sums)
         local = sums["loss"] / sums["count"] / math.log(2)
         return found | {
             "bits_per_character": found["loss"] / math.log(2),

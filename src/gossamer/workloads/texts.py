@@ -9,7 +9,7 @@ import math
 import os
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,18 @@ class TextData:
     def num_labels(self) -> int:
         """Characters of the vocabulary."""
         return len(self.vocabulary)
+
+    def hold_out(self, share: float, seed: int) -> TextData:
+        """Return this data set with the ends of the training texts, a share of each, in the place of the test texts.
+
+        The seed changes nothing.
+
+        Raises:
+            DataError: a text is too short for it.
+        """
+        lengths = [len(text) - math.ceil(len(text) * share) for text in self.train]
+        train, test = zip(*((text[:n], text[n:]) for text, n in zip(self.train, lengths, strict=True)), strict=True)
+        return replace(self, train=train, test=test)
 
     def encode(self, text: str) -> NDArray[np.int64]:
         """Return the place of each character in the vocabulary, int64 [len(text)]."""
@@ -133,10 +145,9 @@ def shakespeare(options: Mapping[str, Any]) -> TextData:
             f"no role of data set 'shakespeare' has {WHERE}.min_characters = {chosen.min_characters} characters:"
             " lower it"
         )
-    lengths = [len(spoken) - math.ceil(len(spoken) * chosen.test_share) for spoken in roles.values()]
-    parts = [(spoken[:length], spoken[length:]) for spoken, length in zip(roles.values(), lengths, strict=True)]
-    train, test = zip(*parts, strict=True)
-    return TextData("shakespeare", "".join(sorted(set(text))), tuple(roles), train, test)
+    texts = tuple(roles.values())
+    whole = TextData("shakespeare", "".join(sorted(set(text))), tuple(roles), texts, texts)
+    return whole.hold_out(chosen.test_share, seed=0)
 
 
 def _read_play() -> str:
