@@ -18,7 +18,7 @@ from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.base import EngineHooks
 from gossamer.engines.local.engine import LocalEngine
-from gossamer.errors import RoundAborted, StateLost
+from gossamer.errors import ConfigError, RoundAborted, StateLost
 from gossamer.experiment import Hooks
 from gossamer.profiling.spans import Spans
 from gossamer.storage.checkpoint import Checkpoints
@@ -104,6 +104,15 @@ class TestRecords:
             images, labels = training_samples(parts, parts.workload.partition.of_client(client).tolist())
             losses.append(float(F.cross_entropy(perceptron(initial_model(parts), images), labels)))
         assert run(config, out=tmp_path / "run").metrics[0]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+
+    @pytest.mark.parametrize("name", ["round", "train_loss", "consensus_distance", "loss_peers", "run"])
+    def test_a_metric_with_the_name_of_something_else(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        measured = ImageClassification.measured
+        monkeypatch.setattr(ImageClassification, "measured", lambda *given: measured(*given) | {name: 0.0})
+        with pytest.raises(ConfigError, match=f"the workload has a metric '{name}', but .* taken: rename the metric"):
+            run(decentralized({"evaluation.num_peers": 2}), out=tmp_path / "run")
 
     def test_an_observer_is_told(self, tmp_path: Path) -> None:
         seen: list[Any] = []

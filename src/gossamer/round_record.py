@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gossamer.errors import ConfigError
 from gossamer.plan import RoundPlan
 
 Record = dict[str, Any]
@@ -98,10 +99,32 @@ def phase_record(plan: RoundPlan, costs: RoundCosts, losses: NDArray[np.float64]
     }
 
 
+def merged(*parts: Mapping[str, Any]) -> Record:
+    """Return one record of several parts.
+
+    Raises:
+        ConfigError: two parts have one name, or one has that by which runs are told apart.
+    """
+    record = Record()
+    for part in parts:
+        for name in part:
+            if name in record or name == "run":
+                raise ConfigError(
+                    f"the workload has a metric {name!r}, but in the record of a round that name is taken: rename the"
+                    " metric"
+                )
+        record |= part
+    return record
+
+
 def round_record(
-    progress: Progress, phases: Sequence[Record], seconds: float, phase_seconds: Mapping[str, float]
+    progress: Progress,
+    phases: Sequence[Record],
+    seconds: float,
+    phase_seconds: Mapping[str, float],
+    metrics: Mapping[str, Any],
 ) -> Record:
-    """Return a round's line of metrics.jsonl, without the workload's metrics.
+    """Return a round's line of metrics.jsonl.
 
     Args:
         progress: totals, this round included.
@@ -109,9 +132,13 @@ def round_record(
             transfers and computation are sums over devices, see `RoundCosts`. All else is that of the last phase.
         seconds: wall-clock time of the round after its last phase.
         phase_seconds: time of each span since the last record.
+        metrics: those of the workload.
+
+    Raises:
+        ConfigError: a metric has the name of something else, see `merged`.
     """
     last = phases[-1]
-    return {
+    counted = {
         "round": progress.round,
         "wall_seconds": progress.wall_seconds,
         "round_seconds": _total(phases, "seconds") + seconds,
@@ -129,6 +156,7 @@ def round_record(
         "lr": last["lr"],
         "train_loss": last["train_loss"],
     }
+    return merged(counted, metrics)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
 from gossamer.plan import STOPPED
 from gossamer.planning.base import Planner, TimedPlan
 from gossamer.profiling.spans import Spans
-from gossamer.round_record import Observer, Progress, Record, describe_done, phase_record, round_record
+from gossamer.round_record import Observer, Progress, Record, describe_done, merged, phase_record, round_record
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
@@ -149,7 +149,7 @@ class Loop:
                 metrics = self._evaluate(round)
         self._count_time()
         done, seconds = self.progress.end_round(), time.perf_counter() - began
-        record = round_record(self.progress, done, seconds, self.spans.take()) | metrics
+        record = round_record(self.progress, done, seconds, self.spans.take(), metrics)
         self.log.log_metrics(record)
         if self.observer is not None:
             self.observer.on_round(record)
@@ -222,16 +222,15 @@ class Loop:
             )
 
     def _evaluate(self, round: int) -> Record:
-        whole = self.workload.metrics(self.engine.evaluate(WHOLE, round))
-        metrics: Record = dict(whole)
+        whole, divided = self.workload.metrics(self.engine.evaluate(WHOLE, round)), Record()
         if self.options.evaluate_variants:
             by_capacity = {
                 capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(index, round))
                 for index, capacity in enumerate(self.options.evaluate_variants)
             }
             for name in whole:
-                metrics[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
-        return metrics | self.engine.measure(self.options.evaluate_peers)
+                divided[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
+        return merged(whole, divided, self.engine.measure(self.options.evaluate_peers))
 
     def _commit(self, *, if_due: bool = False) -> None:
         is_due = time.monotonic() - self._committed_at >= self.options.commit_every_seconds

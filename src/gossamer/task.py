@@ -55,7 +55,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
         algorithm=algorithm,
         cutter=cutter,
         variants=tuple(bound),
-        batch_size=train.batch_size,
+        batch_size=min(train.batch_size, int(workload.num_samples.max())),  # what is beyond would be padding alone
         seed=config.seed,
         scaler=sub.scaler,
         count_labels=bool(sub.mask_labels) and workload.num_labels > 0,

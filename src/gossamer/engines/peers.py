@@ -15,6 +15,7 @@ from gossamer.engines.base import EngineHooks, Record
 from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.plan import STOPPED, RoundPlan, TrainReport
+from gossamer.round_record import merged
 from gossamer.topology.streaming import panels
 from gossamer.workloads.base import Sums, add_sums
 
@@ -110,12 +111,12 @@ class PeerEngine(ABC):
         workload = self._task.workload
         record: Record = {"consensus_distance": float(np.sqrt(self._distance() / self._num_peers))}
         if workload.traits.has_peer_metrics:
-            record |= workload.peer_metrics(self.read()["x"])
+            record = merged(record, workload.peer_metrics(self.read()["x"]))
         count = min(num_peers, self._num_peers)
         if not count:
             return record
         chosen = (np.arange(count) * self._num_peers // count).tolist()
-        return record | _spread([workload.metrics(sums) for sums in self._evaluate(chosen, WHOLE, 0)])
+        return merged(record, _spread([workload.metrics(sums) for sums in self._evaluate(chosen, WHOLE, 0)]))
 
     def _distance(self) -> float:
         """Take the mean of all peers' models, once after each exchange; return the squared distances from it."""

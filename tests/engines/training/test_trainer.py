@@ -12,7 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from federation import LEVELS, MLP, SINGLY, STACKED, configure, digest, mixed, modes, relative_error
+from federation import (
+    LEVELS,
+    MLP,
+    SINGLY,
+    STACKED,
+    SYNTHETIC,
+    assert_same,
+    configure,
+    digest,
+    mixed,
+    modes,
+    relative_error,
+)
 from gossamer import run
 from gossamer.algorithms.federated import FedAvg
 from gossamer.build import Parts, build
@@ -20,10 +32,14 @@ from gossamer.config.loading import parse
 from gossamer.engines.training import trainer
 from gossamer.errors import ConfigError
 from gossamer.planning.schedule import learning_rate
+from gossamer.registry import BUILTIN
 from gossamer.storage.runlog import read_config
 from gossamer.submodel import extract
 from gossamer.workloads import models
+from gossamer.workloads.images import ImageClassification
+from gossamer.workloads.partitions import Partition
 from slow import AXES, initial_model, perceptron, sample_order, training_samples
+from slow_peers import decentralized
 
 SUB_MODEL_METHODS = {"fedrolex": "rolling", "heterofl": "static", "federated-dropout": "random"}
 # No client holds all labels, and they differ in size: five or six batches, the last one short.
@@ -258,3 +274,45 @@ def test_nothing_outside_the_windows_changes(tmp_path: Path) -> None:
     assert torch.equal(after["hidden0.weight"][16:], before["hidden0.weight"][16:])
     assert torch.equal(after["output.weight"][:, 16:], before["output.weight"][:, 16:])
     assert not torch.isclose(after["hidden0.weight"][:16], before["hidden0.weight"][:16]).all(1).any()
+
+
+# ---- batches larger than what a client has
+
+
+@pytest.mark.parametrize("make", [configure, decentralized])
+@pytest.mark.parametrize("mode", [STACKED, SINGLY])
+def test_a_batch_ends_where_the_data_end(
+    make: Callable[..., dict[str, Any]], mode: dict[str, bool], tmp_path: Path
+) -> None:
+    """The largest client's samples are as many as anybody needs, and nothing is made of those beyond."""
+    given = modes(**mode) | {
+        "workload.dataset": SYNTHETIC,
+        "workload.model": MLP,
+        "train.steps": 2,
+        "train.epochs": None,
+    }
+    whole, huge = (make(given | {"train.batch_size": size}) for size in (19, 10**30))
+    assert build(parse(huge)).task.batch_size == int(build(parse(huge)).workload.num_samples.max()) <= 19
+    assert_same(run(whole, out=tmp_path / "whole"), run(huge, out=tmp_path / "huge"))
+
+
+def test_no_sample_is_fetched_that_is_not_trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One client has 136 of 150 samples; the others, with theirs, are not padded to as many."""
+    monkeypatch.setitem(BUILTIN["partition"], "one-large", f"{__name__}:one_large")
+    fetched: list[Any] = []
+    batch = ImageClassification.batch
+
+    def watched(self: Any, clients: Any, positions: Any, round: int = 0, phase: int = 0) -> Any:
+        fetched.append(positions)
+        return batch(self, clients, positions, round, phase)
+
+    monkeypatch.setattr(ImageClassification, "batch", watched)
+    changes = modes(**SINGLY) | {"clients.partition": "one-large", "train.batch_size": 1000, "clients.per_round": 8}
+    run(configure(changes | {"rounds": 1}), out=tmp_path / "run")
+    sizes = sorted(positions.shape[1] for positions in fetched if positions.shape[1] > 1)
+    assert sizes == [2] * 7 + [136] * 2  # twice, because costs are counted by a batch of the largest client
+
+
+def one_large(labels: Any, num_clients: int, num_labels: int, seed: int, owner: Any) -> Partition:
+    """Two samples for every client but the first, which gets all others."""
+    return Partition.of_clients(np.maximum(np.arange(len(labels)) // 2 - 67, 0), num_clients)

@@ -37,21 +37,25 @@ class Batches:
         for first in range(0, num_steps, fetch_steps):
             last = min(first + fetch_steps, num_steps)
             wanted = positions[rows, first * size : last * size]
+            lengths, width = [size] * (last - first), size
+            if not mode.padding:  # the last batch of an epoch may be short; every row is equally short
+                by_step = wanted.reshape(len(clients), -1, size)
+                lengths = (by_step[0] >= 0).sum(axis=1).tolist()
+                width = max(lengths)
+                wanted = by_step[:, :, :width].reshape(len(clients), -1)
             samples, constants = task.workload.batch(clients, wanted, job.round, job.phase)
             samples = {key: as_format(value, mode.channels_last) for key, value in samples.items()}
             if mode.padding:
                 samples["mask"] = torch.from_numpy(wanted >= 0).float()
-                lengths = [size] * (last - first)
-            else:  # the last batch of an epoch may be short; every row is equally short
+            else:
                 samples.pop("mask", None)
-                lengths = (wanted[0].reshape(-1, size) >= 0).sum(axis=1).tolist()
             samples, constants = on(mode.device, samples), on(mode.device, constants)
             merged: dict[str, Any] = {"scale": 1.0 / variant.capacity if task.scaler else 1.0, **constants}
             if one_by_one:
                 samples = {key: value[0] for key, value in samples.items()}
                 merged |= {key: value[0] for key, value in constants.items()}
             for step, length in enumerate(lengths):
-                part = slice(step * size, step * size + length)
+                part = slice(step * width, step * width + length)
                 yield merged | {key: v[part] if one_by_one else v[:, part] for key, v in samples.items()}
 
 
