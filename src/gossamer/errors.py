@@ -9,9 +9,24 @@ from __future__ import annotations
 import difflib
 import errno
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+class GossamerWarning(UserWarning):
+    """What is allowed, but hardly meant: one sentence, which the command line prints to standard error."""
+
+
+def warn(messages: Iterable[str], run: str = "") -> None:
+    """Issue a `GossamerWarning` for each message.
+
+    Args:
+        run: name of the run that they are about, where there are several.
+    """
+    for message in messages:
+        warnings.warn(f"{run}: {message}" if run else message, GossamerWarning, stacklevel=2)
 
 
 class GossamerError(Exception):

@@ -17,7 +17,7 @@ from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.engines.base import EngineHooks
-from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, storage_errors
+from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, storage_errors, warn
 from gossamer.profiling.spans import Spans
 from gossamer.round_record import Observer
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
@@ -89,6 +89,8 @@ def run(
     data = configuration.load(source, overrides)
     singles = configuration.expand(data)
     resolved = {name: resolve(configuration.parse(single)) for name, single in singles.items()}
+    for name, one in resolved.items():  # before the first of them runs for hours
+        _warn(name, one)
     directory = Path(out) if out is not None else new_directory(Path("runs"), str(data.get("name", "run")))
     if (directory / EXPERIMENT).exists() or (directory / CONFIG).exists():
         raise ConfigError(f"{str(directory)!r} already holds a run: resume it, or choose another --out")
@@ -153,11 +155,7 @@ def _run_all(
             ready = None if resolved is None or has_begun else resolved.pop(name, None)  # it may hold a large graph
             try:
                 ready = ready or resolve(config)
-                runs.append(
-                    _run_single(
-                        ready or resolve(config), where, name or config.name, hooks, stop_requested, before_writing
-                    )
-                )
+                runs.append(_run_single(ready, where, name, hooks, stop_requested, before_writing))
             except Interrupted as stop:
                 written = directory.exists()
                 remedy = f"resume with: gossamer resume {directory}" if written else "nothing was written: run it again"
@@ -171,6 +169,11 @@ def _run_all(
     return Run(directory, metrics, runs[0].params, runs)
 
 
+def _warn(name: str, found: Resolved | Parts) -> None:
+    """Issue the warnings of a run, with its name where it is one of several."""
+    warn(found.warnings, found.config.name if name else "")
+
+
 def _run_single(
     resolved: Resolved,
     directory: Path,
@@ -181,6 +184,7 @@ def _run_single(
 ) -> Run:
     resumed = (directory / CONFIG).exists()
     parts = build(resolved)
+    _warn(name, parts)
     config = parts.config
     if stop_requested():
         raise Interrupted("stopped before the first round")
@@ -196,7 +200,7 @@ def _run_single(
         if latest is not None and latest.round >= config.rounds:
             row = parts.final_model({"x": latest.arrays["state.x"]})
         else:
-            row = _run_rounds(parts, directory, log, checkpoints, latest, name, hooks, stop_requested)
+            row = _run_rounds(parts, directory, log, checkpoints, latest, name or config.name, hooks, stop_requested)
     return Run(directory, read_metrics(directory), parts.workload.layout.views(row))
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -18,7 +19,7 @@ from gossamer import experiment
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import resolve
 from gossamer.config.schema import as_mapping
-from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors
+from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors, warn
 from gossamer.reports.curves import find_runs, group
 from gossamer.storage.runlog import CONFIG, EXPERIMENT, new_directory
 
@@ -61,6 +62,10 @@ class Grid:
     cells: dict[str, Row]
     labels: dict[str, str]
 
+    def label(self, name: str) -> str:
+        """Return what the curve of the run in a sub-directory is called."""
+        return self.labels[name.rpartition("/")[0]]
+
 
 def sweep(
     source: str | Path | Mapping[str, Any],
@@ -90,8 +95,8 @@ def sweep(
     if num_parallel is not None and (num_parallel < 1 or engine == "local"):
         raise ConfigError(f"--parallel {num_parallel}: give a number >= 1, together with --engine ray")
     grid = make_grid(source, settings, seeds)
-    for single in grid.singles.values():
-        resolve(configuration.parse(single))
+    for name, single in grid.singles.items():
+        warn(resolve(configuration.parse(single)).warnings, grid.label(name))
     name = str(grid.experiment.get("name", "sweep"))
     directory = Path(out) if out is not None else new_directory(Path("runs"), name)
     _keep(directory, grid.experiment)
@@ -99,6 +104,7 @@ def sweep(
     with experiment.stop_on_signals() as stop:
         for name, outcome in _outcomes(grid, directory, engine, num_parallel, stop):
             where = {"directory": str(directory / name)}
+            warn(outcome.pop("warnings", ()), grid.label(name))
             rows[name] = {**grid.cells[name], "error": None, **outcome, **where}
             _write(directory, list(rows.values()))
             on_row(rows[name])
@@ -156,6 +162,7 @@ def make_grid(
             data = configuration.with_value(data, key.split("."), found[0])
     varied = {key: found for key, found in values.items() if len(found) > 1}
     data["seeds"] = list(seeds) if seeds is not None else data.get("seeds") or [data.get("seed", 0)]
+    data.pop("seed", None)
     given = data.get("methods") or {"": {}}
     points = [dict(zip(varied, chosen, strict=True)) for chosen in product(*varied.values())]
     methods, about, labels = dict[str, Any](), dict[str, Row](), dict[str, str]()
@@ -240,18 +247,21 @@ def run_one(message: str) -> str:
         message: JSON with its ``config`` and ``directory``.
 
     Returns:
-        JSON of its metric, final, best and seconds, or of its error.
+        JSON of its metric, final, best and seconds, or of its error; and of its warnings.
     """
     described = json.loads(message)
     directory = Path(described["directory"])
-    try:
-        begun = (directory / CONFIG).exists()
-        run = experiment.resume(directory) if begun else experiment.run(described["config"], out=directory)
-    except Interrupted:
-        return json.dumps({"error": STOPPED})
-    except Exception as error:  # whatever it is, the other runs go on
-        return json.dumps({"error": _sentence(error)})
-    return json.dumps(_summary(run.metrics))
+    outcome: Row
+    with warnings.catch_warnings(record=True) as issued:
+        try:
+            begun = (directory / CONFIG).exists()
+            run = experiment.resume(directory) if begun else experiment.run(described["config"], out=directory)
+            outcome = _summary(run.metrics)
+        except Interrupted:
+            outcome = {"error": STOPPED}
+        except Exception as error:  # whatever it is, the other runs go on
+            outcome = {"error": _sentence(error)}
+    return json.dumps(outcome | {"warnings": [str(each.message) for each in issued]})
 
 
 def _summary(metrics: Sequence[Mapping[str, Any]]) -> Row:

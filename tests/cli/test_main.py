@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from gossamer import experiment
 from gossamer.cli.main import app
 from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, QuorumError
+from gossamer.storage.runlog import read_events
 
 EXPERIMENT = {
     "name": "digits",
@@ -34,10 +35,12 @@ EXPERIMENT = {
 # Stands in for gossamer.experiment, without torch: tells of two rounds and "makes" the run directory some/run.
 FAKE = """
 import sys, types
+from gossamer.errors import warn
 fake = types.ModuleType("gossamer.experiment")
 class Hooks:
     def __init__(self, observer=None): self.observer = observer or (lambda name, num_rounds: None)
 def run(source, overrides, out, hooks):
+    for _ in range(2): warn(filter(None, [overrides and overrides[0]]))
     observer = hooks.observer("digits", 2)
     for number in (1, 2) if observer is not None else ():
         observer.on_block(number - 1, 3, 3)
@@ -200,14 +203,14 @@ atexit.register(lambda: print([name for name in heavy if name in sys.modules], f
 
 
 class TestStreams:
-    def test_a_pipe_gets_the_directory_alone(self) -> None:
-        done = python(FAKE + MAIN, "run", "e.yaml")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "some/run\n", "")
+    def test_a_pipe_gets_the_directory_alone_and_warnings_on_standard_error(self) -> None:
+        done = python(FAKE + MAIN, "run", "e.yaml", "odd")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "some/run\n", "warning: odd\n")
 
     def test_a_terminal_gets_progress_on_standard_error(self) -> None:
         ours, theirs = pty.openpty()
         with subprocess.Popen(
-            [sys.executable, "-c", FAKE + MAIN, "run", "e.yaml"],
+            [sys.executable, "-c", FAKE + MAIN, "run", "e.yaml", "odd"],
             stdout=subprocess.PIPE,
             stderr=theirs,
             text=True,
@@ -226,6 +229,20 @@ class TestStreams:
         text = drawn.decode()
         assert "digits: 2 rounds in 0:00:00, accuracy 50.0%, 1.0 kB" in text
         assert "3/3 trained" in text
+        assert text.count("warning: odd\r\n") == 1
+
+    def test_what_changes_nothing_is_told_once_a_method(self, tmp_path: Path) -> None:
+        methods = {"wide": {"train.lr": 0.2}, "moved": {"submodel.stride": 3}}
+        file = tmp_path / "e.yaml"
+        file.write_text(yaml.safe_dump(EXPERIMENT | {"rounds": 1, "methods": methods}))
+        reason = "submodel.stride = 3 changes nothing, because all participants train the whole model: leave it out"
+        told = f"warning: moved: {reason}, or correct it\n"
+        for command in ("run", "sweep"):
+            chosen = ["--engine", "local"] if command == "sweep" else []
+            done = invoke(command, file, "--out", tmp_path / command, *chosen)
+            assert (done.exit_code, done.stderr) == (0, told)
+            assert read_events(tmp_path / command / "moved" / "seed-1")[1]["message"].startswith(reason)
+        assert invoke("resume", tmp_path / "run").stderr == told
 
     @pytest.mark.parametrize(
         "command", [["run", "e.yaml"], ["doctor", "--json"], ["--help"]], ids=lambda words: words[0]

@@ -95,6 +95,12 @@ DEVICES = st.fixed_dictionaries({}, optional={"device": PROFILES}) | st.fixed_di
         | st.lists(st.fixed_dictionaries({"profile": PROFILES}, optional={"share": POSITIVE}), min_size=1, max_size=3)
     }
 )
+
+
+def one_or_several_seeds(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "seed" or config.get("seeds") is None}
+
+
 CONFIGS = st.fixed_dictionaries(
     {
         "rounds": st.integers(1, 9999),
@@ -114,7 +120,7 @@ CONFIGS = st.fixed_dictionaries(
         "log": st.fixed_dictionaries({"sinks": st.lists(st.sampled_from(["mlflow", "wandb"]))}),
         "methods": st.none() | st.dictionaries(NAMES, st.just({"train.lr": 0.25}), min_size=1, max_size=2),
     },
-).flatmap(lambda config: DEVICES.map(lambda devices: config | devices))
+).flatmap(lambda config: DEVICES.map(lambda devices: one_or_several_seeds(config) | devices))
 
 
 @pytest.fixture(scope="module")

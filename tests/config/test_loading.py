@@ -246,7 +246,7 @@ class TestExpand:
         assert expand(BASE) == {"": {**BASE, "seed": 0}}
 
     def test_seeds(self) -> None:
-        runs = expand({**BASE, "seeds": [4, 2], "seed": 9})
+        runs = expand(load({**BASE, "seed": 9}, ["seeds=[4, 2]"]))
         assert list(runs) == ["seed-4", "seed-2"]
         assert [run["seed"] for run in runs.values()] == [4, 2]
         assert all("seeds" not in run for run in runs.values())

@@ -127,23 +127,24 @@ class TestSummary:
             assert len(values) == line.num_seeds == 3
             assert line.mean[index] == pytest.approx(sum(values) / 3)
             assert (line.low[index], line.high[index]) == (min(values), max(values))
-        assert not line.is_cut
+        assert not line.is_partial.any()
 
-    def test_rounds_that_a_seed_lacks_are_left_out(self) -> None:
+    def test_rounds_that_a_seed_lacks_are_left_out_and_its_end_ends_no_curve(self) -> None:
         one = [{"round": float(n), "accuracy": 0.1 * n} for n in (2, 4, 6)]
         two = [{"round": float(n), "accuracy": 0.2 * n} if n != 3 else {"round": 3.0} for n in (2, 3, 4)]
         line = summarize(self.runs(one, two), "accuracy", "round")
         assert line is not None
-        assert line.x.tolist() == [2, 4]
-        assert line.mean == pytest.approx([0.3, 0.6])
-        assert line.is_cut
+        assert line.x.tolist() == [2, 4, 6]
+        assert line.mean == pytest.approx([0.3, 0.6, 0.6])
+        assert (line.count.tolist(), line.is_partial.tolist()) == ([2, 2, 1], [False, False, True])
 
     def test_seeds_with_different_seconds_are_interpolated(self) -> None:
         one = [{"wall_seconds": x, "loss": y} for x, y in [(1.0, 10.0), (3.0, 6.0), (9.0, 0.0)]]
         two = [{"wall_seconds": x, "loss": y} for x, y in [(2.0, 8.0), (4.0, 7.0), (12.0, 3.0)]]
         line = summarize(self.runs(one, two), "loss", "seconds")
         assert line is not None
-        assert (line.x[0], line.x[-1]) == (2.0, 9.0)  # the stretch that both cover
+        assert (line.x[0], line.x[-1]) == (1.0, 12.0)
+        assert np.array_equal(line.is_partial, (line.x < 2.0) | (line.x > 9.0))  # what one of them covers alone
 
         def slowly(points: list[dict[str, float]], x: float) -> float:
             for left, right in pairwise(points):
@@ -153,7 +154,10 @@ class TestSummary:
             raise AssertionError("outside")
 
         for index in range(0, len(line.x), 17):
-            values = [slowly(one, line.x[index]), slowly(two, line.x[index])]
+            seeds = [
+                seed for seed in (one, two) if seed[0]["wall_seconds"] <= line.x[index] <= seed[-1]["wall_seconds"]
+            ]
+            values = [slowly(seed, line.x[index]) for seed in seeds]
             assert line.mean[index] == pytest.approx(np.mean(values))
             assert (line.low[index], line.high[index]) == pytest.approx((min(values), max(values)))
 
@@ -170,7 +174,41 @@ class TestSummary:
         assert line is not None
         assert (line.x.tolist(), line.mean.tolist(), line.low.tolist()) == ([2.0], [3.0], [2.0])
 
-    def test_nothing_in_common_is_no_line(self) -> None:
-        one, two = [{"round": 1.0, "loss": 1.0}], [{"round": 2.0, "loss": 1.0}]
-        assert summarize(self.runs(one, two), "loss", "round") is None
+    def test_two_rounds_a_seed_are_taken_in_order(self) -> None:
+        seeds = [[{"wall_seconds": x, "loss": 10 * x} for x in xs] for xs in ((1.0, 5.0), (3.0,))]
+        line = summarize(self.runs(*seeds), "loss", "seconds")
+        assert line is not None
+        assert (line.x.tolist(), line.mean.tolist(), line.count.tolist()) == ([2.0, 5.0], [20.0, 50.0], [2, 1])
+
+    def test_seeds_of_which_none_has_begun_before_another_ended(self) -> None:
+        one, two = ([{"wall_seconds": x, "loss": x} for x in xs] for xs in ((1.0, 2.0, 3.0), (7.0, 8.0, 9.0)))
+        line = summarize(self.runs(one, two), "loss", "seconds")
+        assert line is not None
+        assert line.is_partial.all()
+        assert np.array_equal(np.isnan(line.mean), (line.x > 3.0) & (line.x < 7.0))
+
+    def test_no_record_has_both(self) -> None:
+        one, two = [{"round": 1.0, "loss": 1.0}], [{"round": 2.0}]
         assert summarize(self.runs(one, two), "accuracy", "round") is None
+        assert summarize(self.runs(one, two), "loss", "seconds") is None
+
+    def test_geometric_means_and_interpolation_on_logarithmic_axes(self) -> None:
+        one = [{"wall_seconds": x, "loss": x**-2} for x in (1.0, 100.0, 1000.0)]
+        two = [{"wall_seconds": x, "loss": 100 * x**-2} for x in (1.0, 10.0, 1000.0)]
+        line = summarize(self.runs(one, two), "loss", "seconds", log_x=True, log_y=True)
+        assert line is not None
+        assert line.mean == pytest.approx(10 * line.x**-2)
+        assert line.low == pytest.approx(line.x**-2)
+        assert np.diff(np.log(line.x))[5:10] == pytest.approx(np.log(1000) / 199)
+
+    def test_a_seed_that_reaches_0_takes_its_curve_there(self) -> None:
+        one = [{"round": float(n), "loss": value} for n, value in enumerate((1.0, 1e-4, 0.0))]
+        two = [{"round": float(n), "loss": 1e-2} for n in range(3)]
+        for x in ("round", "seconds"):
+            seeds = [[{**record, "wall_seconds": record["round"]} for record in seed] for seed in (one, two)]
+            line = summarize(self.runs(*seeds), "loss", x, log_y=True)
+            assert line is not None
+            at = line.x.tolist().index(1.0) if 1.0 in line.x else 0
+            assert line.mean[[0, -1]] == pytest.approx([0.1, 0.0])
+            assert not ((line.low > 0) & (line.low < 0.99e-4)).any()
+            assert at == 0 or line.mean[at] == pytest.approx(1e-3)

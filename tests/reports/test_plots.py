@@ -135,10 +135,18 @@ class TestFigure:
 
     def test_interpolation_and_cuts_are_stated(self, tmp_path: Path) -> None:
         experiment = write_experiment(tmp_path / "exp", ["fedavg"], [0, 1])
-        assert "seeds are interpolated linearly on a common grid" in note_of(figure_of(experiment, x="seconds"))
+        assert "seeds are interpolated on a common grid" in note_of(figure_of(experiment, x="seconds"))
         longer = write_experiment(tmp_path / "longer", ["fedavg"], [2], num_rounds=9) / "fedavg" / "seed-2"
         longer.rename(experiment / "fedavg" / "seed-2")
-        assert "a curve ends where its shortest seed ends" in note_of(figure_of(experiment))
+        for x, (common, last) in {"round": (6, 9), "bytes": (24, 36)}.items():
+            figure = figure_of(experiment, x=x)
+            assert "pale: some seed has ended before, or begins later" in note_of(figure)
+            whole, pale = figure.axes[0].lines
+            drawn = [np.asarray(line.get_xdata())[np.isfinite(line.get_ydata())] for line in (whole, pale)]
+            assert drawn[0][-1] == pytest.approx(common)
+            assert drawn[1][[0, -1]] == pytest.approx([common, last])  # joined to the rest
+            assert (pale.get_color(), pale.get_alpha()) == (whole.get_color(), 0.4)
+            assert [text.get_text() for text in figure.legends[0].get_texts()] == ["fedavg"]
 
     def test_default_metric_is_accuracy_else_training_loss(self, tmp_path: Path) -> None:
         entries = [{k: v for k, v in record(n, 0.5).items() if k != "accuracy"} for n in (1, 2)]
@@ -291,9 +299,42 @@ class TestSpec:
     @pytest.mark.parametrize("num_curves", [10, 14])
     def test_curves_can_be_told_apart(self, tmp_path: Path, num_curves: int) -> None:
         for index in range(num_curves):
-            write_run(tmp_path / f"{index}", [record(n, 0.1 * n) for n in (1, 2)], name=f"method-{index}")
+            write_run(tmp_path / f"{index}", [record(n, 0.1 * n) for n in (1, 2, 3)], name=f"method-{index}")
         (ax,) = figure_of(tmp_path).axes
         assert len({(line.get_color(), repr(line._dash_pattern)) for line in ax.lines}) == num_curves
+
+    def test_two_points_are_markers(self, tmp_path: Path) -> None:
+        for name in ("ring", "grid"):
+            for seed in (0, 1):
+                records = [record(n, 0.1 * n + 0.1 * seed, wall_seconds=n + seed) for n in (1, 2)]
+                write_run(tmp_path / name / f"seed-{seed}", records, name, seed)
+            (tmp_path / name / "experiment.yaml").write_text("rounds: 2\n")
+        for x in ("round", "seconds"):
+            (ax,) = figure_of(tmp_path, x=x).axes
+            assert {line.get_linestyle() for line in ax.lines} == {"None"}
+            assert len({line.get_marker() for line in ax.lines}) == 2
+            ranges = [[y for _, y in segment] for segment in ax.collections[0].get_segments()]
+            assert np.array(ranges) == pytest.approx(np.array([[0.1, 0.2], [0.2, 0.3]]))
+
+    def test_axes_become_logarithmic_where_values_span_decades(self, tmp_path: Path) -> None:
+        for index, factor in enumerate((1, 1000)):
+            records = [
+                record(n, 0.001 * n, loss=10.0**-n, total_bytes_up=n * factor, total_bytes_down=0) for n in (1, 9)
+            ]
+            write_run(tmp_path / str(index), records, name=str(index), seed=index)
+        expected = {("loss", "round"): "linear log", ("accuracy", "bytes"): "log linear", ("loss", "bytes"): "log log"}
+        for (metric, x), scales in expected.items():
+            figure = figure_of(tmp_path, metric=metric, x=x)
+            assert f"{figure.axes[0].get_xscale()} {figure.axes[0].get_yscale()}" == scales
+        (ax,) = figure_of(tmp_path, metric="loss", x="bytes", log_x=False, y_min=0).axes
+        assert (ax.get_xscale(), ax.get_yscale()) == ("linear", "linear")
+
+    def test_the_note_tells_geometric_means(self, tmp_path: Path) -> None:
+        experiment = write_experiment(tmp_path / "exp", ["fedavg"], [0, 1])
+        assert "lines: geometric mean over 2 seeds" in note_of(figure_of(experiment, log_y=True))
+        panels = [PanelOptions(log_y=True), PanelOptions()]
+        mixed = draw(curves_of(experiment), FigureOptions(panels=panels))
+        assert "lines: mean (geometric where y is logarithmic) over 2 seeds" in note_of(mixed)
 
     def test_a_reference_line(self, tmp_path: Path) -> None:
         runs = [write_run(tmp_path / str(n), [record(1, 0.5, chance=0.1 * n)], seed=n) for n in (1, 3)]

@@ -390,6 +390,7 @@ def test_a_federation_descends_as_theory_says(tmp_path: Path) -> None:
         (LeastSquares, {"partition": {"name": "iid", "min_samples": 2}}, "set workload.heterogeneity"),
         (LeastSquares, {"dims": 3}, "unknown key 'workload.dims'; did you mean 'dim'"),
         (LeastSquares, {"noise": -1.0}, "workload.noise = -1.0"),
+        (LogisticRegression, {"regulariser": "none", "regularisation": 0.1}, "has no effect without a regulariser"),
         (LeastSquares, {"precision": "half"}, "workload.precision = 'half'"),
         (LeastSquares, {"num_samples": 10**15}, "do not fit into memory: lower clients.num"),
     ],

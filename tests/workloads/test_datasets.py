@@ -105,6 +105,8 @@ def test_limit_keeps_a_seeded_subset() -> None:
     assert torch.equal(longer.train_labels[:50], some.train_labels)
     with pytest.raises(DataError, match="1500 exceeds the 1437"):
         digits({"limit": 1500})
+    with pytest.raises(ConfigError, match="seed = 1 shuffles what limit cuts: give limit"):
+        digits({"seed": 1})
 
 
 def test_unknown_option_names_the_nearest() -> None:

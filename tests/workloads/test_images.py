@@ -320,6 +320,12 @@ def test_too_many_label_sets_drop_local_metrics(monkeypatch: pytest.MonkeyPatch)
     assert off.warnings == ()
 
 
+def test_a_chunk_of_statistics_that_no_layer_asks_for_is_warned_of() -> None:
+    assert build(model=RESNET, statistics_chunk=50).warnings == ()
+    (warning,) = build(statistics_chunk=50).warnings
+    assert warning.startswith("workload.statistics_chunk changes nothing, because the model has no BatchNorm")
+
+
 @pytest.mark.parametrize("at_a_time", [1, 3, 512])
 def test_label_sets_are_counted_in_pieces(monkeypatch: pytest.MonkeyPatch, at_a_time: int) -> None:
     source = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -67,6 +67,12 @@ class FjORD(FedAvg):
 
         distillation: bool = False
         alpha: float = Field(default=1.0, ge=0)
+
+        @model_validator(mode="after")
+        def _used(self) -> FjORD.Options:
+            if "alpha" in self.model_fields_set and not self.distillation:
+                raise ValueError(f"alpha = {self.alpha} weights distillation: set distillation, or leave alpha out")
+            return self
 
     options: FjORD.Options
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from gossamer.cli import topology
-from gossamer.errors import GossamerError
+from gossamer.errors import GossamerError, GossamerWarning
 
 if TYPE_CHECKING:
     from gossamer.cli.progress import ProgressDisplay
@@ -25,15 +26,39 @@ if TYPE_CHECKING:
 
 
 class Commands(TyperGroup):
-    """The commands; a `GossamerError` becomes one line and the exit code."""
+    """The commands; a `GossamerError` becomes one line and the exit code, a `GossamerWarning` one line."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
-            return super().invoke(ctx)
+            with _warnings_to(_to_stderr):
+                return super().invoke(ctx)
         except GossamerError as error:
-            typer.echo(f"error: {error}", err=True)
+            _to_stderr(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
+
+
+def _to_stderr(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@contextmanager
+def _warnings_to(write: Callable[[str], None]) -> Iterator[None]:
+    """Give each `GossamerWarning` to `write`, as one line and once; other warnings are shown as before."""
+    told, show_others = set[str](), warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        """Show a warning."""
+        line = f"warning: {message}"
+        if not issubclass(category, GossamerWarning):
+            show_others(message, category, *where, **more)
+        elif line not in told:
+            told.add(line)
+            write(line)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 app = typer.Typer(
@@ -202,7 +227,7 @@ def _follow(start: Callable[[Hooks], Run], count_runs: Callable[[], int]) -> Non
         from gossamer.cli.progress import ProgressDisplay
 
         display = ProgressDisplay(count_runs(), Console(stderr=True))
-    with display as shown:
+    with display as shown, _warnings_to(_to_stderr if shown is None else shown.print):
         finished = start(Hooks() if shown is None else Hooks(observer=shown.observer))
     typer.echo(finished.directory)
 

@@ -56,9 +56,13 @@ class ProgressDisplay:
         """Fill the bar up to `rounds`, the last of them in part, and show `status` beside it."""
         self._show(completed=rounds, status=status)
 
+    def print(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def finish(self, summary: str) -> None:
         """Print the line of a finished run above the bar."""
-        self._bars.console.print(summary, highlight=False, markup=False, soft_wrap=True)
+        self.print(summary)
         if self._index < self._num_runs:
             self._show(description=self._title("preparing"), completed=0, status="", force=True)
 

@@ -51,6 +51,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         if key == "seed" and data.get("seeds") is not None:
             raise ConfigError(f"override {override!r} has no effect beside seeds = {data['seeds']}: set seeds=[{text}]")
         data = with_value(data, key.split("."), value)
+        if key == "seeds" and value is not None:
+            data.pop("seed", None)
     return dict(data)
 
 
@@ -89,6 +91,8 @@ def parse(data: Mapping[str, Any]) -> Config:
         ConfigError: the first thing that is wrong, in one sentence.
     """
     config = parse_options(Config, data, "")
+    if config.seeds is not None and config.seed:
+        raise ConfigError(f"seed = {config.seed} has no effect beside seeds = {config.seeds}: leave one of them out")
     if config.seeds is not None and (not config.seeds or len(set(config.seeds)) != len(config.seeds)):
         raise ConfigError(f"seeds = {config.seeds!r}: give a list of distinct seeds, or a single seed")
     if config.seeds is not None and min(config.seeds) < 0:

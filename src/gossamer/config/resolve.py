@@ -20,9 +20,9 @@ from gossamer.config.rules import (
     check_peers,
     require_population,
     require_whole_models,
-    unused_options,
 )
 from gossamer.config.schema import Config
+from gossamer.config.unused import unused_options
 from gossamer.errors import ConfigError, RegistryError, plugin_errors, require_attributes
 from gossamer.simulation.devices import DeviceShare
 from gossamer.submodel.strategies import find_strategy
@@ -68,10 +68,12 @@ def resolve(config: Config) -> Resolved:
     registry.resolve_function("partition", settled.population.partition["name"])
     if settled.clients is not None:
         registry.resolve_function("sampler", settled.clients.sampler)
-    topology, warnings = build_topology(settled), unused_options(settled, algorithm)
+    topology = build_topology(settled)
+    warnings: tuple[str, ...] = ()
     if topology is not None:
         settled = _with_topology(settled, topology)
-        warnings = check_peers(settled, algorithm, topology) + warnings
+        warnings = check_peers(settled, algorithm, topology)
+    warnings += unused_options(settled, algorithm, engine_class)
     return Resolved(settled, algorithm, topology, engine_class, warnings)
 
 

@@ -57,22 +57,6 @@ def require_whole_models(config: Config, algorithm: Any) -> None:
         )
 
 
-def unused_options(config: Config, algorithm: Any) -> tuple[str, ...]:
-    """Warn of a stride or of offsets that the windows of a strategy do not follow."""
-    sub = config.submodel
-    assert sub.strategy is not None
-    unused = find_strategy(sub.strategy).unused
-    unused = ("stride", "offsets") if algorithm.traits.full_size else unused
-    given = {"stride": sub.stride != 1, "offsets": any(sub.offsets.values())}
-    if tuple(sub.capacities) == (1.0,):
-        return ()
-    return tuple(
-        f"submodel.{option} changes nothing: windows of strategy {sub.strategy!r} do not follow it"
-        for option in unused
-        if given[option]
-    )
-
-
 def check_peers(config: Config, algorithm: Any, topology: Topology) -> tuple[str, ...]:
     """Check what an algorithm asks of the topology and of local training, and return its warnings.
 

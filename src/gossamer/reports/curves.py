@@ -19,6 +19,7 @@ Numbers = NDArray[np.float64]
 
 MAX_DEPTH = 3
 NUM_GRID_POINTS = 200
+FEW = 2  # points that are no curve
 RUN_SPECIFIC = ("seed", "engine", "checkpoint", "log")  # sections that may differ between seeds of one method
 
 
@@ -79,16 +80,21 @@ class Line:
 
     Attributes:
         x, mean, low, high: float64 [points]; low and high are the minimum and the maximum over seeds.
+        count: int64 [points], number of seeds that have begun and not ended there.
         num_seeds: number of seeds in it.
-        is_cut: whether some seed has logged more than all seeds have in common.
     """
 
     x: Numbers
     mean: Numbers
     low: Numbers
     high: Numbers
+    count: NDArray[np.int64]
     num_seeds: int
-    is_cut: bool
+
+    @property
+    def is_partial(self) -> NDArray[np.bool_]:
+        """Where some seed has not begun or has ended, bool [points]."""
+        return self.count < self.num_seeds
 
 
 def find_runs(directories: Sequence[str | Path]) -> list[SingleRun]:
@@ -187,34 +193,71 @@ def _differ_in_seed_only(runs: Sequence[SingleRun]) -> bool:
     return len(set(seeds)) == len(seeds) and all(setting == settings[0] for setting in settings)
 
 
-def summarize(runs: Sequence[SingleRun], metric: str, x: str) -> Line | None:
+def summarize(
+    runs: Sequence[SingleRun], metric: str, x: str, *, log_x: bool = False, log_y: bool = False
+) -> Line | None:
     """Return mean and range of `metric` over the seeds of a curve, or None where no run has both `metric` and `x`.
 
-    Over rounds, those that every seed has logged are used. Over any other x the seeds have different x values: each is
-    interpolated linearly on one grid over the interval that all of them cover.
+    At each x value, the seeds count that have begun and not ended there. Over rounds, those are used that all of these
+    have logged. Over any other x the seeds have different x values: each is interpolated on one grid, unless none has
+    more than two points, which are taken in order.
+
+    Args:
+        log_x: whether seeds are interpolated on a logarithmic x axis; x values of 0 are left out.
+        log_y: whether seeds are interpolated on a logarithmic y axis and their mean is the geometric one, which is 0
+            where some seed is not above 0.
     """
     keys = X_AXES[x].keys
-    points = []
+    seeds = []
     for run in runs:
         usable = [record for record in run.records if metric in record and all(key in record for key in keys)]
-        if usable:
-            at = np.array([sum(record[key] for key in keys) for record in usable])
-            points.append((at, np.array([record[metric] for record in usable])))
-    if not points:
+        at = np.array([sum(record[key] for key in keys) for record in usable])
+        values = np.array([record[metric] for record in usable])
+        kept = at > 0 if log_x else np.isfinite(at)
+        if kept.any():
+            seeds.append((at[kept], values[kept]))
+    if not seeds:
         return None
-    grid = _common_grid([at for at, _ in points], x)
+    grid, table = _on_rounds(seeds) if x == "round" else _on_grid(seeds, log_x, log_y)
     if not len(grid):
         return None
-    values = np.stack([np.interp(grid, at, value) for at, value in points])
-    is_cut = any(at[-1] > grid[-1] for at, _ in points) and x == "round"
-    return Line(grid, values.mean(axis=0), values.min(axis=0), values.max(axis=0), len(points), is_cut)
+    count, is_geometric = (~np.isnan(table)).sum(axis=0), log_y and len(seeds) > 1
+    with np.errstate(divide="ignore", invalid="ignore"):  # where all seeds have ended before another begins
+        mean = np.nansum(np.log(np.maximum(table, 0.0)) if is_geometric else table, axis=0) / count
+    low, high = np.fmin.reduce(table), np.fmax.reduce(table)
+    return Line(grid, np.exp(mean) if is_geometric else mean, low, high, count, len(seeds))
 
 
-def _common_grid(positions: Sequence[Numbers], x: str) -> Numbers:
-    """Return the ascending x values at which seeds with data at `positions` are compared."""
-    if len(positions) == 1:
-        return positions[0]
-    if x == "round":
-        return np.array(sorted(set.intersection(*(set(at.tolist()) for at in positions))))
-    first, last = max(at[0] for at in positions), min(at[-1] for at in positions)
-    return np.linspace(first, last, NUM_GRID_POINTS) if first < last else np.array([(first + last) / 2])
+def _on_rounds(seeds: Sequence[tuple[Numbers, Numbers]]) -> tuple[Numbers, Numbers]:
+    """Return the rounds that all seeds have logged which have begun and not ended, [m], and values [seeds, m]."""
+    grid = np.unique(np.concatenate([at for at, _ in seeds]))
+    table = np.full((len(seeds), len(grid)), np.nan)
+    gaps = np.zeros(len(grid), dtype=bool)
+    for row, (at, values) in zip(table, seeds, strict=True):
+        row[np.searchsorted(grid, at)] = values
+        gaps |= np.isnan(row) & (at[0] < grid) & (grid < at[-1])
+    return grid[~gaps], table[:, ~gaps]
+
+
+def _on_grid(seeds: Sequence[tuple[Numbers, Numbers]], log_x: bool, log_y: bool) -> tuple[Numbers, Numbers]:
+    """Return x values [m] and interpolated values [seeds, m], NaN before a seed's first and after its last x."""
+    longest = max(len(at) for at, _ in seeds)
+    if len(seeds) == 1:
+        return seeds[0][0], seeds[0][1][None]
+    if longest <= FEW:
+        padded = np.full((2, len(seeds), longest), np.nan)
+        for row, (at, values) in enumerate(seeds):
+            padded[:, row, : len(at)] = at, values
+        return np.nanmean(padded[0], axis=0), padded[1]
+    ends = np.array([at[[0, -1]] for at, _ in seeds])
+    space = np.geomspace if log_x else np.linspace
+    grid = np.unique(np.concatenate([space(ends.min(), ends.max(), NUM_GRID_POINTS), ends.ravel()]))
+    to_x = np.log if log_x else np.asarray
+    table = np.empty((len(seeds), len(grid)))
+    for row, (at, values) in enumerate(seeds):
+        least = values[values > 0].min(initial=np.inf) if log_y else -np.inf  # on the way to 0, what is below is 0
+        known = np.log(np.maximum(values, np.finfo(float).tiny)) if log_y else values
+        found = np.interp(to_x(grid), to_x(at), known, left=np.nan, right=np.nan)
+        found = np.exp(found) if log_y else found
+        table[row] = np.where(found < least * (1 - 1e-9), 0.0, found)
+    return grid, table

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import yaml
 from pydantic import Field, model_validator
 
 from gossamer.errors import ConfigError, nearest, storage_errors
 from gossamer.options import Options, parse_options
-from gossamer.reports.curves import X_AXES, Curve, Line, XAxis, find_runs, group, summarize
+from gossamer.reports.curves import FEW, X_AXES, Curve, Line, Numbers, XAxis, find_runs, group, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +31,8 @@ LEGEND_INCHES = 0.2  # height of each row of the legend
 NOTE_CHARACTERS = 19  # characters per inch of the notes below the panels
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v")  # of curves of too few points for a line
+MIN_DECADES = 1.5  # from which on an axis is logarithmic unless it is told otherwise
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.labelsize": 10,
@@ -70,7 +74,8 @@ class PanelOptions(Options):
         metric: key of the records, dotted where nested; None: accuracy if it is logged, else train_loss.
         x: quantity on the x axis.
         title: text above the panel.
-        log_x, log_y: whether the axis is logarithmic.
+        log_x, log_y: whether the axis is logarithmic; None: if the curves' last x, or their values (accuracies
+            excepted), span one and a half decades.
         y_min, y_max: limits of the y axis; None: those of the data.
         reference: key of a number that every record has, such as unigram_bits, drawn as a dotted line.
         methods: names of the curves to draw; None: all.
@@ -79,8 +84,8 @@ class PanelOptions(Options):
     metric: str | None = None
     x: Literal["round", "seconds", "simulated", "bytes", "flops"] = "round"
     title: str | None = None
-    log_x: bool = False
-    log_y: bool = False
+    log_x: bool | None = None
+    log_y: bool | None = None
     y_min: float | None = None
     y_max: float | None = None
     reference: str | None = None
@@ -190,24 +195,49 @@ def draw(curves: Sequence[Curve], options: FigureOptions) -> Figure:
     axes = figure.subplots(1, num_panels, squeeze=False)[0]
     curves = _chosen(curves, options.panels)
     metrics = [panel.metric if panel.metric is not None else _default_metric(curves) for panel in options.panels]
-    drawn = [
-        [summarize(curve.runs, metric, panel.x) if _draws(panel, curve) else None for curve in curves]
-        for metric, panel in zip(metrics, options.panels, strict=True)
-    ]
+    panels = [_with_scales(panel, curves, metric) for panel, metric in zip(options.panels, metrics, strict=True)]
+    drawn = [_lines(panel, curves, metric) for panel, metric in zip(panels, metrics, strict=True)]
     labels = _labels(curves, drawn)
-    for ax, panel, metric, lines in zip(axes, options.panels, metrics, drawn, strict=True):
+    for ax, panel, metric, lines in zip(axes, panels, metrics, drawn, strict=True):
         if not any(lines):
             raise _nothing_to_draw(curves, metric, panel.x)
         _draw_panel(ax, panel, metric, dict(zip(labels, lines, strict=True)))
         if panel.reference is not None:
             _draw_reference(ax, curves, panel.reference)
-    notes = _notes(curves, options, metrics, drawn)
+    notes = _notes(curves, panels, metrics, drawn)
     if notes:
         figure.supxlabel(textwrap.fill("; ".join(notes), int(size[0] * NOTE_CHARACTERS)), fontsize=7, color="0.35")
     num_rows = _add_legend(figure, axes, options.title)
     if options.size is None:
         figure.set_size_inches(size[0], size[1] + LEGEND_INCHES * num_rows)
     return figure
+
+
+def _lines(panel: PanelOptions, curves: Sequence[Curve], metric: str) -> list[Line | None]:
+    """Return the line of each curve that a panel draws."""
+    log_x, log_y = bool(panel.log_x), bool(panel.log_y)
+    return [
+        summarize(curve.runs, metric, panel.x, log_x=log_x, log_y=log_y) if _draws(panel, curve) else None
+        for curve in curves
+    ]
+
+
+def _with_scales(panel: PanelOptions, curves: Sequence[Curve], metric: str) -> PanelOptions:
+    """Return the panel with scales for the axes that it leaves open."""
+    lines = [line for line in _lines(panel, curves, metric) if line]
+    scales = {
+        "log_x": _spans_decades([line.x[-1:] for line in lines]),
+        "log_y": _spans_decades([line.mean for line in lines])
+        and "accuracy" not in metric
+        and (panel.y_min is None or panel.y_min > 0),
+    }
+    return panel.model_copy(update={name: log for name, log in scales.items() if vars(panel)[name] is None})
+
+
+def _spans_decades(values: Sequence[Numbers]) -> bool:
+    found = np.concatenate([*values, np.ones(0)])
+    found = found[~np.isnan(found)]
+    return bool(len(found) and found.min() > 0 and math.log10(found.max() / found.min()) >= MIN_DECADES)
 
 
 def _draws(panel: PanelOptions, curve: Curve) -> bool:
@@ -240,11 +270,18 @@ def _draw_panel(ax: Axes, panel: PanelOptions, metric: str, lines: Mapping[str, 
     for index, (label, line) in enumerate(lines.items()):
         if line is None:
             continue
-        colour, style = COLOURS[index % len(COLOURS)], LINE_STYLES[index % len(LINE_STYLES)]
-        marker = "o" if len(line.x) == 1 else None
-        ax.plot(line.x / factor, line.mean, color=colour, linestyle=style, marker=marker, label=label)
+        x, colour = line.x / factor, COLOURS[index % len(COLOURS)]
+        if len(x) <= FEW:
+            ax.plot(x, line.mean, color=colour, linestyle="none", marker=MARKERS[index % len(MARKERS)], label=label)
+            ax.vlines(x, line.low, line.high, color=colour, alpha=0.5)
+            continue
+        style, partial = LINE_STYLES[index % len(LINE_STYLES)], line.is_partial
+        ends = partial | np.append(partial[1:], False) | np.append(False, partial[:-1])  # joined to the rest
+        ax.plot(x, np.where(partial, np.nan, line.mean), color=colour, linestyle=style, label=label)
+        if partial.any():
+            ax.plot(x, np.where(ends, line.mean, np.nan), color=colour, linestyle=style, alpha=0.4)
         if line.num_seeds > 1:
-            ax.fill_between(line.x / factor, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+            ax.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
     ax.set(xlabel=X_AXES[panel.x].label + unit, title=panel.title or "")
     _format_axes(ax, metric, panel)
 
@@ -261,21 +298,25 @@ def _draw_reference(ax: Axes, curves: Sequence[Curve], name: str) -> None:
     ax.axhline(sum(values) / len(values), color="0.3", linestyle=":", linewidth=1.2, label=name.replace("_", " "))
 
 
-def _notes(curves: Sequence[Curve], options: FigureOptions, metrics: Sequence[str], drawn: Lines) -> list[str]:
+def _notes(curves: Sequence[Curve], panels: Sequence[PanelOptions], metrics: Sequence[str], drawn: Lines) -> list[str]:
     """Return the notes below the figure."""
     notes = []
     present = [line for lines in drawn for line in lines if line]
     counts = {line.num_seeds for line in present}
     if counts != {1}:
         number = f"{counts.pop()} seeds" if len(counts) == 1 else "the seeds"
-        notes.append(f"lines: mean over {number}, bands: lowest to highest seed")
-        by_round = [panel.x == "round" for panel in options.panels]
+        geometric = [bool(panel.log_y) for panel in panels]
+        mean = "geometric mean" if all(geometric) else "mean (geometric where y is logarithmic)"
+        mean = mean if any(geometric) else "mean"
+        notes.append(f"lines: {mean} over {number}, bands: lowest to highest seed")
+        is_curve = [any(line and len(line.x) > FEW for line in lines) for lines in drawn]
+        by_round = [panel.x == "round" or not curved for panel, curved in zip(panels, is_curve, strict=True)]
         if not all(by_round):
             where = "except against rounds, " if any(by_round) else ""
-            notes.append(f"{where}seeds are interpolated linearly on a common grid")
-    if any(line.is_cut for line in present):
-        notes.append("a curve ends where its shortest seed ends")
-    for metric, panel, lines in zip(metrics, options.panels, drawn, strict=True):
+            notes.append(f"{where}seeds are interpolated on a common grid")
+    if any(line.is_partial.any() for line in present):
+        notes.append("pale: some seed has ended before, or begins later")
+    for metric, panel, lines in zip(metrics, panels, drawn, strict=True):
         missing = [c.label for c, line in zip(curves, lines, strict=True) if not line and _draws(panel, c)]
         notes += [f"without {metric}: {', '.join(missing)}"] if missing else []
     return notes
@@ -297,7 +338,7 @@ def _nothing_to_draw(curves: Sequence[Curve], metric: str, x: str) -> ConfigErro
             f"x = {x!r} needs {missing[0]!r}, which no record has: choose another of {', '.join(X_AXES)}"
         )
     if metric in known:
-        return ConfigError(f"no round of every seed has both {metric!r} and x = {x!r}: choose another x")
+        return ConfigError(f"no record has both {metric!r} and x = {x!r}: choose another x")
     return ConfigError(
         f"no record has a number {metric!r}{nearest(metric, known)} (there are: {', '.join(sorted(known))})"
     )

@@ -13,7 +13,7 @@ from gossamer.config import loading as configuration
 from gossamer.config.resolve import resolve
 from gossamer.config.schema import Config, EngineOptions
 from gossamer.engines.task import Variant, VariantMode
-from gossamer.errors import ConfigError, storage_errors
+from gossamer.errors import ConfigError, storage_errors, warn
 from gossamer.plan import RoundPlan
 from gossamer.reports.plots import COLOURS, FORMATS, STYLE
 from gossamer.submodel import Cut, covering
@@ -96,6 +96,7 @@ def _examine_one(method: str, config: Config, rounds: int | None) -> MethodCover
     resolved = resolve(config)
     unmeasured = EngineOptions.model_validate({"modes": VariantMode()})
     parts = build(replace(resolved, config=resolved.config.model_copy(update={"engine": unmeasured})))
+    warn(parts.warnings, method)
     if parts.task.cutter.strategy.rank is not None:
         raise ConfigError(
             f"windows of strategy {parts.config.submodel.strategy!r} follow the model as it is trained: its coverage is"

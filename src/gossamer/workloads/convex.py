@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gossamer import rng
@@ -74,6 +74,14 @@ class LogisticRegressionOptions(ConvexOptions):
     heterogeneity: float = Field(0.2, ge=0)
     regulariser: Literal["none", "l2", "nonconvex"] = "nonconvex"
     regularisation: float = Field(0.001, ge=0)
+
+    @model_validator(mode="after")
+    def _used(self) -> LogisticRegressionOptions:
+        if self.regulariser == "none" and "regularisation" in self.model_fields_set:
+            raise ValueError(
+                f"regularisation = {self.regularisation} has no effect without a regulariser: leave it out"
+            )
+        return self
 
 
 class Optimum(NamedTuple):

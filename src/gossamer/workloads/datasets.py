@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gossamer import rng
@@ -209,6 +209,12 @@ class SubsetOptions(Options):
 
     limit: Annotated[int, Field(ge=1)] | None = None
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _used(self) -> SubsetOptions:
+        if self.seed and self.limit is None:
+            raise ValueError(f"seed = {self.seed} shuffles what limit cuts: give limit, or leave seed out")
+        return self
 
 
 def _limited(data: ImageData, options: SubsetOptions) -> ImageData:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import os
 import tempfile
-import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer import rng
-from gossamer.errors import DataError
+from gossamer.errors import DataError, warn
 
 Arrays = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint8], NDArray[np.int64]]
 SPLITS = ("train", "test")
@@ -104,7 +103,7 @@ def _read_cache(path: Path) -> Arrays | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        warnings.warn(f"the cache {str(path)!r} is damaged ({error}) and is built afresh", stacklevel=2)
+        warn([f"the cache {str(path)!r} is damaged ({error}) and is built afresh"])
         return None
 
 
@@ -121,7 +120,7 @@ def _write_cache(path: Path, arrays: Arrays) -> None:
             os.unlink(aside)
             raise
     except OSError as error:
-        warnings.warn(f"cannot cache decoded images ({error}): set GOSSAMER_CACHE to a writable folder", stacklevel=2)
+        warn([f"cannot cache decoded images ({error}): set GOSSAMER_CACHE to a writable folder"])
 
 
 def _decode_all(source: HubSource, files: dict[str, Path] | None) -> Arrays:

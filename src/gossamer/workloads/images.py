@@ -79,6 +79,10 @@ class ImageClassification(Supervised):
         self._label_sets = LabelSets.of(self._histogram) if self.options.local_evaluation else None
         if self.options.local_evaluation and self._label_sets is None:
             self.warnings = (MANY_SETS,)
+        if "statistics_chunk" in self.options.model_fields_set and not self.model.norms:
+            self.warnings += (
+                "workload.statistics_chunk changes nothing, because the model has no BatchNorm: leave it out",
+            )
         return torch.from_numpy(self._histogram > 0)
 
     @property
