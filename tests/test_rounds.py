@@ -21,6 +21,7 @@ from gossamer.engines.local.engine import LocalEngine
 from gossamer.errors import ConfigError, RoundAborted, StateLost
 from gossamer.experiment import Hooks
 from gossamer.profiling.spans import Spans
+from gossamer.reports.curves import main_metric
 from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
@@ -113,6 +114,16 @@ class TestRecords:
         monkeypatch.setattr(ImageClassification, "measured", lambda *given: measured(*given) | {name: 0.0})
         with pytest.raises(ConfigError, match=f"the workload has a metric '{name}', but .* taken: rename the metric"):
             run(decentralized({"evaluation.num_peers": 2}), out=tmp_path / "run")
+
+    def test_validation_takes_the_place_of_the_test_data(self, tmp_path: Path) -> None:
+        changes = {"workload.validation": 0.2, "rounds": 1, "evaluation.by_capacity": True}
+        done = run(configure(mixed("fedrolex") | changes), out=tmp_path / "run")
+        measured = {"validation_accuracy", "validation_loss", "validation_accuracy_by_capacity"}
+        assert measured <= done.metrics[0].keys()
+        assert not {"accuracy", "loss", "accuracy_by_capacity"} & done.metrics[0].keys()
+        assert main_metric(done.metrics[0]) == "validation_accuracy"
+        peers = run(decentralized({"workload.validation": 0.2, "rounds": 1}), out=tmp_path / "peers")
+        assert "validation_loss_peers" in peers.metrics[0]
 
     def test_an_observer_is_told(self, tmp_path: Path) -> None:
         seen: list[Any] = []

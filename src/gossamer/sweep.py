@@ -20,7 +20,7 @@ from gossamer.config import loading as configuration
 from gossamer.config.resolve import resolve
 from gossamer.config.schema import as_mapping
 from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors, warn
-from gossamer.reports.curves import find_runs, group
+from gossamer.reports.curves import find_runs, group, main_metric
 from gossamer.storage.runlog import CONFIG, EXPERIMENT, new_directory
 
 Row = dict[str, Any]
@@ -265,7 +265,8 @@ def run_one(message: str) -> str:
 
 
 def _summary(metrics: Sequence[Mapping[str, Any]]) -> Row:
-    metric, best = ("accuracy", max) if any("accuracy" in record for record in metrics) else ("train_loss", min)
+    metric = main_metric({name for record in metrics for name in record})
+    best = min if metric == "train_loss" else max
     values = [record[metric] for record in metrics if record.get(metric) is not None]
     if not values:
         return {"seconds": metrics[-1]["wall_seconds"]}

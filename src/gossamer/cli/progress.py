@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 
+from gossamer.reports.curves import main_metric
+
 REFRESH_SECONDS = 0.1
 
 
@@ -100,8 +102,9 @@ class RunObserver:
         if self._first_round is None:
             self._first_round = record["round"] - 1
         self._record = record
-        if record.get("accuracy") is not None:
-            self._accuracy = record["accuracy"]
+        metric = main_metric(record)
+        if metric != "train_loss" and record[metric] is not None:
+            self._accuracy = record[metric]
         self._draw(record["round"])
         if record["round"] == self._num_rounds:
             seconds = timedelta(seconds=round(time.monotonic() - self._began))

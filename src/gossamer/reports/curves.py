@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,11 @@ def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, floa
             yield from _numbers(value, f"{prefix}{key}.")
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             yield f"{prefix}{key}", float(value)
+
+
+def main_metric(logged: Collection[str]) -> str:
+    """Return the metric that tells most, of those that were logged: an accuracy, or else the training loss."""
+    return next((name for name in ("accuracy", "validation_accuracy") if name in logged), "train_loss")
 
 
 def group(runs: Sequence[SingleRun]) -> list[Curve]:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from gossamer.errors import ConfigError, nearest, storage_errors
 from gossamer.options import Options, parse_options
-from gossamer.reports.curves import FEW, X_AXES, Curve, Line, Numbers, XAxis, find_runs, group, summarize
+from gossamer.reports.curves import FEW, X_AXES, Curve, Line, Numbers, XAxis, find_runs, group, main_metric, summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,6 +56,7 @@ STYLE: dict[Any, Any] = {
 
 METRIC_LABELS = {
     "accuracy": "Test accuracy",
+    "validation_accuracy": "Validation accuracy",
     "accuracy_peers.mean": "Mean test accuracy of peers",
     "loss": "Test loss",
     "train_loss": "Training loss",
@@ -71,7 +72,7 @@ class PanelOptions(Options):
     """One panel of a figure.
 
     Attributes:
-        metric: key of the records, dotted where nested; None: accuracy if it is logged, else train_loss.
+        metric: key of the records, dotted where nested; None: an accuracy if one is logged, else train_loss.
         x: quantity on the x axis.
         title: text above the panel.
         log_x, log_y: whether the axis is logarithmic; None: if the curves' last x, or their values (accuracies
@@ -323,7 +324,7 @@ def _notes(curves: Sequence[Curve], panels: Sequence[PanelOptions], metrics: Seq
 
 
 def _default_metric(curves: Sequence[Curve]) -> str:
-    return "accuracy" if "accuracy" in _logged(curves) else "train_loss"
+    return main_metric(_logged(curves))
 
 
 def _logged(curves: Sequence[Curve]) -> set[str]:
