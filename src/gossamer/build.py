@@ -29,6 +29,7 @@ from gossamer.registry import resolve_function
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.simulation.costs import Costs
 from gossamer.simulation.counting import count_variants
+from gossamer.simulation.cuts import check_cuts
 from gossamer.simulation.devices import DeviceShare
 from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.client_store import ClientStore
@@ -143,13 +144,19 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
         )
     task = make_task(config, algorithm, resolved.topology, workload)
     planner = make_planner(config, task)
+    warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.batch_size)
+    warnings += check_cuts(workload.layout, planner.costs[0].variants)
+    if uncounted := sorted({name for costs in planner.costs for name in costs.uncounted}):
+        warnings += (
+            f"client FLOPs, and simulated seconds of computation, leave out {', '.join(uncounted)}, for which there is"
+            " no formula",
+        )
     if config.engine.modes == "auto":
         task = task.with_modes(choose_modes(task, algorithm.init(workload.init(config.seed)[None])))
     else:
         check_modes(task, config.algorithm["name"])
     modes = [ModeOptions(capacity=one.capacity, **dict(one.mode)) for one in task.variants]
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"modes": modes})})
-    warnings = resolved.warnings + workload.warnings
     return Parts(config, task, planner, resolved.engine_class, warnings)
 
 

@@ -120,7 +120,8 @@ def require_attributes(plugin: str, found: object, names: Iterable[str], remedy:
         ConfigError: it lacks some.
     """
     abstract: Iterable[str] = vars(found).get("__abstractmethods__", ()) if isinstance(found, type) else ()
-    missing = [name for name in names if not hasattr(found, name) or name in abstract]
+    # What the class has is not evaluated: a property may be costly, or refuse.
+    missing = [name for name in names if name in abstract or not (hasattr(type(found), name) or hasattr(found, name))]
     if missing:
         kind = found.__name__ if isinstance(found, type) else type(found).__name__
         raise ConfigError(f"{plugin} is a {kind} without {', '.join(missing)}: {remedy}, or name another one")

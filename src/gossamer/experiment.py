@@ -201,7 +201,7 @@ def _run_single(
             row = parts.final_model({"x": latest.arrays["state.x"]})
         else:
             row = _run_rounds(parts, directory, log, checkpoints, latest, name or config.name, hooks, stop_requested)
-    return Run(directory, read_metrics(directory), parts.workload.layout.views(row))
+    return Run(directory, read_metrics(directory), parts.workload.params_of(row))
 
 
 def _run_rounds(

@@ -130,6 +130,7 @@ def round_record(
         progress: totals, this round included.
         phases: of the round, see `phase_record`. Costs and late participants are added up; the simulated seconds of
             transfers and computation are sums over devices, see `RoundCosts`. All else is that of the last phase.
+            ``num_uncounted_operations`` is there only where FLOPs are incomplete.
         seconds: wall-clock time of the round after its last phase.
         phase_seconds: time of each span since the last record.
         metrics: those of the workload.
@@ -138,7 +139,9 @@ def round_record(
         ConfigError: a metric has the name of something else, see `merged`.
     """
     last = phases[-1]
-    counted = {
+    num_uncounted = max(one.get("num_uncounted_operations", 0) for one in phases)
+    incomplete = {"num_uncounted_operations": num_uncounted} if num_uncounted else {}
+    counted = incomplete | {
         "round": progress.round,
         "wall_seconds": progress.wall_seconds,
         "round_seconds": _total(phases, "seconds") + seconds,
@@ -170,6 +173,7 @@ class RoundCosts:
             as long as its slowest survivor, or to its deadline where fewer survive than it waits for.
         download_seconds, compute_seconds, upload_seconds: simulated seconds that devices spend so, added up like the
             bytes; latency is in none of them.
+        num_uncounted_operations: kinds of operations that `client_flops`, and so the seconds, leave out.
     """
 
     bytes_up: int
@@ -179,3 +183,4 @@ class RoundCosts:
     download_seconds: float
     compute_seconds: float
     upload_seconds: float
+    num_uncounted_operations: int = 0

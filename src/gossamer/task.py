@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,10 +91,11 @@ def load_workload(config: Config, data: Any = None) -> Workload:
         GossamerError: its options are wrong, its data missing or malformed, or one of its plug-ins fails.
     """
     (name, options), partition = split(config.workload), config.population.partition
-    loaded = {} if data is None else {"data": data}
+    make = find_workload(name)
+    given: dict[str, Any] = {} if data is None else {"data": data}
+    if "whole_models" in inspect.signature(make).parameters:
+        given["whole_models"] = tuple(config.submodel.capacities) == (1.0,) and not config.submodel.mask_labels
     with plugin_errors(f"workload {config.workload} on partition {partition['name']!r}"):
-        workload = find_workload(name)(
-            options, num_clients=config.population.num, partition=partition, seed=config.seed, **loaded
-        )
+        workload = make(options, num_clients=config.population.num, partition=partition, seed=config.seed, **given)
     require_workload(f"workload {name!r}", workload)
     return workload

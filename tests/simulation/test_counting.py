@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from federation import configure, events
 from gossamer.algorithms.federated import FedAvg
 from gossamer.engines.task import LocalSGD, Variant, VariantMode
 from gossamer.errors import ConfigError
+from gossamer.experiment import run
 from gossamer.planning.assignment import assign_devices
 from gossamer.round_record import RoundCosts
 from gossamer.simulation.costs import Costs, VariantCosts, add_up
-from gossamer.simulation.counting import carried_bytes, count_step, count_variants
+from gossamer.simulation.counting import FlopCounter, carried_bytes, count_step, count_variants
 from gossamer.simulation.devices import DeviceProfile, Devices, DeviceShare
 from gossamer.submodel import Cutter
 from gossamer.submodel.strategies import random, rolling
@@ -95,6 +98,60 @@ class TestFlops:
         dense = 4 * 2 * 2 * 32 + 32 * LABELS
         expected = 2 * (2 * first + 3 * (second + dense))
         assert count_step(model, model.layout, 4).flops_per_sample == expected
+
+
+def user_workload(name: str, **options: Any) -> ImageClassification:
+    data = {"name": "synthetic", "num_train": 60, "num_test": 5, "num_labels": LABELS, "shape": [1, 8, 8]}
+    model = {"name": f"user_modules:{name}", **options}
+    made = {"dataset": data, "model": model}
+    return ImageClassification(made, num_clients=4, partition="iid", seed=0, whole_models=True)
+
+
+class TestFusedKernels:
+    """What PyTorch computes in one operation counts as what it consists of."""
+
+    @pytest.mark.parametrize(("kind", "num_gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
+    def test_recurrent_layers(self, kind: str, num_gates: int) -> None:
+        """Eight steps of 8 -> 16: both products forward and for the weights, that with the state also for the state."""
+        model = user_workload("Recurrent", kind=kind, hidden=16)
+        own, state = num_gates * 16 * 8, num_gates * 16 * 16
+        expected = 2 * (2 * 8 * own + 2 * 8 * state + 7 * state + 3 * 16 * LABELS)
+        found = count_step(model, model.layout, 4)
+        assert found.flops_per_sample == pytest.approx(expected, rel=0.01)
+        assert found.uncounted == ()
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_attention(self, fused: bool) -> None:
+        """Eight tokens of 16 in four heads; two products, and a backward pass by both factors of each."""
+        model = user_workload("Attentive", fused=fused, stream=16)
+        projections, products = 8 * 4 * 16 * 16, 2 * 8 * 8 * 16
+        expected = 2 * (2 * 8 * 8 * 16 + 3 * projections + 3 * products + 3 * 16 * LABELS)
+        found = count_step(model, model.layout, 4)
+        assert found.flops_per_sample == pytest.approx(expected, rel=0.01)
+        assert found.uncounted == ()
+
+    @pytest.mark.parametrize("name", ["ResNet", "Instances", "Encoder", "Tied", "Adapted"])
+    def test_usual_modules_are_complete(self, name: str) -> None:
+        model = user_workload(name)
+        assert count_step(model, model.layout, 4).uncounted == ()
+
+    def test_products_with_vectors(self) -> None:
+        matrix, vector = torch.randn(3, 5), torch.randn(5)
+        with FlopCounter() as counter:
+            _ = matrix @ vector, vector @ vector, torch.addmv(torch.zeros(3), matrix, vector)
+        assert (counter.total, counter.uncounted) == (2 * (15 + 5 + 15), set())
+
+    def test_what_has_no_formula_is_named(self, tmp_path: Path) -> None:
+        changes = {"workload.model": "user_modules:Distances", "rounds": 1}
+        done = run(configure(changes), out=tmp_path / "run")
+        names = "aten::_cdist_backward, aten::_cdist_forward"
+        assert [event["message"] for event in events(done.directory, "warning")] == [
+            f"client FLOPs, and simulated seconds of computation, leave out {names}, for which there is no formula"
+        ]
+        assert [event["uncounted"] for event in events(done.directory, "variant")] == [names.split(", ")]
+        assert done.metrics[0]["num_uncounted_operations"] == 2
+        known = run(configure({"rounds": 1}), out=tmp_path / "known")
+        assert "num_uncounted_operations" not in known.metrics[0]
 
 
 class TestBytes:

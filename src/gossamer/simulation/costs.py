@@ -26,6 +26,7 @@ class VariantCosts:
         memory_bytes: memory of training: parameters, gradients, what else the algorithm carries from step to
             step (such as momentum), and what a batch saves for the backward pass, its own samples included. What was
             received counts no second time: it becomes the parameters.
+        uncounted: names of the operations that `flops_per_sample` leaves out, because no formula is known.
     """
 
     capacity: float
@@ -34,10 +35,15 @@ class VariantCosts:
     bytes_down: int
     flops_per_sample: float
     memory_bytes: int
+    uncounted: tuple[str, ...] = ()
 
 
 class Efforts(NamedTuple):
-    """What each of p participants has to do in a round, and how long its device takes: float64 [p] each."""
+    """What each of p participants has to do in a round, and how long its device takes: float64 [p] each.
+
+    Attributes:
+        num_uncounted: operations that `flops` leaves out, because no formula is known.
+    """
 
     bytes_up: Floats
     bytes_down: Floats
@@ -46,6 +52,7 @@ class Efforts(NamedTuple):
     download_seconds: Floats
     compute_seconds: Floats
     upload_seconds: Floats
+    num_uncounted: int = 0
 
     @property
     def seconds(self) -> Floats:
@@ -89,7 +96,13 @@ class Costs:
             download_seconds=down / of_device("download_bytes_per_second"),
             compute_seconds=flops / of_device("flops_per_second"),
             upload_seconds=up / of_device("upload_bytes_per_second"),
+            num_uncounted=len(self.uncounted),
         )
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Names of the operations whose FLOPs are left out, of whatever capacity."""
+        return sorted({name for costs in self.variants for name in costs.uncounted})
 
     def check_memory(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Check that every sub-model fits the devices that train it.
@@ -130,4 +143,5 @@ def add_up(efforts: Efforts, kept: NDArray[np.bool_], round_seconds: float, wait
         download_seconds=float(efforts.download_seconds.sum()),
         compute_seconds=float(computed.sum()),
         upload_seconds=float(efforts.upload_seconds[kept].sum()),
+        num_uncounted_operations=efforts.num_uncounted,
     )

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss
 from gossamer.simulation.costs import VariantCosts
 from gossamer.submodel import Layout
+from gossamer.submodel.tracing_rules import RULES
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Workload
 
 BYTES_PER_FLOAT = 4
+VECTOR_PRODUCTS = {torch.ops.aten.mv, torch.ops.aten.addmv, torch.ops.aten.dot, torch.ops.aten.vdot}
+# Operations, besides those that tracing has rules for, that cost little more than to read and to write their tensors.
+_CHEAP = """
+    aminmax arange as_strided bernoulli binary_cross_entropy binary_cross_entropy_with_logits bincount bucketize
+    channel_shuffle clone col2im count_nonzero cummax cummin elu embedding_bag embedding_dense empty empty_strided equal
+    eye fractional_max_pool2d full fused_rms_norm grid_sampler_2d grid_sampler_3d huber_loss im2col index_add index_put
+    kthvalue linalg_check_errors linspace local_scalar_dense median mish mse_loss multinomial new_empty
+    new_empty_strided new_full new_ones new_zeros nll_loss nll_loss2d nonzero ones pixel_shuffle pixel_unshuffle rand
+    randint randn randperm resize rrelu_with_noise scalar_tensor scatter scatter_add scatter_reduce searchsorted
+    smooth_l1_loss softplus std_mean take topk tril_indices triu_indices unfold unique2 upsample_bicubic2d var_mean
+    weight_norm_interface zeros
+"""
 
 
 class Holding(Protocol):
@@ -76,6 +93,7 @@ def count_variants(
                 else sent_bytes(algorithm, layout.num_parameters, bytes_per_number),
                 flops_per_sample=sum(steps[width].flops_per_sample * times for width, times in passes.items()),
                 memory_bytes=size + carried_bytes(algorithm, layout) + sum(steps[w].saved_bytes for w in widest),
+                uncounted=tuple(sorted({name for width in passes for name in steps[width].uncounted})),
             )
         )
     return found
@@ -114,11 +132,16 @@ class FlopCounter(TorchDispatchMode):
     """Adds up the FLOPs of matrix products and convolutions, by torch's own formulas.
 
     `torch.utils.flop_counter.FlopCounterMode` does the same, but loads torch's compiler, which takes a second.
+
+    Attributes:
+        total: FLOPs so far.
+        uncounted: names of the operations without a formula that may be more than elementwise, see `is_cheap`.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0.0
+        self.uncounted: set[str] = set()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -131,14 +154,51 @@ class FlopCounter(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
+        elif func._overloadpacket in VECTOR_PRODUCTS:  # of a matrix or a vector by a vector
+            self.total += 2 * max(value.numel() for value in args if isinstance(value, Tensor))
+        elif not is_cheap(func):
+            self.uncounted.add(func._schema.name)
         return result
 
 
+def is_cheap(operation: torch._ops.OpOverload) -> bool:
+    """Whether an operation is elementwise, a reduction, or moves data, so that nobody counts its FLOPs."""
+    if torch.Tag.pointwise in operation.tags or operation.is_view:
+        return True
+    space, _, name = operation._schema.name.partition("::")
+    return space == "aten" and _base(name) in _cheap_names()
+
+
+@cache
+def _cheap_names() -> frozenset[str]:
+    return frozenset({*map(_base, RULES), *_CHEAP.split()} - {"mkldnn_rnn_layer"})
+
+
+def _base(name: str) -> str:
+    """Return the name that an operation shares with its backward pass and its variant in place."""
+    return re.sub(r"_(backward(_data)?|forward)$", "", name.strip("_"))
+
+
+@contextmanager
+def without_fused_kernels() -> Iterator[None]:
+    """Have recurrent layers and attention run as the matrix products that they consist of."""
+    unfused = torch.backends.mkldnn.flags(enabled=False)  # warns of what other machines have
+    with warnings.catch_warnings(action="ignore"), unfused, sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 class StepCosts(NamedTuple):
-    """What one batch costs: FLOPs of matrix products and convolutions per sample, bytes saved for the backward pass."""
+    """What one batch costs.
+
+    Attributes:
+        flops_per_sample: FLOPs of matrix products and convolutions, forward and backward.
+        saved_bytes: bytes saved for the backward pass.
+        uncounted: names of the operations whose FLOPs are not known and left out.
+    """
 
     flops_per_sample: float
     saved_bytes: int
+    uncounted: tuple[str, ...] = ()
 
 
 class SavedBytes:
@@ -184,10 +244,19 @@ def count_step(
     leaves = {name: view.requires_grad_() for name, view in layout.views(carry["x"][0]).items()}
     views = {name: layout.views(value[0]) for name, value in carry.items()}
     carries = {leaf: {name: view[leaf] for name, view in views.items()} for leaf in leaves}
+
+    def step(counter: FlopCounter, saved: AbstractContextManager[Any]) -> None:
+        """Do the step."""
+        with one_thread(), counter:
+            with saved:
+                given = leaves if algorithm is None else given_to_loss(algorithm, leaves, carries)
+                loss = workload.loss(given, merged | {"scale": scale})
+            torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+
     counter, saved = FlopCounter(), SavedBytes(carry.values())
-    with one_thread(), counter:
-        with saved.watching():
-            given = leaves if algorithm is None else given_to_loss(algorithm, leaves, carries)
-            loss = workload.loss(given, merged | {"scale": scale})
-        torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return StepCosts(float(counter.total) / count, saved.total)
+    step(counter, saved.watching())
+    if counter.uncounted:
+        counter = FlopCounter()
+        with without_fused_kernels():
+            step(counter, nullcontext())
+    return StepCosts(float(counter.total) / count, saved.total, tuple(sorted(counter.uncounted)))

@@ -87,4 +87,5 @@ def _add_up(
         download_seconds=float(down.sum()),
         compute_seconds=float(efforts.compute_seconds.sum()),
         upload_seconds=float(up.sum()),
+        num_uncounted_operations=efforts.num_uncounted,
     )

@@ -41,9 +41,9 @@ def trace_axes(
 
     Dimensions that the computation ties share an axis: a producer's channels and its consumer's, the operands of a
     residual sum, a normalisation and what it normalises, tied weights. Never cut are inputs, outputs, kernels, places
-    and time steps, the rows of an embedding, and what a softmax, a mean or an index runs over. An axis bears the name
-    of the layer that uses it first; where a reshape divides a layer's channels among heads, ``.heads`` or ``.head-dim``
-    is appended.
+    and time steps, the rows of an embedding, what a softmax, a mean or an index runs over, and parameters that require
+    no gradient, which are constants. An axis bears the name of the layer that uses it first; where a reshape divides a
+    layer's channels among heads, ``.heads`` or ``.head-dim`` is appended.
 
     The module is copied, put in training mode and run once; neither it nor the random state changes. Its path must not
     depend on values, since only the path that it takes here is seen.
@@ -113,7 +113,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.used: dict[str, None] = {}  # parameters in the order of their first use
         self._names = {id(param): name for name, param in params.items()}
         # Tensors are kept with their dimensions, so that no other one gets the id of one that is gone.
-        self._known = {id(param): (param, fresh(param.shape, pinned=False)) for param in params.values()}
+        self._known = {id(one): (one, fresh(one.shape, pinned=not one.requires_grad)) for one in params.values()}
         self._once_used: dict[int, list[Factors]] = {}  # what the use of a tensor pins
         self._path: list[str] = []
 
@@ -146,13 +146,15 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {one.name: one.default_value for one in func._schema.arguments if one.has_default_value()}
         given |= dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | (kwargs or {})
         results = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
-        name = func._schema.name.removeprefix("aten::")
+        name = func._schema.name.removeprefix("aten::").removesuffix("_")
         call = Call(name, given, [tuple(value.shape) for value in results], self.dims_of)
         for tensor in call.tensors:
             pin(*self._once_used.pop(id(tensor), []))
             if id(tensor) in self._names:
                 self.used[self._names[id(tensor)]] = None
         for value, dims in zip(results, self._outcome(call, func), strict=False):
+            if [math.prod(leaf.size for leaf in leaves(factors)) for factors in dims] != list(value.shape):
+                raise self._refusal(func)  # a rule that does not follow what the operation did
             self._known[id(value)] = value, dims
             self._once_used[id(value)] = call.once_used
         return result
@@ -168,12 +170,15 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return rule(call) if all(value.numel() for value in call.tensors) else everything_pinned(call)
         given = [leaf for tensor in call.tensors for factors in self.dims_of(tensor) for leaf in leaves(factors)]
         if not all(leaf.pinned for leaf in given):
-            place = f"{self._path[-1]!r}" if self._path and self._path[-1] else "its forward"
-            raise ConfigError(
-                f"the module uses the operation {str(operation)!r} in {place}, and what that does to axes is not known:"
-                " replace it by simpler ones, or declare the axes by hand in a model of your own"
-            )
+            raise self._refusal(operation)
         return []
+
+    def _refusal(self, operation: torch._ops.OpOverload) -> ConfigError:
+        place = f"{self._path[-1]!r}" if self._path and self._path[-1] else "its forward"
+        return ConfigError(
+            f"the module uses the operation {str(operation)!r} in {place}, and what that does to axes is not known:"
+            " replace it by simpler ones, or declare the axes by hand in a model of your own"
+        )
 
     def finish(self, outputs: Any) -> Factor | None:
         """Pin what the module returns, and return the factor of its labels, if there is one.

@@ -23,7 +23,7 @@ class Call:
     """One operation that was run.
 
     Attributes:
-        name: its name without overload, such as ``"add"``.
+        name: its name without overload, such as ``"add"``, in place or not.
         args: its arguments by name, defaults included.
         shapes: shapes of the tensors that it returned.
         dims_of: returns the dimensions of a tensor argument.
@@ -357,4 +357,4 @@ def rule_for(operation: torch._ops.OpOverload, name: str) -> Rule | None:
     """Return the rule of an ATen operation; PyTorch itself marks those that work elementwise."""
     if torch.Tag.pointwise in operation.tags:
         return _elementwise
-    return RULES.get(name) or RULES.get(name.removesuffix("_"))
+    return RULES.get(name)

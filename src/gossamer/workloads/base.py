@@ -131,7 +131,8 @@ class Workload(Protocol):
     To write one, derive it from this class: what is abstract must be written, the rest has defaults.
 
     If a class takes the argument ``data``, it is what the attribute ``data`` of an equal workload holds, a dataclass
-    that another process loaded and several share: its tensors must not be written to.
+    that another process loaded and several share: its tensors must not be written to. If it takes the argument
+    ``whole_models``, that says whether nobody will cut the model, so that axes need not be found.
 
     Attributes:
         traits: what it can and cannot do.
@@ -205,6 +206,14 @@ class Workload(Protocol):
         """Turn added-up sums into metrics such as ``{"accuracy": ..., "loss": ...}``."""
         ...
 
+    def params_of(self, row: Tensor) -> dict[str, Tensor]:
+        """Return the whole model of a flat row [d]: what is trained, as views, and whatever is constant beside it."""
+        return self.layout.views(row)
+
+    def warnings_of(self, batch_size: int) -> tuple[str, ...]:
+        """Return what is hardly meant about batches of this size, a sentence each."""
+        return ()
+
     def peer_init(self, seed: int) -> Tensor:
         """Return the model that each peer starts from, [num_clients, d]; traits must say `has_peer_init`."""
         return self.init(seed).expand(self.num_clients, -1)
@@ -225,11 +234,18 @@ class ForwardContext:
             paper); None or empty: the moments of the batch.
         record: receives of every BatchNorm layer's input, per channel, ``"<layer>.sum"`` and ``"<layer>.squares"``
             (float64 [channels]) and ``"<layer>.count"`` (float64 []), which may be added up over batches.
+        training: whether it is part of training; False while metrics are computed.
     """
 
     scale: float | Tensor = 1.0
     statistics: Mapping[str, Tensor] | None = None
     record: dict[str, Tensor] | None = None
+    training: bool = True
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the scaler changes anything."""
+        return isinstance(self.scale, Tensor) or self.scale != 1.0
 
 
 DEFAULT_CONTEXT = ForwardContext()
@@ -265,7 +281,9 @@ class Model(Protocol):
         ...
 
 
-METHODS = ("init", "digest", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics")
+METHODS = (
+    "init", "digest", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics", "params_of", "warnings_of"
+)  # fmt: skip
 ATTRIBUTES = (
     "layout", "num_clients", "num_samples", "num_labels", "num_statistics_chunks", "num_evaluation_chunks", "warnings"
 )  # fmt: skip

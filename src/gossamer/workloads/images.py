@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from gossamer import rng
+from gossamer.submodel.layout import Axes
 from gossamer.workloads.augment import crop_flip
 from gossamer.workloads.base import ForwardContext, Model, Params, Sums
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by
-from gossamer.workloads.modules import ModuleModel
+from gossamer.workloads.modules import ModuleModel, seed_of, seeded
 from gossamer.workloads.plugins import Spec
 from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, chunk_of, cross_entropies
 
@@ -64,11 +66,42 @@ class ImageClassification(Supervised):
         return self.data.train_labels.numpy(), self.num_labels, owner
 
     def _make_model(self, function: Callable[..., Any], params: Mapping[str, Any]) -> Model:
-        model = super()._make_model(function, params)
+        source = partial(rng.generator, self.seed, "init-model")
+        with seeded(seed_of(source())):  # what is made only to see what it is leaves no trace
+            model = super()._make_model(function, params)
         if isinstance(model, nn.Module):
             build = partial(function, self.data.shape, self.num_labels, **params)
-            return ModuleModel(build, self.data.shape, self.num_labels)
+            return ModuleModel(build, self.data.shape, self.num_labels, seed=seed_of(source()))
+        if isinstance(model, ModuleModel):
+            model.reseed(source())
         return model
+
+    def _axes(self, whole_models: bool) -> Axes:
+        if whole_models and isinstance(self.model, ModuleModel):
+            return self.model.whole_axes
+        return self.model.axes
+
+    def params_of(self, row: Tensor) -> dict[str, Tensor]:
+        """Return the whole model of a flat row [d], the frozen parameters of a module included."""
+        params = super().params_of(row)
+        return self.model.whole(params) if isinstance(self.model, ModuleModel) else params
+
+    @torch.no_grad()
+    def warnings_of(self, batch_size: int) -> tuple[str, ...]:
+        """Warn of batches of one sample where BatchNorm would get a single value a channel."""
+        alone = int(((self.num_samples - 1) % batch_size == 0).sum())
+        if not alone or not self.model.norms:
+            return ()
+        sums: dict[str, Tensor] = {}
+        one = self._forward_only(self.data.train_images[:1])
+        self.model.apply(self.layout.views(self.init(self.seed)), one, ForwardContext(record=sums))
+        single = [name for name in self.model.norms if float(sums[f"{name}.count"]) == 1]
+        if not single:
+            return ()
+        return (
+            f"{alone} of {self.num_clients} clients have a batch of one sample, whose channels BatchNorm {single[0]!r}"
+            f" turns into their bias: choose another train.batch_size than {batch_size}, or another norm",
+        )
 
     def _find_labels(self) -> Tensor:
         """Count the training samples of each client and class, int32 [num_clients, num_labels]."""
@@ -156,7 +189,7 @@ class ImageClassification(Supervised):
         """
         part = chunk_of(len(self.data.test_labels), self.num_evaluation_chunks, chunk)
         labels = self.data.test_labels[part]
-        context = ForwardContext(statistics=statistics)
+        context = ForwardContext(statistics=statistics, training=False)
         logits = self.model.apply(params, self._forward_only(self.data.test_images[part]), context)
         beaten = beaten_by(logits, labels)
         sums = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from gossamer import rng
 from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
-from gossamer.submodel.layout import Layout
+from gossamer.submodel.layout import Axes, Layout
 from gossamer.workloads.base import Batch, ForwardContext, Model, Params, Sums, Workload, require_model
 from gossamer.workloads.digests import digest_of
 from gossamer.workloads.label_sets import mask_logits
@@ -78,6 +78,7 @@ class Supervised(Workload):
         partition: Mapping[str, Any] | str,
         seed: int,
         data: Any = None,
+        whole_models: bool = False,
     ) -> None:
         """Load the data, divide it and lay out the model.
 
@@ -87,6 +88,7 @@ class Supervised(Workload):
             partition: name of a partition, or a mapping of ``name`` and its parameters.
             seed: seed of the partition and of augmentation.
             data: a `data_class`, if it is loaded already.
+            whole_models: whether nobody will cut the model, so that axes that must be traced need not be.
         """
         self.options: Any = parse_options(self.Options, options, "workload")
         self.num_clients, self.seed = num_clients, seed
@@ -97,7 +99,7 @@ class Supervised(Workload):
         name, function, params = plug_in(self.model_kind, self.options.model, "workload.model")
         self.model = self._make_model(function, params)
         require_model(f"workload.model {name!r}", self.model)
-        self.layout = Layout.of(self.model.shapes, self.model.axes)
+        self.layout = Layout.of(self.model.shapes, self._axes(whole_models))
         own, model = type(self), self.model.traits
         self.traits = replace(
             self.traits,
@@ -122,6 +124,9 @@ class Supervised(Workload):
     def _make_model(self, function: Callable[..., Any], params: Mapping[str, Any]) -> Model:
         model: Model = call_plug_in(function, "workload.model", self._input_size, self.num_labels, **params)
         return model
+
+    def _axes(self, whole_models: bool) -> Axes:
+        return self.model.axes
 
     @abstractmethod
     def _find_labels(self) -> Tensor:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.workloads.base import Params, Sums
+from gossamer.workloads.base import ForwardContext, Params, Sums
 from gossamer.workloads.label_sets import beaten_by
 from gossamer.workloads.plugins import Spec
 from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, chunk_of, cross_entropies
@@ -89,7 +89,7 @@ class NextCharacter(Supervised):
         part = chunk_of(self._num_test, self.num_evaluation_chunks, chunk)
         x, y = _inputs_and_targets(self._test[part])
         counts = y != NOTHING
-        logits, targets = self.model.apply(params, x)[counts], y[counts]
+        logits, targets = self.model.apply(params, x, ForwardContext(training=False))[counts], y[counts]
         owner = np.repeat(self._test_owner[part], counts.sum(1).numpy())
         values = {
             "loss": F.cross_entropy(logits, targets, reduction="none"),

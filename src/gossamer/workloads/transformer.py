@@ -162,7 +162,7 @@ class Transformer(DeclaredModel):
         if self.options.cut == "head-dim":
             query = rescale(query, scale)
         scores = (query * (1 / math.sqrt(self.head_dim))) @ key.transpose(-1, -2)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
         return _linear(params, f"{block}.project", rescale(mixed.transpose(-3, -2).flatten(-2), scale))
 

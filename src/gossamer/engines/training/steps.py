@@ -15,18 +15,13 @@ def gradients(loss: Tensor, leaves: Leaves) -> tuple[Arrays, list[tuple[str, Ten
     """Differentiate `loss` by `leaves`.
 
     Returns:
-        gradients, zero where the loss does not depend on a leaf, and nothing where it left all of it in products;
-        (weight, left [..., o, b], right [..., b, i]) of those.
+        gradients, none of a leaf on which the loss does not depend, as in PyTorch, nor of one that left all of it in
+        products; (weight, left [..., o, b], right [..., b, i]) of those.
     """
     products = leaves.take_products()
     sought: list[Any] = [*leaves.values(), *(product.output for product in products)]
     found = torch.autograd.grad(loss, sought, allow_unused=True)
-    factored, grads = {product.weight for product in products}, {}
-    for name, grad in zip(leaves, found[: len(leaves)], strict=True):
-        if grad is not None:
-            grads[name] = grad
-        elif name not in factored:
-            grads[name] = torch.zeros_like(leaves[name])
+    grads = {name: grad for name, grad in zip(leaves, found[: len(leaves)], strict=True) if grad is not None}
     factors = [
         (product.weight, grad.mT if product.is_transposed else grad, product.input)
         for product, grad in zip(products, found[len(leaves) :], strict=True)

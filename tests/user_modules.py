@@ -1,0 +1,226 @@
+"""Modules as users write them, who think of whole models only; images are [c, 8, 8]."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shape = tuple[int, int, int]
+
+
+class Recurrent(nn.Module):
+    """Rows of an image as time steps of a recurrent layer; `kind` is LSTM, GRU or RNN."""
+
+    def __init__(self, input_shape: Shape, num_labels: int, kind: str = "GRU", hidden: int = 16) -> None:
+        super().__init__()
+        self.recurrent = getattr(nn, kind)(input_shape[0] * input_shape[2], hidden, batch_first=True)
+        self.output = nn.Linear(hidden, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.recurrent(x.transpose(1, 2).flatten(2))[0][:, -1])
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer and two trained factors beside it (LoRA)."""
+
+    def __init__(self, before: int, after: int, rank: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(before, after)
+        self.base.requires_grad_(False)
+        self.a, self.b = nn.Parameter(torch.randn(rank, before) / 8), nn.Parameter(torch.zeros(after, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.a), self.b)
+
+
+class Adapted(nn.Module):
+    """A frozen network with trained low-rank factors and a trained output layer."""
+
+    def __init__(self, input_shape: Shape, num_labels: int, hidden: int = 24, rank: int = 4) -> None:
+        super().__init__()
+        self.first = LowRank(math.prod(input_shape), hidden, rank)
+        self.norm = nn.BatchNorm1d(hidden).requires_grad_(False)
+        self.second = LowRank(hidden, hidden, rank)
+        self.output = nn.Linear(hidden, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.relu(self.second(F.relu(self.norm(self.first(x.flatten(1)))))))
+
+
+class HalfFrozen(nn.Sequential):
+    """A perceptron whose first layer is frozen, and which has a layer that nothing uses."""
+
+    def __init__(self, input_shape: Shape, num_labels: int, freeze: bool = True) -> None:
+        size = math.prod(input_shape)
+        super().__init__(nn.Flatten(), nn.Linear(size, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU())
+        self.output, self.unused = nn.Linear(12, num_labels), nn.Linear(3, 5)
+        self[1].requires_grad_(not freeze)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self)[:5]:
+            x = layer(x)
+        return self.output(x)
+
+
+class Instances(nn.Module):
+    """Convolutions with InstanceNorm and weight normalisation, and sizes that are written down."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__()
+        self.first = torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(input_shape[0], 8, 3, padding=1))
+        self.norm = nn.InstanceNorm2d(8, affine=True)
+        with warnings.catch_warnings(action="ignore"):
+            self.output = torch.nn.utils.weight_norm(nn.Linear(512, num_labels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.relu(self.norm(self.first(x))).view(-1, 512))
+
+
+class Attention(nn.Module):
+    """Self-attention as in the models of Hugging Face; written by matrix products, or by PyTorch's own function."""
+
+    def __init__(self, stream: int, num_heads: int, fused: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.fused = num_heads, stream // num_heads, fused
+        self.query, self.key, self.value, self.project = (nn.Linear(stream, stream) for _ in range(4))
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], self.num_heads, self.head_dim).permute(0, 2, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.split(self.query(x)), self.split(self.key(x)), self.split(self.value(x))
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = (query @ key.transpose(-1, -2) / math.sqrt(self.head_dim)).softmax(-1) @ value
+        mixed = mixed.permute(0, 2, 1, 3).contiguous()
+        return self.project(mixed.view(mixed.shape[0], mixed.shape[1], self.num_heads * self.head_dim))
+
+
+class Attentive(nn.Module):
+    """Rows of an image as tokens of one attention layer."""
+
+    def __init__(self, input_shape: Shape, num_labels: int, fused: bool = False, stream: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Linear(input_shape[0] * input_shape[2], stream)
+        self.attention = Attention(stream, 4, fused)
+        self.output = nn.Linear(stream, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x.transpose(1, 2).flatten(2))
+        return self.output((x + self.attention(x)).mean(1))
+
+
+class Encoder(nn.Module):
+    """PyTorch's own encoder, and attention whose keys and values have sizes of their own."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(input_shape[0] * input_shape[2], 16)
+        layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.attend = nn.MultiheadAttention(16, 2, kdim=8, vdim=8, add_bias_kv=True, batch_first=True)
+        self.narrow, self.output = nn.Linear(16, 8), nn.Linear(16, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.encoder(self.embed(x.transpose(1, 2).flatten(2)))
+        kept = self.narrow(x)
+        return self.output((x + self.attend(x, kept, kept, need_weights=False)[0]).mean(1))
+
+
+class Tied(nn.Module):
+    """An autoencoder's two layers of one weight, and a buffer that is drawn."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__()
+        size = math.prod(input_shape)
+        self.register_buffer("features", torch.randn(size, 20) / 8)
+        self.there, self.back = nn.Linear(20, 20, bias=False), nn.Linear(20, 20, bias=False)
+        self.back.weight = self.there.weight
+        self.output = nn.Linear(20, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cos(x.flatten(1) @ self.features)
+        return self.output(self.back(F.relu(self.there(x))))
+
+
+class BasicBlock(nn.Module):
+    """The residual block of ResNet-18 (torchvision's, in short)."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
+        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
+        if stride != 1 or before != after:
+            self.downsample = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + identity)
+
+
+class ResNet(nn.Module):
+    """Two stages of `BasicBlock`."""
+
+    def __init__(self, input_shape: Shape, num_labels: int, width: int = 8) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(input_shape[0], width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.layer1, self.layer2 = BasicBlock(width, width, 1), BasicBlock(width, 2 * width, 2)
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(2 * width, num_labels)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(torch.flatten(self.avgpool(self.layer2(self.layer1(x))), 1))
+
+
+class Drawn(nn.Linear):
+    """Draws from all three global generators, or (`source`) from one that is not seeded."""
+
+    def __init__(self, input_shape: Shape, num_labels: int, source: Any = None) -> None:
+        super().__init__(math.prod(input_shape), num_labels)
+        numbers = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+        self.register_buffer("drawn", torch.tensor([*numbers, *([source.random()] if source else [])]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)) * self.drawn.sum()
+
+
+class Unseeded(Drawn):
+    """Draws from a generator of its own, too."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__(input_shape, num_labels, np.random.default_rng())
+
+
+class Distances(nn.Module):
+    """Distances to trained points, for which PyTorch has no formula of FLOPs."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__()
+        self.points = nn.Parameter(torch.randn(num_labels, math.prod(input_shape)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(x.flatten(1), self.points)
+
+
+class Branch(nn.Module):
+    """A recurrent layer, which cannot be cut, and a narrow branch, which can."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__()
+        self.recurrent = nn.GRU(input_shape[0] * input_shape[2], 32, batch_first=True)
+        self.before, self.after = nn.Linear(32, 8), nn.Linear(8, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(F.relu(self.before(self.recurrent(x.transpose(1, 2).flatten(2))[0][:, -1])))
