@@ -148,9 +148,12 @@ class TestMissing:
 
     def test_every_row_is_reported(self, tmp_path: Path) -> None:
         parts = build(parse(configure({"engine.block_size": 2})))
-        answers = iter([False, True])
-        engine, _ = parts.start_engine(tmp_path, EngineHooks(stop_requested=lambda: next(answers)))
-        first, *missing = engine.train(parts.planner.plan(0))
+        reported: list[Any] = []
+        engine, _ = parts.start_engine(tmp_path, EngineHooks(stop_requested=lambda: bool(reported)))
+        reports = engine.train(parts.planner.plan(0))
+        first = next(reports)
+        reported.append(first)
+        missing = list(reports)
         assert (first.missing, first.finite) == (None, [True, True])
         assert [report.missing for report in missing] == ["stopped", "stopped"]
         assert [report.finite for report in missing] == [[False, False], [False]]

@@ -82,6 +82,7 @@ class Parts:
             }
         else:
             given["workers"] = default_workers() if options.workers == "auto" else options.workers
+            given["silent_seconds"] = options.straggler_seconds
         if self.task.topology is not None:
             return self.engine_class.of_peers(self.task, x, **given), None
         store = None

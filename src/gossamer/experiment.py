@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from torch import Tensor
 from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import Resolved, resolve
-from gossamer.engines.base import EngineHooks
+from gossamer.engines.base import STOP_SIGNALS, EngineHooks
 from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, storage_errors, warn
 from gossamer.profiling.spans import Spans
 from gossamer.round_record import Observer
@@ -86,9 +88,21 @@ def run(
     Raises:
         GossamerError: its message says what is wrong and what to do; work done is committed.
     """
-    data = configuration.load(source, overrides)
-    singles = configuration.expand(data)
-    resolved = {name: resolve(configuration.parse(single)) for name, single in singles.items()}
+    with stop_on_signals() as stop:
+        return _run(source, overrides, out, hooks or Hooks(), stop)
+
+
+def _run(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str],
+    out: str | Path | None,
+    hooks: Hooks,
+    stop: StopRequest,
+) -> Run:
+    with stop.at_once():
+        data = configuration.load(source, overrides)
+        singles = configuration.expand(data)
+        resolved = {name: resolve(configuration.parse(single)) for name, single in singles.items()}
     for name, one in resolved.items():  # before the first of them runs for hours
         _warn(name, one)
     directory = Path(out) if out is not None else new_directory(Path("runs"), str(data.get("name", "run")))
@@ -104,7 +118,7 @@ def run(
                 path.write_text(yaml.safe_dump(dict(data), sort_keys=False))
 
     try:
-        return _run_all(directory, singles, hooks or Hooks(), resolved, keep_experiment)
+        return _run_all(directory, singles, hooks, stop, resolved, keep_experiment)
     except GossamerError:
         if out is None:
             with suppress(OSError):  # a directory that holds nothing, because the configuration was refused
@@ -130,39 +144,43 @@ def resume(directory: str | Path, hooks: Hooks | None = None, overrides: Sequenc
             raise ConfigError(
                 f"override {override!r}: a run that has begun can only change {', '.join(MOVABLE)}: start another run"
             )
-    if not (directory / EXPERIMENT).exists():
-        read_config(directory)  # says so where this is no run directory
-        return _run_all(directory, {"": {}}, hooks or Hooks(), overrides=overrides)
-    data = configuration.load(directory / EXPERIMENT)
-    return _run_all(directory, configuration.expand(data), hooks or Hooks(), overrides=overrides)
+    with stop_on_signals() as stop:
+        singles: Mapping[str, Mapping[str, Any]] = {"": {}}
+        if (directory / EXPERIMENT).exists():
+            singles = configuration.expand(configuration.load(directory / EXPERIMENT))
+        else:
+            read_config(directory)  # says so where this is no run directory
+        return _run_all(directory, singles, hooks or Hooks(), stop, overrides=overrides)
 
 
 def _run_all(
     directory: Path,
     singles: Mapping[str, Mapping[str, Any]],
     hooks: Hooks,
+    stop: StopRequest,
     resolved: dict[str, Resolved] | None = None,
     before_writing: Callable[[], None] = lambda: None,
     overrides: Sequence[str] = (),
 ) -> Run:
     """Run or resume every single run below `directory`, in order."""
     runs = []
-    with stop_on_signals() as stop_requested:
-        for name, data in singles.items():
-            where = directory / name if name else directory
-            has_begun = (where / CONFIG).exists()
-            config = configuration.parse(configuration.load(read_config(where) if has_begun else data, overrides))
-            ready = None if resolved is None or has_begun else resolved.pop(name, None)  # it may hold a large graph
-            try:
-                ready = ready or resolve(config)
-                runs.append(_run_single(ready, where, name, hooks, stop_requested, before_writing))
-            except Interrupted as stop:
-                written = directory.exists()
-                remedy = f"resume with: gossamer resume {directory}" if written else "nothing was written: run it again"
-                raise Interrupted(f"{stop}; {remedy}") from None
-            except GossamerError as error:
-                error.args = (f"{name}: {error}" if name else str(error),)
-                raise
+    for name, data in singles.items():
+        where = directory / name if name else directory
+        has_begun = (where / CONFIG).exists()
+        config = configuration.parse(configuration.load(read_config(where) if has_begun else data, overrides))
+        ready = None if resolved is None or has_begun else resolved.pop(name, None)  # it may hold a large graph
+        try:
+            with stop.at_once():
+                parts = build(ready or resolve(config))
+            runs.append(_run_single(parts, where, name, hooks, stop, before_writing))
+        except (Interrupted, KeyboardInterrupt) as error:
+            told = str(error) if isinstance(error, Interrupted) else "interrupted at once, without a commit"
+            written = any((directory / name).exists() for name in (EXPERIMENT, CONFIG))
+            remedy = f"resume with: {resume_command(directory)}" if written else "nothing was written: run it again"
+            raise Interrupted(f"{told}; {remedy}") from None
+        except GossamerError as error:
+            error.args = (f"{name}: {error}" if name else str(error),)
+            raise
     if list(singles) == [""]:
         return runs[0]
     metrics = [{"run": name} | record for name, one in zip(singles, runs, strict=True) for record in one.metrics]
@@ -174,20 +192,22 @@ def _warn(name: str, found: Resolved | Parts) -> None:
     warn(found.warnings, found.config.name if name else "")
 
 
+def resume_command(directory: Path) -> str:
+    """Return the command that resumes a run or an experiment, as a shell takes it."""
+    return f"gossamer resume {shlex.quote(str(directory))}"
+
+
 def _run_single(
-    resolved: Resolved,
+    parts: Parts,
     directory: Path,
     name: str,
     hooks: Hooks,
-    stop_requested: Callable[[], bool],
+    stop: StopRequest,
     before_writing: Callable[[], None],
 ) -> Run:
     resumed = (directory / CONFIG).exists()
-    parts = build(resolved)
     _warn(name, parts)
     config = parts.config
-    if stop_requested():
-        raise Interrupted("stopped before the first round")
     sinks = make_sinks(config.log.sinks, directory)
     before_writing()
     if resumed:
@@ -200,7 +220,7 @@ def _run_single(
         if latest is not None and latest.round >= config.rounds:
             row = parts.final_model({"x": latest.arrays["state.x"]})
         else:
-            row = _run_rounds(parts, directory, log, checkpoints, latest, name or config.name, hooks, stop_requested)
+            row = _run_rounds(parts, directory, log, checkpoints, latest, name or config.name, hooks, stop)
     return Run(directory, read_metrics(directory), parts.workload.params_of(row))
 
 
@@ -212,10 +232,10 @@ def _run_rounds(
     latest: Checkpoint | None,
     name: str,
     hooks: Hooks,
-    stop_requested: Callable[[], bool],
+    stop: StopRequest,
 ) -> Tensor:
     """Start the engine, run what is left from `latest` on, and return the final flat model [d]."""
-    engine, store = parts.start_engine(directory, EngineHooks(stop_requested, log.log_event))
+    engine, store = parts.start_engine(directory, EngineHooks(stop, log.log_event, stop.is_overdue))
     with closing(engine):
         loop = parts.loop(engine, store, log, checkpoints)
         loop.observer, loop.spans = hooks.observer(name, parts.config.rounds), hooks.spans()
@@ -236,23 +256,80 @@ def _run_rounds(
         return parts.final_model(engine.read())
 
 
-@contextmanager
-def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into a polite request to stop; the second SIGINT interrupts at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
+PATIENCE_SECONDS = 3.0  # between a request to stop and the end of what cannot be stopped without loss
+AGAIN_SECONDS = 1.0  # between two signals that were sent one after the other, not by a terminal and a wrapper at once
 
-    def ask(number: int, frame: Any) -> None:
-        """Ask the run to stop; asked twice, interrupt it."""
-        if asked.is_set():
+
+class StopRequest:
+    """Whether a signal has asked a run to stop; it is asked by being called.
+
+    The first signal asks. A second Ctrl-C interrupts at once, as does any signal within `at_once`.
+    """
+
+    def __init__(self) -> None:
+        self._asked_at: float | None = None
+        self._at_once = False
+
+    def __call__(self) -> bool:
+        """Say whether the run was asked to stop."""
+        return self._asked_at is not None
+
+    def is_overdue(self) -> bool:
+        """Say whether it was asked `PATIENCE_SECONDS` ago."""
+        return self._asked_at is not None and time.monotonic() - self._asked_at > PATIENCE_SECONDS
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let signals interrupt what is done within the block: nothing of it is worth a commit.
+
+        Raises:
+            Interrupted: there was one, or there had been one before.
+        """
+        stopped = Interrupted("stopped while it was prepared")
+        if self():
+            raise stopped
+        self._at_once = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise stopped from None
+        finally:
+            self._at_once = False
+
+    def ask(self, number: int, frame: Any) -> None:
+        """Handle a signal."""
+        now = time.monotonic()
+        is_again = self._asked_at is not None and now - self._asked_at > AGAIN_SECONDS
+        if self._at_once or (is_again and number == signal.SIGINT):
             raise KeyboardInterrupt
-        asked.set()
+        self._asked_at = now if self._asked_at is None else self._asked_at
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+_active: list[StopRequest] = []  # of the run, or sweep of runs, that this process is in
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn signals that end a process into a polite request to stop; within another such block, into the same one.
+
+    What was ignored before, as by nohup, stays so; and so do handlers of signals that users may give a meaning.
+    """
+    if _active or threading.current_thread() is not threading.main_thread():
+        yield _active[0] if _active else StopRequest()
+        return
+    handlers = {one: signal.getsignal(one) or signal.SIG_DFL for one in STOP_SIGNALS}
+    always, unless_ignored = (signal.SIGINT, signal.SIGTERM), (signal.SIGHUP, signal.SIGQUIT)
+    before = {
+        one: handler
+        for one, handler in handlers.items()
+        if one in always or (one in unless_ignored and handler != signal.SIG_IGN) or handler == signal.SIG_DFL
+    }
+    _active.append(StopRequest())
+    for number in before:
+        signal.signal(number, _active[0].ask)
     try:
-        yield asked.is_set
+        yield _active[0]
     finally:
+        _active.clear()
         for number, handler in before.items():
             signal.signal(number, handler)

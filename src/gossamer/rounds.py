@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,11 +16,20 @@ import torch
 
 from gossamer.engines.base import Engine
 from gossamer.engines.task import WHOLE
-from gossamer.errors import Interrupted, QuorumError, RoundAborted, StateLost
+from gossamer.errors import GossamerError, Interrupted, QuorumError, StateLost
 from gossamer.plan import STOPPED
 from gossamer.planning.base import Planner, TimedPlan
 from gossamer.profiling.spans import Spans
-from gossamer.round_record import Observer, Progress, Record, describe_done, merged, phase_record, round_record
+from gossamer.round_record import (
+    Observer,
+    Progress,
+    Record,
+    describe_done,
+    describe_stop,
+    merged,
+    phase_record,
+    round_record,
+)
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
@@ -106,6 +116,8 @@ class Loop:
             try:
                 return self._run_rounds()
             except StateLost as error:
+                if self.engine.hooks.stop_requested():
+                    raise self._stopped() from None
                 losses = losses + 1 if self.committed == lost_at else 1
                 lost_at = self.committed
                 if losses > MAX_LOSSES:
@@ -128,9 +140,14 @@ class Loop:
         while self.progress.round < self.options.num_rounds:
             try:
                 self._round()
-            except (Interrupted, QuorumError, RoundAborted):
-                if self.engine.is_whole and self.progress.phase < self.num_phases:  # else the round is not evaluated
-                    self._commit()
+            except StateLost:
+                raise
+            except GossamerError:
+                if self.engine.is_whole:
+                    with suppress(StateLost):
+                        self._commit()
+                if self.engine.hooks.stop_requested():
+                    raise self._stopped() from None
                 raise
         self._commit()
 
@@ -158,7 +175,7 @@ class Loop:
         self._commit(if_due=True)  # what was done before
         began, plan = time.perf_counter(), timed.plan
         if self.engine.hooks.stop_requested():
-            raise self._stopped()
+            raise Interrupted("stopped")
         losses = self._train(timed)
         with self.spans.span("exchange"):
             self.engine.exchange(plan)
@@ -182,19 +199,19 @@ class Loop:
         return named if self.num_phases == 1 else named | {"phase": phase + 1}
 
     def _stopped(self) -> Interrupted:
-        return Interrupted(f"stopped after {describe_done(*self.progress.address)} of {self.options.num_rounds}")
+        done, num_rounds = self.progress.address, self.options.num_rounds
+        return Interrupted(describe_stop(done, self.committed, self.num_phases, num_rounds))
 
     def _train(self, timed: TimedPlan) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Train; return the participants' losses, NaN where the update was dropped."""
         plan = timed.plan
         self._check_quorum(timed, len(plan.client), "in time", "raise clients.deadline_seconds")
         losses = np.full(len(plan.client), np.nan)
-        done, total, is_stopped = plan.phase * len(losses), self.num_phases * len(losses), False
+        done, total = plan.phase * len(losses), self.num_phases * len(losses)
         with self.spans.span("train"):
             for report in self.engine.train(plan):
-                is_stopped |= report.missing == STOPPED
-                if is_stopped:
-                    continue
+                if report.missing == STOPPED:
+                    raise Interrupted("stopped")
                 # A usable update counts even where the loss itself is not finite.
                 losses[report.rows] = np.where(report.finite, np.nan_to_num(report.loss), np.nan)
                 dropped, reason = plan.client[report.rows][~np.array(report.finite)], report.missing or "not finite"
@@ -204,8 +221,8 @@ class Loop:
                 done += len(report.finite)
                 if self.observer is not None:
                     self.observer.on_block(plan.round, done, total)
-        if is_stopped or (self.engine.hooks.stop_requested() and self.engine.is_whole):
-            raise self._stopped()
+        if self.engine.hooks.stop_requested() and self.engine.is_whole:
+            raise Interrupted("stopped")
         self._check_quorum(timed, int(np.isfinite(losses).sum()), "usable", "lower train.lr or set train.clip_norm")
         return losses
 

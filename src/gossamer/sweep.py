@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,7 +121,7 @@ def require_all_done(found: Sweep) -> None:
         GossamerError: some failed.
     """
     errors = [row["error"] for row in found.rows if row.get("error")]
-    again = f"run the sweep again with --out {found.directory}"
+    again = f"run the sweep again with --out {shlex.quote(str(found.directory))}"
     if STOPPED in errors:
         raise Interrupted(f"{errors.count(STOPPED)} of {len(found.rows)} runs were stopped: {again}")
     if errors:

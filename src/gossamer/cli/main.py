@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,6 +37,13 @@ class Commands(TyperGroup):
         except GossamerError as error:
             _to_stderr(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("error: interrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _to_stderr(line: str) -> None:
@@ -245,6 +253,9 @@ def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
 def main() -> None:
     """Entry point of the console script; plug-ins are also found in the current folder, as with ``python -m``."""
     sys.path.insert(0, os.getcwd())
+    for number in (signal.SIGTERM, signal.SIGHUP):  # until a run handles them, and in other commands
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
     try:
         app(prog_name="gossamer")
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,13 +10,20 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
+from gossamer.errors import Interrupted
 from gossamer.plan import RoundPlan, TrainReport
 from gossamer.workloads.base import Sums
 
 Record = dict[str, Any]
+STOP_SIGNALS = tuple(  # that end a process unless it handles them, and ask a run to stop
+    signal.Signals[name]
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if name in signal.Signals.__members__
+)
 
 
-def _never() -> bool:
+def never() -> bool:
+    """Return false."""
     return False
 
 
@@ -28,12 +36,19 @@ class EngineHooks:
     """What an engine asks the run that it works for, and tells it.
 
     Attributes:
-        stop_requested: asked between blocks; once it is true, the participants left are reported as missing.
+        stop_requested: asked between blocks and steps; once it is true, the participants left are reported as missing.
         report: told of what goes wrong and is made good: ``report(kind, **fields)``.
+        must_stop: asked where to stop would lose work; true a few seconds after `stop_requested`.
     """
 
-    stop_requested: Callable[[], bool] = _never
+    stop_requested: Callable[[], bool] = never
     report: Callable[..., None] = _ignore
+    must_stop: Callable[[], bool] = never
+
+    def check(self) -> None:
+        """Raise `Interrupted` if what is under way must be given up."""
+        if self.must_stop():
+            raise Interrupted("stopped")
 
 
 NO_HOOKS = EngineHooks()

@@ -25,6 +25,7 @@ from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums, add_sums
 
 STACKED_BLOCK_FLOATS = 1 << 20  # weights of one stacked block: a few MB, to stay in cache
+ORDER = "order."
 MAX_BLOCK_ROWS = 64
 MAX_BLOCK_ROWS_ONE_BY_ONE = 8
 BLOCKS_PER_WORKER = 8
@@ -113,6 +114,7 @@ class FederatedEngine(ABC):
 
     def exchange(self, plan: RoundPlan) -> None:
         """Combine, update the state in place and keep the survivors' private state."""
+        self.is_whole = False
         kept = self.survivors(plan)
         parts = [part for variant in self._task.variants for part in self._parts(plan, variant, kept)]
         if parts:
@@ -129,6 +131,7 @@ class FederatedEngine(ABC):
                 for name, rows in self._private.get(block.rows.start, {}).items():
                     if len(clients):
                         self._store.put(name, torch.from_numpy(clients), rows[torch.from_numpy(survivors)])
+        self.is_whole = True
 
     def survivors(self, plan: RoundPlan) -> NDArray[np.bool_]:
         """Return bool [p]: whose update is in the sums."""
@@ -154,14 +157,16 @@ class FederatedEngine(ABC):
         return {}
 
     def read(self) -> Arrays:
-        """Return copies of the state arrays [1, d]."""
-        return {name: value.clone() for name, value in self._state.items()}
+        """Return copies of the state arrays [1, d], and of the last round's order of channels as ``order.<axis>``."""
+        order = {ORDER + axis: value for axis, value in self._order.items()}
+        return {name: value.clone() for name, value in (self._state | order).items()}
 
     def write(self, state: Mapping[str, Tensor]) -> None:
         """Replace state arrays; those that are already in place cost nothing."""
         for name, value in state.items():
-            if value is not self._state[name]:
-                self._state[name].copy_(value)
+            target = self._order[name.removeprefix(ORDER)] if name.startswith(ORDER) else self._state[name]
+            if value is not target:
+                target.copy_(value)
 
     # ---- inside
 

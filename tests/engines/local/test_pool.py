@@ -29,7 +29,7 @@ def handler(message):
     if message["stuck"]:
         signal.pause()
     return {}
-pool = WorkerPool(3, lambda: handler)
+pool = WorkerPool(3, lambda _: handler)
 list(pool.map(({"stuck": number == 0} for number in range(3)), lambda: False))
 """
 
@@ -52,7 +52,7 @@ def make_pool() -> Iterator[MakePool]:
     made: list[WorkerPool] = []
 
     def make(num_workers: int, handler: Handler) -> WorkerPool:
-        made.append(WorkerPool(num_workers, lambda: handler))
+        made.append(WorkerPool(num_workers, lambda _: handler))
         return made[-1]
 
     yield make
@@ -187,7 +187,7 @@ class TestWorkers:
 
             return handle
 
-        pool = WorkerPool(2, make_handler)
+        pool = WorkerPool(2, lambda _: make_handler())
         replies = list(pool.map(({} for _ in range(2)), never))
         pool.close()
         assert all(reply["made_in"] == reply["pid"] and reply["calls"] == 1 for reply in replies)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import NO_HOOKS, EngineHooks
+from gossamer.engines.base import NO_HOOKS, EngineHooks, never
 from gossamer.engines.local.peers import LocalPeerEngine
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
@@ -20,6 +20,7 @@ from gossamer.engines.slots import SPARE_SLOTS, Slots, read_arrays
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.worker import Message, Worker
+from gossamer.errors import Interrupted
 from gossamer.plan import Block, RoundPlan
 from gossamer.storage.client_store import ClientStore
 from gossamer.threads import one_thread
@@ -38,6 +39,7 @@ class LocalEngine(FederatedEngine):
         workers: int,
         block_size: int | None = None,
         hooks: EngineHooks = NO_HOOKS,
+        silent_seconds: float | None = None,
     ) -> None:
         """Place `state` (arrays [1, d]) in shared memory and start the workers.
 
@@ -47,6 +49,7 @@ class LocalEngine(FederatedEngine):
             workers: number of processes; 0 trains in this process. Changes no bits.
             block_size: participants a block (a power of two), or None for a size that suits. Changes no bits.
             hooks: see `EngineHooks`.
+            silent_seconds: see `WorkerPool`.
         """
         keep_freed_memory()
         require_devices(task)
@@ -55,14 +58,19 @@ class LocalEngine(FederatedEngine):
         self._order = shared(self._order)
         self._slots = Slots(self._make_slots() if num_workers else torch.zeros(0, 0))
 
-        def make_worker() -> Worker:
+        def make_worker(stop: Callable[[], bool] = never) -> Worker:
             """Return what handles messages, in whichever process."""
-            return Worker(task, self._state, self._order, self._slots.memory)
+            return Worker(task, self._state, self._order, self._slots.memory, stop)
 
-        self._local = make_worker()
+        self._local = make_worker(hooks.stop_requested)
         self._pool: WorkerPool | None = None
-        if num_workers:
-            self._pool = WorkerPool(num_workers, lambda: make_worker().handle)
+        if num_workers:  # which change nothing but their slots: any job can be done again
+            self._pool = WorkerPool(
+                num_workers,
+                lambda before_writing: make_worker().handle,
+                silent_seconds=silent_seconds,
+                on_event=hooks.report,
+            )
 
     @staticmethod
     def of_peers(task: Task, x: Tensor, **options: Any) -> LocalPeerEngine:
@@ -89,13 +97,16 @@ class LocalEngine(FederatedEngine):
             for job in jobs:
                 if self.hooks.stop_requested():
                     return
-                with one_thread():
-                    result = self._local.train(job, self._client_state(job))
+                try:
+                    with one_thread():
+                        result = self._local.train(job, self._client_state(job))
+                except Interrupted:
+                    return
                 yield result
             return
         self._slots.begin(self._trees.values())
         by_address = {(block.variant, block.first_leaf): block for block in blocks}
-        for reply in self._pool.map(map(self._message, jobs), self.hooks.stop_requested):
+        for reply in self._pool.map(map(self._message, jobs), self.hooks.stop_requested, self._write_client_state):
             block, slot = by_address[reply["variant"], reply["first_leaf"]], self._slots.memory[reply["slot"]]
             arrays = read_arrays(slot, reply["extents"])
             self._slots.give_back(reply["slot"])
@@ -105,20 +116,31 @@ class LocalEngine(FederatedEngine):
         """Write a job's client state into a free slot and describe the job."""
         number = self._slots.take()
         assert number is not None, "there are more slots than jobs under way"
-        taken = 0
-        for rows in self._client_state(job).values():
-            self._slots.memory[number][taken : taken + rows.numel()].copy_(rows.view(-1))
+        message = {"kind": "train", "slot": number} | job.message()
+        self._write_client_state(message)
+        return message
+
+    def _write_client_state(self, message: Message) -> None:
+        """Write the client state that a message's job reads into its slot."""
+        if message["kind"] != "train":
+            return
+        slot, taken = self._slots.memory[message["slot"]], 0
+        for rows in self._client_state(Job.of_message(message)).values():
+            slot[taken : taken + rows.numel()].copy_(rows.view(-1))
             taken += rows.numel()
-        return {"kind": "train", "slot": number} | job.message()
 
     def _map_chunks(self, message: Message, num_chunks: int) -> list[Sums]:
         """Handle one message per chunk, and return the sums in the order of the chunks."""
         jobs: Iterable[Message] = ({**message, "chunk": chunk} for chunk in range(num_chunks))
+        replies = []
         if self._pool is None:
-            with one_thread():
-                replies = [self._local.handle(job) for job in jobs]
+            for job in jobs:
+                self.hooks.check()
+                with one_thread():
+                    replies.append(self._local.handle(job))
         else:
-            replies = list(self._pool.map(jobs, lambda: False))
+            replies += self._pool.map(jobs, self.hooks.must_stop)
+            self.hooks.check()
         replies.sort(key=lambda reply: int(reply["chunk"]))
         return [{name: np.array(v, dtype=np.float64) for name, v in reply["sums"].items()} for reply in replies]
 

@@ -33,6 +33,7 @@ class LocalPeerEngine(PeerEngine):
         workers: int,
         block_size: int | None = None,
         hooks: EngineHooks = NO_HOOKS,
+        silent_seconds: float | None = None,
     ) -> None:
         """Place the peers' state in shared memory and start the workers.
 
@@ -42,6 +43,7 @@ class LocalPeerEngine(PeerEngine):
             workers: processes; 0 trains in this process. Changes no bits.
             block_size: peers a block, or None for a size that suits. Changes no bits.
             hooks: see `EngineHooks`.
+            silent_seconds: see `WorkerPool`.
         """
         keep_freed_memory()
         num_peers = task.workload.num_clients
@@ -54,13 +56,18 @@ class LocalPeerEngine(PeerEngine):
         initial = initial_rows(task, x, 0, num_peers)
         state = {name: zeros(rows.shape[1], rows.dtype).copy_(rows) for name, rows in initial.items()}
         self._peers = PeerState.of(task, state, zeros, shared_zeros(len(x), x.dtype)[None], 0)
-        self._handle = PeerWorker.handler(task, self._peers)
+        self._handle = PeerWorker.handler(task, self._peers, stop=hooks.must_stop)
         self._pool: WorkerPool | None = None
         if workers and sys.platform == "linux":
-            self._pool = WorkerPool(workers, lambda: PeerWorker.handler(task, self._peers))
+            self._pool = WorkerPool(
+                workers,
+                lambda before_writing: PeerWorker.handler(task, self._peers, before_writing=before_writing),
+                silent_seconds=silent_seconds,
+                on_event=hooks.report,
+            )
 
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
-        """Train all peers where their rows lie; a request to stop is heeded after the exchange."""
+        """Train all peers where their rows lie; a request to stop is heeded after the exchange, if that comes soon."""
         self.is_whole = False
         return super().train(plan)
 
@@ -82,7 +89,7 @@ class LocalPeerEngine(PeerEngine):
         """Replace the state arrays."""
         for name, value in state.items():
             self._peers.state[name].copy_(value)
-        self._squares = None
+        self._squares, self.is_whole = None, True
 
     def close(self) -> None:
         """Stop the workers."""
@@ -120,9 +127,11 @@ class LocalPeerEngine(PeerEngine):
     def _map(self, jobs: Iterable[Message], *, here: bool = False) -> Iterator[Message]:
         """Handle messages in the workers, if there are any, or here; yield the replies in any order."""
         if self._pool is not None and not here:
-            yield from self._pool.map(jobs, lambda: False)
+            yield from self._pool.map(jobs, self.hooks.must_stop)
+            self.hooks.check()
             return
         for job in jobs:
+            self.hooks.check()
             with one_thread():
                 reply = self._handle(job)
             yield reply

@@ -3,26 +3,35 @@
 Workers inherit the workload, the state and the slots by fork, so nothing is copied and no program text travels;
 messages are JSON. A worker has one torch thread. Forking (Linux) also spares users the ``if __name__ == "__main__"``
 guard and a second import of torch; docs/decisions/0002 says what speaks against it.
+
+A worker that dies, is stopped, or hangs is replaced, and its jobs are done again. Signs of life are answers and
+processor time, so a long job is left alone however long it takes.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
+import mmap
 import multiprocessing
 import os
 import signal
+import socket
+import struct
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from gossamer.errors import EngineError, GossamerError, one_line
+from gossamer.engines.base import STOP_SIGNALS, never
+from gossamer.errors import EngineError, GossamerError, StateLost, one_line
 
 Message = dict[str, Any]
 Handler = Callable[[Message], Message]
@@ -30,112 +39,266 @@ Handler = Callable[[Message], Message]
 JOBS_AHEAD = 2
 POLL_SECONDS = 0.1
 LARGE_BYTES = 32_768
+TRANSFER_SECONDS = 30  # in which some of a message must get through, because who reads or writes it has begun to
+CHECKS_STOPPED = 10  # polls in a row that find a worker stopped; counted, since the driver may have been stopped, too
+SILENT_SECONDS = 120.0  # without a sign of life; doubled for every replacement
+MAX_FAILURES = 3  # of each worker in a row, on average, without a single reply
 _PR_SET_PDEATHSIG = 1
 
 
 class WorkerPool:
     """Processes that all run the same handler."""
 
-    def __init__(self, num_workers: int, make_handler: Callable[[], Handler]) -> None:
-        """Fork `num_workers` processes; each builds its handler with `make_handler` after the fork."""
-        context = multiprocessing.get_context("fork")
-        self._connections: list[Connection] = []
-        self._processes = []
-        for _ in range(num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(theirs, [*self._connections, ours], make_handler, os.getpid()), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self._connections.append(ours)
-            self._processes.append(process)
+    def __init__(
+        self,
+        num_workers: int,
+        make_handler: Callable[[Callable[[], None]], Handler],
+        *,
+        silent_seconds: float | None = None,
+        on_event: Callable[..., None] = lambda kind, **fields: None,
+    ) -> None:
+        """Fork `num_workers` processes.
 
-    def map(self, jobs: Iterable[Message], stop: Callable[[], bool]) -> Iterator[Message]:
-        """Hand out `jobs` as workers become free; yield replies in the order in which they arrive.
-
-        `jobs` is drawn from lazily. When `stop` turns true, no more replies are waited for and `StopIteration` follows.
+        Args:
+            num_workers: number of processes.
+            make_handler: called in each process with a callback, which a handler calls before it changes what cannot be
+                made anew: a job is done again only if the worker was lost before.
+            silent_seconds: seconds without a sign of life after which a worker is replaced; None: `SILENT_SECONDS`.
+            on_event: callback for every replacement.
 
         Raises:
-            EngineError: a worker died, or its handler failed (its traceback is a note of the error).
+            EngineError: the system does not grant that many processes.
+        """
+        self._make_handler, self._on_event = make_handler, on_event
+        self._silent_seconds = silent_seconds or SILENT_SECONDS
+        self._workers: list[_Worker] = []
+        atexit.register(self.close)  # workers do not heed SIGTERM, by which multiprocessing would end them
+        for number in range(num_workers):
+            try:
+                self._workers.append(self._started())
+            except OSError as error:
+                self.close()
+                raise EngineError(
+                    f"cannot start worker process {number + 1} of {num_workers} ({error.strerror or error}): lower"
+                    " engine.workers"
+                ) from None
+
+    def map(
+        self,
+        jobs: Iterable[Message],
+        stop: Callable[[], bool] = never,
+        before_repetition: Callable[[Message], None] = lambda message: None,
+    ) -> Iterator[Message]:
+        """Hand out `jobs` as workers become free; yield replies in the order in which they arrive.
+
+        Args:
+            jobs: drawn from lazily.
+            stop: when it turns true, no more replies are waited for and `StopIteration` follows.
+            before_repetition: callback for a job that is done again, because its worker was lost.
+
+        Raises:
+            EngineError: workers were lost again and again, or a handler failed (its traceback is a note of the error).
+            StateLost: a worker was lost while it changed what cannot be made anew.
             GossamerError: the handler raised one; it is raised again here.
         """
-        source, in_flight = iter(jobs), {id(c): deque[None]() for c in self._connections}
-        by_id = {id(connection): connection for connection in self._connections}
-
-        held: list[bytes] = []
-
-        def refill(connection: Connection, depth: int) -> None:
-            """Send jobs to a worker until it has `depth` of them."""
-            queue = in_flight[id(connection)]
-            while len(queue) < depth:
-                job = None if held else next(source, None)
-                if job is None and not held:
+        batch = _Batch(iter(jobs))
+        self._workers = [self._started(worker.generation) if worker.is_ended else worker for worker in self._workers]
+        try:
+            for depth in range(1, JOBS_AHEAD + 1):  # breadth first, so that few jobs are shared evenly
+                for worker in self._workers:
+                    batch.refill(worker, depth)
+            while busy := {worker.connection: worker for worker in self._workers if worker.queue}:
+                ready = wait(list(busy), POLL_SECONDS)
+                if stop():
                     return
-                message = held.pop() if held else json.dumps(job).encode()
-                if queue and len(message) > LARGE_BYTES:  # a busy worker reads later: both sides could wait to write
-                    held.append(message)
-                    return
-                self._send(connection, message)
-                queue.append(None)
-
-        for depth in range(1, JOBS_AHEAD + 1):  # breadth first, so that few jobs are shared evenly
-            for connection in self._connections:
-                refill(connection, depth)
-        while any(in_flight.values()):
-            ready = wait([by_id[key] for key, jobs_there in in_flight.items() if jobs_there], POLL_SECONDS)
-            if not ready and stop():
-                return
-            for connection in (by_id[id(item)] for item in ready):
-                reply = self._receive(connection)
-                in_flight[id(connection)].popleft()
-                yield reply
-                refill(connection, JOBS_AHEAD)
+                for worker in [busy[connection] for connection in ready]:  # type: ignore[index]
+                    reply = worker.receive()
+                    if reply is not None:
+                        batch.num_failures = 0
+                        yield reply
+                        batch.refill(worker, JOBS_AHEAD)
+                    else:
+                        self._replace(worker, worker.end(), batch, before_repetition)
+                for worker in busy.values() if batch.is_time_to_check() else ():
+                    reason = worker.fault(self._silent_seconds) if worker.queue and not worker.is_ended else None
+                    if reason is not None:
+                        worker.kill()
+                        self._replace(worker, reason, batch, before_repetition)
+        finally:
+            for worker in self._workers:
+                if worker.queue:  # whoever uses the pool next must not get what comes of these jobs
+                    worker.kill()
 
     def close(self) -> None:
         """Stop every worker now."""
-        for process in self._processes:
-            process.kill()
-        for process, connection in zip(self._processes, self._connections, strict=True):
-            process.join()
-            connection.close()
+        atexit.unregister(self.close)
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.kill()
 
-    def _send(self, connection: Connection, message: bytes) -> None:
-        try:
-            connection.send_bytes(message)
-        except (BrokenPipeError, ConnectionError):
-            self._died(connection)
+    def _started(self, generation: int = 0) -> _Worker:
+        others = [worker.connection for worker in self._workers if not worker.is_ended]
+        return _Worker(self._make_handler, others, generation)
 
-    def _receive(self, connection: Connection) -> Message:
+    def _replace(self, lost: _Worker, reason: str, batch: _Batch, before_repetition: Callable[[Message], None]) -> None:
+        """Start another worker in the place of one that has ended, and have its jobs done again."""
+        number, pid = self._workers.index(lost), lost.process.pid
+        batch.num_failures += 1
+        if batch.num_failures > MAX_FAILURES * len(self._workers):
+            raise EngineError(
+                f"worker process {pid} {reason}, as {batch.num_failures - 1} did before it: resume the run, with fewer"
+                " engine.workers if memory is short"
+            )
+        self._on_event("worker-replaced", worker=number, process=pid, reason=reason)
+        if lost.is_writing:
+            raise StateLost(f"worker process {pid} {reason} while it changed the state: resume from the last commit")
+        for message in lost.queue:
+            before_repetition(message)
+        batch.again.extend(lost.queue)
+        self._workers[number] = self._started(lost.generation + 1)
+        batch.refill(self._workers[number], JOBS_AHEAD)
+
+
+class _Batch:
+    """The jobs that `WorkerPool.map` has not handed out.
+
+    Attributes:
+        again: jobs of lost workers, which come first.
+        num_failures: workers lost in a row.
+    """
+
+    def __init__(self, source: Iterator[Message]) -> None:
+        self._source, self.again, self.num_failures = source, deque[Message](), 0
+        self._checked = time.monotonic()
+
+    def refill(self, worker: _Worker, depth: int) -> None:
+        """Send jobs to a worker until it has `depth` of them."""
+        while len(worker.queue) < depth:
+            job = self.again.popleft() if self.again else next(self._source, None)
+            if job is None:
+                return
+            message = json.dumps(job).encode()
+            if worker.queue and len(message) > LARGE_BYTES:  # a busy worker reads later: both sides could wait to write
+                self.again.appendleft(job)
+                return
+            worker.queue.append(job)
+            worker.send(message)
+
+    def is_time_to_check(self) -> bool:
+        """Say whether `POLL_SECONDS` have passed since the last check of the workers, and note this one."""
+        now = time.monotonic()
+        if now - self._checked < POLL_SECONDS:
+            return False
+        self._checked = now
+        return True
+
+
+class _Worker:
+    """A process, and the jobs that it has been sent.
+
+    Attributes:
+        process, connection: the process, and this end of the connection to it.
+        queue: jobs that it has not answered.
+        generation: number of workers that it replaces, one after another.
+    """
+
+    def __init__(
+        self, make_handler: Callable[[Callable[[], None]], Handler], others: list[Connection], generation: int
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        self.connection, theirs = context.Pipe()
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as ours:
+            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", TRANSFER_SECONDS, 0))
+        self.queue, self.generation = deque[Message](), generation
+        self._writing = mmap.mmap(-1, 1)
+        self._ticks = self._num_stopped = self._num_silent = 0
+        arguments = (theirs, [*others, self.connection], make_handler, self._writing, os.getpid())
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
         try:
-            reply: Message = json.loads(connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            self._died(connection)
+            self.process.start()
+        except OSError:
+            self.connection.close()
+            raise
+        finally:
+            theirs.close()
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether the process is no more."""
+        return self.connection.closed
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether it is, or was when it ended, changing what cannot be made anew."""
+        return self._writing[0] != 0
+
+    def send(self, message: bytes) -> None:
+        """Send a message; that nobody reads it is noticed when the answer is waited for."""
+        try:
+            self.connection.send_bytes(message)
+        except OSError:
+            self.process.kill()
+
+    def receive(self) -> Message | None:
+        """Return an answer; None: the process has ended, or does not end its message."""
+        try:
+            reply: Message = json.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        self.queue.popleft()
+        self._num_silent = 0
         if "error" in reply:
             if reply["gossamer"]:
                 raise GossamerError(reply["error"])
             failed = EngineError(
-                f"worker process {self._process_of(connection).pid} failed with {reply['error']}: correct it;"
-                " engine.workers=0 trains in this process, for a debugger"
+                f"worker process {self.process.pid} failed with {reply['error']}: correct it; engine.workers=0 trains"
+                " in this process, for a debugger"
             )
             failed.add_note(reply["traceback"])
             raise failed
         return reply
 
-    def _process_of(self, connection: Connection) -> BaseProcess:
-        return self._processes[self._connections.index(connection)]
+    def fault(self, silent_seconds: float) -> str | None:
+        """Say, at one of regular checks, why the process should be replaced; None: it should not be.
 
-    def _died(self, connection: Connection) -> None:
-        process = self._process_of(connection)
-        process.join(timeout=5)
-        raise EngineError(
-            f"worker process {process.pid} died with exit code {process.exitcode} (-9: often out of memory):"
-            " resume the run, with fewer engine.workers if memory is short"
-        )
+        A process that a debugger has stopped (state t), or that waits for a disk (D), is left alone.
+        """
+        try:
+            text = Path(f"/proc/{self.process.pid}/stat").read_text(errors="replace")
+        except OSError:  # it has ended, and the connection will say so
+            return None
+        fields = text.rpartition(")")[2].split()
+        state, ticks = fields[0], int(fields[11]) + int(fields[12])  # of processor time, in all threads
+        self._num_stopped = self._num_stopped + 1 if state == "T" else 0
+        self._num_silent = self._num_silent + 1 if state in "ST" and ticks == self._ticks else 0
+        self._ticks = ticks
+        if self._num_stopped >= CHECKS_STOPPED:
+            return "was stopped by a signal"
+        silent = self._num_silent * POLL_SECONDS
+        return f"gave no sign of life for {silent:.0f} s" if silent > silent_seconds * 2**self.generation else None
+
+    def end(self) -> str:
+        """Wait for a process that is about to end, and return how it did."""
+        self.process.join(timeout=5)
+        code = self.process.exitcode
+        self.kill()
+        return "did not end its message" if code is None else f"died with exit code {code} (-9: often out of memory)"
+
+    def kill(self) -> None:
+        """End the process, if it has not ended."""
+        self.process.kill()
+        self.process.join(timeout=5)
+        self.connection.close()
 
 
 def _work(
-    connection: Connection, inherited: list[Connection], make_handler: Callable[[], Handler], parent: int
+    connection: Connection,
+    inherited: list[Connection],
+    make_handler: Callable[[Callable[[], None]], Handler],
+    writing: mmap.mmap,
+    parent: int,
 ) -> None:
     """Serve jobs until the parent goes away."""
     for other in inherited:
@@ -144,10 +307,15 @@ def _work(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in STOP_SIGNALS:  # that a terminal or a scheduler sends to all processes: the parent heeds them
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    handler = make_handler()
+
+    def before_writing() -> None:
+        """Note that the job under way cannot be done again."""
+        writing[0] = 1
+
+    handler = make_handler(before_writing)
     while True:
         try:
             message = connection.recv_bytes()
@@ -160,3 +328,4 @@ def _work(
             told = str(error) if is_ours else one_line(error)
             reply = {"error": told, "gossamer": is_ours, "traceback": traceback.format_exc()}
         connection.send_bytes(json.dumps(reply).encode())
+        writing[0] = 0

@@ -19,7 +19,7 @@ from gossamer.engines.ray.client_actor import ClientActor
 from gossamer.engines.ray.cluster import arrays_of, is_running, make_actor, num_cpus, num_gpus, put_data, start_ray
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.engines.ray.shared_memory import SharedMemory
-from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, FederatedEngine
+from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, ORDER, FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS
 from gossamer.engines.task import Task, Variant
 from gossamer.engines.training.job import BlockResult, Job
@@ -119,10 +119,8 @@ class RayEngine(FederatedEngine):
         return super().train(plan)
 
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
-        import ray
-
         self._received = {}
-        self._order_there = ray.put(arrays_of(self._order)) if self._order else {}
+        self._put_order()
         if self._memory is not None:
             self._memory.begin(self._trees.values())
         by_key = {(block.variant, block.rows.start): block for block in blocks}
@@ -138,6 +136,17 @@ class RayEngine(FederatedEngine):
             else:
                 values = [torch.from_numpy(array) for array in arrays]
             yield self._block_result(by_key[key], described, values)
+
+    def write(self, state: Mapping[str, Tensor]) -> None:
+        """Replace state arrays; actors read the order of channels anew if that is among them."""
+        super().write(state)
+        if any(name.startswith(ORDER) for name in state):
+            self._put_order()
+
+    def _put_order(self) -> None:
+        import ray
+
+        self._order_there = ray.put(arrays_of(self._order)) if self._order else {}
 
     def _blocks_of(self, plan: RoundPlan, variant: Variant) -> list[Block]:
         """Cut the last rows of a round finely and the first ones coarsely: every block sends one sum."""
@@ -193,5 +202,7 @@ class RayEngine(FederatedEngine):
             Call(chunk, "handle", (json.dumps({**message, "chunk": chunk}), state, self._order_there))
             for chunk in range(num_chunks)
         )
-        sums = {key: json.loads(reply)["sums"] for key, reply in self._actors.map(calls)}
+        replies = self._actors.map(calls, self.hooks.must_stop)
+        sums = {key: json.loads(reply)["sums"] for key, reply in replies}
+        self.hooks.check()
         return [{name: np.array(v, dtype=np.float64) for name, v in sums[chunk].items()} for chunk in range(num_chunks)]

@@ -138,7 +138,7 @@ class RayPeerEngine(PeerEngine):
             )
             for number in numbers
         )
-        done = dict(self._actors.map(calls))
+        done = self._all(calls)
         self._state = [done[number][1] for number in numbers]
         self._trained = {}
 
@@ -146,7 +146,7 @@ class RayPeerEngine(PeerEngine):
         """Let the actors make the initial rows, unless there are some."""
         if not self._state:
             calls = (Call(number, "init", tuple(bounds), num_returns=2) for number, bounds in enumerate(self._bounds))
-            made = dict(self._actors.map(calls))
+            made = self._all(calls)
             self._state = [made[number][1] for number in range(len(self._bounds))]
 
     def _models(self, peers: list[int]) -> NDArray[Any]:
@@ -158,7 +158,7 @@ class RayPeerEngine(PeerEngine):
             for number, (low, high) in enumerate(self._bounds)
         }
         calls = (Call(number, "rows", (self._state[number], rows)) for number, rows in wanted.items() if rows)
-        found = dict(self._actors.map(calls))
+        found = self._all(calls)
         return np.concatenate([found[number] for number, rows in wanted.items() if rows])
 
     def _take_mean(self) -> float:
@@ -170,7 +170,7 @@ class RayPeerEngine(PeerEngine):
         """Add up what the blocks return, by a tree over blocks."""
         tree = TreeSum(len(self._bounds))
         calls = (Call(number, method, (block, *arguments)) for number, block in enumerate(self._state))
-        for number, found in self._actors.map(calls):
+        for number, found in self._all(calls).items():
             tree.add(number, torch.from_numpy(found.copy()))
         assert tree.total is not None
         return tree.total
@@ -179,8 +179,14 @@ class RayPeerEngine(PeerEngine):
         calls = (
             Call(chunk, "evaluate", (json.dumps({**message, "chunk": chunk}), models)) for chunk in range(num_chunks)
         )
-        sums = {key: json.loads(reply)["sums"] for key, reply in self._actors.map(calls)}
+        sums = {key: json.loads(reply)["sums"] for key, reply in self._all(calls).items()}
         return [sums[chunk] for chunk in range(num_chunks)]
+
+    def _all(self, calls: Iterator[Call]) -> dict[Any, Any]:
+        """Return what all calls return, by their keys; nothing is lost where they are given up."""
+        found = dict(self._actors.map(calls, self.hooks.must_stop))
+        self.hooks.check()
+        return found
 
 
 def bounds_of_blocks(num_peers: int, num_actors: int) -> list[list[int]]:

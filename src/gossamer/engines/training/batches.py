@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer import rng
+from gossamer.engines.base import never
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
+from gossamer.errors import Interrupted
 from gossamer.workloads.base import Workload
 
 FETCH_BYTES = 64 << 20  # samples that are assembled in one go
@@ -21,8 +23,9 @@ FETCH_BYTES = 64 << 20  # samples that are assembled in one go
 class Batches:
     """Assembles the batches of jobs of one task."""
 
-    def __init__(self, task: Task) -> None:
-        self._task, self._sample_bytes = task, sample_bytes(task.workload)
+    def __init__(self, task: Task, stop: Callable[[], bool] = never) -> None:
+        """Bind a task; once `stop` is true, `Interrupted` is raised instead of the next batch."""
+        self._task, self._stop, self._sample_bytes = task, stop, sample_bytes(task.workload)
 
     def of(self, job: Job, rows: slice, positions: NDArray[np.int64], *, one_by_one: bool) -> Iterator[dict[str, Any]]:
         """Yield one merged batch per local step for the clients in `rows`; samples are fetched many steps at a time.
@@ -55,6 +58,8 @@ class Batches:
                 samples = {key: value[0] for key, value in samples.items()}
                 merged |= {key: value[0] for key, value in constants.items()}
             for step, length in enumerate(lengths):
+                if self._stop():
+                    raise Interrupted("stopped between two steps")
                 part = slice(step * width, step * width + length)
                 yield merged | {key: v[part] if one_by_one else v[:, part] for key, v in samples.items()}
 

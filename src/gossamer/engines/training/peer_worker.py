@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
+from gossamer.engines.base import never
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.mixing import Mixer, column_sums, squared_distance
@@ -66,16 +67,28 @@ class PeerState:
 class PeerWorker:
     """Handles messages about peers in one phase; lives in a worker process, or in the driver's where there are none."""
 
-    def __init__(self, task: Task, peers: PeerState) -> None:
-        """Bind the task of the phase to the peers' rows."""
-        self._task, self._peers = task, peers
+    def __init__(
+        self,
+        task: Task,
+        peers: PeerState,
+        stop: Callable[[], bool] = never,
+        before_writing: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Bind the task of the phase to the peers' rows.
+
+        Args:
+            task, peers: the task of the phase, and the rows of its peers.
+            stop: asked between two local steps; once it is true, `Interrupted` is raised.
+            before_writing: callback before a job changes rows: until then it could be done anew.
+        """
+        self._task, self._peers, self._before_writing = task, peers, before_writing
         self._scalars = task.algorithm.traits.scalars
-        self._trainer, self._mixer = Trainer(task, peers.state), Mixer(task)
+        self._trainer, self._mixer = Trainer(task, peers.state, stop=stop), Mixer(task)
 
     @classmethod
-    def handler(cls, task: Task, peers: PeerState) -> Callable[[Message], Message]:
-        """Return what handles the messages of all phases."""
-        workers = [cls(phase, peers) for phase in task.phases]
+    def handler(cls, task: Task, peers: PeerState, **options: Any) -> Callable[[Message], Message]:
+        """Return what handles the messages of all phases; `options` are those of the class."""
+        workers = [cls(phase, peers, **options) for phase in task.phases]
         return lambda message: workers[message.get("phase", 0)].handle(message)  # any of them measures and evaluates
 
     def handle(self, message: Message) -> Message:
@@ -109,6 +122,7 @@ class PeerWorker:
         for name, codec in task.algorithm.traits.codecs.items():
             rows = payload[name][:, real]
             payload[name][:, real] = codec.compress(rows, seed=task.seed, round=job.round, phase=job.phase, peers=peers)
+        self._before_writing()
         for name, rows in payload.items():
             self._write(job, where, self._peers.payload(name), rows)
         for name, rows in site.items():
@@ -162,6 +176,7 @@ class PeerWorker:
         holders = None if self._peers.holders is None else self._peers.holders[:, columns]
         state = {name: panel(name, value) for name, value in self._peers.state.items()}
         updated = self._mixer.update(message, sent, holders, state, slice(0, self._task.workload.num_clients))
+        self._before_writing()
         for name, value in updated.items():
             if (name in self._scalars) == (columns.start == columns.stop):
                 panel(name, self._peers.state[name]).copy_(value)

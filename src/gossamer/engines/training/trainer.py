@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
 from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss
+from gossamer.engines.base import never
 from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Batches, local_positions, on
 from gossamer.engines.training.job import BlockResult, Job
@@ -28,12 +29,18 @@ Rows = Tensor | list[Tensor]  # [s, d], or s tensors [1, d]
 class Trainer:
     """Trains blocks against resident state arrays [1, d] and the round's order of channels; keeps the last shared cut.
 
-    The mappings of both may be changed between rounds.
+    The mappings of both may be changed between rounds. Once `stop` is true, `Interrupted` is raised before a next step.
     """
 
-    def __init__(self, task: Task, state: Mapping[str, Tensor], order: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        state: Mapping[str, Tensor],
+        order: Mapping[str, Tensor] | None = None,
+        stop: Callable[[], bool] = never,
+    ) -> None:
         self.task, self._state, self._order, self._scalars = task, state, order, task.algorithm.traits.scalars
-        self._batches = Batches(task)
+        self._batches = Batches(task, stop)
         self._factored = may_leave_products(task)
         self._received_at: tuple[int, int, int] | None = None
         self._received: Arrays = {}

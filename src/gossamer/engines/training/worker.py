@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
+from gossamer.engines.base import never
 from gossamer.engines.slots import write_arrays
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import BlockResult, Job
@@ -27,9 +28,16 @@ class Worker:
         trainers: of each phase of a round.
     """
 
-    def __init__(self, task: Task, state: Mapping[str, Tensor], order: Mapping[str, Tensor], slots: Tensor) -> None:
+    def __init__(
+        self,
+        task: Task,
+        state: Mapping[str, Tensor],
+        order: Mapping[str, Tensor],
+        slots: Tensor,
+        stop: Callable[[], bool] = never,
+    ) -> None:
         self._task, self._state, self._order, self._slots = task, state, order, slots
-        self.trainers = [Trainer(phase, state, order) for phase in task.phases]
+        self.trainers = [Trainer(phase, state, order, stop) for phase in task.phases]
         self._statistics: tuple[tuple[float, int], dict[str, Tensor]] | None = None
 
     def handle(self, message: Message) -> Message:
