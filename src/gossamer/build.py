@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -166,23 +167,17 @@ def make_planner(config: Config, task: Task) -> Planner:
     train, clients, peers, sub = config.train, config.clients, config.peers, config.submodel
     shares = [share for _, share in sorted(zip(sub.capacities, sub.shares or [1.0] * len(sub.capacities), strict=True))]
     capacities = Capacities(task.capacities, shares, sub.assignment, task.workload.num_clients, config.seed)
-    costs = count_costs(config, task, capacities)
+    shared: dict[str, Any] = {
+        "num_rounds": config.rounds,
+        "num_samples": task.workload.num_samples,
+        "capacities": capacities,
+        "costs": count_costs(config, task, capacities),
+        **{name: vars(train)[name] for name in ("epochs", "steps", "batch_size", "lr", "schedule")},
+    }
     if peers is not None:
         assert task.topology is not None
-        return PeerPlanner(
-            num_rounds=config.rounds,
-            num_samples=task.workload.num_samples,
-            topology=task.topology,
-            capacities=capacities,
-            costs=costs,
-            epochs=train.epochs,
-            steps=train.steps,
-            batch_size=task.batch_size,
-            lr=train.lr,
-            schedule=train.schedule,
-            merge_every=peers.merge_every or task.algorithm.traits.merge_every,
-            final_merge=peers.final_merge,
-        )
+        every = peers.merge_every or task.algorithm.traits.merge_every
+        return PeerPlanner(**shared, topology=task.topology, merge_every=every, final_merge=peers.final_merge)
     assert clients is not None
     found = resolve_function("sampler", clients.sampler)
 
@@ -192,20 +187,12 @@ def make_planner(config: Config, task: Task) -> Planner:
             return np.asarray(found(seed, round, num_clients, count), dtype=np.int64)
 
     return ClientPlanner(
+        **shared,
         seed=config.seed,
-        num_rounds=config.rounds,
-        num_samples=task.workload.num_samples,
         per_round=clients.per_round,
         sampler=sampler,
-        capacities=capacities,
-        costs=costs,
         weighting=clients.weighting,
-        epochs=train.epochs,
-        steps=train.steps,
-        batch_size=task.batch_size,
-        lr=train.lr,
-        schedule=train.schedule,
-        deadline_seconds=clients.deadline_seconds,
+        deadline_seconds=math.inf if clients.deadline_seconds is None else clients.deadline_seconds,
         over_selection=clients.over_selection,
     )
 

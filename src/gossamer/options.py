@@ -6,10 +6,11 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
-from types import MappingProxyType, UnionType
-from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from types import MappingProxyType
+from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from gossamer.errors import ConfigError, nearest
 
@@ -32,7 +33,9 @@ class Options(BaseModel):
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
-_BRANCH = re.compile(r"int|float|str|bool|none|\w+\[.*\]")  # how pydantic names the members of a union in a path
+_BRANCH = re.compile(
+    r"int|float|str|bool|none|\[key\]|\w+\[.*\]"
+)  # how pydantic names the members of a union in a path
 
 
 def parse_options(model: type[AnyOptions], data: Any, where: str) -> AnyOptions:
@@ -94,6 +97,12 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
 
 
+@cache
+def _strict(annotation: Any) -> TypeAdapter[Any]:
+    """Return what checks that a value is of a type as it is."""
+    return TypeAdapter(annotation, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+
+
 class Traits:
     """Base of frozen dataclasses in which plug-ins state what they can and cannot do; mappings become read-only.
 
@@ -119,10 +128,13 @@ class Traits:
         hints = get_type_hints(type(self))
         for name in self.names():
             value = vars(self)[name]
-            if not _fits(value, hints[name]):
-                raise ConfigError(f"{type(self).__name__}.{name} = {value!r}: give {_described(hints[name])}")
-            if isinstance(value, Mapping):
-                object.__setattr__(self, name, MappingProxyType(dict(value)))
+            value = dict(value) if isinstance(value, Mapping) else value
+            try:
+                _strict(hints[name]).validate_python(value)
+            except ValidationError as error:
+                raise ConfigError(_sentence(error, BaseModel, f"{type(self).__name__}.{name}")) from None
+            if isinstance(value, dict):
+                object.__setattr__(self, name, MappingProxyType(value))
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -179,34 +191,3 @@ def check_traits(plugin: str, found: Any, kind: type[Traits], protocol: type) ->
                 f"{plugin} has {has} method {method!r}, but traits.{trait} is {stated}: set it to {not stated}, or"
                 f" {'rename' if method in own else 'write'} the method"
             )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Say whether a value is of a type, as far as traits have them."""
-    origin, members = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, member) for member in members)
-    if origin is Literal:
-        return isinstance(value, str) and value in members
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(one, members[0]) for one in value)
-    if origin is not None:
-        return isinstance(value, Mapping) and all(
-            _fits(key, members[0]) and _fits(one, members[1]) for key, one in value.items()
-        )
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-
-
-def _described(hint: Any) -> str:
-    """Return what a value of a type is to be, as a noun."""
-    origin, members = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(_described(member) for member in members)
-    if origin is Literal:
-        return " or ".join(repr(member) for member in members)
-    if origin is tuple:
-        return "a tuple of strings"
-    if origin is not None:
-        return f"a mapping of names to {_described(members[1])}"
-    named = {bool: "True or False", int: "a whole number", str: "a string", type(None): "None"}
-    return named.get(hint, f"a {hint.__name__}")

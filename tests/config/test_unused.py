@@ -83,6 +83,7 @@ def test_it_is_named_with_the_reason(
         (CLIENTS, MULTISTEP | {"train.schedule.milestones": [5], "train.schedule.factor": 0.5}),
         (CLIENTS, {"train.schedule.name": "cosine", "train.schedule.warmup_rounds": 2}),
         (CLIENTS, {"clients.over_selection": 1.5, "clients.deadline_seconds": 9}),
+        (CLIENTS, {"clients.per_round": 8, "clients.sampler": "gossamer.planning.clients:uniform"}),
         (PEERS, {"peers.merge_every": 4, "peers.final_merge": True, "evaluation.num_peers": 3}),
         (PEERS, {"algorithm": {"name": "gossip-pga", "period": 5}}),
     ],

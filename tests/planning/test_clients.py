@@ -199,11 +199,6 @@ class TestPlan:
         made = planner(schedule=ScheduleOptions(name="cosine"))
         assert [made.plan(round).lr for round in (0, 5)] == pytest.approx([0.1, 0.05])
 
-    @pytest.mark.parametrize(("epochs", "steps"), [(None, None), (1, 1)])
-    def test_epochs_or_steps(self, epochs: int | None, steps: int | None) -> None:
-        with pytest.raises(ConfigError, match=f"train.epochs = {epochs} and train.steps = {steps}: give exactly one"):
-            planner(epochs=epochs, steps=steps)
-
     @pytest.mark.parametrize("clients", [[], [1, 2, 1], [-1, 3], [3, 40], [[1, 2], [3, 4]], 5])
     def test_what_a_sampler_may_not_return(self, clients: Any) -> None:
         with pytest.raises(ConfigError) as caught:
@@ -234,14 +229,15 @@ class TestSamplesTrained:
                 left = left or num_samples
                 count += min(left, batch_size)
                 left -= min(left, batch_size)
-            assert made.samples_trained(plan).tolist() == [count] * 15
+            assert made.samples_trained(plan.client, plan.steps.astype(np.int64)).tolist() == [count] * 15
             if epochs is not None:
                 assert count == epochs * num_samples
 
     def test_rows_are_those_of_the_plan(self) -> None:
         made = planner()
         plan = made.plan(0)
-        assert made.samples_trained(plan).tolist() == [2 * (client % 20 + 5) for client in plan.client]
+        trained = made.samples_trained(plan.client, plan.steps.astype(np.int64))
+        assert trained.tolist() == [2 * (client % 20 + 5) for client in plan.client]
 
 
 def seconds_by_hand(client: int, variant: int) -> float:

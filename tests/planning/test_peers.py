@@ -59,7 +59,7 @@ def slow_exchange(found: PeerPlanner, round: int) -> RoundCosts:
     n, devices = found.topology.n, found.costs[0].devices
     profile = [devices.profiles[int(devices.of(np.array([i]), round)[0])] for i in range(n)]
     own = [VARIANTS[int(found.capacities.variants(np.array([i]), round)[0])] for i in range(n)]
-    flops = [own[i].flops_per_sample * int(found.samples_trained[i]) for i in range(n)]
+    flops = [own[i].flops_per_sample * int(found.trained[i]) for i in range(n)]
     computed = [flops[i] / profile[i].flops_per_second for i in range(n)]
     complete, bytes_down, bytes_up, uploading = list(computed), [0] * n, 0, 0.0
     queue: list[tuple[float, str, int]] = [(computed[i], "ready", i) for i in range(n)]
@@ -208,7 +208,7 @@ class TestBytes:
                 assert_close(timed.costs, slow_exchange(found, round))
                 continue
             per_step = 40 / 8 / min(SLOW.upload_bytes_per_second, SLOW.download_bytes_per_second) + SLOW.latency_seconds
-            compute = float(found.samples_trained.max()) * 4 / SLOW.flops_per_second
+            compute = float(found.trained.max()) * 4 / SLOW.flops_per_second
             assert timed.costs.bytes_up == timed.costs.bytes_down == 8 * 14 * 40 / 8
             assert timed.costs.simulated_seconds == pytest.approx(compute + 14 * per_step)
 
@@ -259,7 +259,7 @@ class TestRounds:
             sizes = [min(batch_size, num_samples[peer] - at) for at in range(0, num_samples[peer], batch_size)]
             goes_through = sizes * epochs if epochs is not None else (sizes * steps)[:steps]
             assert num_steps == len(goes_through)
-            assert found.samples_trained[peer] == sum(goes_through)
+            assert found.trained[peer] == sum(goes_through)
             assert variant == found.capacities.variants(np.array([peer]), round)[0]
         again = found.plan(round)
         assert again.digest() == plan.digest()

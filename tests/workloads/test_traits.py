@@ -42,7 +42,9 @@ class TestTraits:
 
     @pytest.mark.parametrize("value", [1, None, "yes"])
     def test_wrong_types(self, kind: Any, value: Any) -> None:
-        with pytest.raises(ConfigError, match=f"{kind.__name__}.stacks_natively = {value!r}: give True or False"):
+        with pytest.raises(
+            ConfigError, match=f"{kind.__name__}.stacks_natively = {value!r}: input should be a valid boolean"
+        ):
             kind(stacks_natively=value)
 
 

@@ -72,7 +72,6 @@ def _of_clients(config: Config) -> Iterator[Rule]:
     assert clients is not None
     everybody = f"clients.per_round = {clients.num} are all clients" if clients.per_round == clients.num else None
     yield "clients.over_selection", clients.over_selection, 1.0, everybody
-    yield "clients.sampler", clients.sampler, "uniform", everybody
     yield "evaluation.num_peers", config.evaluation.num_peers, 8, "clients keep no models of their own"
 
 

@@ -1,12 +1,17 @@
-"""What a planner is, and what it returns."""
+"""What planners of clients and of peers have in common, and what they return."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
+
+import numpy as np
 
 from gossamer.plan import RoundPlan
+from gossamer.planning.assignment import Capacities
+from gossamer.planning.schedule import ScheduleOptions, learning_rate
 from gossamer.round_record import RoundCosts
 from gossamer.simulation.costs import Costs
 from gossamer.simulation.devices import Ints
@@ -30,17 +35,31 @@ class TimedPlan:
     late: Mapping[str, Ints]
 
 
-class Planner(Protocol):
+@dataclass(kw_only=True)
+class Planner(ABC):
     """Decides who trains what: a pure function of (configuration, round, simulated time).
 
     Attributes:
-        section: of the configuration in which its population stands.
-        costs: what participants cost in each phase of a round.
+        section: section of the configuration that describes the participants.
+        num_samples: int64 [n], training samples of each participant.
+        capacities: capacity of each participant.
+        costs: costs of participants in each phase of a round.
+        epochs, steps: local work of a round; one of them is None.
+        lr: learning rate, which `schedule` changes from round to round.
     """
 
-    section: str
+    section: ClassVar[str]
+    num_rounds: int
+    num_samples: Ints
+    capacities: Capacities
     costs: Sequence[Costs]
+    epochs: int | None
+    steps: int | None
+    batch_size: int
+    lr: float
+    schedule: ScheduleOptions
 
+    @abstractmethod
     def phases(self, round: int, now: float) -> list[TimedPlan]:
         """Return the plans of a round's phases, in order.
 
@@ -48,8 +67,27 @@ class Planner(Protocol):
             round: counted from 0.
             now: simulated seconds that the rounds before took.
         """
-        ...
 
     def plan(self, round: int, now: float = 0.0, phase: int = 0) -> RoundPlan:
         """Return one plan alone."""
-        ...
+        return self.phases(round, now)[phase].plan
+
+    def learning_rate(self, round: int) -> float:
+        """Return the local learning rate of a round."""
+        return learning_rate(self.lr, self.schedule, round, self.num_rounds)
+
+    def num_steps(self, participants: Ints) -> Ints:
+        """Return int64 [p], local steps of each participant."""
+        if self.epochs is None:
+            return np.full(len(participants), self.steps, dtype=np.int64)
+        return self.epochs * self._per_epoch(participants)
+
+    def samples_trained(self, participants: Ints, steps: Ints) -> Ints:
+        """Return int64 [p], samples that each participant's local steps go through."""
+        samples = self.num_samples[participants]
+        whole, rest = np.divmod(steps, self._per_epoch(participants))
+        trained: Ints = whole * samples + np.minimum(rest * self.batch_size, samples)
+        return trained
+
+    def _per_epoch(self, participants: Ints) -> Ints:
+        return -(-self.num_samples[participants] // self.batch_size)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,8 @@ from numpy.typing import NDArray
 from gossamer import rng
 from gossamer.errors import ConfigError
 from gossamer.plan import RoundPlan
-from gossamer.planning.assignment import Capacities
-from gossamer.planning.base import TimedPlan
-from gossamer.planning.schedule import ScheduleOptions, learning_rate
-from gossamer.simulation.costs import Costs, add_up
+from gossamer.planning.base import Planner, TimedPlan
+from gossamer.simulation.costs import add_up
 from gossamer.simulation.devices import Floats, Ints
 
 Sampler = Callable[[int, int, int, int], NDArray[np.int64]]
@@ -49,42 +48,17 @@ def first_to_finish(
     return kept, float(seconds[quickest].max(initial=0.0))
 
 
-class ClientPlanner:
+@dataclass(kw_only=True)
+class ClientPlanner(Planner):
     """Builds the plans of a round."""
 
     section = "clients"
-
-    def __init__(
-        self,
-        *,
-        seed: int,
-        num_rounds: int,
-        num_samples: NDArray[np.int64],
-        per_round: int,
-        sampler: Sampler,
-        capacities: Capacities,
-        costs: Sequence[Costs],
-        weighting: str,
-        epochs: int | None,
-        steps: int | None,
-        batch_size: int,
-        lr: float,
-        schedule: ScheduleOptions,
-        deadline_seconds: float | None = None,
-        over_selection: float = 1.0,
-    ) -> None:
-        if (epochs is None) == (steps is None):
-            raise ConfigError(f"train.epochs = {epochs!r} and train.steps = {steps!r}: give exactly one of them")
-        self.seed, self.num_rounds, self.per_round, self.sampler = seed, num_rounds, per_round, sampler
-        self.num_samples, self.capacities, self.weighting = num_samples, capacities, weighting
-        self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
-        self.lr, self.schedule, self.costs = lr, schedule, costs
-        self.deadline_seconds = math.inf if deadline_seconds is None else deadline_seconds
-        self.over_selection = over_selection
-
-    def plan(self, round: int, now: float = 0.0, phase: int = 0) -> RoundPlan:
-        """Return one plan alone, see `phases`."""
-        return self.phases(round, now)[phase].plan
+    seed: int
+    per_round: int
+    sampler: Sampler
+    weighting: str
+    deadline_seconds: float = math.inf
+    over_selection: float = 1.0
 
     def phases(self, round: int, now: float) -> list[TimedPlan]:
         """Return the plan of each phase of a round, rows in canonical order, and how it goes in simulated time.
@@ -101,13 +75,13 @@ class ClientPlanner:
                 available.
         """
         began, clients = self._choose(round, now)
-        steps, variant = self._steps(self.num_samples[clients]), self.capacities.variants(clients, round)
+        steps, variant = self.num_steps(clients), self.capacities.variants(clients, round)
         order = np.lexsort((clients, -steps, variant))
         clients, steps, variant = clients[order], steps[order], variant[order]
         num_expected = len(clients) if self.over_selection == 1 else min(self.per_round, len(clients))
         found, waited = list[TimedPlan](), began - now
         for phase, costs in enumerate(self.costs):
-            efforts = costs.efforts(clients, variant, self._samples(clients, steps), round)
+            efforts = costs.efforts(clients, variant, self.samples_trained(clients, steps), round)
             left = min(num_expected, len(clients))
             kept, seconds = first_to_finish(efforts.seconds, clients, left, self.deadline_seconds)
             too_slow = efforts.seconds > self.deadline_seconds
@@ -124,7 +98,7 @@ class ClientPlanner:
                 weight=self._weights(clients),
                 steps=steps.astype(np.int32),
                 variant=variant,
-                lr=learning_rate(self.lr, self.schedule, round, self.num_rounds),
+                lr=self.learning_rate(round),
                 dropped=dropped,
             )
             found.append(TimedPlan(plan, add_up(efforts, kept, seconds, waited), num_expected, late))
@@ -133,10 +107,6 @@ class ClientPlanner:
 
     def _weights(self, clients: Ints) -> Floats:
         return self.num_samples[clients].astype(np.float64) if self.weighting == "samples" else np.ones(len(clients))
-
-    def samples_trained(self, plan: RoundPlan) -> NDArray[np.int64]:
-        """Return int64 [p]: samples that each participant's local steps go through."""
-        return self._samples(plan.client, plan.steps.astype(np.int64))
 
     def _choose(self, round: int, now: float) -> tuple[float, Ints]:
         """Return when the round begins, and who is asked to take part.
@@ -155,16 +125,3 @@ class ClientPlanner:
                 f" in 0..{len(available) - 1}"
             )
         return began, available[places]
-
-    def _samples(self, clients: Ints, steps: Ints) -> Ints:
-        samples = self.num_samples[clients]
-        per_epoch = -(-samples // self.batch_size)
-        whole, rest = np.divmod(steps, per_epoch)
-        trained: NDArray[np.int64] = whole * samples + np.minimum(rest * self.batch_size, samples)
-        return trained
-
-    def _steps(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        if self.steps is not None:
-            return np.full(len(samples), self.steps, dtype=np.int64)
-        assert self.epochs is not None
-        return self.epochs * -(-samples // self.batch_size)

@@ -2,61 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gossamer.plan import RoundPlan
-from gossamer.planning.assignment import Capacities
-from gossamer.planning.base import TimedPlan
-from gossamer.planning.schedule import ScheduleOptions, learning_rate
-from gossamer.simulation.costs import Costs
-from gossamer.simulation.devices import Ints
+from gossamer.planning.base import Planner, TimedPlan
 from gossamer.simulation.traffic import Traffic, exchanged, reduced
 from gossamer.topology import Topology
 
 MAX_CACHED_ROUNDS = 64  # rounds of a topology that repeats
 
 
-class PeerPlanner:
+@dataclass(kw_only=True)
+class PeerPlanner(Planner):
     """Builds the plans of a round, in which all peers train and mix."""
 
     section = "peers"
+    topology: Topology
+    merge_every: int | None = None
+    final_merge: bool = False
 
-    def __init__(
-        self,
-        *,
-        num_rounds: int,
-        num_samples: NDArray[np.int64],
-        topology: Topology,
-        capacities: Capacities,
-        costs: Sequence[Costs],
-        epochs: int | None,
-        steps: int | None,
-        batch_size: int,
-        lr: float,
-        schedule: ScheduleOptions,
-        merge_every: int | None = None,
-        final_merge: bool = False,
-    ) -> None:
-        self.num_rounds, self.num_samples, self.topology = num_rounds, num_samples, topology
-        self.capacities, self.costs = capacities, costs
-        self.lr, self.schedule = lr, schedule
-        self.merge_every, self.final_merge = merge_every, final_merge
-        per_epoch = -(-num_samples // batch_size)
-        self.steps = (per_epoch * epochs if epochs is not None else np.full(len(num_samples), steps)).astype(np.int32)
-        whole, rest = np.divmod(self.steps, per_epoch)
-        self.samples_trained: Ints = whole * num_samples + np.minimum(rest * batch_size, num_samples)
-        remembered = min(topology.schedule.cycle or 1, MAX_CACHED_ROUNDS)  # lists of edges are long
-        self._traffic = lru_cache(maxsize=remembered)(lambda round: Traffic.of(topology.mixing(round)))
-
-    def plan(self, round: int, now: float = 0.0, phase: int = 0) -> RoundPlan:
-        """Return one plan alone, see `phases`."""
-        return self.phases(round, now)[phase].plan
+    def __post_init__(self) -> None:
+        self.peers = np.arange(self.topology.n, dtype=np.int64)
+        steps = self.num_steps(self.peers)
+        self.steps_of_peers, self.trained = steps.astype(np.int32), self.samples_trained(self.peers, steps)
+        remembered = min(self.topology.schedule.cycle or 1, MAX_CACHED_ROUNDS)  # lists of edges are long
+        self._traffic = lru_cache(maxsize=remembered)(lambda round: Traffic.of(self.topology.mixing(round)))
 
     def phases(self, round: int, now: float) -> list[TimedPlan]:
         """Return the plan of each phase of a round, rows by variant, steps and peer, and what it costs.
@@ -67,23 +41,23 @@ class PeerPlanner:
             round: counted from 0.
             now: simulated seconds that the rounds before took; peers are always available.
         """
-        peers = np.arange(self.topology.n, dtype=np.int64)
+        peers, steps = self.peers, self.steps_of_peers
         variant = self.capacities.variants(peers, round)
         mixing: Literal["topology", "mean"] = "mean" if self._merges(round) else "topology"
         traffic = None if mixing == "mean" else self._traffic_of(round)
-        in_order = (variant[1:] == variant[:-1]).all() and (self.steps[1:] == self.steps[:-1]).all()
-        order = peers if in_order else np.lexsort((peers, -self.steps, variant))
+        in_order = (variant[1:] == variant[:-1]).all() and (steps[1:] == steps[:-1]).all()
+        order = peers if in_order else np.lexsort((peers, -steps, variant))
         plan = RoundPlan(
             round=round,
             phase=0,
             client=peers[order],
             weight=np.ones(len(peers)),
-            steps=self.steps[order],
+            steps=steps[order],
             variant=variant[order],
-            lr=learning_rate(self.lr, self.schedule, round, self.num_rounds),
+            lr=self.learning_rate(round),
             mixing=mixing,
         )
-        efforts = [costs.efforts(peers, variant, self.samples_trained, round) for costs in self.costs]
+        efforts = [costs.efforts(peers, variant, self.trained, round) for costs in self.costs]
         costs = [reduced(one) if traffic is None else exchanged(one, traffic) for one in efforts]
         return [TimedPlan(replace(plan, phase=phase), one, len(peers), {}) for phase, one in enumerate(costs)]
 
