@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gossamer import topology
+from gossamer import rng, topology
 from gossamer.errors import ConfigError
-from gossamer.topology import Shift, Sparse, spectra
+from gossamer.topology import Schedule, Shift, Sparse, Topology, TopologyOptions, spectra
 from gossamer.topology.base import Floats
+from gossamer.topology.weights import symmetric
 
 STATIC = [
     "ring",
@@ -170,6 +172,76 @@ class TestRandom:
         assert found.consensus_rate() == pytest.approx(math.sqrt(np.mean(squares)), rel=0.05)
         assert found.bound is None
 
+    @pytest.mark.parametrize(("n", "is_lazy"), [(17, False), (17, True), (90, False)])
+    def test_a_family_of_ones_own_in_its_worst_direction(self, n: int, is_lazy: bool) -> None:
+        """A ring whose edges fail with probability 0.3: 0.972 for n = 17, where the mean over directions is 0.66."""
+        share = 0.5 if is_lazy else 1.0
+        first = np.arange(n)
+
+        def draw(round: int) -> Sparse:
+            kept = first[rng.generator(0, "failing-ring", round).random(n) > 0.3]
+            return symmetric(n, kept, (kept + 1) % n, np.full(len(kept), 1 / 3))
+
+        schedule = Schedule(draw, cycle=None)
+        found = Topology("mine", n, 0, TopologyOptions(), "random", schedule.lazy() if is_lazy else schedule)
+        slowest, c = 2.0 - 2.0 * math.cos(2.0 * math.pi / n), share / 3  # W = I - c L, and L^2 = 2 L of each edge alone
+        expected = math.sqrt(1 - 2 * c * 0.7 * slowest + c**2 * (0.49 * slowest**2 + 0.21 * 2 * slowest))
+        rate, error = found.consensus_rate(), found.consensus_rate_error
+        assert 0 < error < 1e-3
+        assert rate == pytest.approx(expected, abs=4 * error)
+        assert found.estimate() < rate - 0.2
+
+    @pytest.mark.parametrize("name", ["random-match", "ou-equidyn", "od-equidyn"])
+    def test_samples_agree_with_closed_forms(self, name: str) -> None:
+        found = topology.build(name, 70)  # by iterations
+        assert (found.consensus_rate_error, found.n > spectra.MAX_SAMPLED) == (0.0, True)
+        rate, error = found._sampled_rate
+        assert rate == pytest.approx(found.consensus_rate(), abs=4 * error)
+        assert error < 0.02
+
     def test_estimates_of_ceca_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="'ceca' contracts nothing by itself"):
             topology.build("ceca", 6).estimate()
+
+
+def diverges(matrix: Floats, step: float) -> bool:
+    """Say whether gradient tracking on the loss x^2 / 2 of every peer moves away from its optimum."""
+    x = np.random.default_rng(0).standard_normal(len(matrix))
+    y, last = np.zeros(len(x)), np.zeros(len(x))
+    for _ in range(1500):
+        y, last = y + x - last, x
+        x, y = matrix @ (x - step * y), matrix @ y
+    return float(np.abs(x).max()) > 1.0
+
+
+class TestTracking:
+    @pytest.mark.parametrize(
+        ("name", "n", "parameters"),
+        [
+            ("u-equistatic", 60, {"M": 4}),
+            ("d-equistatic", 60, {"M": 9}),  # complex eigenvalues
+            ("hypercube", 64, {}),
+            ("ring", 10, {}),
+            ("static-exp", 300, {}),
+            ("grid", 12, {"lazy": True}),
+        ],
+        ids=str,
+    )
+    def test_the_limit_parts_what_converges_from_what_does_not(
+        self, name: str, n: int, parameters: dict[str, Any]
+    ) -> None:
+        found = topology.build(name, n, seed=1, **parameters)
+        limit, dense = found.tracking_limit(), found.mixing(0).dense()
+        assert limit is not None
+        assert [diverges(dense, limit * share) for share in (0.5, 0.95, 1.06)] == [False, False, True]
+        assert found.tracking_limit(lazy=True) == pytest.approx(
+            spectra.tracking_limit((1 + np.linalg.eigvals(dense).astype(complex)) / 2), rel=1e-3
+        )
+
+    @pytest.mark.parametrize("rho", [0.45, 0.6, 0.9, 1.0])
+    def test_of_a_negative_eigenvalue(self, rho: float) -> None:
+        assert spectra.tracking_limit(np.array([1.0 + 0j, 0.3, -rho])) == pytest.approx(1 / rho - rho, abs=1e-9)
+
+    def test_where_it_is_not_told(self) -> None:
+        assert topology.build("base", 10).tracking_limit() is None
+        assert topology.build("ceca", 2).tracking_limit() is None

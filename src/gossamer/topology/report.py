@@ -53,6 +53,7 @@ def describe(topology: Topology) -> dict[str, Any]:
         "max_degree": max(topology.mixing(round).max_degree for round in range(cycle or 1)),
         "period": topology.period,
         "consensus_rate": _if_possible(topology.consensus_rate),
+        "rate_error": _if_possible(lambda: topology.consensus_rate_error),
         "bound": topology.bound,
         "min_real_part": _if_possible(topology.min_real_part),
         "resamples": topology.resamples,

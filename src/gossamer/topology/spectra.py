@@ -6,7 +6,8 @@ The rate is ``||P W P||_2`` with ``P = I - J`` and ``J = 11^T / n``. For a doubl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from gossamer.topology.base import Floats, Mixing
 from gossamer.topology.mixings import BlockAverage, Matching, Shift
 
 MAX_EXACT = 1_500  # rows of a matrix for dense decompositions
+MAX_SAMPLED = 64  # the same where there is one for each of many samples
 Spectrum = NDArray[np.complex128]
 
 
@@ -39,8 +41,40 @@ def spectrum(mixing: Mixing) -> Spectrum:
     return values.astype(np.complex128)
 
 
+def tracking_limit(eigenvalues: Spectrum) -> float:
+    """Return the step, times the curvature of the loss, below which gradient tracking by a fixed W is stable.
+
+    On losses of curvature h, with a = step * h, an eigenvalue l of W has the mode (`DSGT`, one local step a round)::
+
+        x <- l (x - step y);  y <- l y + h (new x - x)      with the roots z of  z^2 - l (2 - a) z + l^2 - l a
+
+    It is stable for a < 1/rho - rho where l = -rho is negative and real, and for a < 2 at least where l is positive:
+    2 is the limit of gradient descent, too, which l = 1 has. Of complex l it is found by bisection.
+    """
+    found, real = 2.0, eigenvalues.real[np.abs(eigenvalues.imag) < 1e-12]
+    least = float(-real.min(initial=0.0))
+    if least > 0.0:
+        found = min(found, max(0.0, 1.0 / least - least))
+    others = eigenvalues[eigenvalues.imag > 1e-12]
+
+    def is_stable(a: float) -> bool:
+        """Say whether no root is outside of the unit circle."""
+        half = others * (2.0 - a) / 2.0
+        root = np.sqrt(half**2 - others**2 + others * a)
+        return bool((np.maximum(np.abs(half + root), np.abs(half - root)) <= 1.0 + 1e-9).all())
+
+    grid = np.linspace(0.0, found, 101)
+    unstable = next((index for index in range(1, 101) if not is_stable(grid[index])), None)
+    if unstable is None:
+        return found
+    low, high = grid[unstable - 1], grid[unstable]
+    for _ in range(40):
+        low, high = (middle, high) if is_stable(middle := (low + high) / 2) else (low, middle)
+    return float(low)
+
+
 def min_real_part(mixing: Mixing) -> float:
-    """Return the smallest real part of an eigenvalue of W: if below 0, gradient tracking may need ``lazy``.
+    """Return the smallest real part of an eigenvalue of W.
 
     Raises:
         ConfigError: it cannot be computed for a mixing of this size.
@@ -92,29 +126,94 @@ def norm(mixings: Sequence[Mixing]) -> float:
 
 
 def _norm_by_iteration(n: int, mixings: Sequence[Mixing]) -> float:
-    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
-
     back = [each.transposed() for each in reversed(mixings)]
     symmetric = len(mixings) == 1 and mixings[0].is_symmetric
 
     def through(x: Floats, steps: Sequence[Mixing]) -> Floats:
         """Mix the deviations of x [n] from its mean by all steps."""
-        x = x - x.mean()
+        x = _centred(x)
         for each in steps:
             x = each.apply(x)
-        return np.asarray(x - x.mean())
+        return _centred(x)
 
     def times(x: Floats) -> Floats:
         """Apply the mixing of deviations, followed by its transpose if it is not symmetric."""
         x = np.asarray(x, dtype=np.float64).reshape(n)
         return through(x, mixings) if symmetric else through(through(x, mixings), back)
 
+    value = float(_largest(n, times)[0])
+    return abs(value) if symmetric else float(np.sqrt(max(value, 0.0)))
+
+
+def mean_square(mixings: Sequence[Mixing]) -> tuple[float, float]:
+    """Estimate the largest eigenvalue of ``E[P W^T P W P]``, of which `mixings` are independent samples W.
+
+    That of a mean over samples is too large, since its direction suits these samples. So the direction is taken from
+    one half, the mean square ``||P W x||^2 / ||x||^2`` from the other, and the other way round.
+
+    Returns:
+        the estimate, and its standard error; the direction's own error counts to second order only, and lowers it.
+
+    Raises:
+        ConfigError: the iterations do not converge.
+    """
+    halves, squares = [_stacked(mixings[part::2]) for part in (0, 1)], list[Floats]()
+    n = mixings[0].n
+    for half, other in (halves, halves[::-1]):
+        squares.append(np.square(_centred((other @ _worst_direction(half, n)).reshape(-1, n).T)).sum(0))
+    values = np.concatenate(squares)
+    return float(values.mean()), float(values.std() / np.sqrt(len(values)))
+
+
+def _stacked(mixings: Sequence[Mixing]) -> Any:
+    """Return the matrices of mixings below one another, a scipy CSR array [len(mixings) * n, n]."""
+    from scipy.sparse import csr_array, vstack
+
+    everyone = np.arange(mixings[0].n)
+    entries = [(each.edges(), each.self_weights()) for each in mixings]
+    return vstack(
+        [
+            csr_array(
+                (
+                    np.concatenate([edges.weight, own]),
+                    (np.concatenate([edges.receiver, everyone]), np.concatenate([edges.sender, everyone])),
+                ),
+                shape=(len(own), len(own)),
+            )
+            for edges, own in entries
+        ],
+        format="csr",
+    )
+
+
+def _worst_direction(stacked: Any, n: int) -> Floats:
+    """Return the leading eigenvector, of norm 1 and mean 0, of the mean of ``P W^T P W P`` over matrices [k n, n]."""
+
+    def times(x: Floats) -> Floats:
+        """Add up over all matrices; x is [n] or [n, columns]."""
+        x = _centred(np.asarray(x, dtype=np.float64))
+        mixed = (stacked @ x).reshape(-1, n, *x.shape[1:])
+        return _centred(stacked.T @ (mixed - mixed.mean(1, keepdims=True)).reshape(-1, *x.shape[1:]))
+
+    if n <= MAX_SAMPLED:
+        return np.asarray(np.linalg.eigh(times(np.eye(n)))[1][:, -1])
+    return _centred(_largest(n, lambda x: times(x.reshape(n)), vectors=True, tol=1e-6)[1][:, 0])
+
+
+def _centred(x: Floats) -> Floats:
+    """Return the deviations of x [n, ...] from its mean."""
+    return np.asarray(x - x.mean(0))
+
+
+def _largest(n: int, times: Callable[[Floats], Floats], vectors: bool = False, tol: float = 1e-10) -> Any:
+    """Return the eigenvalue of largest magnitude of a symmetric operator on float64 [n], as `eigsh` does."""
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
+
     operator = LinearOperator((n, n), matvec=times, dtype=np.float64)
     try:
-        value = eigsh(operator, k=1, which="LM", v0=_start(n), tol=1e-10, maxiter=20_000, return_eigenvectors=False)[0]
+        return eigsh(operator, k=1, v0=_start(n), tol=tol, maxiter=20_000, return_eigenvectors=vectors)
     except ArpackNoConvergence as error:
         raise ConfigError(f"the consensus rate of n = {n} peers did not converge: use fewer") from error
-    return float(abs(value)) if symmetric else float(np.sqrt(max(value, 0.0)))
 
 
 def _start(n: int) -> Floats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from gossamer.topology.family import Family, Schedule, TopologyOptions
 NUM_ESTIMATION_ROUNDS = 200
 MAX_CACHED = 100_000  # peers of a topology that caches the mixings of several rounds
 NUM_CACHED = 64
+MIN_SAMPLES, MAX_SAMPLES = 16, 400  # rounds from which a rate is estimated
+MAX_SAMPLED_EDGES = 500_000  # of all of them, unless that are too few
 YAML = (".yaml", ".yml")
 SUFFIXES = (*YAML, ".graphml", ".xml", ".txt", ".csv", ".tsv", ".edgelist", ".edges")
 
@@ -100,8 +102,8 @@ class Topology:
         """Return the factor by which a round contracts the disagreement ``||X - mean||`` in the worst direction.
 
         Static: ``||W - J||_2``. Periodic: ``||W_T ... W_1 - J||_2^(1/T)``, 0 if a cycle is exact. Random: the root of
-        the largest mean square, ``max_x sqrt(E ||P W x||^2 / ||P x||^2)``, exactly where it is known in closed form,
-        else `estimate`.
+        the largest mean square, ``max_x sqrt(E ||P W x||^2 / ||P x||^2)``, that is of the largest eigenvalue of
+        ``E[P W^T P W P]``: exactly where it is known in closed form, else by samples, to `consensus_rate_error`.
 
         Raises:
             ConfigError: n is too large for the decomposition.
@@ -112,9 +114,31 @@ class Topology:
         if schedule.is_exact:
             return 0.0
         if schedule.cycle is None:
-            return self.estimate()
+            return self._sampled_rate[0]
         rounds = [self.mixing(round) for round in range(schedule.cycle)]
         return float(spectra.norm(rounds) ** (1.0 / schedule.cycle))
+
+    @property
+    def consensus_rate_error(self) -> float:
+        """Standard error of `consensus_rate`: 0 unless it is known by samples alone."""
+        is_known = self.schedule.rate is not None or self.schedule.cycle is not None
+        return 0.0 if is_known else self._sampled_rate[1]
+
+    @cached_property
+    def _sampled_rate(self) -> tuple[float, float]:
+        first = self._averaging(0)
+        size = first.n * (1 + first.max_degree)
+        count = min(MAX_SAMPLES, max(MIN_SAMPLES, MAX_SAMPLED_EDGES // size))
+        square, error = spectra.mean_square([self._averaging(round) for round in range(count)])
+        rate = float(np.sqrt(square))
+        return rate, error / (2.0 * rate) if rate else 0.0
+
+    def _averaging(self, round: int) -> Mixing:
+        """Return the mixing of a round, unless it is joint."""
+        mixing = self.mixing(round)
+        if mixing.rows_per_site != 1:
+            raise ConfigError(f"a round of {self.name!r} contracts nothing by itself: measure a whole cycle")
+        return mixing
 
     def estimate(self, num_rounds: int = NUM_ESTIMATION_ROUNDS) -> float:
         """Return a Monte-Carlo estimate of the root mean square contraction of a round, over random directions.
@@ -127,9 +151,7 @@ class Topology:
         """
         squares = []
         for round in range(num_rounds):
-            mixing = self.mixing(round)
-            if mixing.rows_per_site != 1:
-                raise ConfigError(f"a round of {self.name!r} contracts nothing by itself: measure a whole cycle")
+            mixing = self._averaging(round)
             start = rng.generator(self.seed, "topology-estimate", round).standard_normal(self.n)
             mixed = mixing.apply(start)
             squares.append(mixed.var() / start.var())
@@ -138,8 +160,7 @@ class Topology:
     def min_real_part(self, num_rounds: int = 16) -> float | None:
         """Return the smallest real part of an eigenvalue of W, over a cycle or the first rounds.
 
-        Below 0, gradient tracking can diverge at steps where other graphs converge: set ``lazy: true``. None for joint
-        mixings, whose matrix does not average.
+        None for joint mixings, whose matrix does not average.
 
         Raises:
             ConfigError: n is too large for the decomposition.
@@ -149,6 +170,26 @@ class Topology:
         if any(mixing.rows_per_site != 1 for mixing in mixings):
             return None
         return min(spectra.min_real_part(mixing) for mixing in mixings)
+
+    def tracking_limit(self, lazy: bool = False) -> float | None:
+        """Return the step, times the curvature, below which gradient tracking is stable, see `spectra.tracking_limit`.
+
+        None where mixings change from round to round, or their eigenvalues cannot be computed.
+
+        Args:
+            lazy: whether (I + W) / 2 takes the place of W.
+        """
+        mixing = self.mixing(0)
+        if self.schedule.cycle != 1 or mixing.rows_per_site != 1:
+            return None
+        try:
+            if mixing.is_symmetric:
+                values = np.array([spectra.min_real_part(mixing)], dtype=np.complex128)
+            else:
+                values = spectra.spectrum(mixing)
+        except ConfigError:
+            return None
+        return spectra.tracking_limit((1.0 + values) / 2.0 if lazy else values)
 
 
 class TopologySpec(Options):

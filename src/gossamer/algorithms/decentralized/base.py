@@ -13,6 +13,8 @@ from gossamer.algorithms.traits import AlgorithmTraits
 from gossamer.errors import ConfigError
 from gossamer.topology import Mixing, Topology
 
+MAX_PEERS = 2_000  # of whose mixing eigenvalues are computed
+
 
 class PeerSGD(BaseAlgorithm):
     """A method of peers without a server; derive your own from this one: SGD, with momentum that a peer keeps.
@@ -130,9 +132,9 @@ def stochasticity(topology: Topology) -> Literal["doubly", "row", "column"]:
     return next((each.stochasticity for each in mixings(topology) if each.stochasticity != "doubly"), "doubly")
 
 
-def min_real_part(topology: Topology, max_peers: int = 2_000) -> float | None:
+def min_real_part(topology: Topology) -> float | None:
     """Return the least real part of an eigenvalue of W, or None where it is too dear or undefined."""
-    if topology.n > max_peers:
+    if topology.n > MAX_PEERS:
         return None
     try:
         return topology.min_real_part(num_rounds=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.algorithms.decentralized.base import PeerSGD, min_real_part
+from gossamer.algorithms.decentralized.base import MAX_PEERS, PeerSGD
 from gossamer.topology import Topology
 
 
@@ -56,13 +56,14 @@ class DSGT(PeerSGD):
         return {"x": carry["x"], "y": carry["y"]}, {"gradient": carry["gradient"]}
 
     def check(self, topology: Topology) -> list[str]:
-        """Refuse all but doubly stochastic mixings; warn of eigenvalues with a negative real part."""
+        """Refuse all but doubly stochastic mixings; warn where a fixed one bounds the step more than descent does."""
         reason = "its trackers must keep the sum of all gradients"
         self.require_doubly(topology, reason, "choose a doubly stochastic topology")
-        least = min_real_part(topology)
-        if least is None or least > -1e-9:
+        limit = topology.tracking_limit() if topology.n <= MAX_PEERS else None
+        if limit is None or limit > 2.0 - 1e-9:
             return []
         return [
-            f"topology {topology.name!r} has an eigenvalue of real part {least:.3g}: gradient tracking may diverge at"
-            " steps where other graphs converge; lower train.lr, or set lazy: true"
+            f"gradient tracking on topology {topology.name!r} is stable where train.lr times the largest curvature"
+            f" of the loss is below {limit:.3g}, not below 2 as for gradient descent: lower train.lr, or choose"
+            f" another graph; lazy: true has the limit {topology.tracking_limit(lazy=True):.3g}, but averages slower"
         ]
