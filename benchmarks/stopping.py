@@ -31,7 +31,7 @@ from gossamer.storage.runlog import read_metrics
 
 GOAL_SECONDS = 10.0
 START_SECONDS = 120.0
-NUM_STEPS, STEP_SECONDS = 10_000, 0.05
+NUM_STEPS, STEP_SECONDS = 300, 0.2
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT")
 PLUGINS = Path(__file__).parents[1] / "tests" / "plugins"
 SIDES: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ SIDES: dict[str, dict[str, Any]] = {
 def configuration(engine: str, side: str, workers: int, amid: str, flag: Path) -> dict[str, Any]:
     """Return an experiment that never ends once the file `flag` is there."""
     workload = {"name": "stopping:Stopping", "flag": str(flag), "amid": amid, "seconds": STEP_SECONDS}
-    data = {"name": "synthetic", "num_train": 160, "num_test": 10_000}
+    data = {"name": "synthetic", "num_train": 160, "num_test": 1000}
     return {
         "rounds": 3,
         "workload": {**workload, "dataset": data, "model": "softmax", "evaluation_chunk": 1},

@@ -115,6 +115,22 @@ def test_leftovers_go_when_opened(tmp_path: Path) -> None:
     assert names(tmp_path) == ["00000001"]
 
 
+def test_stray_files_among_the_commits(tmp_path: Path) -> None:
+    """Whatever their names: they are passed over, and replaced where a commit goes."""
+    directory = tmp_path / "checkpoints"
+    commit(Checkpoints(directory), 1)
+    for name in (".writing-2", ".deleting-2", "00000003", "00000002.1", "notes.txt"):
+        (directory / name).write_text("stray")
+    (directory / "00000004").symlink_to(tmp_path)
+    store = Checkpoints(directory)
+    assert_is(store.latest(), 1)
+    for round in (2, 3):
+        commit(store, round)
+    assert_is(Checkpoints(directory).latest(), 3)
+    assert (directory / "notes.txt").read_text() == "stray"
+    assert tmp_path.is_dir()
+
+
 def test_rounds_order_by_number(tmp_path: Path) -> None:
     store = Checkpoints(tmp_path)
     commit(store, 99_999_999)

@@ -323,3 +323,15 @@ def test_descriptors_are_not_leaked(tmp_path: Path) -> None:
     assert num_open() == 1
     store.close()
     assert num_open() == 0
+
+
+def test_stray_files_are_left_alone(tmp_path: Path) -> None:
+    store, values = opened(tmp_path), counter()
+    put(store, {1: next(values)})
+    index = store.index()
+    store.close()
+    (tmp_path / "control.backup.rows").touch()
+    (tmp_path / "mine.rows").mkdir()
+    opened(tmp_path).restore(index)
+    opened(tmp_path).restore({})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["control.backup.rows", "mine.rows"]

@@ -134,6 +134,16 @@ def test_a_spoilt_config_is_named(tmp_path: Path, text: str) -> None:
         read_config(tmp_path)
 
 
+def test_a_directory_in_the_place_of_a_log_is_named(tmp_path: Path) -> None:
+    create(tmp_path).close()
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"cannot read the log '.*metrics\.jsonl' \(Is a directory\): move away"):
+        read_metrics(tmp_path)
+    with pytest.raises(StorageError, match=r"metrics\.jsonl' \(Is a directory\)"):
+        RunLog.open(tmp_path)
+
+
 def test_records_come_back_as_plain_json(tmp_path: Path) -> None:
     record = {
         "round": np.int64(3),

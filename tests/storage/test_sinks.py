@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from gossamer.errors import ConfigError
-from gossamer.storage.sinks import MLflowSink, TensorBoardSink, WandbSink, scalars
+from gossamer.storage import sinks
+from gossamer.storage.sinks import MLflowSink, TensorBoardSink, WandbSink, make_sinks, scalars
 
 RECORD = {
     "round": 4,
@@ -102,3 +103,15 @@ def test_a_missing_tracker_says_what_to_install(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r"pip install 'gossamer\[tracking\]'"):
         build()
+
+
+def test_a_tracker_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As where its server is away, or a file lies in the place of its folder."""
+
+    def start(*_: Any) -> None:
+        raise PermissionError("no\nkey")
+
+    monkeypatch.setattr(sinks, "WandbSink", start)
+    told = r"^the tracker 'wandb' cannot start \(PermissionError: no key \(.*, line \d+\)\): see to it, or leave it out"
+    with pytest.raises(ConfigError, match=told):
+        make_sinks(["wandb"], tmp_path)

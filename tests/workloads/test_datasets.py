@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from gossamer.errors import ConfigError, DataError
+from gossamer.errors import ConfigError, DataError, GossamerWarning
 from gossamer.workloads import datasets, datasets_hub
 from gossamer.workloads.datasets import ImageData, channel_moments, cifar10, digits, mnist, synthetic
 from gossamer.workloads.datasets_hub import HubSource, load
@@ -342,6 +342,15 @@ def test_no_network_is_one_quick_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"'nobody/tiny'.*\(Name or service not known\).*\$GOSSAMER_DATA/tiny"):
         load(TINY)
     assert time.perf_counter() - began < 5
+
+
+def test_a_wrong_folder_of_data_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOSSAMER_DATA", str(tmp_path / "none"))
+    with pytest.raises(DataError, match=r"^GOSSAMER_DATA = '.*none' is not a folder: correct it, or unset it"):
+        load(TINY)
+    monkeypatch.setenv("GOSSAMER_DATA", str(tmp_path))
+    with pytest.warns(GossamerWarning, match="has no folder 'tiny', so the data set is taken from the hub"):
+        assert TINY.files() is None
 
 
 def test_hub_answer_is_decoded_and_cached(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

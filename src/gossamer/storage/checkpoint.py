@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gossamer.errors import CheckpointError, ConfigError, storage_errors
-from gossamer.storage.disk import sync
+from gossamer.storage.disk import remove, sync
 
 FORMAT = 1
 ARRAYS = "arrays.safetensors"
@@ -89,7 +89,7 @@ class Checkpoints:
             sync(self.directory.parent)
             for pattern in _LEFTOVERS:
                 for leftover in self.directory.glob(pattern):
-                    shutil.rmtree(leftover)
+                    remove(leftover)
 
     def commit(
         self,
@@ -217,7 +217,8 @@ class Checkpoints:
                 # Renamed first: an interrupted deletion must not leave part of a commit under a commit's name.
                 doomed = path.with_name(f".deleting-{path.name}")
                 os.rename(path, doomed)
-                shutil.rmtree(doomed)
+                remove(doomed)
+                self._damaged.discard(path)  # whose name a sound commit may get
             else:
                 kept.add(existing)
 

@@ -43,6 +43,7 @@ from gossamer.storage.disk import sync
 _PREFIX = "clientstore"
 _FLOAT = np.dtype("<f4")
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]+")
+_FILE = re.compile(rf"({_NAMESPACE.pattern})\.(\d+)\.rows")
 
 
 @dataclass
@@ -264,9 +265,9 @@ class ClientStore:
                 )
         self.close()
         self._tables = {name: _Table(table.width) for name, table in self._tables.items()} | restored
-        for path in self.directory.glob("*.rows"):
-            with storage_errors(path):
-                if path.name.split(".")[0] not in restored:
+        for path, namespace, _ in self._files():
+            if namespace not in restored:
+                with storage_errors(path):
                     path.unlink()
         for namespace, table in restored.items():
             self._delete_unneeded(namespace, table)
@@ -285,6 +286,11 @@ class ClientStore:
 
     def _path(self, namespace: str, generation: int) -> Path:
         return self.directory / f"{namespace}.{generation}.rows"
+
+    def _files(self) -> list[tuple[Path, str, int]]:
+        """List (path, namespace, generation) of the files that a store has made, whatever else lies beside them."""
+        found = [(path, _FILE.fullmatch(path.name)) for path in self.directory.iterdir() if path.is_file()]
+        return [(path, match[1], int(match[2])) for path, match in found if match]
 
     def _open(self, namespace: str, table: _Table) -> int:
         if table.descriptor is None:
@@ -312,8 +318,8 @@ class ClientStore:
 
     def _delete_unneeded(self, namespace: str, table: _Table) -> None:
         needed = {table.generation, table.issued, *table.committed}
-        for path in self.directory.glob(f"{namespace}.*.rows"):
-            if int(path.name.split(".")[1]) not in needed:
+        for path, name, generation in self._files():
+            if name == namespace and generation not in needed:
                 with storage_errors(path):
                     path.unlink()
 

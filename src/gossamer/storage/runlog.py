@@ -271,6 +271,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
             config = yaml.safe_load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r} ({error.strerror}): check its permissions") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(path)!r} is not valid YAML ({' '.join(str(error).split())}): restore it") from error
     if not isinstance(config, dict):
@@ -318,9 +320,15 @@ def repair(directory: Path) -> None:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return []
-    *lines, torn = path.read_bytes().split(b"\n")  # what follows the last newline is incomplete, even where it parses
+    except OSError as error:
+        raise DataError(
+            f"cannot read the log {str(path)!r} ({error.strerror}): move away what is there, or check its permissions"
+        ) from None
+    *lines, torn = content.split(b"\n")  # what follows the last newline is incomplete, even where it parses
     records = [_parse(line) for line in lines]
     if not torn and records and records[-1] is None:
         records.pop()

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from gossamer.errors import ConfigError, nearest
+from gossamer.errors import ConfigError, GossamerError, nearest, one_line
 from gossamer.storage.runlog import Sink
 
 
@@ -113,7 +113,7 @@ def make_sinks(names: Sequence[str], directory: Path) -> list[Sink]:
     """Create the trackers that the configuration names.
 
     Raises:
-        ConfigError: an unknown tracker, or one whose package is not installed.
+        ConfigError: an unknown tracker, or one whose package is not installed, or that does not start.
     """
     makers: dict[str, Callable[[], Sink]] = {
         "tensorboard": lambda: TensorBoardSink(directory / "tensorboard"),
@@ -125,4 +125,15 @@ def make_sinks(names: Sequence[str], directory: Path) -> list[Sink]:
             raise ConfigError(
                 f"unknown entry {name!r} in log.sinks{nearest(name, makers)} (known: {', '.join(makers)})"
             )
-    return [makers[name]() for name in names]
+    return [_started(name, makers[name]) for name in names]
+
+
+def _started(name: str, make: Callable[[], Sink]) -> Sink:
+    try:
+        return make()
+    except GossamerError:
+        raise
+    except Exception as error:  # no server, no login, no place to write: each tracker has errors of its own
+        raise ConfigError(
+            f"the tracker {name!r} cannot start ({one_line(error)}): see to it, or leave it out of log.sinks"
+        ) from error

@@ -51,10 +51,15 @@ class HubSource:
         """Return the parquet file of each split, or None where ``$GOSSAMER_DATA`` holds no folder of this name.
 
         Raises:
-            DataError: the folder is there but a file is not.
+            DataError: the folder is there but a file is not, or there is no such ``$GOSSAMER_DATA``.
         """
         root = os.environ.get("GOSSAMER_DATA")
-        if not root or not (Path(root) / self.name).is_dir():
+        if not root:
+            return None
+        if not Path(root).is_dir():
+            raise DataError(f"GOSSAMER_DATA = {root!r} is not a folder: correct it, or unset it to use the hub")
+        if not (Path(root) / self.name).is_dir():
+            warn([f"GOSSAMER_DATA = {root!r} has no folder {self.name!r}, so the data set is taken from the hub"])
             return None
         found = {split: Path(root) / self.name / f"{split}.parquet" for split in SPLITS}
         for path in found.values():
