@@ -6,7 +6,8 @@ import torch
 
 from federation import configure, digest, mixed
 from gossamer import experiment
-from gossamer.submodel import Cutter, Dim, Layout, extract
+from gossamer.aggregate import selective_mean
+from gossamer.submodel import Cutter, Dim, Layout, SubModel, extract
 from gossamer.submodel.magnitude import by_magnitude, magnitude
 
 LAYOUT = Layout.of(
@@ -54,6 +55,16 @@ class TestCutter:
         sub = extract(params, axes, 0.5, 0, strategy="magnitude")
         assert sub.windows["a"].indices.tolist() == [2, 3]
         assert sub.params["a.weight"][:, 0].tolist() == [1.0, 3.0]
+
+    def test_of_parameters_that_are_being_trained(self) -> None:
+        params = {name: torch.nn.Parameter(value) for name, value in LAYOUT.views(model([0.5, 0.0, 1.0, 3.0])).items()}
+        axes = dict(zip(LAYOUT.names, LAYOUT.axes, strict=True))
+        sub = extract(params, axes, 0.5, 0, strategy="magnitude")
+        assert sub.windows["a"].indices.tolist() == [2, 3]
+        trained = SubModel({name: torch.nn.Parameter(value + 1) for name, value in sub.params.items()}, sub.windows, 0.5)
+        new = selective_mean(params, axes, [(trained, 2.0, None)])
+        assert new["a.weight"][:, 0].tolist() == [0.5, 0.0, 2.0, 4.0]
+        assert not any(value.requires_grad for value in new.values())
 
 
 class TestFederation:

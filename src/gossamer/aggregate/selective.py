@@ -107,6 +107,7 @@ class SelectiveMean:
         return label_weights.view(-1, *(1,) * behind)
 
 
+@torch.no_grad()
 def selective_mean(
     params: Mapping[str, Tensor], axes: Axes, contributions: Iterable[Contribution]
 ) -> dict[str, Tensor]:

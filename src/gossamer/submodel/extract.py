@@ -42,6 +42,7 @@ def layout_of(params: Mapping[str, Tensor], axes: Axes) -> Layout:
     return Layout.of({name: tuple(tensor.shape) for name, tensor in params.items()}, axes)
 
 
+@torch.no_grad()
 def extract(
     params: Mapping[str, Tensor],
     axes: Axes,
@@ -70,7 +71,7 @@ def extract(
     cut = cutter.cut(capacity, round, client, order)
     held = {name: torch.empty(shape) for name, shape in zip(cut.sub.names, cut.sub.shapes, strict=True)}
     for piece in cut.pieces:
-        piece.read(params[piece.name].detach(), held[piece.name])
+        piece.read(params[piece.name], held[piece.name])
     return SubModel(held, dict(cut.windows), capacity)
 
 
