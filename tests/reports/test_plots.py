@@ -126,6 +126,18 @@ class TestFigure:
         assert ax.get_xlabel() == label
         assert np.asarray(ax.lines[0].get_xdata())[-1] == pytest.approx(last)
 
+    @pytest.mark.parametrize(
+        ("x", "label"),
+        [
+            ("flops", "Client computation, incomplete (TFLOP)"),
+            ("simulated", "Simulated time, incomplete (h)"),
+            ("bytes", "Communication, up and down (MB)"),
+        ],
+    )
+    def test_counts_of_operations_that_leave_some_out_are_marked(self, tmp_path: Path, x: str, label: str) -> None:
+        write_run(tmp_path / "run", [record(n, 0.5, num_uncounted_operations=1) for n in range(1, 4)])
+        assert figure_of(tmp_path, x=x).axes[0].get_xlabel() == label
+
     def test_bands_are_scaled_like_their_lines(self, tmp_path: Path) -> None:
         (ax,) = figure_of(write_experiment(tmp_path / "exp", ["fedavg"], [0, 1]), x="bytes").axes
         assert sorted({min(band_limits(ax.collections[0])), max(band_limits(ax.collections[0]))}) == pytest.approx(

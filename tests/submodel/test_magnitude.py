@@ -61,7 +61,9 @@ class TestCutter:
         axes = dict(zip(LAYOUT.names, LAYOUT.axes, strict=True))
         sub = extract(params, axes, 0.5, 0, strategy="magnitude")
         assert sub.windows["a"].indices.tolist() == [2, 3]
-        trained = SubModel({name: torch.nn.Parameter(value + 1) for name, value in sub.params.items()}, sub.windows, 0.5)
+        trained = SubModel(
+            {name: torch.nn.Parameter(value + 1) for name, value in sub.params.items()}, sub.windows, 0.5
+        )
         new = selective_mean(params, axes, [(trained, 2.0, None)])
         assert new["a.weight"][:, 0].tolist() == [0.5, 0.0, 2.0, 4.0]
         assert not any(value.requires_grad for value in new.values())

@@ -42,6 +42,7 @@ X_AXES = {
     "bytes": XAxis(("total_bytes_up", "total_bytes_down"), "Communication, up and down", _BYTES),
     "flops": XAxis(("total_client_flops",), "Client computation", _FLOPS),
 }
+COMPUTED = ("flops", "simulated")  # those that depend on the count of FLOPs
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Line:
         x, mean, low, high: float64 [points]; low and high are the minimum and the maximum over seeds.
         count: int64 [points], number of seeds that have begun and not ended there.
         num_seeds: number of seeds in it.
+        is_incomplete: whether some seed's x leaves out operations whose FLOPs are not known.
     """
 
     x: Numbers
@@ -90,6 +92,7 @@ class Line:
     high: Numbers
     count: NDArray[np.int64]
     num_seeds: int
+    is_incomplete: bool = False
 
     @property
     def is_partial(self) -> NDArray[np.bool_]:
@@ -230,7 +233,8 @@ def summarize(
     with np.errstate(divide="ignore", invalid="ignore"):  # where all seeds have ended before another begins
         mean = np.nansum(np.log(np.maximum(table, 0.0)) if is_geometric else table, axis=0) / count
     low, high = np.fmin.reduce(table), np.fmax.reduce(table)
-    return Line(grid, np.exp(mean) if is_geometric else mean, low, high, count, len(seeds))
+    is_incomplete = x in COMPUTED and any("num_uncounted_operations" in one for run in runs for one in run.records)
+    return Line(grid, np.exp(mean) if is_geometric else mean, low, high, count, len(seeds), is_incomplete)
 
 
 def _on_rounds(seeds: Sequence[tuple[Numbers, Numbers]]) -> tuple[Numbers, Numbers]:

@@ -283,7 +283,8 @@ def _draw_panel(ax: Axes, panel: PanelOptions, metric: str, lines: Mapping[str, 
             ax.plot(x, np.where(ends, line.mean, np.nan), color=colour, linestyle=style, alpha=0.4)
         if line.num_seeds > 1:
             ax.fill_between(x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
-    ax.set(xlabel=X_AXES[panel.x].label + unit, title=panel.title or "")
+    incomplete = ", incomplete" if any(line.is_incomplete for line in lines.values() if line) else ""
+    ax.set(xlabel=X_AXES[panel.x].label + incomplete + unit, title=panel.title or "")
     _format_axes(ax, metric, panel)
 
 
