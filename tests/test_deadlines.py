@@ -92,6 +92,7 @@ class TestLate:
         assert events(done.directory, "dropped") == expected
         for record in done.metrics:
             assert (record["num_participants"], record["num_survivors"], record["num_dropped"]) == (4, 4, 4)
+            assert record["dropped"] == {"deadline": 4}
             assert record["simulated_seconds"] == pytest.approx(5.0 * record["round"])
             assert record["total_bytes_up"] == 4 * SIZE * record["round"]
             assert record["total_bytes_down"] == 8 * SIZE * record["round"]
@@ -107,7 +108,8 @@ class TestLate:
         assert done.metrics[-1]["simulated_seconds"] < 3 * 2.5
         both = run(configure(changes | HALF_SLOW | IN_TIME), out=tmp_path / "both")
         assert {event["reason"] for event in events(both.directory, "dropped")} == {"deadline"}
-        assert_same(both, done)
+        assert digest(both.params) == digest(done.params)
+        assert [record["dropped"] for record in both.metrics] == [{"deadline": 4}] * 3
 
     def test_lists_are_cut(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rounds, "MAX_LISTED", 3)
@@ -140,6 +142,7 @@ class TestLate:
         done = run(configure({"clients.per_round": 8, "clients.quorum": 1.0, "device": device}), out=tmp_path / "run")
         counts = [record["num_participants"] for record in done.metrics]
         assert all(0 < count < 8 for count in counts)
+        assert [record["dropped"] for record in done.metrics] == [{"availability": 8 - count} for count in counts]
 
     def test_nobody_is_in_time(self, tmp_path: Path) -> None:
         with pytest.raises(QuorumError, match=r"only 0 of 5 updates are in time and clients.quorum asks for 1"):
@@ -195,7 +198,8 @@ class TestSameBits:
         starts = [0.0, *(record["simulated_seconds"] for record in undisturbed.metrics)]
         for round, record in reversed(list(enumerate(undisturbed.metrics))):
             plan = first.plan(round, starts[round])
-            assert (len(plan.client), len(plan.dropped)) == (record["num_participants"], record["num_dropped"])
+            late = record["num_dropped"] - record["dropped"].get("availability", 0)
+            assert (len(plan.client), len(plan.dropped)) == (record["num_participants"], late)
             assert first.phases(round, starts[round])[0].costs.simulated_seconds == pytest.approx(
                 starts[round + 1] - starts[round]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -211,6 +212,20 @@ class TestNotFinite:
         assert latest is not None
         assert all(bool(torch.isfinite(value).all()) for value in latest.arrays.values())
         assert done.metrics[-1]["loss"] < done.metrics[0]["loss"]
+
+    @pytest.mark.parametrize(("workers", "block_size"), [(0, "auto"), (0, 1), (2, 2)])
+    @pytest.mark.parametrize("kind", ["windows", "choco-sgd", "push-sum", "quasi-global-momentum"])
+    def test_too_large_is_as_bad(self, tmp_path: Path, kind: str, workers: int, block_size: int | str) -> None:
+        way = KINDS[kind] | {"engine.workers": workers, "engine.block_size": block_size, "train.steps": 1}
+        lost = run(faulty(way, clients=[0, 5], fault="nan"), out=tmp_path / "lost")
+        done = run(faulty(way, clients=[0, 5], fault="huge"), out=tmp_path / "run")
+        assert digest(done.params) == digest(lost.params)
+        assert [record["dropped"] for record in done.metrics] == [{"too large": 2}] * 3
+        assert [record["train_loss"] for record in done.metrics] == [record["train_loss"] for record in lost.metrics]
+
+    def test_an_infinite_loss_is_logged_as_such(self, tmp_path: Path) -> None:
+        done = run(faulty(clients=[5], fault="infinite"), out=tmp_path / "run")
+        assert [record["train_loss"] for record in done.metrics] == [math.inf] * 3
 
     def test_half_trained_models_are_not_committed(self, tmp_path: Path) -> None:
         """Even where the last commit is some rounds back."""

@@ -86,20 +86,26 @@ class TrainReport(NamedTuple):
     Attributes:
         rows: slice of the plan's rows.
         loss: mean training loss of each.
-        finite: whether each one's update is finite; the others are dropped.
+        finite: whether each one's update is used; the others are dropped, because they are not finite or too large.
         missing: why these participants return nothing; None: they have returned.
+        norm: Euclidean norm of each one's update, NaN where that is not finite.
     """
 
     rows: slice
     loss: Sequence[float]
     finite: Sequence[bool]
     missing: str | None = None
+    norm: Sequence[float] = ()
+
+    def reason(self, number: int) -> str:
+        """Return why the update of the report's participant `number` is dropped."""
+        return self.missing or ("too large" if math.isfinite(self.norm[number]) else "not finite")
 
     @classmethod
     def of_missing(cls, rows: slice, reason: str) -> Self:
         """Return the report of participants that return nothing."""
         number = rows.stop - rows.start
-        return cls(rows, [math.nan] * number, [False] * number, reason)
+        return cls(rows, [math.nan] * number, [False] * number, reason, [math.nan] * number)
 
 
 STOPPED = "stopped"  # why participants are missing where a stop was requested

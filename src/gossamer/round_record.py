@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.errors import ConfigError
-from gossamer.plan import RoundPlan
+from gossamer.plan import RoundPlan, TrainReport
 
 Record = dict[str, Any]
 
@@ -89,23 +90,60 @@ def _total(phases: Sequence[Record], name: str) -> Any:
     return sum(record[name] for record in phases)
 
 
-def phase_record(plan: RoundPlan, costs: RoundCosts, losses: NDArray[np.float64], seconds: float) -> Record:
+@dataclass
+class Outcome:
+    """What came of a phase's participants.
+
+    Attributes:
+        weights: float64 [p], aggregation weights.
+        losses: float64 [p], mean training losses, whatever they are.
+        usable: bool [p], whose update is used.
+        dropped: ``{reason: number of those whose update is not}``, and of those who were wanted and did not train.
+    """
+
+    weights: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    usable: NDArray[np.bool_]
+    dropped: Counter[str]
+
+    @classmethod
+    def of(cls, plan: RoundPlan, dropped: Mapping[str, int]) -> Self:
+        """Return that of participants who have yet to train; `dropped` are those who will not."""
+        number = len(plan.client)
+        return cls(plan.weight, np.full(number, np.nan), np.zeros(number, dtype=bool), Counter(dropped))
+
+    def add(self, report: TrainReport) -> list[tuple[int, str]]:
+        """Take a report; return which of the plan's rows are dropped, and why."""
+        self.losses[report.rows], self.usable[report.rows] = report.loss, report.finite
+        lost = [number for number, used in enumerate(report.finite) if not used]
+        found = [(report.rows.start + number, report.reason(number)) for number in lost]
+        self.dropped.update(reason for _, reason in found)
+        return found
+
+    @property
+    def train_loss(self) -> float:
+        """The mean training loss of those whose update is used, weighted as these are."""
+        losses, weights = self.losses[self.usable], self.weights[self.usable]
+        with np.errstate(invalid="ignore", over="ignore"):  # it may be infinite, or NaN
+            return float(np.average(losses, weights=weights)) if len(losses) else math.nan
+
+
+def phase_record(plan: RoundPlan, costs: RoundCosts, outcome: Outcome, seconds: float) -> Record:
     """Return what a round's record is made of, of one of its phases: plain JSON values.
 
     Args:
-        plan: its participants are those that train, its dropped ones those that were late.
+        plan: its participants are those that train.
         costs: the phase's own.
-        losses: float64 [p], NaN for participants whose update was dropped.
+        outcome: what came of the participants.
         seconds: wall-clock time of the phase.
     """
-    loss = float(np.nanmean(losses))
     return asdict(costs) | {
         "seconds": seconds,
         "num_participants": len(plan.client),
-        "num_survivors": int(np.isfinite(losses).sum()),
-        "num_dropped": len(plan.dropped),
+        "num_survivors": int(outcome.usable.sum()),
+        "dropped": dict(+outcome.dropped),
         "lr": plan.lr,
-        "train_loss": loss if math.isfinite(loss) else None,
+        "train_loss": as_json(outcome.train_loss),
     }
 
 
@@ -127,6 +165,22 @@ def merged(*parts: Mapping[str, Any]) -> Record:
     return record
 
 
+def as_json(number: float) -> float | str | None:
+    """Return a number as logs hold it: ``"Infinity"`` or ``"-Infinity"`` if it is infinite, None if it is NaN."""
+    if math.isfinite(number):
+        return number
+    return None if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+def from_json(value: Any) -> Any:
+    """Undo `as_json` anywhere inside of a value that was read from a log; None stays."""
+    if isinstance(value, Mapping):
+        return {key: from_json(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [from_json(entry) for entry in value]
+    return float(value) if value in ("Infinity", "-Infinity") else value
+
+
 def round_record(
     progress: Progress,
     phases: Sequence[Record],
@@ -138,7 +192,7 @@ def round_record(
 
     Args:
         progress: totals, this round included.
-        phases: of the round, see `phase_record`. Costs and late participants are added up; the simulated seconds of
+        phases: of the round, see `phase_record`. Costs and dropped participants are added up; the simulated seconds of
             transfers and computation are sums over devices, see `RoundCosts`. All else is that of the last phase.
             ``num_uncounted_operations`` is there only where FLOPs are incomplete.
         seconds: wall-clock time of the round after its last phase.
@@ -148,7 +202,7 @@ def round_record(
     Raises:
         ConfigError: a metric has the name of something else, see `merged`.
     """
-    last = phases[-1]
+    last, dropped = phases[-1], sum((Counter(record["dropped"]) for record in phases), Counter[str]())
     num_uncounted = max(one.get("num_uncounted_operations", 0) for one in phases)
     incomplete = {"num_uncounted_operations": num_uncounted} if num_uncounted else {}
     counted = incomplete | {
@@ -165,9 +219,10 @@ def round_record(
         "total_client_flops": progress.total_client_flops,
         "num_participants": last["num_participants"],
         "num_survivors": last["num_survivors"],
-        "num_dropped": _total(phases, "num_dropped"),
+        "num_dropped": sum(dropped.values()),
+        "dropped": dict(dropped),
         "lr": last["lr"],
-        "train_loss": last["train_loss"],
+        "train_loss": from_json(last["train_loss"]),
     }
     return merged(counted, metrics)
 

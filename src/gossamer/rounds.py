@@ -9,12 +9,10 @@ import math
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 
-from gossamer.engines.base import Engine
+from gossamer.engines.base import Engine, Record
 from gossamer.engines.task import WHOLE
 from gossamer.errors import GossamerError, Interrupted, QuorumError, StateLost
 from gossamer.plan import STOPPED
@@ -22,8 +20,8 @@ from gossamer.planning.base import Planner, TimedPlan
 from gossamer.profiling.spans import Spans
 from gossamer.round_record import (
     Observer,
+    Outcome,
     Progress,
-    Record,
     describe_done,
     describe_stop,
     merged,
@@ -176,7 +174,7 @@ class Loop:
         began, plan = time.perf_counter(), timed.plan
         if self.engine.hooks.stop_requested():
             raise Interrupted("stopped")
-        losses = self._train(timed)
+        outcome = self._train(timed)
         with self.spans.span("exchange"):
             self.engine.exchange(plan)
         for reason, clients in timed.late.items():
@@ -185,7 +183,7 @@ class Loop:
                 where = self._address(plan.round, plan.phase)
                 self.log.log_event("dropped", **where, reason=reason, num_clients=len(clients), clients=listed)
         self._count_time()
-        self.progress.end_phase(phase_record(plan, timed.costs, losses, time.perf_counter() - began))
+        self.progress.end_phase(phase_record(plan, timed.costs, outcome, time.perf_counter() - began))
 
     def _count_time(self) -> None:
         """Count the time of training, logging and commits, but none between runs."""
@@ -202,29 +200,26 @@ class Loop:
         done, num_rounds = self.progress.address, self.options.num_rounds
         return Interrupted(describe_stop(done, self.committed, self.num_phases, num_rounds))
 
-    def _train(self, timed: TimedPlan) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Train; return the participants' losses, NaN where the update was dropped."""
+    def _train(self, timed: TimedPlan) -> Outcome:
+        """Train; return what came of it."""
         plan = timed.plan
         self._check_quorum(timed, len(plan.client), "in time", "raise clients.deadline_seconds")
-        losses = np.full(len(plan.client), np.nan)
-        done, total = plan.phase * len(losses), self.num_phases * len(losses)
+        outcome, number = Outcome.of(plan, timed.dropped), len(plan.client)
+        done, total = plan.phase * number, self.num_phases * number
         with self.spans.span("train"):
             for report in self.engine.train(plan):
                 if report.missing == STOPPED:
                     raise Interrupted("stopped")
-                # A usable update counts even where the loss itself is not finite.
-                losses[report.rows] = np.where(report.finite, np.nan_to_num(report.loss), np.nan)
-                dropped, reason = plan.client[report.rows][~np.array(report.finite)], report.missing or "not finite"
-                for client in dropped.tolist():
-                    where = self._address(plan.round, plan.phase)
-                    self.log.log_event("update-dropped", **where, client=client, reason=reason)
+                where = self._address(plan.round, plan.phase)
+                for row, reason in outcome.add(report):
+                    self.log.log_event("update-dropped", **where, client=int(plan.client[row]), reason=reason)
                 done += len(report.finite)
                 if self.observer is not None:
                     self.observer.on_block(plan.round, done, total)
         if self.engine.hooks.stop_requested() and self.engine.is_whole:
             raise Interrupted("stopped")
-        self._check_quorum(timed, int(np.isfinite(losses).sum()), "usable", "lower train.lr or set train.clip_norm")
-        return losses
+        self._check_quorum(timed, int(outcome.usable.sum()), "usable", "lower train.lr or set train.clip_norm")
+        return outcome
 
     def _check_quorum(self, timed: TimedPlan, num_left: int, what: str, remedy: str) -> None:
         needed = max(1, math.ceil(self.options.quorum * timed.num_expected))

@@ -61,6 +61,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
         scaler=sub.scaler,
         count_labels=bool(sub.mask_labels) and workload.num_labels > 0,
         topology=topology,
+        max_update_norm_ratio=config.aggregation.max_update_norm_ratio,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 from torch import Tensor
 
 from federation import configure
+from gossamer.aggregate.codecs import make_codec
 from gossamer.algorithms.base import Algorithm, find_algorithm
 from gossamer.algorithms.federated import FedAvg
 from gossamer.algorithms.traits import AlgorithmTraits
@@ -92,6 +93,8 @@ class TestTraits:
         [
             ({"uplink": {}}, "uplink names no payload"),
             ({"uplink": {"x": "mean", "held": "sum"}}, r"uplink names \['held'\], which an inbox holds"),
+            ({"codecs": {"x": make_codec("sign")}}, r"codecs compress \['x'\] with a loss, which only peers do yet"),
+            ({"codecs": {"x": make_codec({"name": "top-k", "k": 5})}}, r"codecs compress \['x'\] with a loss"),
             ({"scalars": ("tau",)}, r"scalars or codecs name \['tau'\], which uplink does not"),
             ({"codecs": {"mask": BUILTIN}}, "codecs.mask: input should be an instance of Codec"),
             ({"scalars": ("x",)}, "'x' is the model"),

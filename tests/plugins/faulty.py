@@ -25,7 +25,8 @@ class Faulty(ImageClassification):
 
     Further options:
         clients: which ones.
-        fault: ``"nan"`` (loss and gradients), ``"raise"``, ``"refuse"`` (an error of gossamer's own), ``"exit"`` or
+        fault: ``"nan"`` (loss and gradients), ``"huge"`` (both 1e30 times as large), ``"infinite"`` (the loss alone),
+            ``"raise"``, ``"refuse"`` (an error of gossamer's own), ``"exit"`` or
             ``"kill"`` (both in worker processes only).
         first_round: counted from 0.
         flag: the file; None: always.
@@ -41,14 +42,16 @@ class Faulty(ImageClassification):
         super().__init__(own, num_clients=num_clients, partition=partition, seed=seed)
 
     def batch(self, clients: Ints, positions: Ints, round: int = 0, phase: int = 0) -> Batch:
-        """Add to each client's constants the factor of its loss: 1, or NaN; or go wrong at once."""
+        """Add to each client's constants a factor and a term of its loss, mostly 1 and 0; or go wrong at once."""
         samples, constants = super().batch(clients, positions, round, phase)
         on = round >= self.first_round and (self.flag is None or Path(self.flag).exists())
         bad = np.isin(clients, self.bad) & on
         if bad.any():
             self._fail(int(clients[bad][0]))
-        factor = torch.from_numpy(np.where(bad & (self.fault == "nan"), np.nan, 1.0)).float()
-        return Batch(samples, constants | {"factor": factor})
+        factor = np.where(bad, {"nan": np.nan, "huge": 1e30}.get(self.fault, 1.0), 1.0)
+        term = np.where(bad & (self.fault == "infinite"), np.inf, 0.0)
+        own = {"factor": torch.from_numpy(factor).float(), "term": torch.from_numpy(term).float()}
+        return Batch(samples, constants | own)
 
     def _fail(self, client: int) -> None:
         if self.fault == "raise":
@@ -61,8 +64,8 @@ class Faulty(ImageClassification):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def loss(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
-        """Multiply the loss by the client's factor; 1 changes no bit."""
-        return super().loss(params, batch) * batch["factor"]
+        """Multiply the loss by the client's factor and add its term; 1 and 0 change no bit."""
+        return super().loss(params, batch) * batch["factor"] + batch["term"]
 
 
 def without_first(seed: int, round: int, num_clients: int, count: int) -> Ints:

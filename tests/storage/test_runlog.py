@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -148,7 +149,7 @@ def test_records_come_back_as_plain_json(tmp_path: Path) -> None:
     record = {
         "round": np.int64(3),
         "loss": float("nan"),
-        "worst": [float("inf"), np.float32(0.5)],
+        "worst": [float("inf"), np.float32(0.5), -np.inf],
         "global": {"accuracy": torch.tensor(0.25), 1: (True, None)},
         "text": "line\nbreak \u2028 \ud800",
     }
@@ -158,7 +159,7 @@ def test_records_come_back_as_plain_json(tmp_path: Path) -> None:
         {
             "round": 3,
             "loss": None,
-            "worst": [None, 0.5],
+            "worst": [math.inf, 0.5, -math.inf],
             "global": {"accuracy": 0.25, "1": [True, None]},
             "text": "line\nbreak \u2028 \ud800",
         }

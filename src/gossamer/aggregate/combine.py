@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -68,3 +68,9 @@ def _combine_scalar(name: str, kind: str, parts: Sequence[Part]) -> Tensor:
     for part in parts:
         total += part.sums[name]
     return total if kind == "sum" else total / math.fsum(part.weight for part in parts)
+
+
+def others_median(norms: Iterable[float]) -> float:
+    """Return the (lower) median of the finite ones among `norms` without the largest; 0 where nothing is left."""
+    known = sorted(norm for norm in norms if math.isfinite(norm))[:-1]
+    return known[(len(known) - 1) // 2] if known else 0.0

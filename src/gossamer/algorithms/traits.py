@@ -11,6 +11,7 @@ from gossamer.errors import ConfigError
 from gossamer.options import Traits
 
 Uplink = Literal["mean", "sum"]
+LONG_ROW = 1 << 40  # numbers, of which a codec that keeps k loses some
 RESERVED = {"held", "sent", "lr"}  # what an inbox holds beside the payloads
 
 
@@ -30,7 +31,8 @@ class AlgorithmTraits(Traits):
         scalars: names of payloads that are one number a participant: rows [s, 1] instead of [s, d]. They are weighted
             and added up like any other; a mean divides by the weight of all survivors, whatever they hold. Of peers
             also of such state arrays.
-        codecs: ``{payload name: codec}`` of payloads that are compressed before they are sent.
+        codecs: ``{payload name: codec}`` of payloads that are compressed before they are sent; to a server only such as
+            lose nothing.
         num_phases: phases of a round, see `Algorithm.of_phase`; with several, what stands above is of each phase.
 
         capacities: meaning of ``submodel.capacities``: "one" (whole models, unless a strategy is given), "given" (every
@@ -98,11 +100,15 @@ class AlgorithmTraits(Traits):
         unsent = [name for name in sent if name not in self.uplink]
         for_peers = ("joint", "lazy", "merge_every", "no_merge", "one_step_only")
         unfit = [name for name in for_peers if vars(self)[name] and not peers]
+        lossy = [] if peers else [name for name, codec in self.codecs.items() if codec.contraction(LONG_ROW) < 1]
         lowest = min(self.num_phases, 1 if self.merge_every is None else self.merge_every)
         return {
             "uplink names no payload: name at least one": not self.uplink,
             f"uplink names {reserved}, which an inbox holds beside payloads: rename the payload": bool(reserved),
             f"scalars or codecs name {unsent}, which uplink does not: add it there, or leave it out": bool(unsent),
+            f"codecs compress {lossy} with a loss, which only peers do yet: leave them out, or set downlink to None": (
+                bool(lossy)
+            ),
             f"scalars = {self.scalars}, but 'x' is the model: leave it out": "x" in self.scalars,
             f"client_arrays = {self.client_arrays}, but peers keep everything as state: leave it out": (
                 peers and bool(self.client_arrays)

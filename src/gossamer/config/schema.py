@@ -213,6 +213,17 @@ class SubmodelOptions(Options):
         return self
 
 
+class AggregationOptions(Options):
+    """What may be averaged.
+
+    Attributes:
+        max_update_norm_ratio: an update is dropped whose norm is more than so many times that of what the participant
+            started from, and the median norm of the others' updates, too; None: any finite update is used.
+    """
+
+    max_update_norm_ratio: float | None = Field(default=1e6, gt=1)
+
+
 class EvaluationOptions(Options):
     """When and what to evaluate.
 
@@ -257,6 +268,7 @@ class Config(Options):
     train: TrainConfig
     algorithm: Plugin = {"name": "fedavg"}
     submodel: SubmodelOptions = SubmodelOptions()
+    aggregation: AggregationOptions = AggregationOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     device: Profile = DeviceProfile()

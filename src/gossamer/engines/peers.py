@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gossamer.aggregate import others_median
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineHooks, Record
 from gossamer.engines.task import WHOLE, Task, Variant
@@ -84,9 +85,10 @@ class PeerEngine(ABC):
         """Train all peers."""
         jobs = [self._jobs(plan, low, high) for low, high in self._bounds]
         missing = {job["first"]: len(job["peers"]) for block in jobs for job in block}
-        for reply in self._train_jobs(plan, jobs):
+        for reply in self._replies(plan, jobs):
             first = reply["first"]
-            yield TrainReport(slice(first, first + missing.pop(first)), reply["loss"], reply["finite"])
+            rows = slice(first, first + missing.pop(first))
+            yield TrainReport(rows, reply["loss"], reply["finite"], norm=reply["norm"])
         for first, number in missing.items():
             yield TrainReport.of_missing(slice(first, first + number), STOPPED)
 
@@ -135,6 +137,25 @@ class PeerEngine(ABC):
 
     # ---- inside
 
+    def _replies(self, plan: RoundPlan, jobs: list[list[Message]]) -> Iterator[Message]:
+        """Have jobs done; those in which an update may be too large are done again once all norms are known."""
+        norms, again = list[float](), set[int]()
+        for reply in self._train_jobs(plan, jobs):
+            norms += reply["norm"]
+            if reply["again"]:
+                again.add(reply["first"])
+            else:
+                yield reply
+        if again:
+            assert self._task.max_update_norm_ratio is not None
+            bound = {"max_norm": self._task.max_update_norm_ratio * others_median(norms)}
+            repeated = [[job | bound for job in self._repeated(block, again)] for block in jobs]
+            yield from (reply for reply in self._train_jobs(plan, repeated) if reply["first"] in again)
+
+    def _repeated(self, block: list[Message], again: set[int]) -> list[Message]:
+        """Return which jobs of a block must be done so that those whose first rows are in `again` are."""
+        return [job for job in block if job["first"] in again]
+
     def _jobs(self, plan: RoundPlan, low: int, high: int) -> list[Message]:
         """Describe what those of the peers low, ..., high - 1 train, as `PeerWorker.train` takes it."""
         found = []
@@ -152,6 +173,7 @@ class PeerEngine(ABC):
                         "peers": plan.client[block].tolist(),
                         "steps": plan.steps[block].tolist(),
                         "lr": plan.lr,
+                        "max_norm": None,
                     }
                 )
         return found

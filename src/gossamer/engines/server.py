@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.aggregate import Part, TreeSum, combine
+from gossamer.aggregate import Part, TreeSum, combine, others_median
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineHooks, Record
 from gossamer.engines.task import Task, Variant
 from gossamer.engines.training.job import BlockResult, Job
+from gossamer.engines.training.trainer import row_norms
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
 from gossamer.storage.client_store import ClientStore
 from gossamer.submodel.layout import ALIGNMENT
@@ -57,6 +58,7 @@ class FederatedEngine(ABC):
         """Bind a task to the resident arrays `state`, [1, d] each, which are changed in place from now on."""
         self._task, self._store, self._block_size = task, store, block_size
         self._phase = task.phases[0]  # the task of the phase that is under way
+        self._max_norm: float | None = None  # of an update, while blocks are trained again
         self.num_workers, self.hooks = num_workers, hooks
         self._state: Arrays = dict(state)
         self._order = task.cutter.order(self._state["x"][0])
@@ -65,6 +67,10 @@ class FederatedEngine(ABC):
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._window_rows: dict[tuple[int, str], Tensor] = {}
         self._private: dict[int, dict[str, Tensor]] = {}
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Prepare for the blocks of a phase, whose partial sums will be in `_trees`."""
 
     @abstractmethod
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
@@ -99,13 +105,14 @@ class FederatedEngine(ABC):
             trees |= {(variant.index, name): TreeSum(count) for name in self._phase.algorithm.traits.uplink if count}
             blocks += of_variant
         missing = {block.rows.start: block for block in blocks}
-        for result in self._train_blocks(plan, blocks):
+        self._begin()
+        for result in self._results_of(plan, blocks):
             del missing[result.block.rows.start]
             self._keep(result)
             yield result.report
         for block in missing.values():  # sums do without them
             report = TrainReport.of_missing(block.rows, STOPPED)
-            described = {"arrays": [], "loss": report.loss, "finite": report.finite}
+            described = {"arrays": [], "loss": report.loss, "finite": report.finite, "norm": report.norm}
             self._keep(self._block_result(block, described, []))
             yield report
         for key, tree in trees.items():
@@ -170,6 +177,28 @@ class FederatedEngine(ABC):
 
     # ---- inside
 
+    def _results_of(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
+        """Train blocks; those in which an update may be too large are trained again once all norms are known."""
+        bound, ratio = math.inf, self._task.max_update_norm_ratio
+        if ratio is not None:
+            downlink = self._phase.algorithm.traits.downlink or ()
+            with one_thread():
+                bound = ratio * row_norms({name: self._state[name] for name in downlink})[0]
+        norms, again = list[float](), list[Block]()
+        for result in self._train_blocks(plan, blocks):
+            norms += result.norm
+            if any(norm > bound for norm in result.norm):
+                again.append(result.block)
+            else:
+                yield result
+        if again:
+            assert ratio is not None
+            self._max_norm = max(bound, ratio * others_median(norms))
+            try:
+                yield from self._train_blocks(plan, again)
+            finally:
+                self._max_norm = None
+
     def _keep(self, result: BlockResult) -> None:
         """Add up what a block returned, and keep the rest of it, for `exchange`."""
         block = result.block
@@ -204,7 +233,7 @@ class FederatedEngine(ABC):
                 private[name] = value
             else:
                 payload[name][part] = value
-        return BlockResult(block, payload, reply["loss"], reply["finite"], private)
+        return BlockResult(block, payload, reply["loss"], reply["finite"], reply["norm"], private)
 
     def _floats_of_a_slot(self) -> int:
         """Return how large a slot for the results of any block must be, client state included."""
@@ -264,6 +293,7 @@ class FederatedEngine(ABC):
             plan.weight[rows],
             plan.steps[rows],
             plan.lr,
+            self._max_norm,
         )
 
     def _parts(self, plan: RoundPlan, variant: Variant, kept: NDArray[np.bool_]) -> Iterator[Part]:

@@ -124,6 +124,7 @@ class Task:
         scaler: whether a sub-model's activations are multiplied by 1 / capacity while training.
         count_labels: whether label rows are averaged over the clients that own the label only.
         topology: topology by which peers mix; None: there is a server.
+        max_update_norm_ratio: see `gossamer.config.schema.AggregationOptions`.
     """
 
     workload: Workload
@@ -135,6 +136,7 @@ class Task:
     scaler: bool
     count_labels: bool
     topology: Topology | None = None
+    max_update_norm_ratio: float | None = None
 
     @property
     def capacities(self) -> tuple[float, ...]:

@@ -27,12 +27,19 @@ class TimedPlan:
         num_expected: updates that it waits for; the quorum is a share of it.
         late: ``{reason: int64 clients, ascending}``: "deadline" for those who would not have met it, "over-selection"
             for those who would, but others were quicker.
+        num_unavailable: how many fewer were chosen than wanted, because the others were not available.
     """
 
     plan: RoundPlan
     costs: RoundCosts
     num_expected: int
     late: Mapping[str, Ints]
+    num_unavailable: int = 0
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """``{reason: number of those who were wanted, but will not train}``."""
+        return {reason: len(clients) for reason, clients in self.late.items()} | {"availability": self.num_unavailable}
 
 
 @dataclass(kw_only=True)

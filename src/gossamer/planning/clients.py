@@ -79,7 +79,7 @@ class ClientPlanner(Planner):
         order = np.lexsort((clients, -steps, variant))
         clients, steps, variant = clients[order], steps[order], variant[order]
         num_expected = len(clients) if self.over_selection == 1 else min(self.per_round, len(clients))
-        found, waited = list[TimedPlan](), began - now
+        found, waited, num_unavailable = list[TimedPlan](), began - now, self._num_wanted - len(clients)
         for phase, costs in enumerate(self.costs):
             efforts = costs.efforts(clients, variant, self.samples_trained(clients, steps), round)
             left = min(num_expected, len(clients))
@@ -101,8 +101,9 @@ class ClientPlanner(Planner):
                 lr=self.learning_rate(round),
                 dropped=dropped,
             )
-            found.append(TimedPlan(plan, add_up(efforts, kept, seconds, waited), num_expected, late))
-            waited = 0.0
+            costs_of_phase = add_up(efforts, kept, seconds, waited)
+            found.append(TimedPlan(plan, costs_of_phase, num_expected, late, num_unavailable))
+            waited, num_unavailable = 0.0, 0
         return found
 
     def _weights(self, clients: Ints) -> Floats:
@@ -115,8 +116,7 @@ class ClientPlanner(Planner):
         wanted, all take part.
         """
         began, available = self.costs[0].devices.available(round, now)
-        wanted = math.ceil(self.over_selection * self.per_round * (1 - 1e-12))  # 1.12 * 25 is a little more than 28
-        count = min(wanted, len(available))
+        count = min(self._num_wanted, len(available))
         places = np.asarray(self.sampler(self.seed, round, len(available), count), dtype=np.int64)
         known = places.size > 0 and places.min() >= 0 and places.max() < len(available)
         if places.ndim != 1 or not known or len(np.unique(places)) != len(places):
@@ -125,3 +125,8 @@ class ClientPlanner(Planner):
                 f" in 0..{len(available) - 1}"
             )
         return began, available[places]
+
+    @property
+    def _num_wanted(self) -> int:
+        wanted = math.ceil(self.over_selection * self.per_round * (1 - 1e-12))  # 1.12 * 25 is a little more than 28
+        return min(wanted, len(self.num_samples))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import Any, Protocol, Self
 import yaml
 
 from gossamer.errors import CheckpointError, ConfigError, DataError, storage_errors
+from gossamer.round_record import as_json, from_json
 from gossamer.storage.disk import lock, sync
 
 CONFIG = "config.yaml"
@@ -131,7 +131,7 @@ class RunLog:
         return log
 
     def log_metrics(self, record: Mapping[str, Any]) -> None:
-        """Append one round's metrics; non-finite numbers become null, arrays and tensors become lists.
+        """Append one round's metrics; arrays and tensors become lists, non-finite numbers what `as_json` says.
 
         Raises:
             StorageError: the disk refuses the line; the log is unchanged.
@@ -283,11 +283,13 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """Return the records of metrics.jsonl, one for each round, without an incomplete last line.
 
+    Infinite numbers, which the file holds as strings, are numbers again.
+
     Raises:
         ConfigError: `directory` is not a run directory.
         DataError: a line before the last is malformed.
     """
-    return _read(_require_run(directory) / METRICS)
+    return [from_json(record) for record in _read(_require_run(directory) / METRICS)]
 
 
 def read_events(directory: Path) -> list[dict[str, Any]]:
@@ -353,7 +355,7 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return as_json(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ class TestNotFinite:
             assert client == 0 or digest(dropped.params) == digest(absent.params)
             for record, other in zip(dropped.metrics, absent.metrics, strict=True):
                 assert (record["num_participants"], record["num_survivors"]) == (8, 7)
+                assert (record["num_dropped"], record["dropped"]) == (1, {"not finite": 1})
                 assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
             assert events(dropped.directory, "update-dropped") == [
                 {"round": round, "client": client, "reason": "not finite"} for round in (1, 2, 3)
@@ -83,6 +86,71 @@ class TestNotFinite:
             (3, 1),
             (3, 6),
         ]
+
+
+ONE_STEP = {"train": {"lr": 0.1, "batch_size": 20, "steps": 1}}  # of two, the second would not be finite
+
+
+class TestTooLarge:
+    """Updates that are finite, but 1e30 times as large as others, are as good as absent."""
+
+    @EITHER
+    @WAYS
+    def test_as_if_it_were_absent(
+        self, tmp_path: Path, mode: dict[str, bool], workers: int, block_size: int | str
+    ) -> None:
+        way = modes(**mode) | ONE_STEP | {"engine.workers": workers, "engine.block_size": block_size}
+        dropped = run(faulty(way, clients=[7], fault="huge"), out=tmp_path / "dropped")
+        absent = run(faulty(way | {"clients.sampler": "faulty:without_last"}), out=tmp_path / "absent")
+        assert digest(dropped.params) == digest(absent.params)
+        for record, other in zip(dropped.metrics, absent.metrics, strict=True):
+            assert (record["num_survivors"], record["num_dropped"], record["dropped"]) == (7, 1, {"too large": 1})
+            assert record["train_loss"] == pytest.approx(other["train_loss"], rel=1e-6)
+        assert events(dropped.directory, "update-dropped") == [
+            {"round": round, "client": 7, "reason": "too large"} for round in (1, 2, 3)
+        ]
+
+    @pytest.mark.parametrize("algorithm", ["fedrolex", "federated-dropout", "scaffold"])
+    def test_other_algorithms(self, tmp_path: Path, algorithm: str) -> None:
+        way = (mixed(algorithm) if algorithm != "scaffold" else SCAFFOLD) | ONE_STEP | {"clients.per_round": 8}
+        dropped = run(faulty(way, clients=[7], fault="huge"), out=tmp_path / "dropped")
+        absent = run(faulty(way | {"clients.sampler": "faulty:without_last"}), out=tmp_path / "absent")
+        assert relative_error(dropped.params, absent.params) < 1e-6
+
+    @pytest.mark.parametrize("num", [1, 2])
+    def test_few_participants(self, tmp_path: Path, num: int) -> None:
+        config = faulty(ONE_STEP | {"clients": {"num": num, "per_round": num}}, clients=[0], fault="huge")
+        if num == 2:
+            assert run(config, out=tmp_path / "run").metrics[-1]["num_survivors"] == 1
+        else:
+            with pytest.raises(QuorumError, match="only 0 of 1 updates are usable"):
+                run(config, out=tmp_path / "run")
+
+    def test_the_bound_is_an_option(self, tmp_path: Path) -> None:
+        free = faulty(ONE_STEP | {"aggregation.max_update_norm_ratio": None, "rounds": 1}, clients=[7], fault="huge")
+        done = run(free, out=tmp_path / "free")
+        assert max(float(value.abs().max()) for value in done.params.values()) > 1e20
+        strict = faulty(ONE_STEP | {"aggregation.max_update_norm_ratio": 1e35, "rounds": 1}, clients=[7], fault="huge")
+        assert digest(run(strict, out=tmp_path / "strict").params) == digest(done.params)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_training_again_changes_no_bits(self, tmp_path: Path, workers: int) -> None:
+        """From a model of zeros any change is infinitely many times as large; the others' are as large as it."""
+        zeros = {"workload": {"name": "least-squares", "num_samples": 12}, "engine.workers": workers}
+        way = zeros | {"train": {"lr": 0.05, "batch_size": 4}}
+        free = run(configure(way | {"aggregation.max_update_norm_ratio": None}), out=tmp_path / "free")
+        assert_same(run(configure(way), out=tmp_path / "bound"), free)
+
+
+@pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
+def test_an_infinite_loss_is_logged_as_such(tmp_path: Path, mode: dict[str, bool]) -> None:
+    """The update is not infinite, and is used; the log is JSON still."""
+    healthy = run(faulty(modes(**mode)), out=tmp_path / "healthy")
+    done = run(faulty(modes(**mode), clients=[7], fault="infinite"), out=tmp_path / "run")
+    assert digest(done.params) == digest(healthy.params)
+    assert [record["train_loss"] for record in done.metrics] == [math.inf] * 3
+    for line in (done.directory / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["train_loss"] == "Infinity"
 
 
 class TestQuorum:

@@ -62,6 +62,13 @@ CASES: dict[str, dict[str, Any]] = {
     "scalars of a plug-in": {"algorithm": "tallying:Tallying"},
     "two phases, private state": {"algorithm": "two_phases:FedLin"},
     "two phases, rolling": mixed("two_phases:MimeLite", **STACKED),
+    "one too large": {
+        "workload.name": "faulty:Faulty",
+        "workload.clients": [3],
+        "workload.fault": "huge",
+        "train": {"lr": 0.1, "batch_size": 20, "steps": 1},
+        "clients.per_round": 8,
+    },
     "float64": {
         "workload": {"name": "least-squares", "dim": 5, "num_samples": 12, "heterogeneity": 1.0},
         "train.batch_size": 4,

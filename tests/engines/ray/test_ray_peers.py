@@ -29,6 +29,12 @@ CASES: dict[str, dict[str, Any]] = {
         "peers.merge_every": 2,
     }
     | LEAST_SQUARES,
+    "one too large": {
+        "workload.name": "faulty:Faulty",
+        "workload.clients": [3],
+        "workload.fault": "huge",
+        "train.steps": 1,
+    },
     "codecs": {"algorithm": {"name": "choco-sgd", "compressor": {"name": "random-k", "share": 0.2}}},
     "scalars": {"algorithm": "push-sum", "peers.topology": {"name": "el-local", "degree": 2, "averaging": "sender"}},
     "two rows a peer": {"algorithm": "dsgd-ceca", "peers.num": 11, "peers.topology": "ceca"},

@@ -91,6 +91,9 @@ class LocalEngine(FederatedEngine):
         num_slots, num_floats = 2 * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot()
         return shared_zeros(num_slots * num_floats, self._state["x"].dtype).view(num_slots, num_floats)
 
+    def _begin(self) -> None:
+        self._slots.begin(self._trees.values())
+
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
         jobs = (self._job(plan, block) for block in blocks)
         if self._pool is None:
@@ -104,7 +107,6 @@ class LocalEngine(FederatedEngine):
                     return
                 yield result
             return
-        self._slots.begin(self._trees.values())
         by_address = {(block.variant, block.first_leaf): block for block in blocks}
         for reply in self._pool.map(map(self._message, jobs), self.hooks.stop_requested, self._write_client_state):
             block, slot = by_address[reply["variant"], reply["first_leaf"]], self._slots.memory[reply["slot"]]

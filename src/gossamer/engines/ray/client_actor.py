@@ -88,7 +88,8 @@ class ClientActor:
         result = self._worker.trainers[job.phase].train(job, tensors(client_state), slot)
         present = named_arrays(result)
         arrays = [value for *_, value in present]
-        reply = {"loss": result.loss, "finite": result.finite, "arrays": [[name, part] for name, part, _ in present]}
+        reply = {"loss": result.loss, "finite": result.finite, "norm": result.norm}
+        reply |= {"arrays": [[name, part] for name, part, _ in present]}
         if slot is None:
             return json.dumps(reply), [value.numpy() for value in arrays]
         return json.dumps(reply | {"slot": number, "extents": write_arrays(slot, arrays)}), []

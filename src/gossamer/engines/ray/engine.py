@@ -118,11 +118,13 @@ class RayEngine(FederatedEngine):
             self.num_workers = len(self._actors)
         return super().train(plan)
 
-    def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
+    def _begin(self) -> None:
         self._received = {}
         self._put_order()
         if self._memory is not None:
             self._memory.begin(self._trees.values())
+
+    def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
         by_key = {(block.variant, block.rows.start): block for block in blocks}
         by_kind: dict[str, list[Block]] = {}
         for block in blocks:

@@ -75,6 +75,7 @@ class RayPeerEngine(PeerEngine):
         if self._adapts:
             self._actors.resize(num_cpus())
         self._require_state()
+        self._trained = {}
         return super().train(plan)
 
     def read(self) -> Arrays:
@@ -108,7 +109,7 @@ class RayPeerEngine(PeerEngine):
 
     def _train_jobs(self, plan: RoundPlan, jobs: list[list[Message]]) -> Iterator[Message]:
         """Have blocks trained; what their peers send, and keep, goes into the object store."""
-        self._trained, message = {}, mix_message(plan) | {"bounds": self._bounds}
+        message = mix_message(plan) | {"bounds": self._bounds}
         calls = (
             Call(
                 number,
@@ -117,10 +118,15 @@ class RayPeerEngine(PeerEngine):
                 num_returns=2 + len(self._bounds),
             )
             for number in range(len(self._bounds))
+            if jobs[number]
         )
         for number, (replies, *kept) in self._actors.map(calls, self.hooks.stop_requested):
             self._trained[number] = tuple(kept)
             yield from json.loads(replies)
+
+    def _repeated(self, block: list[Message], again: set[int]) -> list[Message]:
+        """Return all jobs, if any is to be repeated: they make one block of rows together."""
+        return block if any(job["first"] in again for job in block) else []
 
     def _mix(self, plan: RoundPlan) -> None:
         """Mix and update, block by block."""

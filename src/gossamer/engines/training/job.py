@@ -14,7 +14,10 @@ from gossamer.plan import Block, TrainReport
 
 
 class Job(NamedTuple):
-    """One block of a plan, as plain numbers."""
+    """One block of a plan, as plain numbers.
+
+    Updates whose norm exceeds `max_norm` are dropped; of peers, those that exceed what their own rows allow, too.
+    """
 
     round: int
     phase: int
@@ -23,6 +26,7 @@ class Job(NamedTuple):
     weight: NDArray[np.float64]
     steps: NDArray[np.int32]
     lr: float
+    max_norm: float | None = None
 
     @classmethod
     def of_message(cls, message: Mapping[str, Any]) -> Job:
@@ -35,6 +39,7 @@ class Job(NamedTuple):
             np.array(message["weight"], dtype=np.float64),
             np.array(message["steps"], dtype=np.int32),
             message["lr"],
+            message["max_norm"],
         )
 
     def message(self) -> dict[str, Any]:
@@ -49,6 +54,7 @@ class Job(NamedTuple):
             "weight": self.weight.tolist(),
             "steps": self.steps.tolist(),
             "lr": self.lr,
+            "max_norm": self.max_norm,
         }
 
 
@@ -61,7 +67,8 @@ class BlockResult:
         payload: ``{name: tensors}``: for each leaf its weighted tree sum [d_sub], None if every row was dropped; where
             every participant has a window of its own, the weighted rows, [d_sub] each, instead. [1] for scalars.
         loss: mean training loss of each row, length s.
-        finite: whether each row's update was finite, length s; the others are not in the sum.
+        finite: whether each row's update is used, length s; the others are not in the sum.
+        norm: Euclidean norm of each row's update, length s; NaN where it is not finite.
         private: ``{name: rows [s, d]}``, new client state of algorithms that keep some.
     """
 
@@ -69,9 +76,10 @@ class BlockResult:
     payload: dict[str, list[Tensor | None]]
     loss: list[float]
     finite: list[bool]
+    norm: list[float]
     private: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def report(self) -> TrainReport:
         """What is known of the block outside the engine."""
-        return TrainReport(self.block.rows, self.loss, self.finite)
+        return TrainReport(self.block.rows, self.loss, self.finite, norm=self.norm)

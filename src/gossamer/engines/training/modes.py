@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -95,7 +96,7 @@ def _trial(
         began = time.perf_counter()
         for phase, trainer in enumerate(trainers):
             if peers is not None:
-                trainer.train_peers(job._replace(phase=phase), peers)
+                trainer.train_peers(job._replace(phase=phase), peers, [math.inf] * len(clients))
             else:
                 trainer.train(job._replace(phase=phase), trainer.task.algorithm.init_client(zeros))
         return (time.perf_counter() - began) / len(clients)

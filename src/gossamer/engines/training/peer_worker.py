@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,7 +17,7 @@ from gossamer.engines.base import never
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.mixing import Mixer, column_sums, squared_distance
-from gossamer.engines.training.trainer import Trainer
+from gossamer.engines.training.trainer import Trainer, row_norms, usable
 from gossamer.plan import Block
 
 Message = dict[str, Any]
@@ -104,7 +105,10 @@ class PeerWorker:
     # ---- train
 
     def train(self, message: Message) -> Message:
-        """Train the peers of one block and write what they send and keep to where it belongs."""
+        """Train the peers of one block and write what they send and keep to where it belongs.
+
+        Where an update may be too large, the block is to be trained again, with a bound that follows from all norms.
+        """
         task, peers = self._task, np.array(message["peers"], dtype=np.int64)
         layout = task.variants[message["variant"]].layout
         job = Job(
@@ -115,9 +119,16 @@ class PeerWorker:
             np.ones(len(peers)),
             np.array(message["steps"], dtype=np.int32),
             message["lr"],
+            message["max_norm"],
         )
         where = _consecutive(peers - self._peers.first)
-        payload, site, losses, finite = self._trainer.train_peers(job, self._read(job, where))
+        before, ratio = self._read(job, where), task.max_update_norm_ratio
+        allowed = [math.inf] * len(peers) if ratio is None else [ratio * norm for norm in row_norms(before)]
+        bounds = [math.inf if job.max_norm is None else max(job.max_norm, bound) for bound in allowed]
+        payload, site, losses, norms = self._trainer.train_peers(job, before, bounds)
+        reply = {"first": message["first"], "loss": losses, "finite": usable(norms, bounds), "norm": norms}
+        if job.max_norm is None and any(norm > bound for norm, bound in zip(norms, allowed, strict=True)):
+            return reply | {"again": True}  # and nothing is written
         real = layout.coordinates  # padding takes no part in a codec
         for name, codec in task.algorithm.traits.codecs.items():
             rows = payload[name][:, real]
@@ -131,7 +142,7 @@ class PeerWorker:
             self._peers.holders[where] = 0
             held = torch.ones(len(peers), layout.d, dtype=torch.uint8)
             self._write(job, where, self._peers.holders, held)
-        return {"first": message["first"], "loss": losses, "finite": finite}
+        return reply | {"again": False}
 
     def _read(self, job: Job, where: slice | Tensor) -> Arrays:
         """Return the rows [s, d_sub] of all state arrays."""

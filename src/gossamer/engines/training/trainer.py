@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,8 @@ class Trainer:
         if working is not layout:
             client_state = {name: layout.reorder_(rows.clone(), working) for name, rows in client_state.items()}
         payload, private, losses = self._train_locally(job, received, client_state)
-        finite = finite_rows(payload)
+        norms = row_norms(payload)
+        finite = usable(norms, itertools.repeat(math.inf if job.max_norm is None else job.max_norm))
         # Copies, because weighting overwrites payload rows and an algorithm may send what it also keeps.
         kept = {name: rows.clone() if isinstance(rows, Tensor) else torch.cat(rows) for name, rows in private.items()}
         for rows in kept.values():
@@ -73,18 +75,21 @@ class Trainer:
         shaped = [parts for name, parts in summed.items() if name not in self._scalars]
         for value in (value for parts in shaped for value in parts if value is not None):
             working.reorder_(value, layout)
-        return BlockResult(job.block, summed, losses, finite, kept)
+        return BlockResult(job.block, summed, losses, finite, norms, kept)
 
-    def train_peers(self, job: Job, rows: Arrays) -> tuple[Arrays, Arrays, list[float], list[bool]]:
+    def train_peers(
+        self, job: Job, rows: Arrays, bounds: list[float]
+    ) -> tuple[Arrays, Arrays, list[float], list[float]]:
         """Train one block of peers, each of which starts from rows of its own.
 
         Args:
             job: the block.
             rows: ``{name: [s, d_sub]}`` ([s, 1] of scalars), the peers' state, cut to their windows.
+            bounds: largest norm of what each may send and keep.
 
         Returns:
-            payload and new state, shaped like `rows`; losses; whose update was finite. The other peers idle: what they
-            send and keep is that of zero steps.
+            payload and new state, shaped like `rows`; losses; norms of both together. Peers whose norm is not finite,
+            or exceeds its bound, idle: what they send and keep is that of zero steps.
         """
         variant = self.task.variants[job.block.variant]
         algorithm, layout, working = variant.algorithm, variant.layout, variant.working_layout
@@ -95,7 +100,8 @@ class Trainer:
             {name: value if isinstance(value, Tensor) else torch.cat(value) for name, value in arrays.items()}
             for arrays in ended
         )
-        finite = finite_rows({f"payload.{name}": value for name, value in payload.items()} | site)
+        norms = row_norms({f"payload.{name}": value for name, value in payload.items()} | site)
+        finite = usable(norms, bounds)
         if not all(finite):
             lost = ~torch.tensor(finite)
             own = {name: value[lost] for name, value in rows.items()}
@@ -103,7 +109,7 @@ class Trainer:
             for arrays, instead in zip((payload, site), idle, strict=True):
                 for name, value in arrays.items():
                     value[lost] = instead[name]
-        return self._reordered(payload, working, layout), self._reordered(site, working, layout), losses, finite
+        return self._reordered(payload, working, layout), self._reordered(site, working, layout), losses, norms
 
     def _reordered(self, arrays: Arrays, source: Layout, target: Layout) -> Arrays:
         """Rewrite arrays in place from one order in memory to another, scalars aside, and return them."""
@@ -340,19 +346,30 @@ def chunks(rows: Rows) -> list[tuple[slice, Tensor]]:
     return [(slice(i, i + 1), row) for i, row in enumerate(rows)]
 
 
-def finite_rows(payload: Mapping[str, Rows]) -> list[bool]:
-    """Say for each participant whether all of its payload is finite.
+def row_norms(payload: Mapping[str, Rows]) -> list[float]:
+    """Return the Euclidean norm of all that each participant has in `payload`, NaN where not all of it is finite.
 
-    A sum (of squares) shows every NaN and infinity at memory speed; only where it is not finite are the values looked
-    at one by one, because large finite values may overflow it.
+    A sum of squares shows every NaN and infinity at memory speed; only where it is not finite are the values looked at
+    one by one, because large finite values may overflow it.
     """
-    verdicts = []
+    found = []
     for rows in payload.values():
         present = rows if isinstance(rows, Tensor) else [row for one in rows for row in one]
-        sums = rows.sum(1) if isinstance(rows, Tensor) else torch.stack([torch.dot(row, row) for row in present])
-        quick = torch.isfinite(sums).tolist()
-        verdicts.append([ok or bool(torch.isfinite(row).all()) for ok, row in zip(quick, present, strict=True)])
-    return [all(verdict) for verdict in zip(*verdicts, strict=True)]
+        norm = torch.linalg.vector_norm
+        quick = norm(rows, dim=1) if isinstance(rows, Tensor) else torch.stack([norm(row) for row in present])
+        norms = zip(quick.tolist(), present, strict=True)
+        found.append([value if math.isfinite(value) else _large_norm(row) for value, row in norms])
+    return [math.hypot(*parts) for parts in zip(*found, strict=True)]
+
+
+def _large_norm(row: Tensor) -> float:
+    largest = float(row.abs().max())
+    return largest * float(torch.linalg.vector_norm(row.double() / largest)) if math.isfinite(largest) else math.nan
+
+
+def usable(norms: Iterable[float], bounds: Iterable[float]) -> list[bool]:
+    """Say whose norm is finite and within its bound."""
+    return [math.isfinite(norm) and norm <= bound for norm, bound in zip(norms, bounds, strict=False)]
 
 
 def stack_rows(rows: list[Tensor]) -> Tensor:

@@ -90,6 +90,7 @@ class Worker:
             "slot": message["slot"],
             "loss": result.loss,
             "finite": result.finite,
+            "norm": result.norm,
             "arrays": [[name, part] for name, part, _ in present],
             "extents": write_arrays(slot, [value for *_, value in present]),
         }
