@@ -96,15 +96,19 @@ class TestRecords:
             assert record["train_loss"] > 0
         assert list(done.metrics[0]["phase_seconds"]) == ["commit", "train", "exchange", "evaluate"]
 
-    def test_training_loss_is_the_mean_over_participants(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("weighting", ["samples", "equal"])
+    def test_training_loss_is_weighted_as_updates_are(self, tmp_path: Path, weighting: str) -> None:
         """With one step on all of a client's samples it is the loss of the model that was sent out."""
-        changes = {"train.batch_size": 20, "rounds": 1} | modes(stacked=True)
-        config = configure(ALL_EIGHT | changes)
+        changes = {"train.batch_size": 150, "rounds": 1, "clients.weighting": weighting} | modes()
+        config = configure(ALL_EIGHT | changes | {"clients.partition": {"name": "dirichlet", "alpha": 0.3}})
         parts, losses = build(parse(config)), []
         for client in range(8):
             images, labels = training_samples(parts, parts.workload.partition.of_client(client).tolist())
             losses.append(float(F.cross_entropy(perceptron(initial_model(parts), images), labels)))
-        assert run(config, out=tmp_path / "run").metrics[0]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        samples = parts.workload.num_samples
+        expected = np.average(losses, weights=samples if weighting == "samples" else np.ones(8))
+        assert abs(np.mean(losses) - np.average(losses, weights=samples)) > 1e-3  # the comparison could fail
+        assert run(config, out=tmp_path / "run").metrics[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
 
     @pytest.mark.parametrize("name", ["round", "train_loss", "consensus_distance", "loss_peers", "run"])
     def test_a_metric_with_the_name_of_something_else(
