@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ class TestRefusals:
         monkeypatch.chdir(tmp_path)
         for out in (None, tmp_path / "out"):
             with pytest.raises((ConfigError, DataError)) as caught:
-                run(configure(changes | several), out=out)
+                run(configure(changes | several), out=out, trust=True)
             assert message in str(caught.value)
             assert caught.value.exit_code == 2
             assert [path for path in tmp_path.rglob("*") if path != tmp_path / "runs"] == []
@@ -153,7 +154,7 @@ class TestRefusals:
     @pytest.mark.parametrize(("name", "reason"), [("json:loads", "loads"), ("builtins:print", "int")])
     def test_a_sampler_that_fails(self, tmp_path: Path, name: str, reason: str) -> None:
         with pytest.raises(ConfigError, match=rf"^clients.sampler '{name}' fails with TypeError: {reason}\(\) "):
-            run(configure({"clients.sampler": name}), out=tmp_path / "run")
+            run(configure({"clients.sampler": name}), out=tmp_path / "run", trust=True)
 
     def test_an_empty_directory_is_welcome(self, tmp_path: Path) -> None:
         assert run(configure({"rounds": 1}), out=tmp_path).directory == tmp_path
@@ -162,6 +163,38 @@ class TestRefusals:
     def test_resuming_what_is_no_run(self, tmp_path: Path, name: str) -> None:
         with pytest.raises(ConfigError, match=r"is not a run directory \(it has no config.yaml\)"):
             resume(tmp_path / name)
+
+
+class TestTogether:
+    """Two processes start on one directory: one of them runs, and the other leaves no trace."""
+
+    @pytest.mark.parametrize("several", [{}, {"seeds": [0]}], ids=["run", "experiment"])
+    def test_one_of_them_runs(self, tmp_path: Path, several: dict[str, Any]) -> None:
+        context = multiprocessing.get_context("fork")
+        for trial in range(3):
+            out, outcomes, barrier = tmp_path / str(trial), context.SimpleQueue(), context.Barrier(2)
+
+            def start(lr: float) -> None:
+                config = configure(several | {"train.lr": lr, "rounds": 2})
+                barrier.wait()  # noqa: B023
+                try:
+                    run(config, out=out)  # noqa: B023
+                except ConfigError as error:
+                    outcomes.put((lr, str(error)))  # noqa: B023
+                else:
+                    outcomes.put((lr, ""))  # noqa: B023
+
+            children = [context.Process(target=start, args=(lr,)) for lr in (0.1, 0.2)]
+            for child in children:
+                child.start()
+            for child in children:
+                child.join(60)
+            told = dict(outcomes.get() for _ in children)
+            (winner,) = [lr for lr, error in told.items() if not error]
+            assert any("another process works on" in error or "already holds" in error for error in told.values())
+            where = out / "seed-0" if several else out
+            assert read_config(where)["train"]["lr"] == winner
+            assert [record["lr"] for record in read_metrics(where)] == [winner] * 2
 
 
 class TestSeveral:
@@ -219,4 +252,4 @@ class TestSeveral:
         methods = {"good": {}, "bad": {"workload.dataset.num_train": 4}}
         with pytest.raises(GossamerError, match=r"^bad: 4 training samples cannot give 8 clients"):
             run(configure({"methods": methods, "rounds": 1}), out=tmp_path / "all")
-        assert sorted(os.listdir(tmp_path / "all")) == ["experiment.yaml", "good"]
+        assert sorted(os.listdir(tmp_path / "all")) == [".lock", "experiment.yaml", "good"]

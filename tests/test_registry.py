@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -40,7 +43,9 @@ class TestModuleAttribute:
         assert registry.resolve("algorithm", "gossamer.algorithms.federated:FedAvg") is FedAvg
 
     def test_nested_attribute(self) -> None:
-        assert registry.resolve("algorithm", "gossamer.algorithms.federated:FedAvg.Options") is FedAvg.Options
+        with registry.trusting():
+            found = registry.resolve("algorithm", "gossamer.algorithms.federated:FedAvg.Options")
+        assert found is FedAvg.Options
 
     def test_module_of_the_users(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "plug_in_of_a_user.py").write_text("class Mine: ...\n")
@@ -50,7 +55,7 @@ class TestModuleAttribute:
 
     @pytest.mark.parametrize("name", ["no_such_package:Thing", "os:no_such_thing", "os:path.nothing", "os:", "os..b:x"])
     def test_what_cannot_be_loaded_is_named(self, name: str) -> None:
-        with pytest.raises(RegistryError, match="cannot load algorithm") as caught:
+        with registry.trusting(), pytest.raises(RegistryError, match="cannot load algorithm") as caught:
             registry.resolve("algorithm", name)
         assert repr(name) in str(caught.value)
         assert caught.value.__cause__ is not None
@@ -70,6 +75,98 @@ class TestModuleAttribute:
     def test_without_a_module_the_name_is_unknown(self, name: str) -> None:
         with pytest.raises(RegistryError, match="unknown algorithm"):
             registry.resolve("algorithm", name)
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A module of the user's own, with much that others define."""
+    source = """
+import functools
+import subprocess
+from subprocess import call
+from torch import hub
+from gossamer.algorithms.federated import FedAvg
+from gossamer.registry import resolve
+
+def thing(): ...
+class Thing(FedAvg): ...
+half = functools.partial(thing)
+bad = functools.partial(call)
+constant = 3
+"""
+    (tmp_path / "mine_of_a_user.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path / "mine_of_a_user.py"
+    sys.modules.pop("mine_of_a_user", None)
+
+
+class TestTrust:
+    @pytest.mark.parametrize(
+        ("name", "where"),
+        [
+            ("subprocess:call", "of Python's library"),
+            ("os.path:join", "of Python's library"),
+            ("builtins:exec", "of Python's library"),
+            ("posix:system", "of Python's library"),
+            ("antigravity:x", "of Python's library"),
+            ("torch.hub:load", "/torch/__init__.py'"),
+            ("yaml:unsafe_load", "/yaml/__init__.py'"),
+            ("gossamer.registry:load_object", "/gossamer/__init__.py'"),
+            ("gossamer.cli.doctor:shutil.rmtree", "/gossamer/__init__.py'"),
+            ("mine_of_a_user:call", "of Python's library"),
+            ("mine_of_a_user:subprocess.call", "of Python's library"),
+            ("mine_of_a_user:bad", "of Python's library"),
+            ("mine_of_a_user:hub.load", "/torch/__init__.py'"),
+            ("mine_of_a_user:resolve", "/gossamer/__init__.py'"),
+        ],
+    )
+    def test_code_that_is_no_plug_in(self, mine: Path, name: str, where: str) -> None:
+        imported = set(sys.modules)
+        with pytest.raises(RegistryError) as caught:
+            registry.resolve("dataset", name)
+        assert str(caught.value).startswith(f"dataset {name!r} names code ")
+        assert f"{where}, which is no plug-in of gossamer: if you trust the file" in str(caught.value)
+        assert "antigravity" not in set(sys.modules) - imported
+
+    @pytest.mark.parametrize("name", ["thing", "Thing", "half", "constant"])
+    def test_the_users_own(self, mine: Path, name: str) -> None:
+        found = registry.resolve("algorithm", f"mine_of_a_user:{name}")
+        assert found is vars(sys.modules["mine_of_a_user"])[name]
+
+    def test_what_is_included_under_another_name(self, mine: Path) -> None:
+        assert registry.resolve("algorithm", "mine_of_a_user:FedAvg") is FedAvg
+
+    def test_trusted(self) -> None:
+        with registry.trusting():
+            assert registry.resolve("dataset", "subprocess:call") is subprocess.call
+            with registry.trusting(False):
+                assert registry.is_trusting()
+        assert not registry.is_trusting()
+
+    def test_what_is_imported_is_announced_first(self, mine: Path) -> None:
+        told = list[str]()
+
+        def tell(sentence: str) -> None:
+            assert "mine_of_a_user" not in sys.modules
+            told.append(sentence)
+
+        with registry.importing(tell):
+            registry.resolve("algorithm", "mine_of_a_user:Thing")
+            registry.resolve("model", "mine_of_a_user:thing")
+            registry.resolve("algorithm", "fedavg")
+        assert told == [f"algorithm 'mine_of_a_user:Thing': importing 'mine_of_a_user' from {str(mine)!r}"]
+
+    def test_nothing_of_the_users_own(self, mine: Path) -> None:
+        with (
+            registry.importing(lambda sentence: None, own=False),
+            pytest.raises(RegistryError, match=r"mine_of_a_user.py', which this command imports only with --trust"),
+        ):
+            registry.resolve("algorithm", "mine_of_a_user:Thing")
+        assert "mine_of_a_user" not in sys.modules
+
+    @pytest.mark.usefixtures("plugins")
+    def test_a_package_with_an_entry_point(self) -> None:
+        assert registry.resolve("dataset", "collections:Counter") is Counter
 
 
 class TestUnknown:

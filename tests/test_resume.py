@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gate
 import pytest
 import yaml
 from gate import HELD_ROUND
@@ -32,11 +35,14 @@ from federation import (
 )
 from gossamer import resume, run
 from gossamer.cli.main import app
-from gossamer.errors import CheckpointError, ConfigError, StorageError
-from gossamer.experiment import Run
+from gossamer.config.inputs import configuration_inputs, require_same
+from gossamer.config.loading import with_value
+from gossamer.errors import CheckpointError, ConfigError, GossamerError, StorageError
+from gossamer.experiment import Hooks, Run
 from gossamer.storage import checkpoint, client_store
 from gossamer.storage.checkpoint import Checkpoints
-from gossamer.storage.runlog import read_metrics
+from gossamer.storage.runlog import read_config, read_metrics
+from gossamer.workloads.datasets import digits
 
 KINDS = {"stateless": mixed("fedrolex", **STACKED), "private-state": SCAFFOLD | {"clients.num": 4}}
 EACH_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -156,10 +162,37 @@ class TestDamage:
 
     @EACH_KIND
     def test_checkpoints_that_are_gone(self, tmp_path: Path, undisturbed: Callable[[str], Run], kind: str) -> None:
-        """Without any commit a run begins anew, whatever else it left."""
+        """Rounds that were logged are not erased without a word; told so, the run begins anew."""
         interrupted(kind, tmp_path / "run", "train", True, 4)
         shutil.rmtree(tmp_path / "run/checkpoints")
-        assert_same(resume(tmp_path / "run"), undisturbed(kind))
+        metrics = (tmp_path / "run/metrics.jsonl").read_bytes()
+        with pytest.raises(CheckpointError, match=r"holds 3 rounds, but .* no commit.* resume .*run --restart"):
+            resume(tmp_path / "run")
+        assert (tmp_path / "run/metrics.jsonl").read_bytes() == metrics
+        assert_same(resume(tmp_path / "run", restart=True), undisturbed(kind))
+
+    def test_no_round_was_logged(self, tmp_path: Path, undisturbed: Callable[[str], Run]) -> None:
+        interrupted("stateless", tmp_path / "run", "commit", True, 1)
+        assert_same(resume(tmp_path / "run"), undisturbed("stateless"))
+
+    def test_the_advice_works(self, tmp_path: Path, undisturbed: Callable[[str], Run]) -> None:
+        shutil.copytree(undisturbed("stateless").directory, tmp_path / "a run")
+        path = tmp_path / "a run/metrics.jsonl"
+        path.write_bytes(path.read_bytes().replace(b'"round": 3', b'"round": 5'))
+        refused = CliRunner().invoke(app, ["resume", str(tmp_path / "a run")])
+        assert refused.exit_code == 2
+        command, advice = "gossamer", refused.stderr.strip().rpartition("train anew with: ")[2]
+        arguments = shlex.split(advice.removeprefix(command))
+        assert CliRunner().invoke(app, arguments).exit_code == 0
+        assert_same(resume(tmp_path / "a run"), undisturbed("stateless"))
+
+    def test_restart_continues_what_can_be_continued(self, tmp_path: Path, undisturbed: Callable[[str], Run]) -> None:
+        interrupted("stateless", tmp_path / "run", "train", True, 4)
+        trained = CountRounds()
+        assert_same(
+            resume(tmp_path / "run", Hooks(lambda name, number: trained), restart=True), undisturbed("stateless")
+        )
+        assert trained.rounds == [4]
 
     def test_a_torn_line(self, tmp_path: Path, undisturbed: Callable[[str], Run]) -> None:
         interrupted("stateless", tmp_path / "run", "train", True, 4)
@@ -170,8 +203,114 @@ class TestDamage:
     def test_a_metrics_file_that_was_cut(self, tmp_path: Path) -> None:
         interrupted("stateless", tmp_path / "run", "train", True, 4)
         os.truncate(tmp_path / "run/metrics.jsonl", 100)
-        with pytest.raises(CheckpointError, match=r"metrics.jsonl' holds 0 bytes but the commit was made at"):
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl' holds 100 bytes but the commit was made at"):
             resume(tmp_path / "run")
+
+
+class CountRounds:
+    """Observes which rounds are trained."""
+
+    def __init__(self) -> None:
+        self.rounds: list[int] = []
+
+    def on_block(self, round: int, done: int, total: int) -> None: ...
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        self.rounds.append(record["round"])
+
+
+class TestInputs:
+    """A commit belongs to its configuration and data."""
+
+    @pytest.fixture
+    def stopped(self, tmp_path: Path) -> Path:
+        interrupted("stateless", tmp_path / "run", "train", True, 3)
+        return tmp_path / "run"
+
+    def edit(self, run: Path, changes: Mapping[str, Any]) -> None:
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        for key, value in changes.items():
+            config = with_value(config, key.split("."), value)
+        (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    @pytest.mark.parametrize(
+        ("key", "value", "message"),
+        [
+            ("train.lr", 0.2, "train.lr = 0.2, but the run was committed with 0.1"),
+            ("seed", 7, "seed = 7, but the run was committed with 0"),
+            ("algorithm.name", "heterofl", 'algorithm.name = "heterofl", but the run was committed with "fedrolex"'),
+            ("submodel.capacities", [0.5, 1.0], "submodel.capacities = "),
+            ("engine.modes", [], "engine.modes = "),
+            ("workload.more", 1, "workload.more = 1, but the run was committed with nothing"),
+        ],
+    )
+    def test_an_edited_configuration(self, stopped: Path, key: str, value: Any, message: str) -> None:
+        self.edit(stopped, {key: value})
+        with pytest.raises(CheckpointError) as caught:
+            resume(stopped)
+        assert f"config.yaml says {message}" in str(caught.value)
+
+    def test_what_changes_no_bits(self, stopped: Path, undisturbed: Callable[[str], Run]) -> None:
+        self.edit(stopped, {"engine.workers": 1, "engine.block_size": 2})
+        assert_same(resume(stopped), undisturbed("stateless"))
+
+    def test_a_finished_run(self, tmp_path: Path, undisturbed: Callable[[str], Run]) -> None:
+        shutil.copytree(undisturbed("stateless").directory, tmp_path / "run")
+        self.edit(tmp_path / "run", {"train.lr": 0.2})
+        with pytest.raises(CheckpointError, match=r"train.lr = 0.2"):
+            resume(tmp_path / "run")
+
+    def test_other_data(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = "from gossamer.workloads.datasets import digits\ndef data(options): return digits({'limit': 60})\n"
+        (tmp_path / "data_of_a_user.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        changes = {"workload.dataset": "data_of_a_user:data", "rounds": 2}
+        run(configure(changes), out=tmp_path / "run")
+        monkeypatch.setattr("data_of_a_user.data", lambda options: digits({"limit": 70}))
+        with pytest.raises(CheckpointError, match=r"^the data, or their partition, are not those that the run"):
+            resume(tmp_path / "run")
+        again = resume(tmp_path / "run", restart=True)
+        assert_same(again, run(configure(changes), out=tmp_path / "new"))
+
+    def test_another_topology(self, tmp_path: Path) -> None:
+        """Of the file only what makes the graph counts."""
+        (tmp_path / "graph.txt").write_text("a b\nb c\nc d\nd a\n")
+        peers = {"topology": {"name": "file", "path": str(tmp_path / "graph.txt")}}
+        config = {
+            key: value for key, value in configure({"rounds": 1, "algorithm": "dsgd"}).items() if key != "clients"
+        }
+        done = run(config | {"peers": peers}, out=tmp_path / "run")
+        (tmp_path / "graph.txt").write_text("# a ring\na b\nb c\nc d\nd a\n")
+        assert_same(resume(tmp_path / "run"), done)
+        (tmp_path / "graph.txt").write_text("a b\nb c\nc d\nd a\na c\n")
+        with pytest.raises(CheckpointError, match=r"^the topology.s file is not the one that the run"):
+            resume(tmp_path / "run")
+
+    def test_an_edited_experiment(self, tmp_path: Path) -> None:
+        """What its unfinished runs are expanded from."""
+        with pytest.raises(Injected):
+            run(configured("stateless", seeds=[0, 1]), out=tmp_path / "run", hooks=failing("train", True, 2))
+        path = tmp_path / "run/experiment.yaml"
+        path.write_text(path.read_text().replace("lr: 0.1", "lr: 0.3"))
+        with pytest.raises(ConfigError, match=r"experiment.yaml' was changed since its runs began: restore it"):
+            resume(tmp_path / "run")
+
+    def test_bits_of_the_configuration(self, stopped: Path) -> None:
+        """A sample of all single bits: each is refused, or means the same run."""
+        path = stopped / "config.yaml"
+        content = path.read_bytes()
+        meant = configuration_inputs(read_config(stopped))
+        latest = Checkpoints(stopped / "checkpoints").latest()
+        assert latest is not None
+        for bit in random.Random(content).sample(range(8 * len(content)), 150):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            try:
+                require_same(latest.inputs, {"configuration": configuration_inputs(read_config(stopped))})
+            except GossamerError:
+                continue
+            assert configuration_inputs(yaml.safe_load(path.read_bytes())) == meant
 
 
 class TestFullDisk:
@@ -246,7 +385,9 @@ class TestInterrupt:
             (tmp_path / "open").touch()
             stdout, stderr = child.communicate(timeout=60)
         assert (child.returncode, stdout) == (130, "")
-        assert stderr == f"error: stopped after round {HELD_ROUND} of 6; resume with: gossamer resume {out}\n"
+        announced, message = stderr.splitlines()
+        assert announced == f"sampler 'gate:hold': importing 'gate' from {gate.__file__!r}"
+        assert message == f"error: stopped after round {HELD_ROUND} of 6; resume with: gossamer resume {out}"
         assert len(read_metrics(out)) == HELD_ROUND
         latest = Checkpoints(out / "checkpoints").latest()
         assert latest is not None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Algorithm
+from gossamer.config.inputs import configuration_inputs
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks
@@ -65,6 +66,16 @@ class Parts:
     def algorithm(self) -> Algorithm:
         """The task's algorithm."""
         return self.task.algorithm
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the results depend on, for commits, see `gossamer.config.inputs`."""
+        topology = self.task.topology
+        found = {
+            "configuration": configuration_inputs(self.config.model_dump(mode="json")),
+            "data": self.workload.digest(),
+        }
+        return found if topology is None else {**found, "topology": topology.digest()}
 
     def start_engine(self, directory: Path, hooks: EngineHooks = NO_HOOKS) -> tuple[Engine, ClientStore | None]:
         """Start the engine from the initial model, with a store for private state if the algorithm keeps some."""

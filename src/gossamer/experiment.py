@@ -7,23 +7,43 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
+from gossamer.config.inputs import MOVABLE, configuration_inputs, require_same
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.engines.base import STOP_SIGNALS, EngineHooks
-from gossamer.errors import ConfigError, EngineError, GossamerError, Interrupted, storage_errors, warn
+from gossamer.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    GossamerError,
+    Interrupted,
+    StorageError,
+    warn,
+)
 from gossamer.profiling.spans import Spans
+from gossamer.registry import trusting
 from gossamer.round_record import Observer
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
-from gossamer.storage.runlog import CONFIG, EXPERIMENT, RunLog, new_directory, read_config, read_metrics
+from gossamer.storage.disk import DirectoryLock
+from gossamer.storage.experiment_file import hold_experiment, read_experiment
+from gossamer.storage.runlog import (
+    CHECKPOINTS,
+    CONFIG,
+    EXPERIMENT,
+    RunLog,
+    new_directory,
+    read_config,
+    read_metrics,
+    require_vacant,
+)
 from gossamer.storage.sinks import make_sinks
 
 
@@ -60,10 +80,6 @@ class Run:
         )
 
 
-# Where a run that has begun may go on: what changes no bits.
-MOVABLE = tuple(f"engine.{key}" for key in ("name", "workers", "block_size", "address", "straggler_seconds"))
-
-
 @dataclass
 class Hooks:
     """What a caller may attach to a run: an observer for each single run, listeners of spans."""
@@ -77,6 +93,7 @@ def run(
     overrides: Sequence[str] = (),
     out: str | Path | None = None,
     hooks: Hooks | None = None,
+    trust: bool = False,
 ) -> Run:
     """Run an experiment.
 
@@ -84,11 +101,12 @@ def run(
         source: path of a YAML file, or a dict.
         overrides: ``key.path=value`` strings.
         out: the directory to make; None: ``runs/<name>-<time>``.
+        trust: whether the configuration may name any code, because it is your own, see `gossamer.registry`.
 
     Raises:
         GossamerError: its message says what is wrong and what to do; work done is committed.
     """
-    with stop_on_signals() as stop:
+    with trusting(trust), stop_on_signals() as stop:
         return _run(source, overrides, out, hooks or Hooks(), stop)
 
 
@@ -106,19 +124,9 @@ def _run(
     for name, one in resolved.items():  # before the first of them runs for hours
         _warn(name, one)
     directory = Path(out) if out is not None else new_directory(Path("runs"), str(data.get("name", "run")))
-    if (directory / EXPERIMENT).exists() or (directory / CONFIG).exists():
-        raise ConfigError(f"{str(directory)!r} already holds a run: resume it, or choose another --out")
-
-    def keep_experiment() -> None:
-        """Write what several runs were expanded from, beside their directories."""
-        path = directory / EXPERIMENT
-        if list(singles) != [""] and not path.exists():
-            with storage_errors(directory):
-                directory.mkdir(parents=True, exist_ok=True)
-                path.write_text(yaml.safe_dump(dict(data), sort_keys=False))
-
+    require_vacant(directory)
     try:
-        return _run_all(directory, singles, hooks, stop, resolved, keep_experiment)
+        return _run_all(directory, singles, hooks, stop, resolved, experiment=data)
     except GossamerError:
         if out is None:
             with suppress(OSError):  # a directory that holds nothing, because the configuration was refused
@@ -126,17 +134,25 @@ def _run(
         raise
 
 
-def resume(directory: str | Path, hooks: Hooks | None = None, overrides: Sequence[str] = ()) -> Run:
+def resume(
+    directory: str | Path,
+    hooks: Hooks | None = None,
+    overrides: Sequence[str] = (),
+    restart: bool = False,
+    trust: bool = False,
+) -> Run:
     """Continue a run from its last commit, or all unfinished runs of an experiment.
 
     Args:
         directory: of the run or the experiment.
         hooks: see `Hooks`.
         overrides: ``key=value`` strings, for this time; the keys are those of `MOVABLE`, which change no bits.
+        restart: whether to erase the log of a run that cannot be continued, and to train it anew.
+        trust: see `run`.
 
     Raises:
         ConfigError: the directory holds no run, or an override is of another key.
-        CheckpointError: no commit is valid.
+        CheckpointError: no commit is valid, or configuration, data or logs are not those of the last one.
     """
     directory = Path(directory)
     for override in overrides:
@@ -144,13 +160,13 @@ def resume(directory: str | Path, hooks: Hooks | None = None, overrides: Sequenc
             raise ConfigError(
                 f"override {override!r}: a run that has begun can only change {', '.join(MOVABLE)}: start another run"
             )
-    with stop_on_signals() as stop:
+    with trusting(trust), stop_on_signals() as stop:
         singles: Mapping[str, Mapping[str, Any]] = {"": {}}
         if (directory / EXPERIMENT).exists():
-            singles = configuration.expand(configuration.load(directory / EXPERIMENT))
+            singles = configuration.expand(read_experiment(directory))
         else:
             read_config(directory)  # says so where this is no run directory
-        return _run_all(directory, singles, hooks or Hooks(), stop, overrides=overrides)
+        return _run_all(directory, singles, hooks or Hooks(), stop, {}, overrides, restart)
 
 
 def _run_all(
@@ -158,29 +174,42 @@ def _run_all(
     singles: Mapping[str, Mapping[str, Any]],
     hooks: Hooks,
     stop: StopRequest,
-    resolved: dict[str, Resolved] | None = None,
-    before_writing: Callable[[], None] = lambda: None,
+    resolved: dict[str, Resolved],
     overrides: Sequence[str] = (),
+    restart: bool = False,
+    experiment: Mapping[str, Any] | None = None,
 ) -> Run:
-    """Run or resume every single run below `directory`, in order."""
-    runs = []
-    for name, data in singles.items():
-        where = directory / name if name else directory
-        has_begun = (where / CONFIG).exists()
-        config = configuration.parse(configuration.load(read_config(where) if has_begun else data, overrides))
-        ready = None if resolved is None or has_begun else resolved.pop(name, None)  # it may hold a large graph
-        try:
-            with stop.at_once():
-                parts = build(ready or resolve(config))
-            runs.append(_run_single(parts, where, name, hooks, stop, before_writing))
-        except (Interrupted, KeyboardInterrupt) as error:
-            told = str(error) if isinstance(error, Interrupted) else "interrupted at once, without a commit"
-            written = any((directory / name).exists() for name in (EXPERIMENT, CONFIG))
-            remedy = f"resume with: {resume_command(directory)}" if written else "nothing was written: run it again"
-            raise Interrupted(f"{told}; {remedy}") from None
-        except GossamerError as error:
-            error.args = (f"{name}: {error}" if name else str(error),)
-            raise
+    """Run or resume every single run below `directory`, in order.
+
+    Args:
+        experiment: what several runs were expanded from, to be kept beside their directories; None: it is.
+    """
+    runs: list[Run] = []
+    held: DirectoryLock | None = None
+    with ExitStack() as stack:
+        for name, data in singles.items():
+            where, parts = directory / name, None
+            try:
+                if not (where / CONFIG).exists():
+                    ready = resolved.pop(name, None)  # it may hold a large graph
+                    with stop.at_once():
+                        parts = build(ready or resolve(configuration.parse(configuration.load(data, overrides))))
+                if name and held is None:
+                    held = stack.enter_context(closing(hold_experiment(directory, experiment)))
+                if parts is None:
+                    runs.append(_continue(where, name, hooks, stop, overrides, restart))
+                else:
+                    runs.append(_begin(parts, where, name, hooks, stop))
+            except (Interrupted, KeyboardInterrupt) as error:
+                told = str(error) if isinstance(error, Interrupted) else "interrupted at once, without a commit"
+                written = any((directory / name).exists() for name in (EXPERIMENT, CONFIG))
+                remedy = f"resume with: {resume_command(directory)}" if written else "nothing was written: run it again"
+                raise Interrupted(f"{told}; {remedy}") from None
+            except GossamerError as error:
+                if held is not None and not runs and not where.exists():
+                    held.close(discard=True)
+                error.args = (f"{name}: {error}" if name else str(error),)
+                raise
     if list(singles) == [""]:
         return runs[0]
     metrics = [{"run": name} | record for name, one in zip(singles, runs, strict=True) for record in one.metrics]
@@ -197,31 +226,53 @@ def resume_command(directory: Path) -> str:
     return f"gossamer resume {shlex.quote(str(directory))}"
 
 
-def _run_single(
-    parts: Parts,
-    directory: Path,
-    name: str,
-    hooks: Hooks,
-    stop: StopRequest,
-    before_writing: Callable[[], None],
-) -> Run:
-    resumed = (directory / CONFIG).exists()
+def _begin(parts: Parts, directory: Path, name: str, hooks: Hooks, stop: StopRequest) -> Run:
+    """Run from the first round on; what fails before the first commit leaves nothing behind."""
     _warn(name, parts)
-    config = parts.config
-    sinks = make_sinks(config.log.sinks, directory)
-    before_writing()
-    if resumed:
-        log = RunLog.open(directory, sinks)
-    else:
-        log = RunLog.create(directory, parts.config.model_dump(mode="json"), sinks=sinks)
+    log = RunLog.create(directory, parts.config.model_dump(mode="json"))
     with closing(log):
-        checkpoints = Checkpoints(directory / "checkpoints", keep=config.checkpoint.keep)
-        latest = checkpoints.latest()
-        if latest is not None and latest.round >= config.rounds:
-            row = parts.final_model({"x": latest.arrays["state.x"]})
-        else:
-            row = _run_rounds(parts, directory, log, checkpoints, latest, name or config.name, hooks, stop)
-    return Run(directory, read_metrics(directory), parts.workload.params_of(row))
+        checkpoints = Checkpoints(directory / CHECKPOINTS, parts.config.checkpoint.keep, parts.inputs)
+        try:
+            return _run_rounds(parts, directory, log, checkpoints, None, name, hooks, stop)
+        except GossamerError as error:
+            if checkpoints.is_empty and not isinstance(error, Interrupted | StorageError):
+                log.close(discard=True)
+            raise
+
+
+def _continue(
+    directory: Path, name: str, hooks: Hooks, stop: StopRequest, overrides: Sequence[str], restart: bool
+) -> Run:
+    """Run from the last commit on, whose configuration, data and logs must be those of now."""
+
+    def prepare() -> Parts:
+        """Build the run."""
+        with stop.at_once():
+            return build(resolve(config))
+
+    with closing(RunLog.open(directory)) as log:
+        written = read_config(directory)
+        config = configuration.parse(configuration.load(written, overrides))
+        inputs, parts = {"configuration": configuration_inputs(written)}, None
+        checkpoints = Checkpoints(directory / CHECKPOINTS, config.checkpoint.keep, inputs)
+        try:
+            latest = checkpoints.latest()
+            log.check(None if latest is None else latest.logs)
+            if latest is not None:
+                require_same(latest.inputs, inputs)
+                parts = prepare()
+                require_same(latest.inputs, parts.inputs | inputs)
+        except CheckpointError as error:
+            if not restart:
+                again = f"{resume_command(directory)} --restart"
+                raise CheckpointError(f"{error}, or erase its log and train anew with: {again}") from error
+            latest = None
+            checkpoints.clear()
+            log.erase()
+        parts = parts or prepare()
+        _warn(name, parts)
+        checkpoints.inputs = parts.inputs | inputs
+        return _run_rounds(parts, directory, log, checkpoints, latest, name, hooks, stop)
 
 
 def _run_rounds(
@@ -233,18 +284,23 @@ def _run_rounds(
     name: str,
     hooks: Hooks,
     stop: StopRequest,
-) -> Tensor:
-    """Start the engine, run what is left from `latest` on, and return the final flat model [d]."""
+) -> Run:
+    """Start the engine, and run what is left from `latest` on."""
+    config = parts.config
+    if latest is not None and latest.round >= config.rounds:
+        row = parts.final_model({"x": latest.arrays["state.x"]})
+        return Run(directory, read_metrics(directory), parts.workload.params_of(row))
+    log.sinks = make_sinks(config.log.sinks, directory)
     engine, store = parts.start_engine(directory, EngineHooks(stop, log.log_event, stop.is_overdue))
     with closing(engine):
         loop = parts.loop(engine, store, log, checkpoints)
-        loop.observer, loop.spans = hooks.observer(name, parts.config.rounds), hooks.spans()
+        loop.observer, loop.spans = hooks.observer(name or config.name, config.rounds), hooks.spans()
         if latest is not None:
             loop.restore(latest)  # cuts the logs, so what was damaged is told afterwards
             for message in latest.damaged:
                 log.log_event("checkpoint-damaged", message=message)
         else:  # new, or killed before its first commit
-            log.truncate(dict.fromkeys(log.offsets(), 0))
+            log.erase()
             if store is not None:
                 store.restore({})
         try:
@@ -253,7 +309,8 @@ def _run_rounds(
             for note in vars(error).get("__notes__", ()):  # the traceback of a worker
                 log.log_event("worker-failed", message=str(error), traceback=note)
             raise
-        return parts.final_model(engine.read())
+        row = parts.final_model(engine.read())
+    return Run(directory, read_metrics(directory), parts.workload.params_of(row))
 
 
 PATIENCE_SECONDS = 3.0  # between a request to stop and the end of what cannot be stopped without loss

@@ -2,13 +2,26 @@
 
 `BUILTIN` has the short names of what is included; a package of your own adds names under the entry-point group
 ``gossamer.<kind>``, or is named in full as ``my_package.my_module:MyThing``.
+
+A configuration may be a stranger's, and a function that it names is called. So unless it is trusted (`trusting`), it
+can name only what is meant for gossamer: functions and classes of packages that declare an entry point, and of modules
+that are not installed, such as files in the working folder. Nothing is imported to find that out.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable
+import importlib.util
+import inspect
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from gossamer.errors import ConfigError, RegistryError, nearest, plugin_errors
@@ -114,6 +127,57 @@ BUILTIN: dict[str, dict[str, str]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Policy:
+    """What ``module:attribute`` may import.
+
+    Attributes:
+        all: whether it may be anything.
+        own: whether it may be a module that is not installed.
+        announce: callback that gets the name of a module, and a sentence, before it is imported.
+    """
+
+    all: bool = False
+    own: bool = True
+    announce: Callable[[str, str], None] = lambda module, sentence: None
+
+
+_POLICY = ContextVar("policy", default=_Policy())  # noqa: B039, because it is frozen
+
+
+@contextmanager
+def trusting(trust: bool = True) -> Iterator[None]:
+    """Allow configurations within the block to name any code, if `trust`; else change nothing."""
+    reset = _POLICY.set(replace(_POLICY.get(), all=trust or _POLICY.get().all))
+    try:
+        yield
+    finally:
+        _POLICY.reset(reset)
+
+
+@contextmanager
+def importing(announce: Callable[[str], None], own: bool = True) -> Iterator[None]:
+    """Announce, once, each module that is imported within the block, and import none of the user's own unless `own`."""
+    told = set[str]()
+
+    def once(module: str, sentence: str) -> None:
+        """Announce a module."""
+        if module not in told:
+            told.add(module)
+            announce(sentence)
+
+    reset = _POLICY.set(replace(_POLICY.get(), own=own, announce=once))
+    try:
+        yield
+    finally:
+        _POLICY.reset(reset)
+
+
+def is_trusting() -> bool:
+    """Say whether configurations may name any code, see `trusting`."""
+    return _POLICY.get().all
+
+
 def names(kind: str) -> list[str]:
     """List the short names known for `kind`, entry points included."""
     return sorted({*BUILTIN.get(kind, {}), *(point.name for point in entry_points(group=f"gossamer.{kind}"))})
@@ -139,29 +203,107 @@ def resolve(kind: str, name: str) -> Any:
         name: short name, name of an entry point, or ``module:attribute``.
 
     Raises:
-        RegistryError: the name is unknown, or its module or attribute cannot be imported.
+        RegistryError: the name is unknown or not to be trusted, or its module or attribute cannot be imported.
         ConfigError: its module raises an error when it is imported.
     """
-    target = BUILTIN.get(kind, {}).get(name)
-    if target is None and ":" in name and name[0] not in ".:":
-        target = name
-    if target is None:
-        for point in entry_points(group=f"gossamer.{kind}"):
-            if point.name == name:
-                target = point.value
-    if target is None:
-        known = names(kind)
-        raise RegistryError(
-            f"unknown {kind} {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give 'module:attribute')"
-        )
-    module_name, _, attribute = target.partition(":")
+    builtin = BUILTIN.get(kind, {})
+    target = builtin.get(name)
+    if target is not None or name in builtin.values():
+        return _load(kind, name, target or name)
+    if ":" in name and name[0] not in ".:":
+        module = name.partition(":")[0]
+        _require_trusted(f"{kind} {name!r}", module)
+        _announce(f"{kind} {name!r}", module)
+        found = _load(kind, name, name)
+        if callable(found) and _defined_as(found) not in builtin.values():
+            _require_trusted(f"{kind} {name!r}", _defined_as(found).partition(":")[0])
+        return found
+    for point in entry_points(group=f"gossamer.{kind}"):
+        if point.name == name:
+            _announce(f"{kind} {name!r}", point.value.partition(":")[0])
+            return _load(kind, name, point.value)
+    known = names(kind)
+    raise RegistryError(
+        f"unknown {kind} {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give 'module:attribute')"
+    )
+
+
+def load_object(target: str) -> Any:
+    """Return what ``module:attribute`` stands for, which was not named by a configuration."""
+    module, _, attribute = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _load(kind: str, name: str, target: str) -> Any:
     with plugin_errors(f"{kind} {name!r}"):
         try:
-            found: Any = importlib.import_module(module_name)
-            for part in attribute.split("."):
-                found = getattr(found, part)
+            return load_object(target)
         except (ImportError, AttributeError) as error:
             raise RegistryError(f"cannot load {kind} {name!r} from {target!r}: {error}") from error
         except ConfigError as error:  # such as of its traits
             raise ConfigError(f"{kind} {name!r}: {error}") from error
-    return found
+
+
+def _require_trusted(plugin: str, module: str) -> None:
+    """Check that a configuration may name what `module` defines.
+
+    Raises:
+        RegistryError: it may not.
+    """
+    policy, top = _POLICY.get(), module.partition(".")[0]
+    files = _files_of(top)
+    if policy.all or _is_declared(top):
+        return
+    where = "of Python's library" if files == [] else f"in {files[0] if files else top!r}"
+    if files is not None and (not files or top == "gossamer" or any(map(_is_installed, files))):
+        raise RegistryError(
+            f"{plugin} names code {where}, which is no plug-in of gossamer: if you trust the file that names it, say so"
+            " with --trust (in Python: trust=True)"
+        )
+    if not policy.own:
+        raise RegistryError(f"{plugin} names code {where}, which this command imports only with --trust")
+
+
+def _announce(plugin: str, module: str) -> None:
+    files = _files_of(module.partition(".")[0])
+    if files is not None:  # else the import fails
+        _POLICY.get().announce(module, f"{plugin}: importing {module!r}" + (f" from {files[0]!r}" if files else ""))
+
+
+def _files_of(top: str) -> list[str] | None:
+    """Return where a package lies, without importing it: [] within Python's library, None nowhere."""
+    if top in sys.stdlib_module_names:
+        return []
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # a module without a spec, such as a script
+        return [str(vars(sys.modules[top]).get("__file__"))] if top in sys.modules else None
+    if spec is None:
+        return None
+    return [*([spec.origin] if spec.origin else []), *(spec.submodule_search_locations or [])]
+
+
+def _is_installed(file: str) -> bool:
+    """Say whether a file belongs to Python's library or to an installed package."""
+    path, known = Path(file).resolve(), sysconfig.get_paths()
+    roots = [known[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    is_packaged = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+    return is_packaged or any(path.is_relative_to(Path(root).resolve()) for root in roots)
+
+
+def _is_declared(top: str) -> bool:
+    """Say whether a package declares an entry point for gossamer."""
+    points = (point for kind in BUILTIN for point in entry_points(group=f"gossamer.{kind}"))
+    return any(point.value.partition(":")[0].partition(".")[0] == top for point in points)
+
+
+def _defined_as(found: Any) -> str:
+    """Return ``module:name`` of a function or a class, or of the class of anything else, as it was defined."""
+    if isinstance(found, functools.partial):
+        return _defined_as(found.func)
+    defined = found if inspect.isroutine(found) or isinstance(found, type) else type(found)
+    owner = inspect.getmodule(defined)
+    return f"builtins:{defined}" if owner is None else f"{owner.__name__}:{defined.__qualname__}"

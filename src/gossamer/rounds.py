@@ -89,7 +89,7 @@ class Loop:
         if self.store is not None:
             self.store.restore({n.removeprefix("store."): v for n, v in arrays.items() if n.startswith("store.")})
         self.progress = Progress(**checkpoint.progress)
-        self.log.truncate(checkpoint.log_offsets)
+        self.log.truncate(checkpoint.logs)
         self.committed = checkpoint.round, checkpoint.phase
 
     def run(self) -> None:
@@ -254,7 +254,7 @@ class Loop:
                 arrays |= {f"store.{name}": value for name, value in self.store.index().items()}
             self.log.sync()
             round, phase = self.progress.address
-            self.checkpoints.commit(round, arrays, vars(self.progress), self.log.offsets(), phase=phase)
+            self.checkpoints.commit(round, arrays, vars(self.progress), self.log.positions(), phase=phase)
             if self.store is not None:
                 self.store.release()
         self.committed, self._committed_at = self.progress.address, time.monotonic()

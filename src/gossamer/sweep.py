@@ -9,20 +9,22 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from gossamer import experiment
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import resolve
 from gossamer.config.schema import as_mapping
 from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors, warn
+from gossamer.registry import is_trusting, trusting
 from gossamer.reports.curves import find_runs, group, main_metric
-from gossamer.storage.runlog import CONFIG, EXPERIMENT, new_directory
+from gossamer.storage.experiment_file import hold_experiment
+from gossamer.storage.runlog import CONFIG, new_directory
+from gossamer.storage.strict_yaml import parse_yaml
 
 Row = dict[str, Any]
 """One run: its method (if there are any) and overrides, seed, metric, final, best, seconds, directory, error."""
@@ -76,6 +78,7 @@ def sweep(
     out: str | Path | None = None,
     num_parallel: int | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
+    trust: bool = False,
 ) -> Sweep:
     """Run all points of a grid with all seeds; begun runs in `out` are resumed. A run that fails costs its row only.
 
@@ -87,6 +90,7 @@ def sweep(
         out: the directory; None: ``runs/<name>-<time>``.
         num_parallel: most runs at once on Ray; None: as many as there are CPUs.
         on_row: callback for every run that ends.
+        trust: see `experiment.run`.
 
     Raises:
         ConfigError: a setting, or a configuration of the grid, is wrong; `out` holds something else.
@@ -96,21 +100,27 @@ def sweep(
     if num_parallel is not None and (num_parallel < 1 or engine == "local"):
         raise ConfigError(f"--parallel {num_parallel}: give a number >= 1, together with --engine ray")
     grid = make_grid(source, settings, seeds)
-    for name, single in grid.singles.items():
-        warn(resolve(configuration.parse(single)).warnings, grid.label(name))
+    with trusting(trust):
+        for name, single in grid.singles.items():
+            warn(resolve(configuration.parse(single)).warnings, grid.label(name))
+        return _run_grid(grid, engine, out, num_parallel, on_row)
+
+
+def _run_grid(
+    grid: Grid, engine: str, out: str | Path | None, num_parallel: int | None, on_row: Callable[[Row], None]
+) -> Sweep:
     name = str(grid.experiment.get("name", "sweep"))
     directory = Path(out) if out is not None else new_directory(Path("runs"), name)
-    _keep(directory, grid.experiment)
     rows = {name: {**cell, "error": STOPPED} for name, cell in grid.cells.items()}
-    with experiment.stop_on_signals() as stop:
+    with experiment.stop_on_signals() as stop, closing(hold_experiment(directory, grid.experiment)):
         for name, outcome in _outcomes(grid, directory, engine, num_parallel, stop):
             where = {"directory": str(directory / name)}
             warn(outcome.pop("warnings", ()), grid.label(name))
             rows[name] = {**grid.cells[name], "error": None, **outcome, **where}
             _write(directory, list(rows.values()))
             on_row(rows[name])
-    _write(directory, list(rows.values()))
-    return Sweep(directory, list(rows.values()), _draw(directory, grid.labels))
+        _write(directory, list(rows.values()))
+        return Sweep(directory, list(rows.values()), _draw(directory, grid.labels))
 
 
 def require_all_done(found: Sweep) -> None:
@@ -185,8 +195,8 @@ def _values(setting: str) -> tuple[str, list[Any]]:
     """Read ``key.path=value,value,...``; commas inside brackets belong to a value."""
     key, separator, text = setting.partition("=")
     try:
-        values = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
+        values = parse_yaml(f"[{text}]", repr(setting))
+    except ConfigError:
         raise ConfigError(f"setting {setting!r}: {text!r} is no list of YAML values") from None
     if not separator or not key or not values:
         raise ConfigError(f"setting {setting!r} is not of the form key.path=value,value")
@@ -217,7 +227,7 @@ def _outcomes(
     messages = {
         name: json.dumps(
             {"config": single | {"engine": {**(as_mapping(single.get("engine")) or {}), **where}}}
-            | {"directory": str((directory / name).resolve())}
+            | {"directory": str((directory / name).resolve()), "trust": is_trusting()}
         )
         for name, single in grid.singles.items()
     }
@@ -245,18 +255,20 @@ def run_one(message: str) -> str:
     """Run or resume one run.
 
     Args:
-        message: JSON with its ``config`` and ``directory``.
+        message: JSON with its ``config`` and ``directory``, and whether to ``trust`` it, see `experiment.run`.
 
     Returns:
         JSON of its metric, final, best and seconds, or of its error; and of its warnings.
     """
     described = json.loads(message)
-    directory = Path(described["directory"])
+    directory, trust = Path(described["directory"]), described["trust"]
     outcome: Row
     with warnings.catch_warnings(record=True) as issued:
         try:
-            begun = (directory / CONFIG).exists()
-            run = experiment.resume(directory) if begun else experiment.run(described["config"], out=directory)
+            if (directory / CONFIG).exists():
+                run = experiment.resume(directory, trust=trust)
+            else:
+                run = experiment.run(described["config"], out=directory, trust=trust)
             outcome = _summary(run.metrics)
         except Interrupted:
             outcome = {"error": STOPPED}
@@ -280,24 +292,6 @@ def _sentence(error: Exception) -> str:
 
 
 # ---- what is kept
-
-
-def _keep(directory: Path, data: Mapping[str, Any]) -> None:
-    """Write what the runs were expanded from beside their directories, as every experiment of several runs has it.
-
-    Raises:
-        ConfigError: the directory holds another experiment.
-    """
-    path, text = directory / EXPERIMENT, yaml.safe_dump(dict(data), sort_keys=False)
-    with storage_errors(path):
-        held = path.read_text() if path.exists() else None
-        if (directory / CONFIG).exists() or held not in (None, text):
-            raise ConfigError(
-                f"{str(directory)!r} holds another experiment: repeat its settings, or choose another --out"
-            )
-        if held is None:
-            directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
 
 
 def _write(directory: Path, rows: Sequence[Row]) -> None:

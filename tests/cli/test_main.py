@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,61 @@ class TestRun:
         assert (tmp_path / "a.svg").read_text().count("<svg") == 1
 
 
+class TestModulePath:
+    """Code in the working folder, under names that libraries have, and of a plug-in."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+        for name in ("random", "yaml", "datasets", "typing_extensions", "networkx"):
+            (tmp_path / f"{name}.py").write_text("raise RuntimeError('imported')\n")
+        plug_in = "from gossamer.topology.classic import ring\nfrom gossamer.workloads.datasets import digits\n"
+        (tmp_path / "plug_in_here.py").write_text(plug_in + "def few(options): return digits({'limit': 60})\n")
+        workload = EXPERIMENT["workload"] | {"dataset": {"name": "plug_in_here:few"}}
+        (tmp_path / "e.yaml").write_text(yaml.safe_dump(EXPERIMENT | {"workload": workload}))
+        monkeypatch.chdir(tmp_path)
+        yield tmp_path
+        sys.modules.pop("plug_in_here", None)
+
+    def test_the_working_folder_comes_last(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "gossamer", "topology", "show", "geometric", "-n", "20"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def test_run_says_what_it_imports(self, folder: Path) -> None:
+        path = list(sys.path)
+        done = invoke("run", "e.yaml", "--out", "out")
+        assert done.exit_code == 0, done.stderr
+        told = f"dataset 'plug_in_here:few': importing 'plug_in_here' from {str(folder / 'plug_in_here.py')!r}\n"
+        assert done.stderr == told
+        assert sys.path == path
+
+    @pytest.mark.parametrize(
+        "command", [["coverage", "e.yaml"], ["topology", "show", "plug_in_here:ring", "-n", "4"]], ids=lambda c: c[0]
+    )
+    def test_commands_that_only_look_import_nothing(self, folder: Path, command: list[str]) -> None:
+        done = invoke(*command)
+        assert done.exit_code == 2
+        assert "names code in 'plug_in_here', which this command imports only with --trust" in done.stderr
+        assert "plug_in_here" not in sys.modules
+        assert invoke(*command, "--trust").exit_code == 0
+
+    @pytest.mark.parametrize("command", ["run", "coverage", "resume", "sweep"])
+    def test_a_strangers_file(self, tmp_path: Path, command: str) -> None:
+        workload = {"dataset": {"name": "subprocess:call", "args": ["touch", str(tmp_path / "touched")]}}
+        (tmp_path / "e.yaml").write_text(yaml.safe_dump(EXPERIMENT | {"workload": workload | {"model": "softmax"}}))
+        given = tmp_path / "e.yaml"
+        if command == "resume":
+            given = tmp_path / "run"
+            given.mkdir()
+            (given / "config.yaml").write_text((tmp_path / "e.yaml").read_text())
+        more = ["--engine", "local", "train.lr=0.1,0.2"] if command == "sweep" else []
+        done = invoke(command, given, *more, *(["--out", tmp_path / "out"] if command in ("run", "sweep") else []))
+        assert done.exit_code == 2, done.output
+        assert "'subprocess:call' names code of Python's library" in done.output
+        assert not (tmp_path / "touched").exists()
+        assert command == "sweep" or not (tmp_path / "out").exists()  # a sweep has a table of what failed
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("error", "code"),
@@ -161,7 +217,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["run", "none.yaml"], "no configuration file 'none.yaml'"),
+            (["run", "none.yaml"], "cannot read configuration 'none.yaml' (No such file or directory): give"),
             (["resume", "none"], "'none' is not a run directory"),
             (["plot", "none", "-o", "a.png"], "no directory 'none'"),
             (["plot", "none", "-o", "a.gif"], "cannot tell the format of 'a.gif'"),

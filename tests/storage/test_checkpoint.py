@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from gossamer.errors import CheckpointError, ConfigError, StorageError
 from gossamer.storage import checkpoint
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
+from gossamer.storage.jsonl import Position
 
 FILES = ("arrays.safetensors", "progress.json", "manifest.json")
-OFFSETS = {"metrics.jsonl": 120, "events.jsonl": 0}
+LOGS = {"metrics.jsonl": Position(120, "0123456789abcdef"), "events.jsonl": Position()}
 
 
 def state(round: int) -> dict[str, torch.Tensor]:
@@ -34,14 +35,14 @@ def state(round: int) -> dict[str, torch.Tensor]:
 
 
 def commit(store: Checkpoints, round: int, **options: Any) -> Path:
-    return store.commit(round, state(round), {"round": round, "loss": round / 3}, OFFSETS, **options)
+    return store.commit(round, state(round), {"round": round, "loss": round / 3}, LOGS, **options)
 
 
 def assert_is(found: Checkpoint | None, round: int) -> None:
     assert found is not None
     assert found.round == round
     assert found.progress == {"round": round, "loss": round / 3}
-    assert found.log_offsets == OFFSETS
+    assert found.logs == LOGS
     assert found.arrays.keys() == state(round).keys()
     for name, tensor in state(round).items():
         assert found.arrays[name].dtype == tensor.dtype
@@ -224,20 +225,20 @@ def test_truncated_and_missing_files_are_found_out(tmp_path: Path, name: str) ->
 def test_an_unknown_format_is_passed_over_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Checkpoints(tmp_path)
     commit(store, 1)
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
     commit(store, 2)
     monkeypatch.undo()
     found = store.latest()
     assert_is(found, 1)
     assert found is not None
-    assert "its format is 2, but this version reads 1" in found.damaged[0]
+    assert "its format is 99, but this version reads 2" in found.damaged[0]
 
 
 def test_no_usable_commit_names_each(tmp_path: Path) -> None:
     store = Checkpoints(tmp_path)
     (commit(store, 1) / "manifest.json").write_text("[]")
     (commit(store, 2) / "arrays.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"00000002.*cannot be read.*00000001.*malformed.*start a new run"):
+    with pytest.raises(CheckpointError, match=r"00000002.*cannot be read.*00000001.*malformed.*restore one"):
         store.latest()
 
 

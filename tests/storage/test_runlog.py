@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import CheckpointError, ConfigError, DataError, StorageError
-from gossamer.storage.runlog import RunLog, new_directory, read_config, read_events, read_metrics, repair
+from gossamer.storage.jsonl import Position
+from gossamer.storage.runlog import RunLog, new_directory, read_config, read_events, read_metrics
 
 CONFIG = {"zeta": 1, "alpha": {"lr": 1e-5, "name": "no"}, "list": [1, 2.5, None, True]}
 
@@ -71,7 +72,7 @@ def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
         log = RunLog.open(tmp_path)
         os.write(ready[1], b"x")
         os.read(go[0], 1)
-        os._exit(0 if log.offsets() else 1)
+        os._exit(0 if log.positions() else 1)
     assert os.read(ready[0], 1) == b"x"
     with pytest.raises(ConfigError, match="another process works on the run in"):
         RunLog.open(tmp_path)
@@ -212,7 +213,10 @@ def test_a_refused_line_leaves_the_log_as_it_was(
 
 
 def read_lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Return all records, each of which has a digest."""
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(len(record.pop("digest")) == 16 for record in records)
+    return records
 
 
 VALUES = st.recursive(
@@ -242,19 +246,19 @@ def test_a_log_cut_at_any_byte_yields_a_prefix_and_is_repaired(
     assert read_lines(path) == [*records[:num_whole], {"after": 1}]
 
 
-@pytest.mark.parametrize("tail", [b'{"round": 1}', b'{"rou', b"\0\0\0\0\n", b"[1]\n", b"\xff\n", b"\n"])
-def test_a_torn_last_line_is_ignored_and_cut_off(tmp_path: Path, tail: bytes) -> None:
-    create(tmp_path).close()
+@pytest.mark.parametrize("tail", [b'{"round": 1}', b'{"rou', b"\0\0\0\0"])
+def test_a_torn_last_line_is_ignored_and_replaced(tmp_path: Path, tail: bytes) -> None:
+    with create(tmp_path) as log:
+        log.log_event("first")
     path = tmp_path / "events.jsonl"
-    path.write_bytes(b'{"round": 0}\n' + tail)
-    assert read_events(tmp_path) == [{"round": 0}]
-    repair(tmp_path)
-    assert path.read_bytes() == b'{"round": 0}\n'
-    repair(tmp_path)
-    assert path.read_bytes() == b'{"round": 0}\n'
+    path.write_bytes(path.read_bytes() + tail)
+    assert [event["kind"] for event in read_events(tmp_path)] == ["first"]
+    with RunLog.open(tmp_path) as log:
+        log.log_event("second")
+    assert [event["kind"] for event in read_events(tmp_path)] == ["first", "second"]
 
 
-@pytest.mark.parametrize("rest", [b'{"round": 2}\n', b'{"rou'])
+@pytest.mark.parametrize("rest", [b'{"round": 2}\n', b'{"rou', b""])
 def test_a_malformed_line_elsewhere_is_named(tmp_path: Path, rest: bytes) -> None:
     create(tmp_path).close()
     (tmp_path / "metrics.jsonl").write_bytes(b'{"round": 0}\nnonsense\n' + rest)
@@ -267,25 +271,87 @@ def test_truncate_goes_back_to_the_offsets(tmp_path: Path) -> None:
         log.log_metrics({"round": 0})
         log.log_event("warning")
         log.sync()
-        offsets = log.offsets()
-        assert offsets == {name: (tmp_path / name).stat().st_size for name in ("metrics.jsonl", "events.jsonl")}
+        positions = log.positions()
+        sizes = {name: position.num_bytes for name, position in positions.items()}
+        assert sizes == {name: (tmp_path / name).stat().st_size for name in ("metrics.jsonl", "events.jsonl")}
         log.log_metrics({"round": 1})
         log.log_event("retry")
-        log.truncate(offsets)
-        assert log.offsets() == offsets
+        log.truncate(positions)
+        assert log.positions() == positions
         log.log_metrics({"round": 1, "again": True})
     assert read_metrics(tmp_path) == [{"round": 0}, {"round": 1, "again": True}]
     assert [event["kind"] for event in read_events(tmp_path)] == ["warning"]
 
 
-def test_a_log_shorter_than_its_offset_is_refused_and_nothing_is_cut(tmp_path: Path) -> None:
-    with create(tmp_path) as log:
-        log.log_metrics({"round": 0})
-        with pytest.raises(CheckpointError, match=r"events\.jsonl.* holds 0 bytes but the commit was made at 9"):
-            log.truncate({"metrics.jsonl": 0, "events.jsonl": 9})
-        with pytest.raises(CheckpointError, match=r"no offset for .*events\.jsonl"):
-            log.truncate({"metrics.jsonl": 0})
-    assert read_metrics(tmp_path) == [{"round": 0}]
+class TestCheck:
+    """Two rounds and an event are committed, and one more round is logged."""
+
+    @pytest.fixture
+    def positions(self, tmp_path: Path) -> dict[str, Position]:
+        with create(tmp_path) as log:
+            log.log_metrics({"round": 1})
+            log.log_metrics({"round": 2})
+            log.log_event("warning")
+            positions = log.positions()
+            log.log_metrics({"round": 3})
+        return positions
+
+    def check(self, directory: Path, positions: dict[str, Position] | None) -> None:
+        with RunLog.open(directory) as log:
+            log.check(positions)
+
+    def test_what_follows_the_commit_does_not_matter(self, tmp_path: Path, positions: dict[str, Position]) -> None:
+        self.check(tmp_path, positions)
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(path.read_bytes()[:-9] + b"nonsense\n")
+        self.check(tmp_path, positions)
+
+    def test_lines_that_were_cut(self, tmp_path: Path, positions: dict[str, Position]) -> None:
+        os.truncate(tmp_path / "events.jsonl", 0)
+        with pytest.raises(CheckpointError, match=r"events.jsonl' holds 0 bytes but the commit was made at \d+"):
+            self.check(tmp_path, positions)
+
+    @pytest.mark.parametrize("change", [lambda lines: lines[1:], lambda lines: [lines[1], lines[0], lines[2]]])
+    def test_lines_that_were_removed_or_moved(self, tmp_path: Path, positions: Any, change: Any) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+        with pytest.raises(DataError, match=r"line 1 of .*metrics.jsonl' is not as it was written"):
+            read_metrics(tmp_path)
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl'"):
+            self.check(tmp_path, positions)
+
+    def test_a_log_of_another_run(self, tmp_path: Path, positions: dict[str, Position]) -> None:
+        with create(tmp_path / "other") as log:
+            log.log_metrics({"round": 1})
+            log.log_metrics({"round": 4})
+        os.replace(tmp_path / "other/metrics.jsonl", tmp_path / "metrics.jsonl")
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl' holds other lines than at the commit"):
+            self.check(tmp_path, positions)
+
+    def test_without_digests(self, tmp_path: Path, positions: dict[str, Position]) -> None:
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"round": 1}\n{"round": 2}\n' + " " * 100)
+        assert read_metrics(tmp_path) == [{"round": 1}, {"round": 2}]
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl' holds other lines than at the commit"):
+            self.check(tmp_path, positions)
+
+    def test_rounds_without_a_commit(self, tmp_path: Path, positions: dict[str, Position]) -> None:
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl' holds 3 rounds, but .*checkpoints' no commit"):
+            self.check(tmp_path, None)
+        with RunLog.open(tmp_path) as log:
+            log.erase()
+            log.check(None)
+
+    def test_each_bit_counts(self, tmp_path: Path, positions: dict[str, Position]) -> None:
+        """Readers notice it without a commit; only an end of the whole log may read as torn."""
+        path = tmp_path / "metrics.jsonl"
+        content = path.read_bytes()
+        for bit in range(8 * len(content)):
+            changed = bytearray(content)
+            changed[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(changed)
+            with pytest.raises(DataError, match=r"metrics.jsonl"):
+                read_metrics(tmp_path)
 
 
 def test_sync_reaches_both_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +364,8 @@ def test_sync_reaches_both_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_sinks_receive_plain_metrics_and_are_closed(tmp_path: Path) -> None:
     sink = Recorder()
-    with create(tmp_path, sinks=[sink]) as log:
+    with create(tmp_path) as log:
+        log.sinks = [sink]
         log.log_metrics({"round": np.int64(0), "loss": float("nan")})
         log.log_event("warning")
     assert sink.records == [{"round": 0, "loss": None}]
@@ -307,7 +374,8 @@ def test_sinks_receive_plain_metrics_and_are_closed(tmp_path: Path) -> None:
 
 def test_a_failing_sink_is_dropped_and_named_once(tmp_path: Path) -> None:
     good = Recorder()
-    with create(tmp_path, sinks=[Recorder(fails=True), good]) as log:
+    with create(tmp_path) as log:
+        log.sinks = [Recorder(fails=True), good]
         log.log_metrics({"round": 0})
         log.log_metrics({"round": 1})
     assert [record["round"] for record in good.records] == [0, 1]

@@ -178,8 +178,8 @@ class TestSpecifications:
             ("topology: ring\nn: 5\n", "missing key 'a.yaml.source'"),
             ("topology: ring\nsource: x\nm: 5\n", "unknown key 'a.yaml.m'"),
             ("- ring\n", r"a.yaml must be a mapping"),
-            ("topology: [", "cannot read the topology"),
-            (None, r"cannot read the topology .*did you mean 'b.yaml'"),
+            ("topology: [", r"topology .*a.yaml' is not valid YAML"),
+            (None, r"cannot read topology .*did you mean 'b.yaml'"),
         ],
         ids=["source", "unknown", "list", "malformed", "missing"],
     )

@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from gossamer.cli import topology
+from gossamer.cli.plug_ins import Trust, plug_ins
 from gossamer.errors import GossamerError, GossamerWarning
 
 if TYPE_CHECKING:
@@ -110,12 +111,14 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Where to train; short for engine.name=NAME.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/<name>-<time>.")] = None,
+    trust: Trust = False,
 ) -> None:
     """Run an experiment; the last line of the output is its directory."""
     from gossamer import experiment
 
     changes = _changes(overrides, engine)
-    _follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: _num_runs(file, changes))
+    with plug_ins(trust):
+        _follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: _num_runs(file, changes))
 
 
 @app.command()
@@ -128,6 +131,11 @@ def resume(
     engine: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where to train from now on; short for engine.name=NAME.")
     ] = None,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Train anew, and erase the log of, a run that cannot be continued."),
+    ] = False,
+    trust: Trust = False,
 ) -> None:
     """Continue a run from its last commit, or all unfinished runs of an experiment."""
     from gossamer import experiment
@@ -135,9 +143,11 @@ def resume(
 
     changes = _changes(overrides, engine)
     whole = directory / EXPERIMENT
-    _follow(
-        lambda hooks: experiment.resume(directory, hooks, changes), lambda: _num_runs(whole) if whole.exists() else 1
-    )
+    with plug_ins(trust):
+        _follow(
+            lambda hooks: experiment.resume(directory, hooks, changes, restart),
+            lambda: _num_runs(whole) if whole.exists() else 1,
+        )
 
 
 @app.command()
@@ -157,12 +167,14 @@ def sweep(
     parallel: Annotated[
         int | None, typer.Option(metavar="N", help="Maximum number of parallel runs; default: one for each CPU.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Run every combination of settings with every seed; prints one table, and as its last line the directory."""
     from gossamer import sweep as sweeps
 
     progress = (lambda row: typer.echo(sweeps.render([row]), err=True)) if sys.stderr.isatty() else lambda row: None
-    found = sweeps.sweep(file, settings or (), sweeps.parse_seeds(seeds), engine, out, parallel, progress)
+    with plug_ins(trust):
+        found = sweeps.sweep(file, settings or (), sweeps.parse_seeds(seeds), engine, out, parallel, progress)
     typer.echo(sweeps.render(found.rows))
     typer.echo(found.directory)
     sweeps.require_all_done(found)
@@ -202,13 +214,15 @@ def coverage(
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also draw this .png, .svg or .pdf.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Show which channels and weights the windows of an experiment will reach, without running it."""
     from gossamer.reports import window_coverage
 
     if output is not None:
         window_coverage.require_image(output)
-    found = window_coverage.examine(file, overrides or (), rounds)
+    with plug_ins(trust, own=trust):
+        found = window_coverage.examine(file, overrides or (), rounds)
     typer.echo(window_coverage.render(found, as_json))
     if output is not None:
         typer.echo(window_coverage.draw(found, output))
@@ -251,8 +265,7 @@ def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
 
 
 def main() -> None:
-    """Entry point of the console script; plug-ins are also found in the current folder, as with ``python -m``."""
-    sys.path.insert(0, os.getcwd())
+    """Entry point of the console script."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # until a run handles them, and in other commands
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _interrupt)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gossamer.cli.plug_ins import Trust, plug_ins
 from gossamer.errors import ConfigError, storage_errors
 
 if TYPE_CHECKING:
@@ -49,11 +50,13 @@ def show(
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Also draw this .png, .svg or .pdf.")
     ] = None,
     as_json: Json = False,
+    trust: Trust = False,
 ) -> None:
     """Describe a topology: degree, symmetry, consensus rate and bound, period, spectrum; and draw it."""
     from gossamer.topology import find, report
 
-    topology = find(name, _parse(parameters, n, seed))
+    with plug_ins(trust, own=trust):
+        topology = find(name, _parse(parameters, n, seed))
     if output is not None:
         _require_format(output)
     facts = report.describe(topology)
@@ -71,11 +74,13 @@ def measure(
     rounds: Annotated[int, typer.Option(metavar="R", help="Maximum number of rounds.")] = 1000,
     seed: TopologySeed = None,
     as_json: Json = False,
+    trust: Trust = False,
 ) -> None:
     """Mix a random vector until all peers agree to 1e-10, and compare the rate with the bound."""
     from gossamer.topology import find, report
 
-    topology = find(name, _parse(parameters, n, seed))
+    with plug_ins(trust, own=trust):
+        topology = find(name, _parse(parameters, n, seed))
     facts = report.measured(topology, rounds, start_seed=topology.seed)
     typer.echo(_json(facts) if as_json else report.render(facts))
 
@@ -86,7 +91,7 @@ def _parse(parameters: list[str] | None, n: int | None, seed: int | None) -> dic
     Raises:
         ConfigError: a word is not of this form.
     """
-    import yaml
+    from gossamer.storage.strict_yaml import parse_yaml
 
     parsed: dict[str, Any] = {"n": n, "seed": seed}
     for word in parameters or ():
@@ -95,10 +100,7 @@ def _parse(parameters: list[str] | None, n: int | None, seed: int | None) -> dic
             raise ConfigError(f"parameter {word!r} is not of the form KEY=VALUE: write -p M=9")
         if parsed.get(key) is not None:
             raise ConfigError(f"parameter {word!r} gives {key} twice: keep one of them")
-        try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"the value of parameter {word!r} is not YAML: write -p M=9") from None
+        parsed[key] = parse_yaml(value, f"parameter {word!r}")
     return parsed
 
 

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gossamer.config.schema import (
     Config,
     as_mapping,
 )
 from gossamer.errors import ConfigError
 from gossamer.options import parse_options
+from gossamer.storage.strict_yaml import parse_yaml, read_yaml
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -27,27 +26,14 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         data: Any = dict(source)
     else:
         path = Path(source)
-        try:
-            with path.open() as file:  # not its text, so that errors name it
-                data = yaml.safe_load(file)
-        except FileNotFoundError:
-            raise ConfigError(f"no configuration file {str(path)!r}: give the path of a YAML file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"cannot read configuration file {str(path)!r} ({error}): give the path of a YAML file"
-            ) from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        data = read_yaml(path, "configuration")
         if not isinstance(data, dict):
             raise ConfigError(f"{str(path)!r} must hold a mapping of keys to values, not {data!r}")
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"override {override!r} is not of the form key.path=value")
-        try:
-            value: Any = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+        value = parse_yaml(text, f"override {override!r}")
         if key == "seed" and data.get("seeds") is not None:
             raise ConfigError(f"override {override!r} has no effect beside seeds = {data['seeds']}: set seeds=[{text}]")
         data = with_value(data, key.split("."), value)

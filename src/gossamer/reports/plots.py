@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import yaml
 from pydantic import Field, model_validator
 
 from gossamer.errors import ConfigError, nearest, storage_errors
 from gossamer.options import Options, parse_options
 from gossamer.reports.curves import FEW, X_AXES, Curve, Line, Numbers, XAxis, find_runs, group, main_metric, summarize
+from gossamer.storage.strict_yaml import read_yaml
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,15 +164,7 @@ def _options(x: str | None, metric: str | None, spec: str | Path | None) -> Figu
         return FigureOptions(panels=[panel])
     if x is not None or metric is not None:
         raise ConfigError(f"{str(spec)!r} names the axes of its panels: give either a spec, or x and metric")
-    try:
-        with Path(spec).open(encoding="utf-8") as file:
-            data = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the plot's spec {str(spec)!r} ({error}): give the path of a YAML file"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{str(spec)!r} is not valid YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(Path(spec), "the plot's spec")
     try:
         return parse_options(FigureOptions, data, "")
     except ConfigError as error:

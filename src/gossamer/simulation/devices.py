@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, field_validator
 
 from gossamer import rng
 from gossamer.errors import ConfigError, nearest
 from gossamer.options import Options
+from gossamer.storage.strict_yaml import read_yaml
 
 RETRY_SECONDS = 60.0  # simulated; after which a server that found nobody asks anew
 MAX_RETRIES = 10_000
@@ -91,12 +91,7 @@ def read_profile(name: str) -> dict[str, Any]:
             " YAML file)"
         )
     path = Path(name) if is_path else resources.files("gossamer.simulation") / "profiles" / f"{name}.yaml"
-    try:
-        with path.open(encoding="utf-8") as file:
-            data = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"cannot read device profile {name!r} ({reason}): give the path of a YAML file") from error
+    data = read_yaml(path, "device profile")
     missing = [key for key in REQUIRED if not isinstance(data, Mapping) or key not in data]
     if missing:
         raise ConfigError(f"device profile {name!r} lacks {', '.join(missing)}: add it to the file")

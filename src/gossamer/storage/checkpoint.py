@@ -5,7 +5,8 @@ A commit is a directory of three files, written under another name, synced to th
     %08d/                   the round, as a decimal number; %08d-%d: and phases of the next one that are done, if any
         arrays.safetensors  every array
         progress.json       everything else that a resume needs
-        manifest.json       written last: format, round, phase, SHA-256 and size of each file, lengths of the logs
+        manifest.json       written last: format, round, phase, SHA-256 and size of each file, positions in the logs,
+                            and the inputs of the run
 
 So a directory of that name is a complete commit, and anything else is a leftover. What is committed again, because its
 first commit was damaged, goes to ``%08d.1``, ``%08d.2``, ..., and then the earlier one is deleted.
@@ -22,7 +23,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from safetensors.torch import load_file, save_file
 
 from gossamer.errors import CheckpointError, ConfigError, storage_errors
 from gossamer.storage.disk import remove, sync
+from gossamer.storage.jsonl import Position
 
-FORMAT = 1
+FORMAT = 2
 ARRAYS = "arrays.safetensors"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
@@ -50,8 +52,9 @@ class Checkpoint:
         round: number of rounds done at the commit.
         arrays: tensors by name, on the CPU, each starting on a 64-byte boundary.
         progress: JSON object that was committed with them.
-        log_offsets: length of each log at the commit, in bytes.
+        logs: where each log ended at the commit.
         path: its directory.
+        inputs: what the run's results depend on, see `Checkpoints`.
         phase: number of phases of the next round that were done.
         damaged: one message for each newer commit that is damaged.
     """
@@ -59,8 +62,9 @@ class Checkpoint:
     round: int
     arrays: dict[str, torch.Tensor]
     progress: dict[str, Any]
-    log_offsets: dict[str, int]
+    logs: dict[str, Position]
     path: Path
+    inputs: dict[str, Any] = field(default_factory=dict)
     phase: int = 0
     damaged: list[str] = field(default_factory=list)
 
@@ -68,10 +72,15 @@ class Checkpoint:
 class Checkpoints:
     """The commits of one run, of which the newest `keep` are kept."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, inputs: Mapping[str, Any] | None = None) -> None:
         """Open `directory`, create it if needed, and remove what a killed writer left unfinished there.
 
         Because it removes leftovers, only the process that owns the run may open it.
+
+        Args:
+            keep: number of commits that are kept.
+            inputs: what the results depend on, as JSON values: the configuration, and digests of data and other files.
+                It is written into every commit, so that a resume can tell what was changed.
 
         Raises:
             ConfigError: `keep` is below 2.
@@ -83,6 +92,7 @@ class Checkpoints:
             )
         self.directory = Path(directory)
         self.keep = keep
+        self.inputs = dict(inputs or {})
         self._damaged: set[Path] = set()
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -96,7 +106,7 @@ class Checkpoints:
         round: int,
         arrays: Mapping[str, torch.Tensor],
         progress: Mapping[str, Any],
-        log_offsets: Mapping[str, int],
+        logs: Mapping[str, Position],
         on_step: Callable[[str], None] | None = None,
         *,
         phase: int = 0,
@@ -109,7 +119,7 @@ class Checkpoints:
             round: number of rounds done, >= 0.
             arrays: tensors of any shape and any dtype that safetensors supports.
             progress: JSON values; integer keys come back as text.
-            log_offsets: length in bytes of each log, already synced.
+            logs: where each log ends, already synced.
             on_step: callback, called with "arrays", "progress", "manifest", "renamed" and "pruned" as each is done.
             phase: number of phases of the next round that are done.
 
@@ -128,7 +138,7 @@ class Checkpoints:
         try:
             with storage_errors(aside):
                 shutil.rmtree(aside, ignore_errors=True)
-                self._write(aside, address, arrays, progress, log_offsets, done)
+                self._write(aside, address, arrays, progress, logs, done)
                 target = self._free_name(address)
                 os.rename(aside, target)
         except BaseException:
@@ -140,6 +150,21 @@ class Checkpoints:
             self._prune(address)
             done("pruned")
         return target
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no commit, damaged or not."""
+        return not self._commits()
+
+    def clear(self) -> None:
+        """Delete all commits.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        with storage_errors(self.directory):
+            for _, _, path in self._commits():
+                _remove(path)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest intact commit, or None if there is no commit at all.
@@ -158,8 +183,7 @@ class Checkpoints:
                 return replace(found, damaged=damaged)
         if damaged:
             raise CheckpointError(
-                f"no checkpoint in {str(self.directory)!r} can be used ({'; '.join(damaged)}): restore one from a"
-                " backup, or start a new run"
+                f"no checkpoint in {str(self.directory)!r} can be used ({'; '.join(damaged)}): restore one"
             )
         return None
 
@@ -169,7 +193,7 @@ class Checkpoints:
         address: tuple[int, int],
         arrays: Mapping[str, torch.Tensor],
         progress: Mapping[str, Any],
-        log_offsets: Mapping[str, int],
+        logs: Mapping[str, Position],
         done: Callable[[str], None],
     ) -> None:
         aside.mkdir()
@@ -188,7 +212,8 @@ class Checkpoints:
             "round": address[0],
             "phase": address[1],
             "files": {name: _describe(aside / name) for name in (ARRAYS, PROGRESS)},
-            "log_offsets": dict(log_offsets),
+            "logs": {name: asdict(position) for name, position in logs.items()},
+            "inputs": self.inputs,
         }
         _write_text(aside / MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2))
         sync(aside)
@@ -214,13 +239,17 @@ class Checkpoints:
         for existing, _, path in self._commits():
             superseded = existing > address or existing in kept or path in self._damaged
             if superseded or len(kept) == self.keep:
-                # Renamed first: an interrupted deletion must not leave part of a commit under a commit's name.
-                doomed = path.with_name(f".deleting-{path.name}")
-                os.rename(path, doomed)
-                remove(doomed)
+                _remove(path)
                 self._damaged.discard(path)  # whose name a sound commit may get
             else:
                 kept.add(existing)
+
+
+def _remove(path: Path) -> None:
+    """Delete a commit; renamed first, so that an interrupted deletion leaves no part of it under a commit's name."""
+    doomed = path.with_name(f".deleting-{path.name}")
+    os.rename(path, doomed)
+    remove(doomed)
 
 
 def _read(path: Path) -> Checkpoint:
@@ -246,13 +275,14 @@ def _read(path: Path) -> Checkpoint:
         # Cloned because torch's own allocations are aligned; operands that are not could change a resumed run's bits.
         arrays = {name: tensor.clone() for name, tensor in load_file(path / ARRAYS).items()}
         progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        logs = {name: Position(**position) for name, position in manifest["logs"].items()}
     except OSError as error:
         raise CheckpointError(
             f"{Path(error.filename or path).name} cannot be read ({error.strerror or error})"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{MANIFEST} or what it lists is malformed ({error})") from error
-    return Checkpoint(manifest["round"], arrays, progress, manifest["log_offsets"], path, manifest.get("phase", 0))
+    return Checkpoint(manifest["round"], arrays, progress, logs, path, manifest["inputs"], manifest["phase"])
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, torch.Tensor]) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+
+from gossamer.errors import ConfigError, storage_errors
+
+LOCK = ".lock"
 
 
 def sync(path: Path) -> None:
@@ -58,3 +63,57 @@ def lock(path: Path) -> int | None:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path)) from None
         return None
     return descriptor
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under another name, sync it, and rename it.
+
+    Raises:
+        StorageError: the disk refuses a write.
+    """
+    aside = path.with_name(f".{path.name}.writing")
+    with storage_errors(path):
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync(path.parent)
+
+
+class DirectoryLock:
+    """Exclusive use of a directory, which is made if needed, among processes."""
+
+    def __init__(self, directory: Path) -> None:
+        """Make and lock `directory`.
+
+        Raises:
+            ConfigError: another process has locked it.
+            StorageError: it cannot be made.
+        """
+        self.directory = directory
+        with storage_errors(directory):
+            self._made = [path for path in (directory, *directory.parents) if not path.exists()]
+            directory.mkdir(parents=True, exist_ok=True)
+            self._present = set(os.listdir(directory))
+            try:
+                self._descriptor = lock(directory / LOCK)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another process works on the run in {str(directory)!r}: wait for it, or stop it, and try again"
+                ) from None
+
+    def close(self, discard: bool = False) -> None:
+        """Release the lock; a second call does nothing.
+
+        Args:
+            discard: whether to remove what was written into the directory since, and the directories made for it.
+        """
+        with suppress(OSError):
+            for name in set(os.listdir(self.directory)) - self._present if discard else ():
+                remove(self.directory / name)
+            for path in self._made if discard else ():
+                path.rmdir()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

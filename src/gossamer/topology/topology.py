@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from pydantic import Field
 
 from gossamer import rng
 from gossamer.errors import ConfigError, nearest
 from gossamer.options import Options, parse_options
 from gossamer.registry import names, resolve
+from gossamer.storage.strict_yaml import read_yaml
 from gossamer.topology import spectra
 from gossamer.topology.base import Mixing
 from gossamer.topology.family import Family, Schedule, TopologyOptions
@@ -291,14 +291,10 @@ def load(path: str | Path, n: int | None = None, seed: int | None = None, **para
 
 def _read(path: Path) -> TopologySpec:
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            data = yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        data = read_yaml(path, "topology")
+    except ConfigError as error:
         near = [each.name for each in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(
-            f"cannot read the topology {str(path)!r} ({reason}): give a YAML file{nearest(path.name, near)}"
-        ) from None
+        raise ConfigError(f"{error}{nearest(path.name, near)}") from None
     spec = parse_options(TopologySpec, data, path.name)
     if is_file(spec.topology):
         raise ConfigError(

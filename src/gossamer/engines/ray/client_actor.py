@@ -22,7 +22,7 @@ from gossamer.engines.slots import write_arrays
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.worker import Worker, named_arrays
-from gossamer.registry import resolve
+from gossamer.registry import load_object, trusting
 
 Received = Mapping[str, NDArray[Any]]
 
@@ -40,7 +40,8 @@ def prepare(recipe: str, data: list[Any]) -> Task:
     keep_freed_memory()
     described = json.loads(recipe)
     sys.path += [path for path in described["paths"] if path not in sys.path]
-    task: Task = resolve("task", described["factory"])(described["config"], get_data(data))
+    with trusting():  # as the driver checked
+        task: Task = load_object(described["factory"])(described["config"], get_data(data))
     return task
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gossamer.engines.base import Record
 from gossamer.errors import EngineError
-from gossamer.registry import resolve
+from gossamer.registry import load_object
 
 
 def make_actor(cls: type, *arguments: Any, num_gpus: int = 0) -> Callable[[], Any]:
@@ -99,7 +99,7 @@ def pack(data: Any) -> tuple[str, Record]:
 def unpack(name: str, arrays: Record) -> Any:
     """Return the dataclass, on the memory of the arrays."""
     values = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in arrays.items()}
-    return resolve("data", name)(**values)
+    return load_object(name)(**values)
 
 
 CONNECT_SECONDS = 10.0  # in which a cluster must answer

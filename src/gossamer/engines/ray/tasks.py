@@ -11,7 +11,7 @@ from typing import Any
 
 from gossamer.engines.ray.actor_pool import POLL_SECONDS
 from gossamer.engines.ray.cluster import start_ray
-from gossamer.registry import resolve
+from gossamer.registry import load_object
 
 MAX_RETRIES = 3  # of a task whose worker or node died
 STOP_SECONDS = 60.0  # that a task has for stopping politely
@@ -88,5 +88,5 @@ def _call(function: str, message: str, origin: tuple[list[str], str]) -> str:
     if os.path.isdir(folder):
         os.chdir(folder)
     torch.set_num_threads(1)
-    found: str = resolve("task", function)(message)
+    found: str = load_object(function)(message)
     return found
