@@ -151,12 +151,12 @@ def merged(*parts: Mapping[str, Any]) -> Record:
     """Return one record of several parts.
 
     Raises:
-        ConfigError: two parts have one name, or one has that by which runs are told apart.
+        ConfigError: two parts have one name, or one has a name that means something else in logs.
     """
     record = Record()
     for part in parts:
         for name in part:
-            if name in record or name == "run":
+            if name in record or name in ("run", "digest"):
                 raise ConfigError(
                     f"the workload has a metric {name!r}, but in the record of a round that name is taken: rename the"
                     " metric"
