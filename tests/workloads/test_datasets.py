@@ -221,10 +221,15 @@ def test_depths_without_a_scale_are_refused(pixels: np.ndarray) -> None:
 
 def test_a_file_named_datasets_beside_the_experiment(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the place of the library of that name, which local files and partitions do without."""
-    monkeypatch.setitem(sys.modules, "datasets", ModuleType("datasets"))
+    mine = ModuleType("datasets")
+    mine.__file__ = "/here/datasets.py"
+    monkeypatch.setitem(sys.modules, "datasets", mine)
     labels = load(TINY)[1]
     for make, num_clients in ((dirichlet, 2), (shards, 2), (natural_id, 3)):
         assert len(make(labels, num_clients, 3, 0, labels).num_samples) == num_clients
+    monkeypatch.delenv("GOSSAMER_DATA")
+    with pytest.raises(DataError, match=r"'/here/datasets.py' hides .* fetches 'nobody/tiny': rename it"):
+        load(TINY)
 
 
 def test_parquet_is_decoded_to_what_was_encoded(tiny: dict[str, Any]) -> None:

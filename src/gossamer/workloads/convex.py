@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gossamer import rng
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, warn
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.threads import one_thread
@@ -31,6 +31,10 @@ CHUNK_FEATURES = 1 << 20  # numbers that are evaluated at a time
 GRADIENT_NORM = 1e-13  # at an optimum, relative to that at zero where it exceeds 1
 FLAT = 1e-9  # a curvature that determines nothing; features have variance 1
 HALVINGS = 30
+NO_OPTIMUM = (
+    "optimality_gap and squared_distance are not measured, because the samples of all clients do not determine one"
+    " optimum: give more samples than workload.dim, or regularise"
+)
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -286,6 +290,7 @@ class _LinearPredictor(Workload):
         with one_thread():
             x = self._minimise()
             if x is None:
+                warn([NO_OPTIMUM])
                 return None
             parts = [self.evaluate({"x": x}, {}, chunk) for chunk in range(self.num_evaluation_chunks)]
         return Optimum(x, float(add_sums(parts)["loss"][0]) / self.num_clients)

@@ -162,6 +162,10 @@ def _from_hub(source: HubSource) -> dict[str, Any]:
     import huggingface_hub
     import huggingface_hub.constants  # loaded lazily: no attribute of the package until it is imported
 
+    if not hasattr(datasets, "load_dataset"):
+        raise DataError(
+            f"{datasets.__file__!r} hides the library of that name, which fetches {source.repository!r}: rename it"
+        )
     try:
         if not huggingface_hub.constants.HF_HUB_OFFLINE:
             huggingface_hub.HfApi().dataset_info(source.repository, timeout=PROBE_SECONDS)
