@@ -311,6 +311,13 @@ class TestRefused:
             ({"peers.quorum": 2}, r"peers\.quorum = 2: "),
             ({"peers.per_round": 2}, r"unknown key 'peers\.per_round'"),
             ({"evaluation.num_peers": -1}, r"evaluation\.num_peers = -1: "),
+            (
+                {"device": "phone-mid"},
+                "device 'phone-mid' is not always available, but all peers train .*: set its availability to always",
+            ),
+            ({"devices": [{"profile": {"availability": {"trace": [[1, 1]]}}}]}, "device 'device' is not always avail"),
+            ({"peers.deadline_seconds": 1.0}, "unknown key 'peers.deadline_seconds'"),
+            ({"peers.topology": "no.txt"}, r"cannot read the graph 'no\.txt' "),
             ({"peers.topology": "no.yaml"}, r"cannot read the topology 'no\.yaml' "),
             (
                 {"algorithm": "d2"},

@@ -188,7 +188,9 @@ def make_planner(config: Config, task: Task) -> Planner:
     if peers is not None:
         assert task.topology is not None
         every = peers.merge_every or task.algorithm.traits.merge_every
-        return PeerPlanner(**shared, topology=task.topology, merge_every=every, final_merge=peers.final_merge)
+        overlaps = [phase.algorithm.traits.overlaps for phase in task.phases]
+        graph: dict[str, Any] = {"topology": task.topology, "merge_every": every, "final_merge": peers.final_merge}
+        return PeerPlanner(**shared, **graph, overlaps=overlaps)
     assert clients is not None
     found = resolve_function("sampler", clients.sampler)
 

@@ -163,6 +163,96 @@ class TestSimulatedTime:
         assert seconds == pytest.approx([one, 2 * one], rel=1e-9)
 
 
+class TestMerges:
+    """Global averages over links of a file."""
+
+    def merged(self, path: Path, links: list[tuple[int, int, dict[str, float]]]) -> tuple[PeerPlanner, RoundCosts]:
+        graph = topology.build("file", path=graphml(path, links))
+        alike = {"capacities": Capacities(LEVELS, [0, 0, 1], "fixed", graph.n, 3)}
+        found = planner(graph, SLOW, **alike, merge_every=1)
+        return found, found.phases(0, 0.0)[0].costs
+
+    def test_of_two(self, tmp_path: Path) -> None:
+        """There and back over a link of half a second."""
+        found, costs = self.merged(tmp_path / "a.graphml", [(0, 1, {"latency_seconds": 0.5})])
+        compute = 2.0 * found.trained  # 4 FLOPs a sample, 2 a second
+        way = SLOW.latency_seconds + 40 / 5 + 0.5 + 40 / 10
+        assert costs.simulated_seconds == pytest.approx(max(compute[0], compute[1] + way) + way, abs=1e-6)
+        assert (costs.bytes_up, costs.bytes_down) == (80, 80)
+
+    @given(data=st.data(), n=st.integers(2, 9))
+    def test_of_trees(self, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, n: int) -> None:
+        """Where there is but one path between two peers, against a recursion over the tree, from one of its roots."""
+        value = st.floats(0.0, 30.0)
+        link = st.fixed_dictionaries({"latency_seconds": value, "bandwidth_bytes_per_second": st.floats(0.5, 30.0)})
+        links = [(data.draw(st.integers(0, i - 1)), i, data.draw(link)) for i in range(1, n)]
+        found, costs = self.merged(tmp_path_factory.mktemp("network") / "a.graphml", links)
+        compute, near = 2.0 * found.trained, dict[int, dict[int, float]]()
+        for one, other, known in links:
+            way = known["latency_seconds"] + 40 / known["bandwidth_bytes_per_second"]
+            near.setdefault(one, {})[other] = near.setdefault(other, {})[one] = way
+
+        def gathered(peer: int, parent: int) -> float:
+            arrivals = [gathered(child, peer) + 0.5 + 8 + way for child, way in near[peer].items() if child != parent]
+            return max([float(compute[peer]), *arrivals]) + 4 * len(arrivals)
+
+        def spread(peer: int, parent: int, time: float) -> float:
+            children = {child: way for child, way in near[peer].items() if child != parent}
+            sent = time + 0.5 + 8 * len(children)
+            return max([time, *(spread(child, peer, sent + way + 4) for child, way in children.items())])
+
+        by_root = [spread(root, -1, gathered(root, -1)) for root in range(n)]
+        assert any(math.isclose(costs.simulated_seconds, time, rel_tol=1e-6) for time in by_root)
+        assert costs.simulated_seconds <= 2 * min(by_root)
+        assert costs.bytes_up == costs.bytes_down == 2 * (n - 1) * 40
+
+    def test_shortcuts_are_taken(self, tmp_path: Path) -> None:
+        links = [(0, 1, {"latency_seconds": 500.0}), (1, 2, {"latency_seconds": 1.0}), (2, 0, {"latency_seconds": 1.0})]
+        assert self.merged(tmp_path / "a.graphml", links)[1].simulated_seconds < 200
+
+    def test_in_a_run(self, tmp_path: Path) -> None:
+        path = graphml(tmp_path / "a.graphml", [(0, 1, {"latency_seconds": 0.5})])
+        changes = LEAST_SQUARES | {"rounds": 2, "peers": {"topology": str(path), "final_merge": True}}
+        seconds = [record["simulated_seconds"] for record in run(decentralized(changes), out=tmp_path / "run").metrics]
+        assert seconds[0] == pytest.approx(0.5, abs=0.01)
+        assert seconds[1] - seconds[0] == pytest.approx(1.0, abs=0.01)
+
+
+class TestOverlap:
+    @given(name=st.sampled_from(["ring", "star", "od-equidyn", "el-local"]), seed=st.integers(0, 9))
+    def test_the_longer_of_training_and_messages(self, name: str, seed: int) -> None:
+        graph = topology.build(name, 7, seed)
+        found, messages_alone = planner(graph, overlaps=[True]), planner(graph, overlaps=[True])
+        messages_alone.trained = 0 * found.trained
+        computed = found.costs[0].efforts(found.peers, found.capacities.variants(found.peers, 0), found.trained, 0)
+        expected = max(computed.compute_seconds.max(), slow_exchange(messages_alone, 0).simulated_seconds)
+        assert found.phases(0, 0.0)[0].costs.simulated_seconds == pytest.approx(expected)
+        assert found.phases(0, 0.0)[0].costs.bytes_up == planner(graph).phases(0, 0.0)[0].costs.bytes_up
+
+    def test_as_long_as_each_of_them(self) -> None:
+        """Training takes 0.4 s, and so do messages: 0.4 s together, where one follows the other 0.8 s."""
+        device = DeviceProfile(flops_per_second=80.0, upload_bytes_per_second=1e9, latency_seconds=0.4)
+        alike = {"capacities": Capacities(LEVELS, [0, 0, 1], "fixed", 4, 3), "num_samples": np.full(4, 8), "epochs": 1}
+        for overlaps, expected in ((True, 0.4), (False, 0.8)):
+            found = planner(topology.build("ring", 4), device, **alike, overlaps=[overlaps])
+            assert found.phases(0, 0.0)[0].costs.simulated_seconds == pytest.approx(expected, abs=1e-4)
+
+    @pytest.mark.parametrize(
+        ("algorithm", "expected"),
+        [
+            ({"name": "dsgd"}, False),
+            ({"name": "dsgd", "order": "combine-while-adapt"}, True),
+            ({"name": "dsgd", "order": "combine-while-adapt", "mix_momentum": True}, False),
+        ],
+        ids=str,
+    )
+    def test_of_a_configuration(self, algorithm: dict[str, Any], expected: bool) -> None:
+        """Momentum that is mixed is known after local steps only."""
+        found = build(parse(decentralized({"algorithm": algorithm, "train.momentum": 0.9} | modes()))).planner
+        assert isinstance(found, PeerPlanner)
+        assert found.overlaps == [expected]
+
+
 class TestBytes:
     @pytest.mark.parametrize(
         ("algorithm", "row_bytes"),

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from federation import configure, events
+from gossamer.algorithms.decentralized.ceca import DSGDCECA
+from gossamer.algorithms.decentralized.dsgd import DSGD
+from gossamer.algorithms.decentralized.tracking import DSGT
 from gossamer.algorithms.federated import FedAvg
 from gossamer.engines.task import LocalSGD, Variant, VariantMode
 from gossamer.errors import ConfigError
@@ -20,7 +23,7 @@ from gossamer.experiment import run
 from gossamer.planning.assignment import assign_devices
 from gossamer.round_record import RoundCosts
 from gossamer.simulation.costs import Costs, VariantCosts, add_up
-from gossamer.simulation.counting import FlopCounter, carried_bytes, count_step, count_variants
+from gossamer.simulation.counting import FlopCounter, count_step, count_variants, memory_bytes
 from gossamer.simulation.devices import DeviceProfile, Devices, DeviceShare
 from gossamer.submodel import Cutter
 from gossamer.submodel.strategies import random, rolling
@@ -315,8 +318,23 @@ class TestMemory:
 
     @pytest.mark.parametrize(("momentum", "arrays"), [(0.0, 1), (0.9, 2)])
     def test_carried(self, perceptron: ImageClassification, momentum: float, arrays: int) -> None:
-        layout = perceptron.layout.cut(0.5)
-        assert carried_bytes(FedAvg({}, momentum=momentum), layout) == arrays * 4 * mlp_parameters(8)
+        found = memory_bytes(FedAvg({}, momentum=momentum), perceptron.layout, perceptron.layout.cut(0.5), 100)
+        assert found == (1 + arrays) * 4 * mlp_parameters(8) + 100
+
+    @pytest.mark.parametrize("saved", [0, 10**6])
+    @pytest.mark.parametrize(
+        ("algorithm", "stored", "worked_on", "received"),
+        [(DSGD({}), 1, 1, 1), (DSGD({}, momentum=0.9), 2, 2, 1), (DSGT({}), 3, 3, 2), (DSGDCECA({}), 2, 1, 1)],
+        ids=["dsgd", "momentum", "dsgt", "ceca"],
+    )
+    def test_peers_store_and_receive_whole_models(
+        self, perceptron: ImageClassification, algorithm: Any, stored: int, worked_on: int, received: int, saved: int
+    ) -> None:
+        """However small a sub-model they train; whoever trains all of it does so in place."""
+        whole, small = 4 * mlp_parameters(HIDDEN), 4 * mlp_parameters(8)
+        found = [memory_bytes(algorithm, perceptron.layout, perceptron.layout.cut(level), saved) for level in (0.5, 1)]
+        training = [(1 + worked_on) * small + saved, whole + saved]
+        assert found == [stored * whole + max(one, received * whole) for one in training]
 
     def test_total(self, perceptron: ImageClassification) -> None:
         cutter = Cutter(perceptron.layout, rolling, 1, 0)

@@ -52,6 +52,7 @@ class AlgorithmTraits(Traits):
 
         joint: of peers, whether the payloads "x" and "y" go through a joint mixing as a state [n, 2, d].
         lazy: of peers, whether (I + W) / 2 takes the place of each W.
+        overlaps: of peers, whether all that they send is known before local steps, so that it travels meanwhile.
         merge_every: of peers, number of rounds from one exact average of all to the next; None: never.
         no_merge: of peers, reason why ``peers.merge_every`` and ``peers.final_merge`` must be left out.
         one_step_only: of peers, reason why a round may not have several local steps.
@@ -82,6 +83,7 @@ class AlgorithmTraits(Traits):
 
     joint: bool = False
     lazy: bool = False
+    overlaps: bool = False
     merge_every: int | None = None
     no_merge: str | None = None
     one_step_only: str | None = None
@@ -98,7 +100,7 @@ class AlgorithmTraits(Traits):
         peers, reserved = self.downlink is None, sorted(RESERVED & {*self.uplink})
         sent = [*self.codecs, *(() if peers else self.scalars)]
         unsent = [name for name in sent if name not in self.uplink]
-        for_peers = ("joint", "lazy", "merge_every", "no_merge", "one_step_only")
+        for_peers = ("joint", "lazy", "overlaps", "merge_every", "no_merge", "one_step_only")
         unfit = [name for name in for_peers if vars(self)[name] and not peers]
         lossy = [] if peers else [name for name, codec in self.codecs.items() if codec.contraction(LONG_ROW) < 1]
         lowest = min(self.num_phases, 1 if self.merge_every is None else self.merge_every)

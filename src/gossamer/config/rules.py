@@ -7,6 +7,7 @@ from typing import Any
 from gossamer.algorithms.decentralized.base import mixings
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError
+from gossamer.simulation.devices import Availability
 from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
 
@@ -76,6 +77,13 @@ def check_peers(config: Config, algorithm: Any, topology: Topology) -> tuple[str
         raise ConfigError(
             f"algorithm {name!r} does not go with peers.{given}, because {no_merge}: leave it out; the merged model is"
             " evaluated anyway"
+        )
+    profiles = [config.device] if config.devices is None else [share.profile for share in config.devices]
+    away = next((profile.name for profile in profiles if profile.availability != Availability()), None)
+    if away is not None:
+        raise ConfigError(
+            f"device {away!r} is not always available, but all peers train and mix in every round: set its availability"
+            " to always, or give clients"
         )
     warnings = tuple(algorithm.check(topology))
     if tuple(config.submodel.capacities) != (1.0,):

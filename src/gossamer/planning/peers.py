@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -10,20 +11,25 @@ import numpy as np
 
 from gossamer.plan import RoundPlan
 from gossamer.planning.base import Planner, TimedPlan
-from gossamer.simulation.traffic import Traffic, exchanged, reduced
-from gossamer.topology import Topology
+from gossamer.simulation.traffic import Traffic, averaged, exchanged
+from gossamer.topology import Edges, Topology
 
 MAX_CACHED_ROUNDS = 64  # rounds of a topology that repeats
 
 
 @dataclass(kw_only=True)
 class PeerPlanner(Planner):
-    """Builds the plans of a round, in which all peers train and mix."""
+    """Builds the plans of a round, in which all peers train and mix.
+
+    Attributes:
+        overlaps: whether messages travel while peers train, in each phase.
+    """
 
     section = "peers"
     topology: Topology
     merge_every: int | None = None
     final_merge: bool = False
+    overlaps: Sequence[bool] = (False,)
 
     def __post_init__(self) -> None:
         self.peers = np.arange(self.topology.n, dtype=np.int64)
@@ -44,7 +50,6 @@ class PeerPlanner(Planner):
         peers, steps = self.peers, self.steps_of_peers
         variant = self.capacities.variants(peers, round)
         mixing: Literal["topology", "mean"] = "mean" if self._merges(round) else "topology"
-        traffic = None if mixing == "mean" else self._traffic_of(round)
         in_order = (variant[1:] == variant[:-1]).all() and (steps[1:] == steps[:-1]).all()
         order = peers if in_order else np.lexsort((peers, -steps, variant))
         plan = RoundPlan(
@@ -58,13 +63,22 @@ class PeerPlanner(Planner):
             mixing=mixing,
         )
         efforts = [costs.efforts(peers, variant, self.trained, round) for costs in self.costs]
-        costs = [reduced(one) if traffic is None else exchanged(one, traffic) for one in efforts]
+        costs = [
+            averaged(one, self._links_of(round), overlaps)
+            if mixing == "mean"
+            else exchanged(one, self._traffic_of(round), overlaps)
+            for one, overlaps in zip(efforts, self.overlaps, strict=True)
+        ]
         return [TimedPlan(replace(plan, phase=phase), one, len(peers), {}) for phase, one in enumerate(costs)]
 
     def _merges(self, round: int) -> bool:
         """Say whether a round ends with the mean of all peers."""
         periodic = self.merge_every is not None and (round + 1) % self.merge_every == 0
         return periodic or (self.final_merge and round + 1 == self.num_rounds)
+
+    def _links_of(self, round: int) -> Edges | None:
+        mixing = self.topology.mixing(round)
+        return mixing.edges() if mixing.has_links else None
 
     def _traffic_of(self, round: int) -> Traffic:
         cycle = self.topology.schedule.cycle

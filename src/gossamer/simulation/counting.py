@@ -92,7 +92,9 @@ def count_variants(
                 if algorithm.traits.downlink is not None
                 else sent_bytes(algorithm, layout.num_parameters, bytes_per_number),
                 flops_per_sample=sum(steps[width].flops_per_sample * times for width, times in passes.items()),
-                memory_bytes=size + carried_bytes(algorithm, layout) + sum(steps[w].saved_bytes for w in widest),
+                memory_bytes=memory_bytes(
+                    algorithm, workload.layout, layout, sum(steps[w].saved_bytes for w in widest), bytes_per_number
+                ),
                 uncounted=tuple(sorted({name for width in passes for name in steps[width].uncounted})),
             )
         )
@@ -121,11 +123,35 @@ def carried(algorithm: Algorithm, layout: Layout, dtype: torch.dtype = torch.flo
     return algorithm.begin(received, algorithm.init_client(x))
 
 
-def carried_bytes(algorithm: Algorithm, layout: Layout) -> int:
-    """Return the bytes of what local steps work on: the model, and momentum or whatever else `begin` makes."""
-    rows = carried(algorithm, layout).values()
-    floats = (layout.num_parameters if row.shape[-1] == layout.d else row.numel() for row in rows)
-    return BYTES_PER_FLOAT * sum(floats)
+def memory_bytes(
+    algorithm: Algorithm, whole: Layout, layout: Layout, saved_bytes: int, bytes_per_number: int = BYTES_PER_FLOAT
+) -> int:
+    """Return the most memory that a participant needs at a time.
+
+    Training needs gradients, what local steps work on, and what is saved for the backward pass. A peer besides stores
+    its state of the whole model, whatever it trains, since neighbours send it the rest; whole models are trained where
+    they are stored. It adds up what it receives, payloads of the whole model, when training is over.
+
+    Args:
+        whole: layout of the whole model.
+        layout: layout of the sub-model that is trained.
+        saved_bytes: bytes that are saved for the backward pass.
+        bytes_per_number: bytes of a parameter.
+    """
+
+    def size(rows: Iterable[Tensor], of: Layout) -> int:
+        """Return the bytes of rows, without padding."""
+        return bytes_per_number * sum(of.num_parameters if row.shape[-1] == of.d else row.numel() for row in rows)
+
+    carry, traits = carried(algorithm, layout), algorithm.traits
+    training = bytes_per_number * layout.num_parameters + saved_bytes
+    if traits.downlink is not None:
+        return training + size(carry.values(), layout)
+    state = algorithm.init(torch.zeros(1, whole.d))
+    in_place = state if layout.num_parameters == whole.num_parameters else {}
+    training += size((row for name, row in carry.items() if name not in in_place), layout)
+    received = [bytes_per_number * (1 if name in traits.scalars else whole.num_parameters) for name in traits.uplink]
+    return size(state.values(), whole) + max(training, max(received) if traits.joint else sum(received))
 
 
 class FlopCounter(TorchDispatchMode):

@@ -39,10 +39,11 @@ class DSGD(PeerSGD):
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(options, momentum=momentum, weight_decay=weight_decay)
-        self.overlaps = self.options.order == "combine-while-adapt"
-        if self.overlaps:
+        self.combines_first = self.options.order == "combine-while-adapt"
+        if self.combines_first:
             self.traits = replace(
                 self.traits,
+                overlaps=not self.options.mix_momentum,  # which local steps change before it is sent
                 no_merge="peers add their own last change after it",
                 whole_models_only="peers add their own change to whatever coordinates they receive",
             )
@@ -53,13 +54,13 @@ class DSGD(PeerSGD):
 
     def init(self, x: Tensor) -> Arrays:
         """Return the models, with zero momentum and changes where these are needed."""
-        return super().init(x) | ({"change": torch.zeros_like(x)} if self.overlaps else {})
+        return super().init(x) | ({"change": torch.zeros_like(x)} if self.combines_first else {})
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
         """Return the models to be mixed, before or after local steps; momentum and changes that stay."""
-        if self.overlaps:
+        if self.combines_first:
             carry["change"] = carry["x"] - state["x"]
             carry["x"].copy_(state["x"])
         return {name: carry[name] for name in self.traits.uplink}, self.kept(carry)
@@ -67,7 +68,7 @@ class DSGD(PeerSGD):
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Take what was mixed, and add the changes that were not."""
         new = super().update(state, inbox, num_clients)
-        if self.overlaps:
+        if self.combines_first:
             new["x"] = new["x"] + state["change"]
         return new
 
