@@ -52,6 +52,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gossamer.algorithms.traits import AlgorithmTraits
@@ -208,8 +209,9 @@ class BaseAlgorithm(Algorithm):
 
     @property
     def is_plain_sgd(self) -> bool:
-        """Whether a step is that of SGD without momentum and weight decay."""
-        return type(self).step is BaseAlgorithm.step and not self.momentum and not self.weight_decay
+        """Whether a step is that of SGD without momentum and weight decay, by the gradient of x itself."""
+        is_own = type(self).step is BaseAlgorithm.step and not self.traits.transforms_parameters
+        return is_own and not self.momentum and not self.weight_decay
 
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """One step of SGD, as `torch.optim.SGD` takes it with the same momentum and weight decay."""
@@ -222,6 +224,15 @@ class BaseAlgorithm(Algorithm):
     def decayed(self, carry: Mapping[str, Tensor], grad: Tensor) -> Tensor:
         """Return the gradient with weight decay."""
         return grad.add(carry["x"], alpha=self.weight_decay) if self.weight_decay else grad
+
+
+def where_held(held: Tensor | None, new: Arrays, old: Mapping[str, Tensor]) -> Arrays:
+    """Return new arrays that keep their old bits (adding 0 would turn -0.0 into 0.0) where nobody held the coordinate.
+
+    Args:
+        held: see `Algorithm.update`.
+    """
+    return new if held is None else {name: torch.where(held, value, old[name]) for name, value in new.items()}
 
 
 def require_algorithm(plugin: str, found: Any) -> None:

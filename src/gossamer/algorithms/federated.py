@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, BaseAlgorithm
+from gossamer.algorithms.base import Arrays, BaseAlgorithm, where_held
 from gossamer.algorithms.traits import AlgorithmTraits
 
 
@@ -52,9 +52,8 @@ class FedAvg(BaseAlgorithm):
         if held is None:
             new["x"] = x.add_(change, alpha=self.options.server_lr)
             return new
-        # What nobody held keeps its bits (adding 0 would turn -0.0 into 0.0), and so does its velocity.
         new["x"] = x + change * self.options.server_lr
-        return {name: torch.where(held, value, state[name]) for name, value in new.items()}
+        return where_held(held, new, state)
 
 
 class FedRolex(FedAvg):

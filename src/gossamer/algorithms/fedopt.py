@@ -10,36 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays
+from gossamer.algorithms.base import Arrays, BaseAlgorithm, where_held
 from gossamer.algorithms.federated import FedAvg
-from gossamer.options import Options, parse_options
-
-
-class FedOptOptions(Options):
-    """What the adaptive servers share; the defaults of betas and tau are those of the paper's experiments.
-
-    Attributes:
-        server_lr: the server's learning rate. The paper tunes it for every task.
-        beta1: decay of the first moment.
-        tau: degree of adaptivity, added to the root of the second moment; coordinates whose changes are well below it
-            move as under FedAvg with momentum.
-    """
-
-    server_lr: float = Field(default=0.01, gt=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    tau: float = Field(default=1e-3, gt=0)
-
-
-class MovingOptions(FedOptOptions):
-    """Options of FedAdam and FedYogi; beta2: decay of the second moment."""
-
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-
-
-class AdagradOptions(FedOptOptions):
-    """Options of FedAdagrad, whose second moment never decays."""
-
-    beta1: float = Field(default=0.0, ge=0, lt=1)
 
 
 class FedOpt(FedAvg, ABC):
@@ -51,15 +23,19 @@ class FedOpt(FedAvg, ABC):
     sub-models of any strategy will do: coordinates that nobody held keep x, m and v.
     """
 
-    server: FedOptOptions
+    class Options(BaseAlgorithm.Options):  # not those of FedAvg's server
+        """Options of adaptive servers; the defaults of betas and tau are those of the paper's experiments.
 
-    def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
-        super().__init__({}, momentum=momentum, weight_decay=weight_decay)
-        self.server = self.parse(options)
+        Attributes:
+            server_lr: the server's learning rate. The paper tunes it for every task.
+            beta1: decay of the first moment.
+            tau: degree of adaptivity, added to the root of the second moment; coordinates whose changes are well below
+                it move as under FedAvg with momentum.
+        """
 
-    @abstractmethod
-    def parse(self, options: Mapping[str, Any]) -> FedOptOptions:
-        """Check the options of the algorithm."""
+        server_lr: float = Field(default=0.01, gt=0)
+        beta1: float = Field(default=0.9, ge=0, lt=1)
+        tau: float = Field(default=1e-3, gt=0)
 
     @abstractmethod
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
@@ -67,31 +43,32 @@ class FedOpt(FedAvg, ABC):
 
     def init(self, x: Tensor) -> Arrays:
         """Return the model and its two moments."""
-        return {"x": x, "m": torch.zeros_like(x), "v": torch.full_like(x, self.server.tau**2)}
+        return {"x": x, "m": torch.zeros_like(x), "v": torch.full_like(x, self.options.tau**2)}
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Move the model by the server's optimizer; what nobody held keeps its bits."""
-        server, change, held = self.server, inbox["x"], inbox["held"]
+        server, change = self.options, inbox["x"]
         new = {
             "m": server.beta1 * state["m"] + (1 - server.beta1) * change,
             "v": self.second_moment(state["v"], change.square()),
         }
         new["x"] = state["x"] + server.server_lr * new["m"] / (new["v"].sqrt() + server.tau)
-        return new if held is None else {name: torch.where(held, value, state[name]) for name, value in new.items()}
+        return where_held(inbox["held"], new, state)
 
 
 class FedAdam(FedOpt):
     """FedAdam: ``v <- beta2 v + (1 - beta2) change^2``."""
 
-    server: MovingOptions
+    class Options(FedOpt.Options):
+        """Options of FedAdam and FedYogi; beta2: decay of the second moment."""
 
-    def parse(self, options: Mapping[str, Any]) -> MovingOptions:
-        """Check the options of the algorithm."""
-        return parse_options(MovingOptions, options, "algorithm")
+        beta2: float = Field(default=0.99, ge=0, lt=1)
+
+    options: FedAdam.Options
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """Return a moving mean of the squared changes."""
-        return self.server.beta2 * v + (1 - self.server.beta2) * square
+        return self.options.beta2 * v + (1 - self.options.beta2) * square
 
 
 class FedYogi(FedAdam):
@@ -99,15 +76,16 @@ class FedYogi(FedAdam):
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """Return v moved towards the squared changes, by steps that do not depend on how far away it is."""
-        return v - (1 - self.server.beta2) * square * torch.sign(v - square)
+        return v - (1 - self.options.beta2) * square * torch.sign(v - square)
 
 
 class FedAdagrad(FedOpt):
     """FedAdagrad: ``v <- v + change^2``."""
 
-    def parse(self, options: Mapping[str, Any]) -> AdagradOptions:
-        """Check the options of the algorithm."""
-        return parse_options(AdagradOptions, options, "algorithm")
+    class Options(FedOpt.Options):
+        """Options of FedAdagrad, whose second moment never decays."""
+
+        beta1: float = Field(default=0.0, ge=0, lt=1)
 
     def second_moment(self, v: Tensor, square: Tensor) -> Tensor:
         """Return the sum of all squared changes."""

@@ -93,14 +93,9 @@ class FIARSE(FedAvg):
         found: Tensor = _Gate.apply(x, carry["threshold"])  # type: ignore[no-untyped-call]
         return found
 
-    def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
-        """One step of SGD; weight decay leaves masked weights alone."""
-        if self.weight_decay:
-            grad = grad.add(masked(carry["x"], carry["threshold"]), alpha=self.weight_decay)
-        if self.momentum:
-            grad = carry["momentum"].mul_(self.momentum).add_(grad)
-        carry["x"].sub_(grad, alpha=lr)
-        return carry
+    def decayed(self, carry: Mapping[str, Tensor], grad: Tensor) -> Tensor:
+        """Return the gradient with weight decay, which leaves masked weights alone."""
+        return super().decayed({"x": masked(carry["x"], carry["threshold"])} if self.weight_decay else carry, grad)
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float

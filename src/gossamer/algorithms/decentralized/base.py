@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, BaseAlgorithm
+from gossamer.algorithms.base import Arrays, BaseAlgorithm, where_held
 from gossamer.algorithms.traits import AlgorithmTraits
 from gossamer.errors import ConfigError
 from gossamer.topology import Mixing, Topology
@@ -61,10 +61,7 @@ class PeerSGD(BaseAlgorithm):
                 were; the others keep the state, which for payloads in the place of a state array is what was "sent".
             num_clients: number of peers.
         """
-        sent, held = inbox["sent"], inbox["held"]
-        if held is None:
-            return {name: inbox[name] for name in self.traits.uplink}
-        return {name: torch.where(held, inbox[name], sent[name]) for name in self.traits.uplink}
+        return where_held(inbox["held"], {name: inbox[name] for name in self.traits.uplink}, inbox["sent"])
 
     def check(self, topology: Topology) -> list[str]:
         """Refuse column-stochastic and joint mixings; warn of row-stochastic ones."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer import options
-from gossamer.algorithms.base import Arrays
+from gossamer.algorithms.base import Arrays, where_held
 from gossamer.algorithms.decentralized.base import PeerSGD
 from gossamer.errors import ConfigError
 
@@ -131,9 +131,7 @@ class QuasiGlobalMomentum(PeerSGD):
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Take the mixed models, and the momentum from how far they are from the old ones."""
-        x, held = inbox["half"], inbox["held"]
+        x = inbox["half"]
         velocity = (state["x"] - x) / (inbox["lr"] * state["steps"].clamp(min=1.0))
         new = {"x": x, "momentum": torch.lerp(velocity, state["momentum"], self.mu)}
-        if held is None:
-            return new
-        return {name: torch.where(held, value, state[name]) for name, value in new.items()}
+        return where_held(inbox["held"], new, state)
