@@ -326,16 +326,12 @@ def _cell(value: Any) -> str:
 
 def _draw(directory: Path, labels: Mapping[str, str]) -> Path | None:
     """Draw the runs' curves, labelled by their overrides."""
-    import matplotlib
-
-    from gossamer.reports import plots
+    from gossamer.reports import images, plots
 
     try:
         curves = group(find_runs([directory]))
         named = [replace(curve, label=labels.get(curve.label) or curve.label) for curve in curves]
-        with matplotlib.rc_context(plots.STYLE), storage_errors(directory):
-            figure = plots.draw(named, plots.FigureOptions(panels=[plots.PanelOptions()]))
-            figure.savefig(directory / FIGURE, dpi=200)
+        options = plots.FigureOptions(panels=[plots.PanelOptions()])
+        return images.save(lambda: plots.draw(named, options), directory / FIGURE, dpi=200)
     except ConfigError:  # no run has logged what could be drawn
         return None
-    return directory / FIGURE

@@ -120,7 +120,10 @@ class TestMeasure:
         (["show", "base", "-n", "5", "-p", "k"], "parameter 'k' is not of the form KEY=VALUE"),
         (["show", "base", "-n", "5", "-p", "k=["], "parameter 'k=[' is not valid YAML"),
         (["show", "base", "-n", "5", "-p", "kk=3"], "unknown key 'base.kk'"),
-        (["show", "ring", "-n", "5", "-o", "a.gif"], "'a.gif' does not end in .png, .svg, .pdf"),
+        (
+            ["show", "ring", "-n", "5", "-o", "a.gif"],
+            "cannot tell the format of 'a.gif': give a name that ends in .png, .svg or .pdf",
+        ),
         (["show", "none.yaml"], "cannot read topology 'none.yaml'"),
         (["show", "none.graphml"], "cannot read the graph 'none.graphml'"),
         (["measure", "ring", "-n", "5", "--rounds", "0"], "rounds = 0 is below 1"),

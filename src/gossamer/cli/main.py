@@ -217,10 +217,10 @@ def coverage(
     trust: Trust = False,
 ) -> None:
     """Show which channels and weights the windows of an experiment will reach, without running it."""
-    from gossamer.reports import window_coverage
+    from gossamer.reports import images, window_coverage
 
     if output is not None:
-        window_coverage.require_image(output)
+        images.require_image(output)
     with plug_ins(trust, own=trust):
         found = window_coverage.examine(file, overrides or (), rounds)
     typer.echo(window_coverage.render(found, as_json))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from gossamer.cli.plug_ins import Trust, plug_ins
-from gossamer.errors import ConfigError, storage_errors
-
-if TYPE_CHECKING:
-    from gossamer.topology import Topology
+from gossamer.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="List, describe and measure the graphs on which peers mix.")
 
@@ -53,17 +50,18 @@ def show(
     trust: Trust = False,
 ) -> None:
     """Describe a topology: degree, symmetry, consensus rate and bound, period, spectrum; and draw it."""
-    from gossamer.topology import find, report
+    from gossamer.topology import drawing, find, report
 
     with plug_ins(trust, own=trust):
         topology = find(name, _parse(parameters, n, seed))
     if output is not None:
-        _require_format(output)
+        from gossamer.reports.images import require_image, save
+
+        require_image(output)
     facts = report.describe(topology)
     typer.echo(_json(facts) if as_json else report.render(facts))
     if output is not None:
-        _draw(topology, output)
-        typer.echo(output, err=as_json)
+        typer.echo(save(lambda: drawing.draw(topology), output), err=as_json)
 
 
 @app.command()
@@ -108,27 +106,3 @@ def _json(found: Any) -> str:
     import json
 
     return json.dumps(found, indent=2)
-
-
-def _require_format(output: Path) -> None:
-    from gossamer.reports.plots import FORMATS
-
-    if output.suffix.removeprefix(".").lower() not in FORMATS:
-        raise ConfigError(f"{str(output)!r} does not end in {', '.join('.' + name for name in FORMATS)}: rename it")
-
-
-def _draw(topology: Topology, output: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from gossamer.reports.plots import STYLE
-    from gossamer.topology import drawing
-
-    with matplotlib.rc_context(STYLE):
-        figure = drawing.draw(topology)
-        with storage_errors(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(output, dpi=150)
-        plt.close(figure)

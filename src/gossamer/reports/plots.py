@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from gossamer.errors import ConfigError, nearest, storage_errors
+from gossamer.errors import ConfigError, nearest
 from gossamer.options import Options, parse_options
 from gossamer.reports.curves import FEW, X_AXES, Curve, Line, Numbers, XAxis, find_runs, group, main_metric, summarize
+from gossamer.reports.images import require_image, save
 from gossamer.storage.strict_yaml import read_yaml
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 Lines = Sequence[Sequence[Line | None]]
 """For each panel the line of each curve, or None where the curve has no data for it."""
 
-FORMATS = ("png", "svg", "pdf")
-
 PANEL_INCHES = (4.2, 3.1)
 LEGEND_INCHES = 0.2  # height of each row of the legend
 NOTE_CHARACTERS = 19  # characters per inch of the notes below the panels
@@ -33,27 +31,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v")  # of curves of too few points for a line
 MIN_DECADES = 1.5  # from which on an axis is logarithmic unless it is told otherwise
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.labelsize": 10,
-    "axes.titlesize": 10,
-    "legend.fontsize": 9,
-    "legend.title_fontsize": 11,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "0.88",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6,
-    "lines.solid_capstyle": "round",
-    "pdf.fonttype": 42,  # journals refuse type 3 fonts
-    "svg.hashsalt": "gossamer",  # equal logs give equal files
-}
-
-
 METRIC_LABELS = {
     "accuracy": "Test accuracy",
     "validation_accuracy": "Validation accuracy",
@@ -140,22 +117,10 @@ def plot(
         ConfigError: no run or no round is found, an option or a metric is unknown.
         StorageError: the file cannot be written.
     """
-    import matplotlib
-
-    output = Path(output)
-    suffix = output.suffix.removeprefix(".").lower()
-    if suffix not in FORMATS:
-        raise ConfigError(f"cannot tell the format of {str(output)!r}: give a name that ends in .png, .svg or .pdf")
+    require_image(Path(output))
     options = _options(x, metric, spec)
     curves = group(find_runs(directories))
-    with matplotlib.rc_context(STYLE):
-        buffer = io.BytesIO()
-        undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(suffix)
-        draw(curves, options).savefig(buffer, format=suffix, dpi=200, metadata=undated)
-    with storage_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(buffer.getvalue())
-    return output
+    return save(lambda: draw(curves, options), Path(output), dpi=200)
 
 
 def _options(x: str | None, metric: str | None, spec: str | Path | None) -> FigureOptions:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import resolve
 from gossamer.config.schema import Config, EngineOptions
 from gossamer.engines.task import Variant, VariantMode
-from gossamer.errors import ConfigError, storage_errors, warn
+from gossamer.errors import ConfigError, warn
 from gossamer.plan import RoundPlan
-from gossamer.reports.plots import COLOURS, FORMATS, STYLE
+from gossamer.reports.images import save
+from gossamer.reports.plots import COLOURS
 from gossamer.submodel import Cut, covering
 from gossamer.submodel.coverage import Coverage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 ALL = "participants"
@@ -177,7 +179,8 @@ def _largest_matrix(parts: Parts, coverage: Coverage) -> tuple[str, Tensor] | No
 def render(found: Sequence[MethodCoverage], as_json: bool) -> str:
     """Return a table for each method, or one JSON object for all, without the matrices."""
     if as_json:
-        methods = {one.method: {key: value for key, value in _plain(one).items() if key != "method"} for one in found}
+        names = ("strategy", "rounds", "masks_labels", "reaches")
+        methods = {one.method: {name: asdict(one)[name] for name in names} for one in found}
         return json.dumps({"methods": methods}, indent=2)
     lines: list[str] = []
     for one in found:
@@ -199,28 +202,8 @@ def render(found: Sequence[MethodCoverage], as_json: bool) -> str:
     return "\n".join(lines)
 
 
-def _plain(one: MethodCoverage) -> Mapping[str, Any]:
-    return {
-        "method": one.method,
-        "strategy": one.strategy,
-        "rounds": one.rounds,
-        "masks_labels": one.masks_labels,
-        "reaches": [asdict(reach) for reach in one.reaches],
-    }
-
-
 def _after(rounds: int | None) -> str:
     return "never" if rounds is None else f"round {rounds}"
-
-
-def require_image(output: Path) -> None:
-    """Check that `output` names an image.
-
-    Raises:
-        ConfigError: its format is not supported.
-    """
-    if output.suffix.removeprefix(".").lower() not in FORMATS:
-        raise ConfigError(f"cannot tell the format of {str(output)!r}: give a name that ends in .png, .svg or .pdf")
 
 
 def draw(found: Sequence[MethodCoverage], output: Path) -> Path:
@@ -233,22 +216,17 @@ def draw(found: Sequence[MethodCoverage], output: Path) -> Path:
         ConfigError: the format of `output` is not supported.
         StorageError: the image cannot be written.
     """
-    require_image(output)
-    import matplotlib
+    return save(lambda: _figure(found), output)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    with matplotlib.rc_context(STYLE):
-        size = (2 * PANEL_INCHES[0], PANEL_INCHES[1] * len(found))
-        figure, panels = plt.subplots(len(found), 2, figsize=size, squeeze=False, layout="constrained")
-        for one, (curves, marks) in zip(found, panels, strict=True):
-            _draw_curves(curves, one)
-            _draw_matrix(marks, one)
-        with storage_errors(output):
-            figure.savefig(output, dpi=150)
-        plt.close(figure)
-    return output
+def _figure(found: Sequence[MethodCoverage]) -> Figure:
+    from matplotlib import figure as figures
+
+    figure = figures.Figure(figsize=(2 * PANEL_INCHES[0], PANEL_INCHES[1] * len(found)), layout="constrained")
+    for one, (curves, marks) in zip(found, figure.subplots(len(found), 2, squeeze=False), strict=True):
+        _draw_curves(curves, one)
+        _draw_matrix(marks, one)
+    return figure
 
 
 def _draw_curves(panel: Axes, one: MethodCoverage) -> None:

@@ -29,16 +29,15 @@ def draw(topology: Topology) -> Figure:
     Raises:
         ConfigError: there are too many edges to list.
     """
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     cycle = topology.schedule.cycle
     num_rounds = min(MAX_ROUNDS, cycle or MAX_ROUNDS)
     mixings = [topology.mixing(round) for round in range(num_rounds)]
     has_spectrum = cycle == 1 and (mixings[0].kind == "shift" or topology.n <= MAX_EXACT)
     num_panels = num_rounds + has_spectrum + 1
-    figure, panels = plt.subplots(
-        1, num_panels, figsize=(PANEL_INCHES[0] * num_panels, PANEL_INCHES[1]), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(PANEL_INCHES[0] * num_panels, PANEL_INCHES[1]), layout="constrained")
+    panels = figure.subplots(1, num_panels, squeeze=False)
     positions = _positions(mixings[0], is_static=cycle == 1)
     for round, mixing in enumerate(mixings):
         _draw_graph(panels[0, round], mixing, positions)
