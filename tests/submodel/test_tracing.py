@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import reference_modules as reference
 from gossamer.errors import ConfigError
-from gossamer.submodel import LABEL_AXIS, Axes, Dim, Layout, trace_axes
+from gossamer.submodel import LABEL_AXIS, Axes, Dim, Layout, trace_axes, tracing
 from gossamer.submodel.layout import as_dim
+from gossamer.submodel.tracing_rules import RULES
 from gossamer.workloads.models import CNN, MLP
 from gossamer.workloads.resnet import PreActResNet18
 
@@ -414,6 +415,28 @@ class TestNorms:
     def test_instance_norm(self) -> None:
         module = nn.Sequential(nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6, affine=True), nn.Conv2d(6, 2, 1))
         assert trace_axes(module, images(2, 3, 3, 3))["1.weight"] == ("0",)
+
+
+IN_PLACE: dict[str, Any] = {
+    "transpose_": lambda x: (x + 1).unsqueeze(0).transpose_(0, 1).flatten(1),
+    "t_": lambda x: (x + 1).t_().t(),
+    "squeeze_": lambda x: x.unsqueeze(1).squeeze_(1),
+    "unsqueeze_": lambda x: (x + 1).unsqueeze_(1)[:, 0],
+}
+
+
+class TestWhatIsNotFollowed:
+    """An operation whose rule does not describe what came out is refused, never guessed."""
+
+    @pytest.mark.parametrize("name", IN_PLACE)
+    def test_operations_in_place(self, name: str) -> None:
+        assert hidden_axis(IN_PLACE[name]) == "before"
+
+    def test_a_rule_that_does_not_fit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(RULES, "relu", lambda call: [tuple(reversed(call.dims("self")))])
+        monkeypatch.setattr(tracing, "rule_for", lambda operation, name: RULES.get(name))
+        with pytest.raises(ConfigError, match=r"'aten\.relu\.default' in its forward"):
+            hidden_axis(F.relu)
 
 
 class TestConduct:

@@ -659,6 +659,14 @@ class TestFrozen:
         assert part["flops_per_sample"] == 2 * 64 * 20 + 3 * rest - 2 * 20 * 12  # no gradient by the second's input
         assert frozen.metrics[-1]["total_bytes_up"] == 5 * part["bytes_up"]
 
+    def test_belong_to_the_digest(self) -> None:
+        first, again, free = (
+            classification({"name": "user_modules:HalfFrozen", "freeze": freeze}) for freeze in (True, True, False)
+        )
+        assert first.digest() == again.digest() != free.digest()
+        first.model.frozen["1.bias"][0] += 1
+        assert first.digest() != again.digest()
+
     def test_are_not_cut(self) -> None:
         """A rank is; a layer that a frozen one reads is not."""
         workload = classification("user_modules:Adapted")

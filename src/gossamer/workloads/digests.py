@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -25,7 +26,8 @@ def digest_of(*values: Any) -> str:
 
 def _update(digest: hashlib.blake2b, value: Any) -> None:
     if isinstance(value, Tensor):
-        value = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        value = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()  # NumPy has no such type
     if isinstance(value, np.ndarray):
         digest.update(f"array {value.dtype.str} {value.shape};".encode())
         digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)

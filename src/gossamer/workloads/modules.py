@@ -124,6 +124,11 @@ class ModuleModel:
         if seed != self._seed:
             self._take(seed)
 
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Frozen parameters and buffers."""
+        return self.frozen | dict(self._module.named_buffers())
+
     def whole(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return all parameters in the module's order: those given, and those that are frozen."""
         every = self.frozen | dict(params)
@@ -133,7 +138,7 @@ class ModuleModel:
         """Return logits float32 [b, num_labels] of x float32 [b, *input_shape], see `gossamer.workloads.base.Model`."""
         constants = self.frozen
         if x.device.type != "cpu":
-            constants = {name: value.to(x.device) for name, value in (self.frozen | self._buffers()).items()}
+            constants = {name: value.to(x.device) for name, value in self.constants.items()}
         if self._module.training != context.training:
             self._module.train(context.training)
         axes = self.axes if context.is_scaled else self._axes or {}
@@ -152,9 +157,6 @@ class ModuleModel:
                 layer.running_mean = layer.running_var = layer.num_batches_tracked = None
                 layer.track_running_stats = False
         return module
-
-    def _buffers(self) -> dict[str, Tensor]:
-        return dict(self._module.named_buffers())
 
     def _take(self, seed: int) -> None:
         """Build the module whose buffers and frozen parameters are used, and see what it has.
@@ -192,7 +194,7 @@ class ModuleModel:
         """Check that the module follows from its seed."""
         again = self._built(self._seed)
         other = dict(again.named_parameters()) | dict(again.named_buffers())
-        for name, value in (self._params | self.frozen | self._buffers()).items():
+        for name, value in (self._params | self.constants).items():
             if name not in other or not _equal(value, other[name].detach()):
                 raise ConfigError(
                     f"model {self._name!r} is not built alike twice from one seed ({name!r} differs): draw random"
@@ -203,7 +205,7 @@ class ModuleModel:
     def _check_forward(self, context: ForwardContext) -> None:
         """Check that the forward pass returns logits and depends on parameters and inputs alone."""
         name, where = f"model {self._name!r}", "" if context.training else " in evaluation mode"
-        buffers = {key: value.clone() for key, value in self._buffers().items()}
+        buffers = {key: value.clone() for key, value in self._module.named_buffers()}
         runs = []
         for seed in (0, 0, 1):
             x = self._samples.clone()
@@ -222,7 +224,7 @@ class ModuleModel:
         if not isinstance(runs[0], Tensor) or runs[0].shape != expected:
             found = tuple(runs[0].shape) if isinstance(runs[0], Tensor) else type(runs[0]).__name__
             raise ConfigError(f"{name} returns {found}{where}: return one tensor of logits, here {expected}")
-        for key, value in self._buffers().items():
+        for key, value in self._module.named_buffers():
             if not _equal(value, buffers[key]):
                 raise ConfigError(
                     f"{name}: the forward pass changes the buffer {key!r}{where}, but only parameters are sent and"

@@ -69,6 +69,8 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"lr": 0.1, "batch_size": 20, "steps": 1},
         "clients.per_round": 8,
     },
+    "frozen parameters": mixed("fedrolex", (0.5, 1.0))
+    | {"workload.model": "user_modules:Adapted", "train.weight_decay": 0.1, "rounds": 2},
     "float64": {
         "workload": {"name": "least-squares", "dim": 5, "num_samples": 12, "heterogeneity": 1.0},
         "train.batch_size": 4,
