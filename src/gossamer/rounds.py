@@ -14,7 +14,7 @@ import torch
 
 from gossamer.engines.base import Engine, Record
 from gossamer.engines.task import WHOLE
-from gossamer.errors import GossamerError, Interrupted, QuorumError, StateLost
+from gossamer.errors import EngineError, GossamerError, Interrupted, QuorumError, StateLost
 from gossamer.plan import STOPPED
 from gossamer.planning.base import Planner, TimedPlan
 from gossamer.profiling.spans import Spans
@@ -142,7 +142,7 @@ class Loop:
                 raise
             except GossamerError:
                 if self.engine.is_whole:
-                    with suppress(StateLost):
+                    with suppress(EngineError):
                         self._commit()
                 if self.engine.hooks.stop_requested():
                     raise self._stopped() from None

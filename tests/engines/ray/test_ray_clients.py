@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -252,7 +253,10 @@ class TestInterrupted:
         resumed = resume(tmp_path / "run", overrides=["engine.name=local", "engine.workers=0"])
         assert_same(resumed, run(configure(), out=tmp_path / "whole"))
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "scheduler"])
+    @pytest.mark.sweep(keep=0.6)
+    @pytest.mark.parametrize(
+        "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "scheduler", "hang-up"]
+    )
     def test_from_outside(self, tmp_path: Path, number: signal.Signals) -> None:
         """A terminal interrupts all processes of the group, Ray's too; a scheduler asks only ours to stop."""
         config = configure({"rounds": 100_000, "evaluation": {"every": 1000}, "checkpoint.every_seconds": 1000})
@@ -269,6 +273,22 @@ class TestInterrupted:
         logged = read_metrics(tmp_path / "run")
         assert f"stopped after round {len(logged)} of" in errors
         assert committed(tmp_path / "run") == len(logged)
+
+
+@pytest.mark.sweep(keep=0.5)
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_a_daemon_that_dies_is_one_sentence(tmp_path: Path, name: str) -> None:
+    config = configure({"rounds": 100_000, "evaluation": {"every": 1000}, "checkpoint.every_seconds": 1000})
+    process = gossamer("run", write(tmp_path, on_ray(config)), "--out", tmp_path / "run")
+    wait_for(lambda: process.poll() is not None or len(list_metrics(tmp_path / "run")) >= 3, 120)
+    of_driver = rf"\d+ \({name}\) \w {process.pid} "
+    stats = {path: path.read_text(errors="replace") for path in Path("/proc").glob("[0-9]*/stat") if path.exists()}
+    (daemon,) = [int(path.parent.name) for path, text in stats.items() if re.match(of_driver, text)]
+    os.kill(daemon, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors.count("\n")) == (2, 1), errors
+    assert errors.startswith(f"error: Ray's process {name} ended, as when it was killed or memory was short: look at")
+    assert committed(tmp_path / "run") == len(read_metrics(tmp_path / "run"))
 
 
 def gossamer(*arguments: Any) -> subprocess.Popen[str]:

@@ -92,6 +92,7 @@ class ActorPool:
         straggler_seconds: float | None = None,
         start_seconds: float = START_SECONDS,
         on_event: Callable[..., None] = lambda kind, **fields: None,
+        check: Callable[[], None] = lambda: None,
         others: Mapping[str, tuple[Callable[[], Any], int]] | None = None,
     ) -> None:
         """Start actors.
@@ -104,10 +105,12 @@ class ActorPool:
                 an answer to the same method has taken, a minute at least.
             start_seconds: timeout for the first actor to start.
             on_event: callback for every retry and replacement.
+            check: callback that raises if Ray itself is gone; called while nothing else happens.
             others: for each further kind, a function as `make` and a number of actors.
         """
         self._make = {CPU: make} | {kind: one for kind, (one, _) in (others or {}).items()}
         self._straggler_seconds, self.on_event, self._start_seconds = straggler_seconds, on_event, start_seconds
+        self.check = check
         self._actors = [self._started(kind) for kind, (_, number) in (others or {}).items() for _ in range(number)]
         self._longest: dict[str, float] = {}
         self._num_others = len(self._actors)
@@ -187,6 +190,7 @@ class ActorPool:
         return _Actor(actor, actor.ready.remote(), kind, generation)
 
     def _lost_one(self, attempt: _Attempt, reason: str, batch: _Batch) -> None:
+        self.check()
         self.on_event("retry", reason=reason, call=str(attempt.call.key))
         self._give_up(attempt, reason, batch)
 
@@ -257,6 +261,7 @@ class _Batch:
                 " that many free CPUs, or set engine.workers lower"
             )
         if not ready:
+            self._pool.check()
             self._repeat(now)
             return None
         if ready[0] in starting:

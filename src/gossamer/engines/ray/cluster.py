@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,40 @@ def is_running() -> bool:
     """Say whether this process has started or joined a Ray already."""
     ray = sys.modules.get("ray")
     return ray is not None and bool(ray.is_initialized())
+
+
+DAEMONS = ("raylet", "gcs_server")
+
+
+def watch_daemons() -> Callable[[], None]:
+    """Return what raises an `EngineError` once a daemon of a Ray that this process has started is gone.
+
+    Calls would not fail then, but wait; of a cluster that was joined it tells nothing.
+    """
+    parent = str(os.getpid())
+    found = {path: _status(path) for path in Path("/proc").glob("[0-9]*/stat")}
+    ours = {path: name for path, (name, state, of) in found.items() if of == parent and name in DAEMONS}
+
+    def check() -> None:
+        """Look at each of them."""
+        for path, name in ours.items():
+            if _status(path)[:2] in ((name, "Z"), (name, "X"), ("", "")):
+                raise EngineError(
+                    f"Ray's process {name} ended, as when it was killed or memory was short: look at the logs in"
+                    " /tmp/ray/session_latest/logs, then resume"
+                )
+
+    return check
+
+
+def _status(path: Path) -> tuple[str, str, str]:
+    """Return name, state and parent of a process, empty where it is gone."""
+    try:
+        name, _, rest = path.read_text(errors="replace").partition("(")[2].rpartition(")")
+    except OSError:
+        return "", "", ""
+    state, parent = rest.split()[:2]
+    return name, state, parent
 
 
 def _require_answer(address: str | None) -> None:

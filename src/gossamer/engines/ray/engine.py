@@ -16,7 +16,16 @@ from gossamer.engines.base import NO_HOOKS, EngineHooks
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, ActorPool, Call
 from gossamer.engines.ray.client_actor import ClientActor
-from gossamer.engines.ray.cluster import arrays_of, is_running, make_actor, num_cpus, num_gpus, put_data, start_ray
+from gossamer.engines.ray.cluster import (
+    arrays_of,
+    is_running,
+    make_actor,
+    num_cpus,
+    num_gpus,
+    put_data,
+    start_ray,
+    watch_daemons,
+)
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.engines.ray.shared_memory import SharedMemory
 from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, ORDER, FederatedEngine
@@ -89,6 +98,7 @@ class RayEngine(FederatedEngine):
             self.num_workers,
             straggler_seconds=straggler_seconds,
             on_event=hooks.report,
+            check=watch_daemons(),
             others={GPU: (make_actor(ClientActor, *arguments, num_gpus=1), self._num_gpus)},
         )
         self._received: dict[int | None, Any] = {}

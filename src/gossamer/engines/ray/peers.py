@@ -19,7 +19,7 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import NO_HOOKS, EngineHooks
 from gossamer.engines.peers import MERGED, Message, PeerEngine, mix_message
 from gossamer.engines.ray.actor_pool import ActorPool, Call
-from gossamer.engines.ray.cluster import make_actor, num_cpus, put_data, start_ray
+from gossamer.engines.ray.cluster import make_actor, num_cpus, put_data, start_ray, watch_daemons
 from gossamer.engines.ray.peer_actor import PeerActor
 from gossamer.engines.task import Task
 from gossamer.errors import ConfigError, StateLost
@@ -65,7 +65,9 @@ class RayPeerEngine(PeerEngine):
         bounds = bounds_of_blocks(task.workload.num_clients, num_actors)
         super().__init__(task, x, bounds, block_size=block_size, hooks=hooks)
         make = make_actor(PeerActor, json.dumps(recipe), put_data(task.workload))
-        self._actors = ActorPool(make, num_actors, straggler_seconds=straggler_seconds, on_event=hooks.report)
+        self._actors = ActorPool(
+            make, num_actors, straggler_seconds=straggler_seconds, on_event=hooks.report, check=watch_daemons()
+        )
         self._state: list[Any] = []
         self._trained: dict[int, tuple[Any, ...]] = {}
         self._mean = torch.zeros(len(x), dtype=x.dtype)
@@ -83,6 +85,7 @@ class RayPeerEngine(PeerEngine):
         import ray
 
         self._require_state()
+        self._actors.check()
         try:
             blocks = ray.get(self._state, timeout=READ_SECONDS)
         except ray.exceptions.RayError as error:

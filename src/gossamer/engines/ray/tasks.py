@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from gossamer.engines.ray.actor_pool import POLL_SECONDS
-from gossamer.engines.ray.cluster import start_ray
+from gossamer.engines.ray.cluster import start_ray, watch_daemons
 from gossamer.registry import load_object
 
 MAX_RETRIES = 3  # of a task whose worker or node died
@@ -54,11 +54,12 @@ def _run(
     origin = [os.path.abspath(path) for path in sys.path], os.getcwd()
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_call)
     waiting, flying = deque(messages.items()), dict[Any, str]()
-    deadline = float("inf")
+    deadline, check = float("inf"), watch_daemons()
     while (waiting or flying) and time.monotonic() < deadline:
         while waiting and len(flying) < num_parallel:
             key, message = waiting.popleft()
             flying[remote.remote(function, message, origin)] = key
+        check()
         ready, _ = ray.wait(list(flying), num_returns=1, timeout=POLL_SECONDS)
         for one in ready:
             yield flying.pop(one), _result(one)
