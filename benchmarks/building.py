@@ -23,7 +23,7 @@ def parts_of(config: Mapping[str, Any]) -> Parts:
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration as a run would write it down, everything settled."""
+    """Return a configuration as a run would write it down, everything resolved."""
     found: dict[str, Any] = parts_of(config).config.model_dump(mode="json")
     return found
 

@@ -15,7 +15,7 @@ from federation import Injected, assert_same, configure, digest, events, failing
 from gossamer import resume, rounds, run
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.config.resolve import settle
+from gossamer.config.resolve import fill_in
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError, GossamerError, QuorumError
 from gossamer.experiment import Run
@@ -289,7 +289,7 @@ class TestRefused:
     )
     def test_devices_of_other_capacities(self, devices: list[dict[str, Any]]) -> None:
         changes = mixed("fedrolex", (0.5, 1.0)) | {"devices": devices}
-        message = error_of(changes, lambda config: settle(config, resolve("algorithm", "fedrolex")))
+        message = error_of(changes, lambda config: fill_in(config, resolve("algorithm", "fedrolex")))
         assert "do not fit submodel.capacities = [0.5, 1.0]: give one device for each capacity" in message
 
 
@@ -311,14 +311,14 @@ class TestFairness:
         assert set(who[0]) == {"quick", "slow"}
 
     @pytest.mark.parametrize("algorithm", ["fedrolex", "all-smallest"])
-    def test_a_settled_configuration_settles_to_itself(self, algorithm: str) -> None:
+    def test_a_filled_in_configuration_stays_as_it_is(self, algorithm: str) -> None:
         config = parse(configure(mixed(algorithm, (0.25, 1.0)) | {"devices": TIED, "submodel.shares": [1, 3]}))
-        settled = settle(config, resolve("algorithm", algorithm))
-        assert settled.devices is not None
-        assert [device.share for device in settled.devices] == [3, 1]
-        written = parse(yaml.safe_load(yaml.safe_dump(settled.model_dump(mode="json"))))
-        assert written == settled
-        assert settle(written, resolve("algorithm", algorithm)) == settled
+        filled = fill_in(config, resolve("algorithm", algorithm))
+        assert filled.devices is not None
+        assert [device.share for device in filled.devices] == [3, 1]
+        written = parse(yaml.safe_load(yaml.safe_dump(filled.model_dump(mode="json"))))
+        assert written == filled
+        assert fill_in(written, resolve("algorithm", algorithm)) == filled
 
     def test_a_run_keeps_its_profiles(self, tmp_path: Path) -> None:
         """The file that named them is not needed again."""

@@ -47,7 +47,7 @@ class TestDirectory:
         assert list(done.params) == ["hidden0.weight", "hidden0.bias", "output.weight", "output.bias"]
 
     def test_the_resolved_configuration_is_the_same_run(self, tmp_path: Path) -> None:
-        """It names every default, and settles to itself."""
+        """It names every default, and resolves to itself."""
         first = run(configure(mixed("all-smallest") | {"engine.modes": "auto", "rounds": 1}), out=tmp_path / "first")
         resolved = read_config(first.directory)
         assert resolved["train"]["momentum"] == 0.0

@@ -246,7 +246,7 @@ def test_momentum_of_the_server_moves_what_was_reached_only(tmp_path: Path) -> N
 def test_binding_leaves_the_algorithm_alone() -> None:
     algorithm = FIARSE({"server_lr": 0.5}, momentum=0.9)
     bound = algorithm.of_capacity(SQUARE, 0.5)
-    assert (algorithm.shares, len(bound.shares)) == ((), 1)
+    assert (algorithm.layers, len(bound.layers)) == ((), 1)
     assert (bound.options, bound.momentum) == (algorithm.options, 0.9)
 
 

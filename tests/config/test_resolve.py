@@ -11,7 +11,7 @@ import yaml
 from gossamer import topology
 from gossamer.build import build
 from gossamer.config.loading import parse, with_value
-from gossamer.config.resolve import build_topology, settle
+from gossamer.config.resolve import build_topology, fill_in
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError
 from gossamer.registry import BUILTIN, resolve
@@ -34,21 +34,21 @@ def configuration(algorithm: str, **changes: Any) -> Config:
     return parse(data)
 
 
-def settled(algorithm: str, **changes: Any) -> Config:
-    return settle(configuration(algorithm, **changes), resolve("algorithm", algorithm))
+def filled(algorithm: str, **changes: Any) -> Config:
+    return fill_in(configuration(algorithm, **changes), resolve("algorithm", algorithm))
 
 
 def error_of(algorithm: str, **changes: Any) -> str:
     config = configuration(algorithm, **changes)
     with pytest.raises(ConfigError) as caught:
-        settle(config, resolve("algorithm", algorithm))
+        fill_in(config, resolve("algorithm", algorithm))
     return str(caught.value)
 
 
 class TestSubModels:
     @pytest.mark.parametrize(("algorithm", "strategy"), SUB_MODEL_METHODS.items())
     def test_strategy_and_masks(self, algorithm: str, strategy: str) -> None:
-        config = settled(algorithm, submodel=LEVELS)
+        config = filled(algorithm, submodel=LEVELS)
         assert config.submodel.strategy == strategy
         assert config.submodel.mask_labels is True
         assert config.submodel.capacities == LEVELS["capacities"]
@@ -57,22 +57,22 @@ class TestSubModels:
 
     @pytest.mark.parametrize("algorithm", SUB_MODEL_METHODS)
     def test_what_is_given_stays(self, algorithm: str) -> None:
-        config = settled(algorithm, submodel=LEVELS, submodel__mask_labels=False, workload__label_mask="minus-inf")
+        config = filled(algorithm, submodel=LEVELS, submodel__mask_labels=False, workload__label_mask="minus-inf")
         assert config.submodel.mask_labels is False
         assert config.workload["label_mask"] == "minus-inf"
-        assert settled(algorithm, submodel__strategy=SUB_MODEL_METHODS[algorithm]).submodel.strategy is not None
+        assert filled(algorithm, submodel__strategy=SUB_MODEL_METHODS[algorithm]).submodel.strategy is not None
 
     def test_fedavg_trains_whole_models(self) -> None:
-        config = settled("fedavg")
+        config = filled("fedavg")
         assert (config.submodel.strategy, config.submodel.mask_labels) == ("static", False)
         assert config.workload["label_mask"] == "none"
 
     def test_fedavg_with_a_strategy(self) -> None:
-        config = settled("fedavg", submodel=LEVELS, submodel__strategy="rolling")
+        config = filled("fedavg", submodel=LEVELS, submodel__strategy="rolling")
         assert (config.submodel.strategy, config.submodel.capacities) == ("rolling", LEVELS["capacities"])
 
     def test_another_workload_has_no_label_mask(self) -> None:
-        assert settled("fedrolex", workload={"name": "my:Own"}).workload == {"name": "my:Own"}
+        assert filled("fedrolex", workload={"name": "my:Own"}).workload == {"name": "my:Own"}
 
 
 class TestBaselines:
@@ -80,25 +80,25 @@ class TestBaselines:
     @pytest.mark.parametrize("width", [1.0, 0.5])
     def test_the_model_itself_is_scaled(self, algorithm: str, factor: float, width: float) -> None:
         levels = {"capacities": [0.5, 0.25], "shares": [3, 1]}
-        config = settled(algorithm, submodel=levels, workload__model={"name": "mlp", "hidden": [8], "width": width})
+        config = filled(algorithm, submodel=levels, workload__model={"name": "mlp", "hidden": [8], "width": width})
         assert config.workload["model"] == {"name": "mlp", "hidden": [8], "width": width * factor}
         assert (config.submodel.capacities, config.submodel.shares) == ([1.0], None)
         assert config.submodel.mask_labels is True
         assert config.workload["label_mask"] == "zero"
 
     def test_options_of_the_algorithm_stay(self) -> None:
-        config = settled("all-smallest", submodel=LEVELS, algorithm__server_lr=0.5)
+        config = filled("all-smallest", submodel=LEVELS, algorithm__server_lr=0.5)
         assert config.algorithm == {"name": "all-smallest", "server_lr": 0.5}
 
     @pytest.mark.parametrize("workload", [{"model": "mlp"}, {}])
     def test_a_model_that_is_a_bare_name_or_left_out(self, workload: dict[str, Any]) -> None:
-        config = settled("all-smallest", submodel=LEVELS, workload=workload)
+        config = filled("all-smallest", submodel=LEVELS, workload=workload)
         assert config.workload["model"] == {"name": "mlp", "width": 0.25}
 
     def test_the_source_is_left_alone(self) -> None:
         config = configuration("all-smallest", submodel=LEVELS)
         before = config.model_dump()
-        settle(config, resolve("algorithm", "all-smallest"))
+        fill_in(config, resolve("algorithm", "all-smallest"))
         assert config.model_dump() == before
 
 
@@ -117,28 +117,28 @@ class TestRefused:
         assert told.startswith(
             "submodel.offsets = {'hidden0': 3} does not go with algorithm 'fjord', because a narrower"
         )
-        assert settled("heterofl", **changes).submodel.offsets == {"hidden0": 3}
+        assert filled("heterofl", **changes).submodel.offsets == {"hidden0": 3}
 
     def test_a_workload_whose_model_has_no_width(self) -> None:
         message = error_of("all-smallest", submodel=LEVELS, workload={"name": "my:Own"})
         assert "scales workload.model.width, which workload 'my:Own' does not have" in message
-        assert settled("all-largest", submodel=LEVELS, workload={"name": "my:Own"}).submodel.capacities == [1.0]
+        assert filled("all-largest", submodel=LEVELS, workload={"name": "my:Own"}).submodel.capacities == [1.0]
 
 
 @pytest.mark.parametrize("algorithm", BUILTIN["algorithm"])
 @pytest.mark.parametrize("given", [{}, {"submodel": LEVELS}])
-def test_a_settled_configuration_settles_to_itself(algorithm: str, given: dict[str, Any]) -> None:
+def test_a_filled_in_configuration_stays_as_it_is(algorithm: str, given: dict[str, Any]) -> None:
     """So the file that a run writes can be run, or resumed, and means the same."""
     found = resolve("algorithm", algorithm)
     if given and found.traits.whole_models_only is not None:
         with pytest.raises(ConfigError, match="trains whole models only, because"):
-            settled(algorithm, **given)
+            filled(algorithm, **given)
         return
     strategy = {"submodel__strategy": "rolling"} if found.traits.capacities == "one" and given else {}
-    config = settled(algorithm, **given, **strategy)
+    config = filled(algorithm, **given, **strategy)
     written = parse(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
     assert written == config
-    assert settle(written, resolve("algorithm", written.algorithm["name"])) == config
+    assert fill_in(written, resolve("algorithm", written.algorithm["name"])) == config
 
 
 @pytest.mark.parametrize("strategy", BUILTIN["strategy"])

@@ -186,18 +186,18 @@ class TestCutter:
 
     def test_shared_cuts_are_made_once(self) -> None:
         cutter = Cutter(self.LAYOUT, rolling, 1, 0)
-        assert cutter.shares(0.5)
+        assert cutter.shares_window(0.5)
         assert cutter.cut(0.5, 7, 1) is cutter.cut(0.5, 7, 2)
         assert cutter.cut(0.5, 7, 1).windows != cutter.cut(0.5, 8, 1).windows
 
     def test_random_cuts_are_each_clients_own(self) -> None:
         cutter = Cutter(self.LAYOUT, random, 1, 0)
-        assert not cutter.shares(0.5)
+        assert not cutter.shares_window(0.5)
         cuts = [cutter.cut(0.5, 7, client).windows for client in range(6)]
         assert any(windows != cuts[0] for windows in cuts)
         assert cutter.cut(0.5, 7, 3).windows == cuts[3]
 
     def test_whole_models_are_shared_whatever_the_strategy(self) -> None:
         cutter = Cutter(self.LAYOUT, random, 1, 0)
-        assert cutter.shares(1.0)
+        assert cutter.shares_window(1.0)
         assert cutter.cut(1.0, 7, 1).is_full

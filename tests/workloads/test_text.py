@@ -17,7 +17,7 @@ from torch import Tensor
 import gossamer
 from federation import modes
 from gossamer.config.loading import parse, with_value
-from gossamer.config.resolve import settle
+from gossamer.config.resolve import fill_in
 from gossamer.errors import ConfigError, DataError, RegistryError
 from gossamer.registry import resolve
 from gossamer.testing import check_workload
@@ -339,12 +339,12 @@ def test_rows_of_a_character_that_nobody_writes_keep_their_bits(tmp_path: Path) 
 
 def test_the_algorithm_decides_about_masks_and_widths() -> None:
     config = parse(configuration(algorithm="all-smallest", submodel__capacities=[1.0, 0.5]))
-    settled = settle(config, resolve("algorithm", "all-smallest"))
-    assert settled.workload["model"] == MODEL | {"width": 0.5}
-    assert settled.workload["label_mask"] == "zero"
+    filled = fill_in(config, resolve("algorithm", "all-smallest"))
+    assert filled.workload["model"] == MODEL | {"width": 0.5}
+    assert filled.workload["label_mask"] == "zero"
     bare = parse(configuration(workload={"name": "next-character"}))
-    settled = settle(bare, resolve("algorithm", "fedavg"))
-    assert settled.workload == {"name": "next-character", "model": "transformer", "label_mask": "none"}
+    filled = fill_in(bare, resolve("algorithm", "fedavg"))
+    assert filled.workload == {"name": "next-character", "model": "transformer", "label_mask": "none"}
 
 
 # ---- errors

@@ -18,7 +18,7 @@ from gossamer.algorithms.federated import FedAvg
 from gossamer.submodel import Layout
 
 
-class Share(NamedTuple):
+class PartialLayer(NamedTuple):
     """How many numbers of one parameter a client trains: `num_trained` of those in ``[start, stop)`` of a row."""
 
     start: int
@@ -59,18 +59,18 @@ class FIARSE(FedAvg):
         transforms_parameters=True,
     )
 
-    shares: tuple[Share, ...] = ()  # of the capacity that it is bound to; none: everything is trained
+    layers: tuple[PartialLayer, ...] = ()  # of the capacity that it is bound to; none: everything is trained
 
     def of_capacity(self, layout: Layout, capacity: float) -> Self:
         """Return the algorithm as participants of a capacity run it."""
         bound = copy.copy(self)
-        bound.shares = shares_of(layout, capacity)
+        bound.layers = partial_layers(layout, capacity)
         return bound
 
     def thresholds(self, x: Tensor) -> Tensor:
         """Return theta of every number of rows [s, d]: 0 where all of a layer is trained."""
         found = torch.zeros_like(x)
-        for start, stop, num_trained in self.shares:
+        for start, stop, num_trained in self.layers:
             place = stop - start - num_trained  # in ascending order; NumPy finds it several times as fast as torch
             least = np.partition(x[:, start:stop].abs().cpu().numpy(), place, axis=1)[:, place]
             found[:, start:stop] = torch.from_numpy(least).to(found)[:, None]
@@ -78,7 +78,7 @@ class FIARSE(FedAvg):
 
     def evaluated(self, x: Tensor) -> Tensor:
         """Return what a row [d] is as the model of the capacity: 0 where it is masked."""
-        return masked(x, self.thresholds(x[None])[0]) if self.shares else x
+        return masked(x, self.thresholds(x[None])[0]) if self.layers else x
 
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
         """Return a copy of the model to train, and its thresholds; stacked clients may share one row."""
@@ -88,7 +88,7 @@ class FIARSE(FedAvg):
 
     def forward(self, x: Tensor, carry: Mapping[str, Tensor]) -> Tensor:
         """Return what the loss is given instead of x, with the biased gradient of the class; any one shape."""
-        if not self.shares:
+        if not self.layers:
             return x
         found: Tensor = _Gate.apply(x, carry["threshold"])  # type: ignore[no-untyped-call]
         return found
@@ -135,11 +135,11 @@ def masked(weight: Tensor, threshold: Tensor) -> Tensor:
     return torch.where(weight.abs() < threshold, 0.0, weight)
 
 
-def shares_of(layout: Layout, capacity: float) -> tuple[Share, ...]:
+def partial_layers(layout: Layout, capacity: float) -> tuple[PartialLayer, ...]:
     """Return how much of each weight matrix or convolution is trained, of those that are not trained whole."""
     found = []
     for start, shape, small in zip(layout.offsets, layout.shapes, layout.cut(capacity).shapes, strict=True):
         size, num_trained = math.prod(shape), math.prod(small)
         if len(shape) > 1 and num_trained < size:
-            found.append(Share(start, start + size, num_trained))
+            found.append(PartialLayer(start, start + size, num_trained))
     return tuple(found)

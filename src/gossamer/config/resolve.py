@@ -59,22 +59,22 @@ def resolve(config: Config) -> Resolved:
     """
     algorithm = make_algorithm(config)
     require_population(config, algorithm)
-    settled = settle(config, algorithm)
-    engine_class = registry.resolve("engine", settled.engine.name)
-    require_attributes(f"engine {settled.engine.name!r}", engine_class, ENGINE)
-    assert settled.submodel.strategy is not None
-    find_strategy(settled.submodel.strategy)
-    find_workload(settled.workload["name"])
-    registry.resolve_function("partition", settled.population.partition["name"])
-    if settled.clients is not None:
-        registry.resolve_function("sampler", settled.clients.sampler)
-    topology = build_topology(settled)
+    filled = fill_in(config, algorithm)
+    engine_class = registry.resolve("engine", filled.engine.name)
+    require_attributes(f"engine {filled.engine.name!r}", engine_class, ENGINE)
+    assert filled.submodel.strategy is not None
+    find_strategy(filled.submodel.strategy)
+    find_workload(filled.workload["name"])
+    registry.resolve_function("partition", filled.population.partition["name"])
+    if filled.clients is not None:
+        registry.resolve_function("sampler", filled.clients.sampler)
+    topology = build_topology(filled)
     warnings: tuple[str, ...] = ()
     if topology is not None:
-        settled = _with_topology(settled, topology)
-        warnings = check_peers(settled, algorithm, topology)
-    warnings += unused_options(settled, algorithm, engine_class)
-    return Resolved(settled, algorithm, topology, engine_class, warnings)
+        filled = _with_topology(filled, topology)
+        warnings = check_peers(filled, algorithm, topology)
+    warnings += unused_options(filled, algorithm, engine_class)
+    return Resolved(filled, algorithm, topology, engine_class, warnings)
 
 
 def make_algorithm(config: Config) -> Algorithm:
@@ -123,7 +123,7 @@ def _with_topology(config: Config, topology: Topology) -> Config:
     return config.model_copy(update={"peers": peers})
 
 
-def settle(config: Config, algorithm: Any) -> Config:
+def fill_in(config: Config, algorithm: Any) -> Config:
     """Fill in what the algorithm decides: strategy, label masks, and capacities of the baselines.
 
     Raises:
@@ -175,12 +175,12 @@ def settle(config: Config, algorithm: Any) -> Config:
         changes["scaler"] = algorithm.traits.default_scaler
     if sub.mask_labels is None:
         changes["mask_labels"] = default_mask != "none"
-    devices = settle_devices(config, rule)
+    devices = fill_in_devices(config, rule)
     changed = {"submodel": sub.model_copy(update=changes), "workload": workload, "devices": devices}
     return config.model_copy(update=changed)
 
 
-def settle_devices(config: Config, rule: str) -> list[DeviceShare] | None:
+def fill_in_devices(config: Config, rule: str) -> list[DeviceShare] | None:
     """Give devices that are tied to capacities the shares of these.
 
     So the clients of a baseline, which changes the capacities, have the devices that they have in the other methods.
@@ -194,8 +194,8 @@ def settle_devices(config: Config, rule: str) -> list[DeviceShare] | None:
     devices, sub = config.devices, config.submodel
     if devices is None or devices[0].capacity is None:
         return devices
-    is_settled = all(device.share is not None for device in devices)
-    if is_settled and rule in ("smallest", "largest") and tuple(sub.capacities) == (1.0,):
+    is_filled = all(device.share is not None for device in devices)
+    if is_filled and rule in ("smallest", "largest") and tuple(sub.capacities) == (1.0,):
         return devices
     shares = dict(zip(sub.capacities, sub.shares or [1.0] * len(sub.capacities), strict=True))
     tied = [(device, device.capacity) for device in devices if device.capacity is not None]

@@ -104,7 +104,7 @@ class Variant:
             algorithm=algorithm.of_capacity(cutter.layout, capacity),
             optimizer=optimizer,
             mode=mode,
-            shares_window=cutter.shares(capacity),
+            shares_window=cutter.shares_window(capacity),
         )
 
 

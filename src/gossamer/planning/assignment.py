@@ -63,7 +63,7 @@ def assign_devices(entries: Sequence[DeviceShare], assignment: str, num_clients:
     """Give every client a device: by shares, or as capacities are assigned where the entries name them.
 
     Args:
-        entries: those with capacities have the shares of these, see `settle`.
+        entries: those with capacities have the shares of these, see `config.resolve.fill_in`.
         assignment: how capacities are assigned, "fixed" or "dynamic".
     """
     if entries[0].capacity is not None:

@@ -210,7 +210,7 @@ class Cutter:
         """Return the layout of any sub-model of `capacity`; its shapes do not depend on round or client."""
         return self._sub_layout(self._held(capacity))
 
-    def shares(self, capacity: float) -> bool:
+    def shares_window(self, capacity: float) -> bool:
         """Whether all clients of `capacity` have the same cut in a round."""
         return self.strategy.shared or self._held(capacity) == 1.0
 
@@ -224,7 +224,7 @@ class Cutter:
         if self.strategy.rank is not None:
             assert order is not None, "this strategy ranks channels, so their order is needed"
             return self._cut_ranked(capacity, order)
-        if self.shares(capacity):
+        if self.shares_window(capacity):
             return self._shared_cut(capacity, round, 0)
         return self._make(capacity, round, client)
 

@@ -49,13 +49,14 @@ def check_algorithm(algorithm: Algorithm, layout: Layout = SMALL) -> None:
     require_declared(require_phases, algorithm)
     for phase in range(algorithm.traits.num_phases):
         one, is_last = algorithm.of_phase(phase), phase == algorithm.traits.num_phases - 1
+        received, kept = _inputs(one, layout, _check_states(one, layout))
+        _check_begin(one, layout, received, kept)
+        _check_step(one, layout, received, kept)
+        ended = _check_end(one, layout, received, kept)
         if one.traits.downlink is None:
-            _check_of_peers(one, layout, must_move=is_last)
+            _check_update_of_peers(one, layout, received, *ended, must_move=is_last)
         else:
-            _check_of_clients(one, layout, must_move=is_last)
-
-
-# ---- what both have in common
+            _check_update(one, layout, must_move=is_last)
 
 
 def _copies(arrays: Mapping[str, Tensor]) -> Arrays:
@@ -73,6 +74,11 @@ def _require_unchanged(arrays: Mapping[str, Tensor], before: Mapping[str, Tensor
             torch.equal(value, before[name]),
             f"{what} must not change {name!r}, which belongs to the caller: work on a copy",
         )
+
+
+def _require_known(arrays: Arrays, state: Mapping[str, Tensor], what: str) -> None:
+    unknown = sorted(set(arrays) - set(state))
+    require(not unknown, f"{what} returned {unknown}, unknown to init: return them there, too, or leave them out")
 
 
 def _require_shapes(algorithm: Algorithm, layout: Layout, arrays: Arrays, names: set[str], what: str) -> None:
@@ -142,21 +148,31 @@ def _check_row_wise(
                 )
 
 
-# ---- of a server's clients
+def _check_states(algorithm: Algorithm, layout: Layout) -> Arrays:
+    """Check the initial state, and that of newcomers; return the first."""
+    of_peers = algorithm.traits.downlink is None
+    x = random_rows(layout, NUM_ROWS if of_peers else 1, 0)
+    state = algorithm.init(x.clone())
+    require("x" in state, f"init returned {sorted(state)}: it must return the model under 'x'")
+    require(torch.equal(state["x"], x), "init must keep the initial model: return x as it is given")
+    if of_peers:
+        _require_shapes(algorithm, layout, state, set(state), "init")
+    else:
+        require_arrays(state, set(state), (1, layout.d), "init", torch.float32)
+    for name in algorithm.traits.downlink or ():
+        require(
+            name in state, f"traits.downlink names {name!r}, which init does not return: return it, or leave it out"
+        )
+    newcomers = algorithm.init_client(torch.zeros(NUM_ROWS, layout.d))
+    _require_shapes(algorithm, layout, newcomers, set(algorithm.traits.client_arrays), "init_client")
+    return state
 
 
-def _check_of_clients(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> None:
-    _check_states(algorithm, layout)
-    received, kept = _states(algorithm, layout)
-    _check_begin(algorithm, layout, received, kept)
-    _check_step(algorithm, layout, received, kept)
-    _check_end(algorithm, layout, received, kept)
-    _check_update(algorithm, layout, must_move=must_move)
-
-
-def _states(algorithm: Algorithm, layout: Layout) -> tuple[Arrays, Arrays]:
-    """Return what clients receive and keep, both random."""
-    assert algorithm.traits.downlink is not None
+def _inputs(algorithm: Algorithm, layout: Layout, state: Arrays) -> tuple[Arrays, Arrays]:
+    """Return what participants receive, of peers their state, and what clients keep; all but peers' models random."""
+    if algorithm.traits.downlink is None:
+        arrays = [name for name, value in state.items() if name != "x" and value.shape[1] == layout.d]
+        return state | {name: random_rows(layout, NUM_ROWS, 10 + number) for number, name in enumerate(arrays)}, {}
     received = {
         name: random_rows(layout, 1, 10 + number).expand(NUM_ROWS, -1)
         for number, name in enumerate(algorithm.traits.downlink)
@@ -164,32 +180,26 @@ def _states(algorithm: Algorithm, layout: Layout) -> tuple[Arrays, Arrays]:
     return received, {n: random_rows(layout, NUM_ROWS, 20 + i) for i, n in enumerate(algorithm.traits.client_arrays)}
 
 
-def _check_states(algorithm: Algorithm, layout: Layout) -> None:
-    x = random_rows(layout, 1, 0)
-    state = algorithm.init(x.clone())
-    require("x" in state, f"init returned {sorted(state)}: it must return the model under 'x'")
-    require(torch.equal(state["x"], x), "init must keep the initial model: return x as it is given")
-    require_arrays(state, set(state), (1, layout.d), "init", torch.float32)
-    for name in algorithm.traits.downlink or ():
-        require(
-            name in state, f"traits.downlink names {name!r}, which init does not return: return it, or leave it out"
-        )
-    newcomers = algorithm.init_client(torch.zeros(NUM_ROWS, layout.d))
-    _require_shapes(algorithm, layout, newcomers, set(algorithm.traits.client_arrays), "init_client")
-
-
-def _check_end(algorithm: Algorithm, layout: Layout, received: Arrays, kept: Arrays) -> None:
-    before = _copies(received | kept)
+def _check_end(algorithm: Algorithm, layout: Layout, received: Arrays, kept: Arrays) -> tuple[Arrays, Arrays]:
+    """Check `end` after one step, of peers also after none; return what it makes of one."""
+    of_peers, names, before = algorithm.traits.downlink is None, set(algorithm.traits.uplink), _copies(received | kept)
+    if of_peers:
+        idle, _ = algorithm.end(received, kept, algorithm.begin(received, kept), 0, LR)
+        _require_shapes(algorithm, layout, idle, names, "the payload of end after 0 steps")
     carry = _trained(algorithm, layout, received, kept)
     copies = _copies(carry)
     payload, private = algorithm.end(received, kept, carry, 1, LR)
-    _require_shapes(algorithm, layout, payload, set(algorithm.traits.uplink), "the payload of end")
-    _require_shapes(algorithm, layout, private, set(algorithm.traits.client_arrays), "the client state of end")
+    _require_shapes(algorithm, layout, payload, names, "the payload of end")
+    if of_peers:
+        _require_known(private, received, "end")
+    declared = set(private) if of_peers else set(algorithm.traits.client_arrays)
+    _require_shapes(algorithm, layout, private, declared, "the state of end")
     _require_unchanged(received | kept, before, "end")
-    for name in payload:
+    for name in () if of_peers else payload:
         is_alias = bool(_memory({name: payload[name]}) & _memory(received, kept, private))
         require(not is_alias, f"payload {name!r} must be a copy, because it is overwritten: return a clone")
     _check_row_wise(algorithm.end, [received, kept, copies], (payload, private))
+    return payload, private
 
 
 def _check_update(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> None:
@@ -203,8 +213,7 @@ def _check_update(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> N
         before = _copies(state)
         updated = algorithm.update(state, inbox, 10)
         require_arrays(updated, set(updated), (1, layout.d), "update", torch.float32)
-        unknown = sorted(set(updated) - set(before))
-        require(not unknown, f"update returned {unknown}, unknown to init: return them there, too, or leave them out")
+        _require_known(updated, before, "update")
         if must_move:
             require("x" in updated, f"update returned {sorted(updated)}: it must return the model under 'x'")
             require(not torch.equal(updated["x"], before["x"]), "update must change the model: apply inbox['x'] to it")
@@ -216,49 +225,6 @@ def _check_update(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> N
                 f" {len(same)}: see inbox['held']",
             )
         state = {name: updated.get(name, value).clone() for name, value in state.items()}
-
-
-# ---- of peers
-
-
-def _check_of_peers(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> None:
-    state = _check_states_of_peers(algorithm, layout)
-    _check_begin(algorithm, layout, state, {})
-    _check_step(algorithm, layout, state, {})
-    ended = _check_end_of_peers(algorithm, layout, state)
-    _check_update_of_peers(algorithm, layout, state, *ended, must_move=must_move)
-
-
-def _check_states_of_peers(algorithm: Algorithm, layout: Layout) -> Arrays:
-    """Check the initial state, and return it with other arrays than the model random."""
-    x = random_rows(layout, NUM_ROWS, 0)
-    state = algorithm.init(x.clone())
-    require("x" in state, f"init returned {sorted(state)}: it must return the models under 'x'")
-    require(torch.equal(state["x"], x), "init must keep the initial models: return x as it is given")
-    _require_shapes(algorithm, layout, state, set(state), "init")
-    newcomers = algorithm.init_client(x)
-    require(not newcomers, f"init_client returned {sorted(newcomers)}: what a peer keeps is state, so return {{}}")
-    arrays = [name for name, value in state.items() if name != "x" and value.shape[1] == layout.d]
-    return state | {name: random_rows(layout, NUM_ROWS, 10 + number) for number, name in enumerate(arrays)}
-
-
-def _check_end_of_peers(algorithm: Algorithm, layout: Layout, state: Arrays) -> tuple[Arrays, Arrays]:
-    """Check `end` after one step and after none; return what it makes of one."""
-    before = _copies(state)
-    idle, _ = algorithm.end(state, {}, algorithm.begin(state, {}), 0, LR)
-    _require_shapes(algorithm, layout, idle, set(algorithm.traits.uplink), "the payload of end after 0 steps")
-    carry = _trained(algorithm, layout, state, {})
-    copies = _copies(carry)
-    payload, changed = algorithm.end(state, {}, carry, 1, LR)
-    _require_shapes(algorithm, layout, payload, set(algorithm.traits.uplink), "the payload of end")
-    unknown = sorted(set(changed) - set(state))
-    require(not unknown, f"end returned state {unknown}, unknown to init: return it there, too, or leave it out")
-    _require_shapes(algorithm, layout, changed, set(changed), "the state of end")
-    _require_unchanged(state, before, "end")
-    _check_row_wise(
-        lambda state, carry, *rest: algorithm.end(state, {}, carry, *rest), [state, copies], (payload, changed)
-    )
-    return payload, changed
 
 
 def _check_update_of_peers(
@@ -283,8 +249,7 @@ def _check_update_of_peers(
     updated = update(slice(None), everything)
     returns_models = "x" in updated or not (must_move or "x" in algorithm.traits.uplink)
     require(returns_models, f"update returned {sorted(updated)}: it must return the models under 'x'")
-    unknown = sorted(set(updated) - set(state))
-    require(not unknown, f"update returned {unknown}, unknown to init: return them there, too, or leave them out")
+    _require_known(updated, state, "update")
     _require_shapes(algorithm, layout, updated, set(updated), "update")
     for row in range(NUM_ROWS):
         for name, value in update(slice(row, row + 1), everything).items():

@@ -52,7 +52,7 @@ class Consensus(Workload):
     def __init__(
         self, options: Mapping[str, Any], *, num_clients: int, partition: Mapping[str, Any] | str, seed: int
     ) -> None:
-        """Settle the size.
+        """Set the size.
 
         Args:
             options: see `ConsensusOptions`.
