@@ -329,6 +329,10 @@ REFUSED = {
     "dropout": ((FLAT, HEAD, partial(nn.Dropout, 0.2), TAIL), "'2' draws dropout masks"),
     "noise": ((FLAT, HEAD, lambda x: F.dropout(x, 0.5), TAIL), "draws random numbers"),
     "buffer": ((FLAT, HEAD, partial(Counting)), "changes the buffer '2.calls'"),
+    "parameter": (
+        (lambda x: x.flatten(1).abs().long(), partial(nn.Embedding, 9, 4, max_norm=0.1), lambda x: x.mean(1)),
+        r"changes the parameter '1\.weight' in place",
+    ),
     "float64": ((FLAT, partial(nn.Linear, 144, 4, dtype=torch.float64)), "'1.weight' is torch.float64"),
     "nothing": ((lambda x: x.flatten(1)[:, :4],), "has no parameters"),
     "input": ((FLAT, partial(nn.Linear, 9, 4)), r"fails on a batch of shape \(3, 2, 9, 8\)"),

@@ -205,7 +205,7 @@ class ModuleModel:
     def _check_forward(self, context: ForwardContext) -> None:
         """Check that the forward pass returns logits and depends on parameters and inputs alone."""
         name, where = f"model {self._name!r}", "" if context.training else " in evaluation mode"
-        buffers = {key: value.clone() for key, value in self._module.named_buffers()}
+        state = {key: value.clone() for key, value in (self._params | self.constants).items()}
         runs = []
         for seed in (0, 0, 1):
             x = self._samples.clone()
@@ -224,8 +224,13 @@ class ModuleModel:
         if not isinstance(runs[0], Tensor) or runs[0].shape != expected:
             found = tuple(runs[0].shape) if isinstance(runs[0], Tensor) else type(runs[0]).__name__
             raise ConfigError(f"{name} returns {found}{where}: return one tensor of logits, here {expected}")
-        for key, value in self._module.named_buffers():
-            if not _equal(value, buffers[key]):
+        for key, value in (self._params | self.constants).items():
+            if not _equal(value, state[key]) and key in self.shapes:
+                raise ConfigError(
+                    f"{name}: the forward pass changes the parameter {key!r} in place{where}, which only training may"
+                    " do: do without it (nn.Embedding: max_norm=None)"
+                )
+            if not _equal(value, state[key]):
                 raise ConfigError(
                     f"{name}: the forward pass changes the buffer {key!r}{where}, but only parameters are sent and"
                     " averaged: do without it"
