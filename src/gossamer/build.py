@@ -21,7 +21,7 @@ from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks
 from gossamer.engines.task import Task
 from gossamer.engines.training.mixing import column_sums
-from gossamer.engines.training.modes import choose_modes
+from gossamer.engines.training.modes import measured_modes, modes_by_rule
 from gossamer.errors import ConfigError, plugin_errors
 from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
 from gossamer.planning.base import Planner
@@ -165,7 +165,10 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
             " no formula",
         )
     if config.engine.modes == "auto":
-        task = task.with_modes(choose_modes(task, algorithm.init(workload.init(config.seed)[None])))
+        flops = [variant.flops_per_sample for variant in planner.costs[0].variants]
+        task = task.with_modes(modes_by_rule(task, flops, expected_participants(config, planner)))
+    elif config.engine.modes == "measured":
+        task = task.with_modes(measured_modes(task, algorithm.init(workload.init(config.seed)[None])))
     else:
         check_modes(task, config.algorithm["name"])
     modes = [ModeOptions(capacity=one.capacity, **dict(one.mode)) for one in task.variants]
@@ -208,6 +211,12 @@ def make_planner(config: Config, task: Task) -> Planner:
         deadline_seconds=math.inf if clients.deadline_seconds is None else clients.deadline_seconds,
         over_selection=clients.over_selection,
     )
+
+
+def expected_participants(config: Config, planner: Planner) -> list[float]:
+    """Return how many participants of each capacity a round has on average."""
+    number = len(planner.num_samples) if config.clients is None else config.clients.per_round
+    return [number * share for share in planner.capacities.shares]
 
 
 def count_costs(config: Config, task: Task, capacities: Capacities) -> list[Costs]:

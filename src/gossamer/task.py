@@ -72,7 +72,7 @@ def pinned_modes(config: Config, capacities: list[float]) -> list[VariantMode]:
         ConfigError: it names other capacities.
     """
     given = config.engine.modes
-    if given == "auto":
+    if isinstance(given, str):
         return [VariantMode()] * len(capacities)
     if isinstance(given, VariantMode):
         given = [ModeOptions(capacity=capacity, **given.model_dump()) for capacity in capacities]

@@ -37,7 +37,7 @@ Plugin = Annotated[dict[str, Any], BeforeValidator(_named), BeforeValidator(as_m
 
 
 class ModeOptions(VariantMode):
-    """How one capacity is trained; filled in by measurement unless given."""
+    """How one capacity is trained; filled in unless given."""
 
     capacity: float
 
@@ -49,8 +49,9 @@ class EngineOptions(Options):
         name: local, ray, or a plug-in's.
         workers: processes, or Ray actors, that train; "auto": one for each core, of a cluster anew every round.
         block_size: participants that are trained together.
-        modes: mode of each capacity, or one mode for all; "auto": the quickest, as measured when the run starts, which
-            may differ from run to run, and with it the last bits.
+        modes: mode of each capacity, or one mode for all; "auto": by a rule of shapes and numbers, see `modes_by_rule`;
+            "measured": the quickest, as measured when the run starts, which may differ from run to run, and with it the
+            last bits.
         address: address of a Ray cluster, "auto" for the one on this machine; None: the run starts its own.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least. Of a
@@ -60,7 +61,7 @@ class EngineOptions(Options):
     name: str = "local"
     workers: int | Literal["auto"] = "auto"
     block_size: int | Literal["auto"] = "auto"
-    modes: list[ModeOptions] | VariantMode | Literal["auto"] = "auto"
+    modes: list[ModeOptions] | VariantMode | Literal["auto", "measured"] = "auto"
     address: str | None = None
     straggler_seconds: float | None = Field(default=None, gt=0)
 

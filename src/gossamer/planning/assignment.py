@@ -25,6 +25,7 @@ class Capacities:
 
     Attributes:
         levels: the levels.
+        shares: share of the clients at each level; they add up to 1.
         is_fixed: whether a client's level never changes.
     """
 
@@ -44,7 +45,7 @@ class Capacities:
             assignment: "fixed" (largest remainders, shuffled) or "dynamic".
             purpose: of the shuffle; two assignments with the same one and the same shares agree.
         """
-        self.levels, self._shares, self._seed = tuple(levels), np.asarray(shares) / np.sum(shares), seed
+        self.levels, self.shares, self._seed = tuple(levels), np.asarray(shares) / np.sum(shares), seed
         self.is_fixed = assignment == "fixed"
         self._fixed = np.empty(num_clients, dtype=np.int16)
         if self.is_fixed:
@@ -56,7 +57,7 @@ class Capacities:
         if self.is_fixed:
             return self._fixed[clients]
         drawn = uniform_draws(self._seed, "draw-capacity", round, clients)
-        return np.searchsorted(np.cumsum(self._shares)[:-1], drawn, side="right").astype(np.int16)
+        return np.searchsorted(np.cumsum(self.shares)[:-1], drawn, side="right").astype(np.int16)
 
 
 def assign_devices(entries: Sequence[DeviceShare], assignment: str, num_clients: int, seed: int) -> Devices:

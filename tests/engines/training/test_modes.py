@@ -56,6 +56,46 @@ def test_a_workload_that_cannot_be_stacked(monkeypatch: pytest.MonkeyPatch) -> N
     assert measuring.admissible(task) == [SINGLY]
 
 
+TINY = {"workload.model": {"name": "cnn", "width": 0.0625}}
+MANY, MANY_EVEN = {"clients.num": 10, "clients.per_round": 10}, {"workload.dataset.num_train": 160}
+LEVELS_OF_CNN = {
+    "submodel": {"capacities": [0.0625, 1.0], "strategy": "rolling"},
+    "workload.dataset.shape": [1, 28, 28],
+    "workload.model": "cnn",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (RAGGED, [PADDED]),
+        (EVEN, [STACKED]),
+        (EVEN | {"clients": {"num": 1, "per_round": 1}}, [SINGLY]),  # a second one would be a ghost
+        (EVEN | TINY, [STACKED]),
+        (EVEN | TINY | {"clients": {"num": 8, "per_round": 2}}, [LAST]),  # too few to pay
+        (RESNET | RAGGED | MANY, [LAST]),  # cannot be padded
+        (LEVELS_OF_CNN | MANY | MANY_EVEN, [STACKED, LAST]),
+        (EVEN | {"algorithm": "fjord"}, [SINGLY]),
+    ],
+    ids=str,
+)
+def test_the_rule(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: list[VariantMode]) -> None:
+    """Nothing is timed, and two runs are alike."""
+    monkeypatch.setattr(measuring, "_trial", None)
+    config = parse(configure({"engine.modes": "auto", "submodel.scaler": False} | changes))
+    for _ in range(2):
+        assert [variant.mode for variant in build(config).task.variants] == expected
+
+
+def test_two_runs_are_alike(tmp_path: Path) -> None:
+    """With modes left to the rule, whatever the number of workers; the modes are written down."""
+    config = configure(MANY | MANY_EVEN | LEVELS_OF_CNN | {"rounds": 1, "engine.modes": "auto"})
+    first, second = (run(config | {"engine": {"workers": workers}}, out=tmp_path / str(workers)) for workers in (0, 2))
+    assert digest(first.params) == digest(second.params)
+    assert pinned_modes(first.directory) == pinned_modes(second.directory)
+    assert [mode["stacked"] for mode in pinned_modes(first.directory)] == [True, False]
+
+
 @pytest.mark.parametrize("quickest", [SINGLY, LAST, PADDED])
 def test_the_quickest_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quickest: VariantMode) -> None:
     """Seconds are made up; one mode is the quickest for the smaller capacity, another for the larger."""
@@ -67,7 +107,7 @@ def test_the_quickest_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         return lambda: 0.1 if mode == (quickest, other)[variant.index] else 0.2
 
     monkeypatch.setattr(measuring, "_trial", trial)
-    config = configure(mixed("fedrolex", (0.5, 1.0)) | {"engine.modes": "auto"} | CNN | RAGGED)
+    config = configure(mixed("fedrolex", (0.5, 1.0)) | {"engine.modes": "measured"} | CNN | RAGGED)
     done = run(config, out=tmp_path / "run")
     assert set(tried) == {(variant, mode) for variant in (0, 1) for mode in (SINGLY, LAST, PADDED)}
     assert pinned_modes(done.directory) == [
@@ -79,7 +119,7 @@ def test_the_quickest_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 @pytest.mark.parametrize("model", [{}, CNN], ids=["mlp", "cnn"])
 def test_measuring_changes_no_bits(tmp_path: Path, model: dict[str, Any]) -> None:
     """The choice is written down, and a run with that choice is the same run."""
-    config = configure(mixed("fedrolex", (0.5, 1.0)) | {"engine.modes": "auto", "rounds": 1} | model | RAGGED)
+    config = configure(mixed("fedrolex", (0.5, 1.0)) | {"engine.modes": "measured", "rounds": 1} | model | RAGGED)
     measured = run(config, out=tmp_path / "measured")
     resolved = yaml.safe_load((measured.directory / "config.yaml").read_text())
     assert [mode["capacity"] for mode in resolved["engine"]["modes"]] == [0.5, 1.0]
@@ -91,7 +131,7 @@ def test_measuring_changes_no_bits(tmp_path: Path, model: dict[str, Any]) -> Non
 @pytest.mark.parametrize("mode", [SINGLY, LAST, PADDED, VariantMode(padding=True)])
 def test_a_pinned_mode_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: VariantMode) -> None:
     """Nothing is measured, in a run or in one that is resumed, and training is what was asked for."""
-    monkeypatch.setattr("gossamer.build.choose_modes", None)
+    monkeypatch.setattr("gossamer.build.measured_modes", None)
     images = {"workload.name": "recording:Recording", "workload.dataset.shape": [3, 8, 8]}
     done = run(configure(CNN | RAGGED | images | modes(**mode.model_dump())), out=tmp_path / "run")
     assert pinned_modes(done.directory) == [mode.model_dump() | {"capacity": 1.0}]

@@ -1,10 +1,10 @@
-"""Which way of training is quicker here: a short measurement on the workload's own data."""
+"""How each capacity is trained: by a rule of shapes and numbers, or in the quickest way, by a short measurement."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,9 @@ from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block
 from gossamer.threads import one_thread
 
+SMALL = 3e6  # FLOPs of a batch for each parameter tensor, up to which vmap pays
+FEW = 4  # participants, with fewer of which it does not
+MOST_PADDED = 2.0  # times as many samples as there are, up to which large tensors are stacked
 MAX_STEPS = 5
 NUM_REPEATS = 2
 MAX_CLIENTS = 16
@@ -24,7 +27,43 @@ STACKED_BLOCK_FLOATS = 1 << 20
 HOPELESS = 4.0
 
 
-def choose_modes(task: Task, state: Mapping[str, Tensor]) -> tuple[VariantMode, ...]:
+def modes_by_rule(
+    task: Task, flops_per_sample: Sequence[float], num_participants: Sequence[float]
+) -> tuple[VariantMode, ...]:
+    """Choose a mode for every capacity, the same on every machine.
+
+    Images are trained channels-last. Participants are stacked, where that is possible, if
+
+    - the model takes stacked parameters itself, as built-in perceptrons do, and a round has more than one of them; or
+    - tensors are so small that calls cost more than arithmetic, and there are enough participants to share a call.
+
+    What padding adds to batches counts as arithmetic. docs/decisions/0020 has the measurements.
+
+    Args:
+        task: the task; the modes of its variants are ignored.
+        flops_per_sample: of each variant, as counted.
+        num_participants: expected number of participants of each variant in a round.
+    """
+    singly, stacked = (next((one for one in admissible(task) if one.stacked == way), None) for way in (False, True))
+    assert singly is not None
+    samples = task.workload.num_samples
+    batch = min(task.batch_size, int(samples.max()))
+    padded = float((-(-samples // batch) * batch).sum() / samples.sum())  # times as many samples
+
+    def pays(variant: Variant, flops: float, number: float) -> bool:
+        """Say whether stacking does."""
+        is_small = flops * batch * padded <= SMALL * len(variant.layout.shapes)
+        if task.workload.traits.stacks_natively:
+            return number > 1 and (is_small or padded <= MOST_PADDED)
+        return number >= FEW and is_small
+
+    return tuple(
+        stacked if stacked is not None and pays(*each) else singly
+        for each in zip(task.variants, flops_per_sample, num_participants, strict=True)
+    )
+
+
+def measured_modes(task: Task, state: Mapping[str, Tensor]) -> tuple[VariantMode, ...]:
     """Time every admissible mode for every capacity and return the quickest ones.
 
     Args:
