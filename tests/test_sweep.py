@@ -167,7 +167,7 @@ def test_stopped_sweep_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(Interrupted, match="2 of 3 runs were stopped"):
         require_all_done(found)
     resumed, resume = list[str](), experiment.resume
-    monkeypatch.setattr(experiment, "resume", lambda path: resumed.append(path.parent.name) or resume(path))
+    monkeypatch.setattr(experiment, "resume", lambda path, **options: resumed.append(path.parent.name) or resume(path))
     again = sweep(DATA, settings, None, "local", tmp_path)
     require_all_done(again)
     assert resumed == ["lr-0.1"]

@@ -91,11 +91,16 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's type, message, file and line, such as ``KeyError: 'x' (a.py, line 3)``."""
+def one_line(error: BaseException, frame: traceback.FrameSummary | None = None) -> str:
+    """Return an error's type, message, file and line, such as ``KeyError: 'x' (a.py, line 3)``.
+
+    Args:
+        frame: the frame whose file and line are named; None: the last one.
+    """
     told = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
-    return f"{told} ({places[-1].filename}, line {places[-1].lineno})" if places else told
+    place = frame or (places[-1] if places else None)
+    return f"{told} ({place.filename}, line {place.lineno})" if place else told
 
 
 @contextmanager

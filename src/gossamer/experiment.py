@@ -29,7 +29,7 @@ from gossamer.errors import (
     warn,
 )
 from gossamer.profiling.spans import Spans
-from gossamer.registry import trusting
+from gossamer.registry import errors_of_plug_ins, trusting
 from gossamer.round_record import Observer
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
 from gossamer.storage.disk import DirectoryLock
@@ -106,7 +106,7 @@ def run(
     Raises:
         GossamerError: its message says what is wrong and what to do; work done is committed.
     """
-    with trusting(trust), stop_on_signals() as stop:
+    with trusting(trust), errors_of_plug_ins(), stop_on_signals() as stop:
         return _run(source, overrides, out, hooks or Hooks(), stop)
 
 
@@ -160,7 +160,7 @@ def resume(
             raise ConfigError(
                 f"override {override!r}: a run that has begun can only change {', '.join(MOVABLE)}: start another run"
             )
-    with trusting(trust), stop_on_signals() as stop:
+    with trusting(trust), errors_of_plug_ins(), stop_on_signals() as stop:
         singles: Mapping[str, Mapping[str, Any]] = {"": {}}
         if (directory / EXPERIMENT).exists():
             singles = configuration.expand(read_experiment(directory))
@@ -229,11 +229,13 @@ def resume_command(directory: Path) -> str:
 def _begin(parts: Parts, directory: Path, name: str, hooks: Hooks, stop: StopRequest) -> Run:
     """Run from the first round on; what fails before the first commit leaves nothing behind."""
     _warn(name, parts)
+    inputs = parts.inputs
     log = RunLog.create(directory, parts.config.model_dump(mode="json"))
     with closing(log):
-        checkpoints = Checkpoints(directory / CHECKPOINTS, parts.config.checkpoint.keep, parts.inputs)
+        checkpoints = Checkpoints(directory / CHECKPOINTS, parts.config.checkpoint.keep, inputs)
         try:
-            return _run_rounds(parts, directory, log, checkpoints, None, name, hooks, stop)
+            with errors_of_plug_ins():
+                return _run_rounds(parts, directory, log, checkpoints, None, name, hooks, stop)
         except GossamerError as error:
             if checkpoints.is_empty and not isinstance(error, Interrupted | StorageError):
                 log.close(discard=True)

@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +25,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from gossamer.errors import ConfigError, RegistryError, nearest, plugin_errors
+from gossamer.errors import ConfigError, GossamerError, RegistryError, nearest, one_line, plugin_errors
 
 BUILTIN: dict[str, dict[str, str]] = {
     "algorithm": {
@@ -173,6 +174,29 @@ def importing(announce: Callable[[str], None], own: bool = True) -> Iterator[Non
         _POLICY.reset(reset)
 
 
+_LOADED: dict[str, str] = {}  # files and folders of plug-ins, and their names
+
+
+@contextmanager
+def errors_of_plug_ins() -> Iterator[None]:
+    """Convert any error but gossamer's own, raised by the code of a plug-in within the block, to one that names it.
+
+    Raises:
+        ConfigError: a plug-in raised another error.
+    """
+    try:
+        yield
+    except GossamerError:
+        raise
+    except Exception as error:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            for file in (frame.filename, *map(str, Path(frame.filename).parents)):
+                if file in _LOADED:
+                    told = f"{one_line(error, frame)}: correct it, or name another one"
+                    raise ConfigError(f"plug-in {_LOADED[file]!r} fails with {told}") from error
+        raise
+
+
 def is_trusting() -> bool:
     """Say whether configurations may name any code, see `trusting`."""
     return _POLICY.get().all
@@ -268,7 +292,9 @@ def _require_trusted(plugin: str, module: str) -> None:
 
 
 def _announce(plugin: str, module: str) -> None:
-    files = _files_of(module.partition(".")[0])
+    top = module.partition(".")[0]
+    files = _files_of(top)
+    _LOADED.update((file, top) for file in files or () if top != "gossamer")
     if files is not None:  # else the import fails
         _POLICY.get().announce(module, f"{plugin}: importing {module!r}" + (f" from {files[0]!r}" if files else ""))
 

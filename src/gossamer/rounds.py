@@ -18,6 +18,7 @@ from gossamer.errors import EngineError, GossamerError, Interrupted, QuorumError
 from gossamer.plan import STOPPED
 from gossamer.planning.base import Planner, TimedPlan
 from gossamer.profiling.spans import Spans
+from gossamer.registry import errors_of_plug_ins
 from gossamer.round_record import (
     Observer,
     Outcome,
@@ -137,7 +138,8 @@ class Loop:
         self._committed_at = time.monotonic()
         while self.progress.round < self.options.num_rounds:
             try:
-                self._round()
+                with errors_of_plug_ins():
+                    self._round()
             except StateLost:
                 raise
             except GossamerError:

@@ -16,14 +16,10 @@ POSITIVE = st.floats(1e-9, 1e9)
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True)
 PLUGINS = NAMES | st.fixed_dictionaries({"name": NAMES, "option": st.none() | st.integers() | st.text() | POSITIVE})
 CAPACITIES = st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=4, unique=True)
-SCHEDULES = st.fixed_dictionaries(
-    {},
-    optional={
-        "name": st.sampled_from(["constant", "multistep", "cosine"]),
-        "milestones": st.lists(st.integers(0, 99), max_size=3),
-        "factor": POSITIVE,
-        "warmup_rounds": st.integers(0, 9),
-    },
+RATES = {"factor": POSITIVE, "warmup_rounds": st.integers(0, 9)}
+STEPS = st.lists(st.integers(0, 99), max_size=3)
+SCHEDULES = st.fixed_dictionaries({}, optional={"name": st.sampled_from(["constant", "cosine"]), **RATES}) | (
+    st.fixed_dictionaries({"name": st.just("multistep")}, optional={"milestones": STEPS, **RATES})
 )
 MODES = st.fixed_dictionaries({"capacity": POSITIVE}, optional={"stacked": st.booleans(), "padding": st.booleans()})
 ENGINES = NAMES | st.fixed_dictionaries(

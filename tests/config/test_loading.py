@@ -91,6 +91,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"train": 3}, "train = 3: give a mapping of keys to values (known here: batch_size, clip_norm, epochs, lr"),
     ({"train__schedule": 3}, "train.schedule = 3: give a mapping of keys to values (known here: factor, milestones"),
     ({"train__schedule": "cosin"}, "train.schedule.name = 'cosin': input should be 'constant', 'multistep' or"),
+    (
+        {"train__schedule": {"milestones": [1]}},
+        "schedule 'constant' does not read milestones [1]: set name to multistep",
+    ),
     ({"submodel__capacities": [0]}, "capacity 0.0 is outside (0, 1]"),
     ({"submodel__capacities": [0.5, 1.5]}, "capacity 1.5 is outside (0, 1]"),
     ({"submodel__capacities": [-0.5]}, "capacity -0.5 is outside (0, 1]"),

@@ -152,7 +152,6 @@ class TestSchedule:
     def test_multistep(self) -> None:
         rates = self.rates(name="multistep", milestones=[5, 2], factor=0.25)
         assert rates == pytest.approx([0.8] * 2 + [0.2] * 3 + [0.05] * 3)
-        assert self.rates(milestones=[2]) == [0.8] * 8, "only multistep has milestones"
 
     def test_cosine(self) -> None:
         rates = self.rates(name="cosine")

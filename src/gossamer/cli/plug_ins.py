@@ -21,12 +21,12 @@ def plug_ins(trust: bool, own: bool = True) -> Iterator[None]:
         trust: whether any code may be imported that a file names, see `gossamer.registry`.
         own: whether modules that are not installed may be imported.
     """
-    from gossamer.registry import importing, trusting
+    from gossamer.registry import errors_of_plug_ins, importing, trusting
 
     folders = [os.getcwd()] if own and os.getcwd() not in sys.path else []
     sys.path += folders
     try:
-        with importing(lambda sentence: typer.echo(sentence, err=True), own), trusting(trust):
+        with importing(lambda sentence: typer.echo(sentence, err=True), own), trusting(trust), errors_of_plug_ins():
             yield
     finally:
         for folder in folders:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gossamer.options import Options
 
@@ -17,6 +17,15 @@ class ScheduleOptions(Options):
     milestones: list[int] = []
     factor: float = Field(default=0.1, gt=0)
     warmup_rounds: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _read_by_multistep(self) -> ScheduleOptions:
+        if self.milestones and self.name != "multistep":
+            raise ValueError(
+                f"schedule {self.name!r} does not read milestones {self.milestones}: set name to multistep, or leave"
+                " them out"
+            )
+        return self
 
 
 def learning_rate(base: float, schedule: ScheduleOptions, round: int, num_rounds: int) -> float:
