@@ -101,7 +101,7 @@ class ImageClassification(Supervised):
         sums: dict[str, Tensor] = {}
         one = self._forward_only(self.data.train_images[:1])
         self.model.apply(self.layout.views(self.init(self.seed)), one, ForwardContext(record=sums))
-        single = [name for name in self.model.norms if float(sums[f"{name}.count"]) == 1]
+        single = [name for name in self.model.norms if f"{name}.count" in sums and float(sums[f"{name}.count"]) == 1]
         if not single:
             return ()
         return (
