@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
@@ -69,6 +69,15 @@ class Progress:
         self.total_bytes_down += _total(done, "bytes_down")
         self.total_client_flops += _total(done, "client_flops")
         return done
+
+
+def numbers(record: Mapping[str, Any], separator: str) -> Iterator[tuple[str, float]]:
+    """Yield the finite numbers of a record by name, nested ones as ``outer<separator>inner``."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}{separator}{name}", number) for name, number in numbers(value, separator))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            yield key, float(value)
 
 
 def describe_done(round: int, phase: int) -> str:

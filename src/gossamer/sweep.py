@@ -19,7 +19,7 @@ from gossamer import experiment
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import resolve
 from gossamer.config.schema import as_mapping
-from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors, warn
+from gossamer.errors import ConfigError, GossamerError, Interrupted, aligned, storage_errors, warn
 from gossamer.registry import is_trusting, trusting
 from gossamer.reports.curves import find_runs, group, main_metric
 from gossamer.storage.experiment_file import hold_experiment
@@ -315,9 +315,7 @@ def columns(rows: Sequence[Row]) -> list[str]:
 def render(rows: Sequence[Row]) -> str:
     """Return rows as an aligned table."""
     names = [name for name in columns(rows) if any(row.get(name) is not None for row in rows)]
-    cells = [names, *([_cell(row.get(name)) for name in names] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
-    return "\n".join("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return aligned([names, *([_cell(row.get(name)) for name in names] for row in rows)])
 
 
 def _cell(value: Any) -> str:

@@ -60,15 +60,13 @@ def test_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("uri", [None, "http://tracker:5000"])
-def test_mlflow(monkeypatch: pytest.MonkeyPatch, uri: str | None) -> None:
+def test_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Calls = []
     fake(monkeypatch, "mlflow", calls)
-    sink = MLflowSink("digits", "first", uri)
+    sink = MLflowSink("digits", "first")
     sink.log(RECORD)
     sink.close()
     assert calls == [
-        *([("set_tracking_uri", (uri,), {})] if uri else []),
         ("set_experiment", ("digits",), {}),
         ("start_run", (), {"run_name": "first"}),
         ("log_metrics", (SCALARS,), {"step": 4}),
@@ -94,7 +92,7 @@ def test_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ("torch.utils.tensorboard", lambda: TensorBoardSink(Path())),
         ("mlflow", lambda: MLflowSink("digits", "first")),
-        ("wandb", lambda: WandbSink("digits", "first")),
+        ("wandb", lambda: WandbSink("digits", "first", Path())),
     ],
 )
 def test_a_missing_tracker_says_what_to_install(

@@ -320,6 +320,12 @@ def test_too_many_label_sets_drop_local_metrics(monkeypatch: pytest.MonkeyPatch)
     assert off.warnings == ()
 
 
+def test_a_width_of_a_model_without_any_is_warned_of() -> None:
+    (warning,) = build(model={"name": "softmax", "width": 0.5}).warnings
+    assert warning == "workload.model.width changes nothing, because model 'softmax' has no hidden width"
+    assert build(model={"name": "cnn", "width": 0.5}).warnings == ()
+
+
 def test_a_chunk_of_statistics_that_no_layer_asks_for_is_warned_of() -> None:
     assert build(model=RESNET, statistics_chunk=50).warnings == ()
     (warning,) = build(statistics_chunk=50).warnings

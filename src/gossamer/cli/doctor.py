@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer import registry
+from gossamer.errors import aligned
 
 REQUIRED = (
     *("gossamer", "torch", "numpy", "scipy", "networkx", "ray", "grpcio", "protobuf", "pydantic", "PyYAML", "typer"),
@@ -311,10 +312,8 @@ def render(found: Examination, as_json: bool) -> str:
     """Return a table with warnings, or one JSON object."""
     if as_json:
         return json.dumps(asdict(found), indent=2)
-    rows = list(_rows(found))
-    width = max(len(name) for name, _ in rows)
     warnings = [f"warning: {advice.problem}: {advice.remedy}" for advice in found.warnings]
-    return "\n".join([*(f"{name:<{width}}  {value}" for name, value in rows), "", *(warnings or ["nothing to change"])])
+    return "\n".join([aligned(_rows(found)), "", *(warnings or ["nothing to change"])])
 
 
 def _rows(found: Examination) -> Iterator[tuple[str, str]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gossamer.errors import ConfigError
+from gossamer.round_record import numbers
 from gossamer.storage.runlog import CONFIG, ENVIRONMENT, EXPERIMENT, METRICS, read_config, read_metrics
 
 Numbers = NDArray[np.float64]
@@ -147,7 +147,7 @@ def _started(directory: Path) -> str:
 
 
 def _read_run(directory: Path, given: Path) -> SingleRun:
-    records = [dict(_numbers(record, "")) for record in read_metrics(directory)]
+    records = [dict(numbers(record, ".")) for record in read_metrics(directory)]
     return SingleRun(directory, (_experiment(directory) or given).resolve(), read_config(directory), records)
 
 
@@ -155,14 +155,6 @@ def _experiment(directory: Path) -> Path | None:
     """Return the experiment of a run directory ``experiment[/method][/seed]``, if there is one."""
     parents = directory.resolve().parents[:2]
     return next((parent for parent in parents if (parent / EXPERIMENT).is_file()), None)
-
-
-def _numbers(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            yield f"{prefix}{key}", float(value)
 
 
 def main_metric(logged: Collection[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, aligned
 from gossamer.simulation.costs import VariantCosts
 from gossamer.submodel import Layout
 
@@ -44,10 +44,5 @@ def check_cuts(layout: Layout, costs: Sequence[VariantCosts]) -> tuple[str, ...]
     ]
     return (
         "submodel.capacities cut little of this model, most of which has no dimension that can be cut:\n"
-        + _table([("capacity", "parameters", "share", "bytes up", "FLOPs a sample"), *rows]),
+        + aligned([("capacity", "parameters", "share", "bytes up", "FLOPs a sample"), *rows]),
     )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -11,93 +11,66 @@ left out. The step is the record's ``round``. After a resume, the rounds since t
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from gossamer.errors import ConfigError, GossamerError, nearest, one_line
+from gossamer.round_record import numbers
 from gossamer.storage.runlog import Sink
 
 
-class TensorBoardSink:
-    """Writes TensorBoard event files."""
+class TrackerSink:
+    """Passes the scalars of each record on to a tracker, at its round.
+
+    Raises (when made):
+        ConfigError: the tracker is not installed.
+    """
+
+    def __init__(self, send: Callable[[dict[str, float], int], Any], close: Callable[[], Any]) -> None:
+        self._send, self.close = send, close
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Pass on the scalars of `record`."""
+        self._send(scalars(record), int(record["round"]))
+
+
+class TensorBoardSink(TrackerSink):
+    """Writes TensorBoard event files to a directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Write to `directory`.
+        writer = _tracker("torch.utils.tensorboard", "tensorboard").SummaryWriter(log_dir=str(directory))
 
-        Raises:
-            ConfigError: tensorboard is not installed.
-        """
-        self._writer = _tracker("torch.utils.tensorboard", "tensorboard").SummaryWriter(log_dir=str(directory))
+        def send(values: dict[str, float], round: int) -> None:
+            """Write each scalar."""
+            for name, value in values.items():
+                writer.add_scalar(name, value, round)
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Write each scalar of `record` at its round."""
-        for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, int(record["round"]))
-
-    def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        super().__init__(send, writer.close)
 
 
-class MLflowSink:
-    """Logs to an MLflow tracking server or folder as one MLflow run."""
+class MLflowSink(TrackerSink):
+    """Logs to an MLflow tracking server or folder, at MLFLOW_TRACKING_URI or MLflow's default, as one MLflow run."""
 
-    def __init__(self, experiment: str, run_name: str, tracking_uri: str | None = None) -> None:
-        """Start an MLflow run, without `tracking_uri` at MLFLOW_TRACKING_URI or MLflow's default.
-
-        Raises:
-            ConfigError: mlflow is not installed.
-        """
-        self._mlflow = _tracker("mlflow", "mlflow")
-        if tracking_uri is not None:
-            self._mlflow.set_tracking_uri(tracking_uri)
-        self._mlflow.set_experiment(experiment)
-        self._mlflow.start_run(run_name=run_name)
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Log the scalars of `record` at its round."""
-        self._mlflow.log_metrics(scalars(record), step=int(record["round"]))
-
-    def close(self) -> None:
-        """End the MLflow run."""
-        self._mlflow.end_run()
+    def __init__(self, experiment: str, run_name: str) -> None:
+        mlflow = _tracker("mlflow", "mlflow")
+        mlflow.set_experiment(experiment)
+        mlflow.start_run(run_name=run_name)
+        super().__init__(lambda values, round: mlflow.log_metrics(values, step=round), mlflow.end_run)
 
 
-class WandbSink:
-    """Logs to Weights & Biases as one run."""
+class WandbSink(TrackerSink):
+    """Logs to Weights & Biases as one run, which ignores a round below one that it already has."""
 
-    def __init__(self, project: str, run_name: str, directory: Path | None = None) -> None:
-        """Start a W&B run whose local files go to `directory`.
-
-        Raises:
-            ConfigError: wandb is not installed.
-        """
-        wandb = _tracker("wandb", "wandb")
-        self._run = wandb.init(project=project, name=run_name, dir=None if directory is None else str(directory))
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Log the scalars of `record` at its round; W&B ignores a round below one that it already has."""
-        self._run.log(scalars(record), step=int(record["round"]))
-
-    def close(self) -> None:
-        """Finish the W&B run."""
-        self._run.finish()
+    def __init__(self, project: str, run_name: str, directory: Path) -> None:
+        run = _tracker("wandb", "wandb").init(project=project, name=run_name, dir=str(directory))
+        super().__init__(lambda values, round: run.log(values, step=round), run.finish)
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """Return the finite numbers of `record` by name, nested ones as ``outer/inner``, without ``round``."""
-    return {name: value for name, value in _walk(record, "") if name != "round"}
-
-
-def _walk(record: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _walk(value, f"{prefix}{key}/")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-            yield f"{prefix}{key}", float(value)
+    return {name: value for name, value in numbers(record, "/") if name != "round"}
 
 
 def _tracker(module: str, package: str) -> ModuleType:

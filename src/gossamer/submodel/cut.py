@@ -7,7 +7,7 @@ runs at memory speed; windows of many segments (random ones) go through index te
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -121,17 +121,17 @@ class Cut:
     @cached_property
     def pieces(self) -> list[Piece]:
         """Where each parameter of the sub-model lies in the full one."""
-        return [
-            Piece.of(name, [dim_segments(dim, size, self.windows) for dim, size in zip(dims, shape, strict=True)])
-            for name, shape, dims in zip(self.full.names, self.full.shapes, self.full.axes, strict=True)
-        ]
+        return self._pieces(self.full.shapes)
 
     @cached_property
     def count_pieces(self) -> list[Piece]:
         """`pieces` for holder counts, whose dimensions without an axis (such as kernels) have size 1."""
+        return self._pieces(count_shapes(self.full))
+
+    def _pieces(self, shapes: Sequence[tuple[int, ...]]) -> list[Piece]:
         return [
             Piece.of(name, [dim_segments(dim, size, self.windows) for dim, size in zip(dims, shape, strict=True)])
-            for name, shape, dims in zip(self.full.names, count_shapes(self.full), self.full.axes, strict=True)
+            for name, shape, dims in zip(self.full.names, shapes, self.full.axes, strict=True)
         ]
 
     def read(self, x: Tensor, out: Tensor) -> Tensor:

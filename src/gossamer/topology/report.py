@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, aligned
 from gossamer.registry import names, resolve
 from gossamer.topology.consensus import TOLERANCE, measure
 from gossamer.topology.topology import Topology
@@ -88,8 +88,7 @@ def _if_possible(compute: Callable[[], Answer]) -> Answer | None:
 
 def render(facts: Mapping[str, Any]) -> str:
     """Return one line for each entry."""
-    width = max(map(len, facts))
-    return "\n".join(f"{name.replace('_', ' '):<{width}}  {_text(value)}" for name, value in facts.items())
+    return aligned((name.replace("_", " "), _text(value)) for name, value in facts.items())
 
 
 def render_catalogue(rows: list[dict[str, Any]]) -> str:
@@ -102,11 +101,7 @@ def render_catalogue(rows: list[dict[str, Any]]) -> str:
         "rate": "consensus rate",
         "source": "source",
     }
-    cells = [list(columns.values()), *([str(row[key]) for key in columns] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-    )
+    return aligned([columns.values(), *([str(row[key]) for key in columns] for row in rows)])
 
 
 def _text(value: Any) -> str:

@@ -117,7 +117,7 @@ class ImageClassification(Supervised):
         self._histogram = counts.astype(np.int32).reshape(self.num_clients, self.num_labels)
         self._label_sets = LabelSets.of(self._histogram) if self.options.local_evaluation else None
         if self.options.local_evaluation and self._label_sets is None:
-            self.warnings = (MANY_SETS,)
+            self.warnings += (MANY_SETS,)
         if "statistics_chunk" in self.options.model_fields_set and not self.model.norms:
             self.warnings += (
                 "workload.statistics_chunk changes nothing, because the model has no BatchNorm: leave it out",

@@ -100,6 +100,8 @@ class Supervised(Workload):
         self.model = self._make_model(function, params)
         require_model(f"workload.model {name!r}", self.model)
         self.layout = Layout.of(self.model.shapes, self._axes(whole_models))
+        if params.get("width", 1.0) != 1.0 and not self.layout.cut_axes:
+            self.warnings += (f"workload.model.width changes nothing, because model {name!r} has no hidden width",)
         own, model = type(self), self.model.traits
         self.traits = replace(
             self.traits,
