@@ -218,6 +218,7 @@ class TestVariants:
             "bytes_down",
             "flops_per_sample",
             "memory_bytes",
+            "uncounted",
         ]
         assert (small["capacity"], whole["capacity"]) == (0.25, 1.0)
         assert (whole["num_parameters"], whole["bytes_up"], whole["bytes_down"]) == (SIZE / 4, SIZE, SIZE)

@@ -56,7 +56,7 @@ def warnings_of(population: Mapping[str, Any], changes: Mapping[str, Any]) -> tu
         (CLIENTS, {"clients.per_round": 8, "clients.over_selection": 2}, "clients.over_selection = 2.0", "all clients"),
         (CLIENTS, {"evaluation.num_peers": 3}, "evaluation.num_peers = 3", "no models of their own"),
         (CLIENTS, {"engine.address": "auto"}, "engine.address = 'auto'", "engine 'local' runs on this machine alone"),
-        (PEERS, {"engine.straggler_seconds": 3}, "engine.straggler_seconds = 3.0", "on this machine alone"),
+        (PEERS, {"engine": {"straggler_seconds": 3, "workers": 0}}, "engine.straggler_seconds = 3.0", "no worker"),
         (PEERS, {"submodel.stride": 3}, "submodel.stride = 3", WHOLE),
         (PEERS, {"peers.merge_every": 20}, "peers.merge_every = 20", "ends after 10 rounds"),
         (PEERS, {"peers.merge_every": 5, "peers.final_merge": True}, "peers.final_merge = True", "is a merge anyway"),
@@ -86,6 +86,7 @@ def test_it_is_named_with_the_reason(
         (CLIENTS, {"clients.per_round": 8, "clients.sampler": "gossamer.planning.clients:uniform"}),
         (PEERS, {"peers.merge_every": 4, "peers.final_merge": True, "evaluation.num_peers": 3}),
         (PEERS, {"algorithm": {"name": "gossip-pga", "period": 5}}),
+        (PEERS, {"engine.straggler_seconds": 3}),
     ],
 )
 def test_what_does_something_is_not_named(population: Mapping[str, Any], changes: dict[str, Any]) -> None:
