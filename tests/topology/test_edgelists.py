@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -309,3 +310,37 @@ class TestFuzz:
             message = str(error)
         assert "\n" not in message
         assert found is None or found.mixing(0).self_weights().min() > -1e-9
+
+    @given(
+        lines=st.lists(
+            st.lists(
+                st.sampled_from(["0", "1", "2", "a", "0.5", "source", "target", "#", "->"]), min_size=1, max_size=4
+            ),
+            max_size=4,
+        ),
+        delimiter=st.sampled_from([" ", ",", "\t"]),
+        weights=st.sampled_from(["given", "metropolis"]),
+    )
+    def test_any_words(
+        self, tmp_path_factory: pytest.TempPathFactory, lines: list[list[str]], delimiter: str, weights: str
+    ) -> None:
+        """What is accepted has the names and the edges of its lines, one for one, but for their other way round."""
+        text, found = "\n".join(map(delimiter.join, lines)), None
+        with contextlib.suppress(ConfigError):
+            found = built(tmp_path_factory.mktemp("graph") / "a.txt", text, weights=weights)
+        if found is None:
+            return
+        rows = [line[: line.index("#")] if "#" in line else line for line in lines]
+        rows = [row for row in rows if row]
+        names = {name for row in rows for name in row[:2]}
+        if len(names) > found.n:  # the first line is a header
+            assert {"source", "target"} <= {*rows[0]}
+            order = [rows[0].index(name) for name in ("source", "target")]
+            rows = [[row[place] for place in order] for row in rows[1:]]
+            names = {name for row in rows for name in row}
+        assert {len(row) for row in rows} <= {2, 3}
+        assert found.n == len(names)
+        number = {name: place for place, name in enumerate(dict.fromkeys(name for row in rows for name in row[:2]))}
+        listed = {(number[row[0]], number[row[1]]) for row in rows}
+        assert pairs(found) <= {*listed, *(pair[::-1] for pair in listed)}
+        assert {frozenset(pair) for pair in pairs(found)} == {frozenset(pair) for pair in listed}

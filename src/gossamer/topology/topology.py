@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -252,7 +253,7 @@ def _require_whole(what: str, value: Any, minimum: int) -> None:
 def is_file(name: str) -> bool:
     """Say whether the name of a topology is the path of a YAML file or of a graph."""
     is_path = Path(name).suffix.lower() in SUFFIXES or "/" in name
-    return is_path or (":" not in name and name not in names("topology") and Path(name).is_file())
+    return is_path or (":" not in name and name not in names("topology") and os.path.isfile(name))
 
 
 def find(name: str, parameters: Mapping[str, Any], *, default_n: int | None = None, default_seed: int = 0) -> Topology:

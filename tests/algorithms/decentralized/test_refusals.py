@@ -112,6 +112,13 @@ def test_push_sum_on_a_graph_from_outside() -> None:
         METHODS["dsgd"].check(found)
 
 
+def test_exact_averages_and_changes_after_them() -> None:
+    with pytest.raises(
+        ConfigError, match="GossipPGA with algorithm.order = 'combine-while-adapt' never ends in an exact"
+    ):
+        GossipPGA({"order": "combine-while-adapt"})
+
+
 class TestWarnings:
     @pytest.mark.parametrize("method", ["dsgd", "gossip-pga", "quasi-global-momentum"])
     def test_means_that_drift(self, method: str) -> None:

@@ -83,6 +83,11 @@ class GossipPGA(DSGD):
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(options, momentum=momentum, weight_decay=weight_decay)
+        if self.combines_first:
+            raise ConfigError(
+                f"GossipPGA with algorithm.order = {self.options.order!r} never ends in an exact average, because"
+                f" {self.traits.no_merge}: leave it out"
+            )
         self.traits = replace(self.traits, merge_every=self.options.period)
 
 
