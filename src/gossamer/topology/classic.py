@@ -91,7 +91,6 @@ def _torus(n: int, seed: int, options: GridOptions) -> Schedule:
     mixing = symmetric(n, first, second, np.full(len(first), 0.2))
 
     def rate(share: float) -> float:
-        """Return the consensus rate of ``(1 - share) I + share W``."""
         waves = [2.0 * np.cos(2.0 * np.pi * np.arange(size) / size) for size in (rows, columns)]
         return _largest(((1.0 + waves[0][:, None] + waves[1][None, :]) / 5.0).ravel()[1:], share)
 

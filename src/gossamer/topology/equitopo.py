@@ -104,7 +104,6 @@ def mean_of_basis(n: int, shifts: Integers, undirected: bool) -> Shift:
 
 def _equi_static(undirected: bool) -> Callable[[int, int, BasisOptions], Schedule]:
     def make(n: int, seed: int, options: BasisOptions) -> Schedule:
-        """Return the schedule for n peers."""
         num_graphs = options.num_graphs(n)
         shifts, resamples = draw_basis(n, num_graphs, seed)
         bound = options.rho if options.rho is not None else theorem_rate(n, num_graphs, options.p)
@@ -116,7 +115,6 @@ def _equi_static(undirected: bool) -> Callable[[int, int, BasisOptions], Schedul
 
 def _equi_dyn(undirected: bool, complete: bool) -> Callable[[int, int, EquiDynOptions | CompleteDynOptions], Schedule]:
     def make(n: int, seed: int, options: EquiDynOptions | CompleteDynOptions) -> Schedule:
-        """Return the schedule for n peers."""
         eta = options.eta
         if isinstance(options, EquiDynOptions):
             num_graphs = options.num_graphs(n)

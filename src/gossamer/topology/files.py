@@ -83,11 +83,7 @@ def read_graph(path: Path, options: FileOptions) -> Any:
 
 
 def _read_graphml(path: Path) -> Any:
-    """Read GraphML of one graph, with the defaults of its edges, and nothing but what it declares.
-
-    Raises:
-        ValueError: it holds more or less than that.
-    """
+    """Read GraphML of one graph, with the defaults of its edges, and nothing but what it declares."""
     from xml.etree import ElementTree
 
     import networkx
@@ -118,11 +114,7 @@ def _read_graphml(path: Path) -> Any:
 
 
 def _attribute(where: str, edges: list[Any], name: str) -> Floats:
-    """Return one attribute of all edges, float64 [e], nan where an edge lacks it.
-
-    Raises:
-        ConfigError: a value is not a number, or out of its range.
-    """
+    """Return one attribute of all edges, float64 [e], nan where an edge lacks it."""
     low, high = LINK_RANGES.get(name, (-math.inf, math.inf))
     values = np.full(len(edges), math.nan)
     for index, (*ends, data) in enumerate(edges):
@@ -147,11 +139,7 @@ def _attribute(where: str, edges: list[Any], name: str) -> Floats:
 
 
 def _check_attributes(where: str, edges: list[Any], weights: str | None) -> None:
-    """Refuse attributes that would change nothing.
-
-    Raises:
-        ConfigError: one is misspelt, or edges have weights and nothing says whether to mix by them.
-    """
+    """Refuse attributes that would change nothing: misspelt ones, and weights that nothing says to mix by."""
     names = {str(name): None for *_, data in edges for name in data}  # in order
     for name in names:
         near = nearest(name.lower(), KNOWN, cutoff=0.85)
@@ -205,12 +193,7 @@ def _make(n: int, seed: int, options: FileOptions) -> Schedule:
 
 
 def _check(graph: Any, n: int, where: str, options: FileOptions) -> None:
-    """Check a graph before its weights.
-
-    Raises:
-        ConfigError: the graph has another number of peers than n, parallel edges or loops, or directed edges without
-            weights.
-    """
+    """Refuse another number of peers than n, parallel edges, loops, and directed edges without weights."""
     found = graph.number_of_nodes()
     if n not in (0, found) or found < 2:
         wanted = f"n = {n} was asked for: leave n out" if found >= 2 else "at least two are needed: give a larger graph"

@@ -65,7 +65,6 @@ def _random_match(n: int, seed: int, options: TopologyOptions) -> Schedule:
     slope = n / (n - 1) if n % 2 == 0 else 1.0
 
     def draw(round: int) -> Mixing:
-        """Return the mixing of a round."""
         order = rng.generator(seed, "topology-round", round).permutation(n).astype(np.int64)
         partner = np.arange(n, dtype=np.int64)
         first, second = order[0 : n - 1 : 2], order[1::2]
@@ -73,7 +72,6 @@ def _random_match(n: int, seed: int, options: TopologyOptions) -> Schedule:
         return Matching(partner, 0.5)
 
     def rate(share: float) -> float:
-        """Return the consensus rate of ``(1 - share) I + share W``."""
         weight = 0.5 * share
         return math.sqrt(max(0.0, 1.0 - 2.0 * weight * (1.0 - weight) * slope))
 
@@ -87,7 +85,6 @@ def _ceca(n: int, seed: int, options: TopologyOptions) -> Schedule:
     cycle = ceil_log2(n)
 
     def draw(round: int) -> Mixing:
-        """Return the mixing of a round."""
         position = round % cycle
         others = (n - 1) >> (cycle - position)
         return Joint(n, others, (n - 1) >> (cycle - position - 1) & 1)  # type: ignore[arg-type]
@@ -104,14 +101,12 @@ def _el_oracle(n: int, seed: int, options: EpidemicOptions) -> Schedule:
     check_regular(n, degree)
 
     def draw(round: int) -> Mixing:
-        """Return the mixing of a round."""
         source = rng.generator(seed, "topology-round", round)
         first, second = regular_edges(n, degree, source)
         names = source.permutation(n)  # so that no peer is special
         return symmetric(n, names[first], names[second], np.full(len(first), 1.0 / (degree + 1)))
 
     def rate(share: float) -> float:
-        """Return the consensus rate of ``(1 - share) I + share W``."""
         trace = n * ((1.0 - share) ** 2 + (2.0 * share * (1.0 - share) + share**2) / (degree + 1))
         return math.sqrt(max(0.0, (trace - 1.0) / (n - 1)))
 
@@ -128,7 +123,6 @@ def _el_local(n: int, seed: int, options: LocalEpidemicOptions) -> Schedule:
         raise ConfigError(f"el-local.degree = {degree} is not below n = {n}: lower it")
 
     def draw(round: int) -> Mixing:
-        """Return the mixing of a round."""
         source = rng.generator(seed, "topology-round", round)
         sender = np.repeat(np.arange(n, dtype=np.int64), degree)
         receiver = _distinct_others(n, degree, source)

@@ -163,7 +163,6 @@ def _geometric(n: int, seed: int, options: GeometricOptions) -> Schedule:
     radius = min(1.5, math.sqrt(2.0 * math.log(n) / n)) if options.radius is None else options.radius
 
     def draw(source: np.random.Generator) -> tuple[Integers, Integers]:
-        """Draw the two ends of every edge."""
         from scipy.spatial import cKDTree
 
         pairs = cKDTree(source.random((n, 2))).query_pairs(radius, output_type="ndarray").astype(np.int64)
@@ -185,7 +184,6 @@ def _small_world(n: int, seed: int, options: SmallWorldOptions) -> Schedule:
         raise ConfigError(f"small-world.degree = {options.degree} with n = {n}: take an even degree below n")
 
     def draw(source: np.random.Generator) -> tuple[Integers, Integers]:
-        """Draw the two ends of every edge."""
         import networkx
 
         graph = networkx.watts_strogatz_graph(n, options.degree, options.probability, seed=source)

@@ -54,14 +54,9 @@ class Sparse(Streaming):
         Raises:
             ConfigError: the sums are not 1 where `stochasticity` says so.
         """
-        from scipy.sparse import csr_array
-
         end = sender if stochasticity == "column" else receiver
-        diagonal = 1.0 - np.bincount(end, weights=weight, minlength=n)
-        everyone = np.arange(n)
-        rows, columns = np.concatenate([receiver, everyone]), np.concatenate([sender, everyone])
-        matrix = csr_array((np.concatenate([weight, diagonal]), (rows, columns)), shape=(n, n))
-        matrix.sort_indices()
+        diagonal = np.asarray(1.0 - np.bincount(end, weights=weight, minlength=n), dtype=np.float64)
+        matrix = csr(receiver, sender, weight, diagonal)
         check_sums(matrix, stochasticity)
         latency = bandwidth = None
         if any(link is not None for link in links):
@@ -165,6 +160,17 @@ class Sparse(Streaming):
 def _others(compressed: Any, i: int) -> list[int]:
     found: list[int] = compressed.indices[compressed.indptr[i] : compressed.indptr[i + 1]].tolist()
     return sorted(j for j in found if j != i)
+
+
+def csr(receiver: Integers, sender: Integers, weight: Floats, diagonal: Floats) -> Any:
+    """Return a sorted scipy CSR array, float64 [n, n], of edges [e] and a diagonal [n], all of which is stored."""
+    from scipy.sparse import csr_array
+
+    everyone = np.arange(len(diagonal))
+    rows, columns = np.concatenate([receiver, everyone]), np.concatenate([sender, everyone])
+    matrix = csr_array((np.concatenate([weight, diagonal]), (rows, columns)), shape=(len(diagonal), len(diagonal)))
+    matrix.sort_indices()
+    return matrix
 
 
 def check_sums(matrix: Any, stochasticity: Stochasticity) -> None:

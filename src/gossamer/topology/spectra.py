@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gossamer.errors import ConfigError
 from gossamer.topology.base import Floats, Mixing
 from gossamer.topology.mixings import BlockAverage, Matching, Shift
+from gossamer.topology.sparse import csr
 
 MAX_EXACT = 1_500  # rows of a matrix for dense decompositions
 MAX_SAMPLED = 64  # the same where there is one for each of many samples
@@ -167,23 +168,9 @@ def mean_square(mixings: Sequence[Mixing]) -> tuple[float, float]:
 
 def _stacked(mixings: Sequence[Mixing]) -> Any:
     """Return the matrices of mixings below one another, a scipy CSR array [len(mixings) * n, n]."""
-    from scipy.sparse import csr_array, vstack
+    from scipy.sparse import vstack
 
-    everyone = np.arange(mixings[0].n)
-    entries = [(each.edges(), each.self_weights()) for each in mixings]
-    return vstack(
-        [
-            csr_array(
-                (
-                    np.concatenate([edges.weight, own]),
-                    (np.concatenate([edges.receiver, everyone]), np.concatenate([edges.sender, everyone])),
-                ),
-                shape=(len(own), len(own)),
-            )
-            for edges, own in entries
-        ],
-        format="csr",
-    )
+    return vstack([csr(*each.edges()[:3], each.self_weights()) for each in mixings], format="csr")
 
 
 def _worst_direction(stacked: Any, n: int) -> Floats:

@@ -114,7 +114,7 @@ def test_push_sum_on_a_graph_from_outside() -> None:
 
 def test_exact_averages_and_changes_after_them() -> None:
     with pytest.raises(
-        ConfigError, match="GossipPGA with algorithm.order = 'combine-while-adapt' never ends in an exact"
+        ConfigError, match=r"GossipPGA with algorithm\.order = 'combine-while-adapt' never ends in an exact"
     ):
         GossipPGA({"order": "combine-while-adapt"})
 
