@@ -224,3 +224,22 @@ class Branch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.after(F.relu(self.before(self.recurrent(x.transpose(1, 2).flatten(2))[0][:, -1])))
+
+
+class FixedNorm(nn.Module):
+    """Fine-tuning of a network whose BatchNorm layers keep the moments that they were trained with."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(input_shape[0], 6, 3), nn.BatchNorm2d(6)
+        self.norm.running_mean.normal_()
+        self.after, self.output = nn.Linear(6, 8), nn.Linear(8, num_labels)
+
+    def train(self, mode: bool = True) -> FixedNorm:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.convolution(x))).mean((2, 3))
+        return self.output(F.relu(self.after(x)))

@@ -486,7 +486,7 @@ def classification(model: Any, **options: Any) -> ImageClassification:
     return ImageClassification(given, num_clients=options.pop("num_clients", 4), partition="iid", seed=0, **options)
 
 
-USERS = "Recurrent HalfFrozen Adapted Instances Attentive Encoder Tied ResNet Drawn"
+USERS = "Recurrent HalfFrozen Adapted Instances Attentive Encoder Tied ResNet Drawn FixedNorm"
 
 
 class TestUsersModules:
@@ -522,6 +522,11 @@ class TestUsersModules:
     def test_are_refused_where_they_would_be_cut(self, name: str) -> None:
         with pytest.raises(ConfigError, match=r"half its width|cut|axes"):
             classification(f"user_modules:{name}", whole_models=False)
+
+    def test_moments_that_are_constants_are_not_cut(self) -> None:
+        workload = classification("user_modules:FixedNorm")
+        assert workload.model.norms == ()
+        assert workload.layout.cut_axes == ("after",)
 
     def test_evaluation_mode(self) -> None:
         class Modal(nn.Linear):

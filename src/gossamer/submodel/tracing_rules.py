@@ -285,7 +285,8 @@ def _embedded(call: Call) -> list[Dims]:
 
 def _batch_normed(call: Call) -> list[Dims]:
     x = call.dims("input")
-    for name in ("weight", "bias"):
+    moments = () if call.args.get("training", True) else ("running_mean",)  # constants, if they are used
+    for name in ("weight", "bias", *moments):
         if call.dims(name):
             tie(x[1], call.dims(name)[0])
     return [x]

@@ -36,10 +36,12 @@ class ModuleModel:
     The module is in training mode for the training loss, and in evaluation mode while metrics are computed.
 
     BatchNorm keeps no running moments: it normalises by those of the batch while training, and by pooled ones for
-    evaluation (static BatchNorm, Diao et al., arXiv 2010.01264). A channel of which a batch has a single value, as in
-    ``BatchNorm1d`` and a batch of one, becomes its bias (PyTorch refuses it), and what stands before gets no gradient
-    from that batch. Dropout and other random draws in the forward pass are refused, because they would not depend on
-    the seed alone; and so are buffers that the forward pass changes, because only parameters are sent and averaged.
+    evaluation (static BatchNorm, Diao et al., arXiv 2010.01264), unless the module's own ``train`` leaves the layer in
+    evaluation mode: then the moments that it is built with are constants, and it normalises by them. A channel of which
+    a batch has a single value, as in ``BatchNorm1d`` and a batch of one, becomes its bias (PyTorch refuses it), and
+    what stands before gets no gradient from that batch. Dropout and other random draws in the forward pass are refused,
+    because they would not depend on the seed alone; and so are buffers that the forward pass changes, because only
+    parameters are sent and averaged.
 
     Sub-models: only where a capacity below 1 is asked for, the module is traced, see `trace_axes`, and tried at half
     its width. Its own code runs on the sub-model's parameters, so it must take sizes that a capacity cuts from its
@@ -149,11 +151,11 @@ class ModuleModel:
     # ---- the module
 
     def _built(self, seed: int) -> nn.Module:
-        """Build a module from a seed, without the running moments of its BatchNorm layers."""
+        """Build a module from a seed, without the running moments of BatchNorm layers that are trained."""
         with seeded(seed):
             module = self._build().train()
         for layer in module.modules():
-            if isinstance(layer, BatchNorm):
+            if isinstance(layer, BatchNorm) and layer.training:
                 layer.running_mean = layer.running_var = layer.num_batches_tracked = None
                 layer.track_running_stats = False
         return module
@@ -180,9 +182,10 @@ class ModuleModel:
             raise ConfigError(f"model {name!r} has no {what}: there is nothing to train")
         self._params, self.shapes = trained, {key: tuple(value.shape) for key, value in trained.items()}
         layers = dict(self._module.named_modules())
-        self.norms = tuple(key for key, layer in layers.items() if isinstance(layer, BatchNorm))
+        norms = {key: layer for key, layer in layers.items() if isinstance(layer, BatchNorm) and layer.training}
+        self.norms = tuple(norms)
         for key, layer in layers.items():
-            if isinstance(layer, BatchNorm) and layer.weight is None:
+            if key in norms and layer.weight is None:
                 raise ConfigError(f"model {name!r}: {key!r} has no weight: build it with affine=True")
             if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
                 raise ConfigError(
