@@ -95,6 +95,10 @@ class TestTraits:
             ({"uplink": {"x": "mean", "held": "sum"}}, r"uplink names \['held'\], which an inbox holds"),
             ({"codecs": {"x": make_codec("sign")}}, r"codecs compress \['x'\] with a loss, which only peers do yet"),
             ({"codecs": {"x": make_codec({"name": "top-k", "k": 5})}}, r"codecs compress \['x'\] with a loss"),
+            (
+                {"downlink": None, "uplink": {"a": "sum"}, "scalars": ("a",), "codecs": {"a": make_codec("sign")}},
+                r"\['a'\] are among scalars and codecs",
+            ),
             ({"scalars": ("tau",)}, r"scalars or codecs name \['tau'\], which uplink does not"),
             ({"codecs": {"mask": BUILTIN}}, "codecs.mask: input should be an instance of Codec"),
             ({"scalars": ("x",)}, "'x' is the model"),

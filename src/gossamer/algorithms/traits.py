@@ -102,6 +102,7 @@ class AlgorithmTraits(Traits):
         unsent = [name for name in sent if name not in self.uplink]
         for_peers = ("joint", "lazy", "overlaps", "merge_every", "no_merge", "one_step_only")
         unfit = [name for name in for_peers if vars(self)[name] and not peers]
+        twice = sorted({*self.scalars} & {*self.codecs})
         lossy = [] if peers else [name for name, codec in self.codecs.items() if codec.contraction(LONG_ROW) < 1]
         lowest = min(self.num_phases, 1 if self.merge_every is None else self.merge_every)
         return {
@@ -111,6 +112,7 @@ class AlgorithmTraits(Traits):
             f"codecs compress {lossy} with a loss, which only peers do yet: leave them out, or set downlink to None": (
                 bool(lossy)
             ),
+            f"{twice} are among scalars and codecs, but a number is not compressed: leave one out": bool(twice),
             f"scalars = {self.scalars}, but 'x' is the model: leave it out": "x" in self.scalars,
             f"client_arrays = {self.client_arrays}, but peers keep everything as state: leave it out": (
                 peers and bool(self.client_arrays)
