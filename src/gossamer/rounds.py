@@ -40,7 +40,7 @@ MAX_LOSSES = 3  # of the state in a row, without a commit in between
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What the loop itself is told.
+    """Options of the loop itself.
 
     Attributes:
         num_rounds: rounds to run in all.

@@ -16,7 +16,7 @@ class FedProx(FedAvg):
 
     `start` is the model that the client received, or its sub-model; the term is coordinatewise, so any window will do.
     Its gradient is added after clipping (``train.clip_norm`` bounds that of F_k alone) and before weight decay and
-    momentum. With mu = 0 it is FedAvg, bit for bit. Unequal work, which the paper admits, is the planner's affair.
+    momentum. With mu = 0 it is FedAvg, bit for bit. Unequal work, which the paper allows, is planned elsewhere.
     """
 
     class Options(FedAvg.Options):

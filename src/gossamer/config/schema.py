@@ -47,7 +47,7 @@ class EngineOptions(Options):
 
     Attributes:
         name: local, ray, or a plug-in's.
-        workers: processes, or Ray actors, that train; "auto": one for each core, of a cluster anew every round.
+        workers: processes, or Ray actors, that train; "auto": one for each core, on a cluster counted every round.
         block_size: participants that are trained together.
         modes: mode of each capacity, or one mode for all; "auto": by a rule of shapes and numbers, see `modes_by_rule`;
             "measured": the quickest, as measured when the run starts, which may differ from run to run, and with it the
@@ -171,7 +171,7 @@ class SubmodelOptions(Options):
     Attributes:
         capacities: the levels, each in (0, 1].
         shares: share of the clients at each level; None: equal shares.
-        assignment: fixed once, or drawn anew each round ("dynamic").
+        assignment: fixed once, or drawn in every round ("dynamic").
         strategy: window strategy; None: the algorithm's own.
         stride: channels by which a rolling window moves a round.
         offsets: ``{axis: channels}`` by which an axis's windows are moved besides.

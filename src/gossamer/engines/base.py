@@ -33,11 +33,11 @@ def _ignore(kind: str, **fields: Any) -> None:
 
 @dataclass(frozen=True)
 class EngineHooks:
-    """What an engine asks the run that it works for, and tells it.
+    """Callbacks of an engine to the run that it works for.
 
     Attributes:
         stop_requested: asked between blocks and steps; once it is true, the participants left are reported as missing.
-        report: told of what goes wrong and is made good: ``report(kind, **fields)``.
+        report: callback for what goes wrong and is repaired: ``report(kind, **fields)``.
         must_stop: asked where to stop would lose work; true a few seconds after `stop_requested`.
     """
 

@@ -20,7 +20,7 @@ class Slots:
 
     Attributes:
         memory: [number of slots, floats of each].
-        num_lost: slots that were given out and did not come back in their round: somebody may still write to them.
+        num_lost: slots that were given out and did not come back in their round: a worker may still write to them.
     """
 
     def __init__(self, memory: Tensor) -> None:

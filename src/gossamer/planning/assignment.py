@@ -21,7 +21,7 @@ def apportion(shares: Sequence[float], count: int) -> NDArray[np.int64]:
 
 
 class Capacities:
-    """The capacity level of every client: fixed once, or drawn anew each round.
+    """The capacity level of every client: fixed once, or drawn in every round.
 
     Attributes:
         levels: the levels.
@@ -85,6 +85,6 @@ def devices_of_capacities(devices: Devices, capacities: Capacities, num_clients:
     if capacities.is_fixed and (assignment is None or assignment.is_fixed):
         together = np.stack([devices.of(everybody, 0), capacities.variants(everybody, 0)], axis=1)
         return [(int(device), int(variant)) for device, variant in np.unique(together, axis=0)]
-    if assignment is not None and assignment.levels == capacities.levels:  # drawn anew each round, but together
+    if assignment is not None and assignment.levels == capacities.levels:  # drawn in every round, but together
         return [(level, level) for level in range(len(capacities.levels))]
     return [(device, level) for device in range(len(devices.profiles)) for level in range(len(capacities.levels))]

@@ -117,14 +117,14 @@ class ClientPlanner(Planner):
         """
         began, available = self.costs[0].devices.available(round, now)
         count = min(self._num_wanted, len(available))
-        places = np.asarray(self.sampler(self.seed, round, len(available), count), dtype=np.int64)
-        known = places.size > 0 and places.min() >= 0 and places.max() < len(available)
-        if places.ndim != 1 or not known or len(np.unique(places)) != len(places):
+        positions = np.asarray(self.sampler(self.seed, round, len(available), count), dtype=np.int64)
+        known = positions.size > 0 and positions.min() >= 0 and positions.max() < len(available)
+        if positions.ndim != 1 or not known or len(np.unique(positions)) != len(positions):
             raise ConfigError(
-                f"clients.sampler returned {places.tolist()!r:.80}: it must return one or more distinct clients"
+                f"clients.sampler returned {positions.tolist()!r:.80}: it must return one or more distinct clients"
                 f" in 0..{len(available) - 1}"
             )
-        return began, available[places]
+        return began, available[positions]
 
     @property
     def _num_wanted(self) -> int:

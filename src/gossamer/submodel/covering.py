@@ -60,7 +60,7 @@ def columns(layout: Layout, capacity: float) -> dict[str, Hashable]:
 
 
 def levels(num_blocks: int, num_columns: int) -> int:
-    """Return the symbols q that an array of strength 2 needs: with up to 3 columns any number will do, else a prime."""
+    """Return the symbols q that an array of strength 2 needs: any number for up to 3 columns, else a prime."""
     if num_columns <= MAX_COLUMNS_OF_ANY_SIZE:
         return num_blocks
     return next(q for q in itertools.count(max(num_blocks, num_columns - 1, 2)) if _is_prime(q))

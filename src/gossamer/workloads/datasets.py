@@ -24,7 +24,7 @@ from gossamer.workloads.partitions import rounded
 
 WHERE = "workload.dataset"
 MAX_RATIO = 50.0  # of standard deviations in one unit; 0 .. 255 and 0 .. 1 differ by a factor of 255
-FEW = 1000  # images that suffice to tell their unit
+FEW = 1000  # images that show their unit
 PER_DIGIT_TEST = 36  # 10 x 36 = 360 test images, 1,437 for training
 
 

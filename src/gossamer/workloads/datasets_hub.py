@@ -1,7 +1,7 @@
 """Labelled images from parquet files or the Hugging Face hub, decoded once and cached as arrays.
 
 Decoding 60,000 PNG or JPEG images takes seconds, so the arrays are kept under ``$GOSSAMER_CACHE`` (default
-``~/.cache/gossamer``), one .npz a data set, written aside and renamed; a damaged one is built afresh.
+``~/.cache/gossamer``), one .npz a data set, written aside and renamed; a damaged one is rebuilt.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _read_cache(path: Path) -> Arrays | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        warn([f"the cache {str(path)!r} is damaged ({error}) and is built afresh"])
+        warn([f"the cache {str(path)!r} is damaged ({error}) and is rebuilt"])
         return None
 
 

@@ -27,7 +27,7 @@ from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, c
 CACHED_IMAGES = 128  # images that are normalised at a time
 MANY_SETS = (
     "local_accuracy and worst_client_accuracy are not measured: the clients' distinct sets of classes, times the number"
-    f" of classes, are more than {MAX_COUNTS}; set workload.local_evaluation to false to be spared this warning"
+    f" of classes, are more than {MAX_COUNTS}; set workload.local_evaluation to false to silence this warning"
 )
 
 
@@ -35,7 +35,7 @@ class ImageOptions(SupervisedOptions):
     """Options of `ImageClassification`, besides those of every `Supervised`.
 
     Attributes:
-        model: a `torch.nn.Module` class of your own will do, too, see `gossamer.workloads.modules.ModuleModel`.
+        model: a `torch.nn.Module` class of your own is a model, too, see `gossamer.workloads.modules.ModuleModel`.
         augment: ``"none"`` or ``"crop-flip"``.
         statistics_chunk: most samples by whose moments a static-BatchNorm pass normalises at a time.
         local_evaluation: whether each client's accuracy on its own classes is measured.

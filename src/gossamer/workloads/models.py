@@ -132,7 +132,7 @@ class ImageModel(DeclaredModel):
     def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits float32 [b, num_labels] of images float32 [b, channels, height, width], see `base.Model`.
 
-        The scale meets hidden activations before their non-linearity or normalisation.
+        Hidden activations are scaled before their non-linearity or normalisation.
         """
         raise NotImplementedError
 

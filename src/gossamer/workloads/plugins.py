@@ -39,7 +39,7 @@ def call_plug_in(function: Callable[..., Any], where: str, *args: Any, **params:
     """
     try:
         inspect.signature(function).bind(*args, **params)
-    except ValueError:  # some built-in types tell no signature
+    except ValueError:  # some built-in types have no signature
         pass
     except TypeError as error:
         raise ConfigError(f"{where} does not take these options: {error}") from error

@@ -51,7 +51,7 @@ class PreActResNet18(ImageModel):
         self.add("output", (num_labels, size), (LABEL_AXIS, axis))
 
     def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
-        """Return logits, see `ImageModel.apply`; the scale meets every BatchNorm's input, as in HeteroFL's code."""
+        """Return logits, see `ImageModel.apply`; every BatchNorm's input is scaled, as in HeteroFL's code."""
 
         def activated(x: Tensor, layer: str) -> Tensor:
             """Normalise and activate."""

@@ -123,7 +123,7 @@ def unigram_bits(train: Tensor, test: Tensor, num_labels: int) -> float:
     """Return the bits per character of the best guess that ignores what stands before: what a model has to beat.
 
     It is the cross entropy of the test characters under the frequencies of the training characters, to each of which
-    one is added (Laplace), lest a character that occurs only in the test text cost infinitely many bits.
+    one is added (Laplace), so that a character of the test text alone does not cost infinitely many bits.
 
     Args:
         train, test: int64 of any shape, places in the vocabulary; -1 is padding.

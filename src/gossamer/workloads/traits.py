@@ -18,7 +18,7 @@ class WorkloadTraits(Traits):
             needs (False where a layer mixes samples, as BatchNorm does while training).
         supports_stacking: whether `Workload.loss` works under `torch.vmap`.
         stacks_natively: whether `Workload.loss` also takes parameters and batches with a leading client dimension and
-            then returns one loss a client, which spares the overhead of vmap.
+            then returns one loss a client, which avoids the overhead of vmap.
         has_images: whether samples are images [*, channels, height, width], for which channels-last may pay.
         leaves_products: whether `Workload.loss` may be given `Leaves` that are factored; if not, a plain dict is given.
         has_peer_init: whether peers start from models of their own, `Workload.peer_init`.

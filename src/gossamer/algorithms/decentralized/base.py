@@ -130,7 +130,7 @@ def stochasticity(topology: Topology) -> Literal["doubly", "row", "column"]:
 
 
 def min_real_part(topology: Topology) -> float | None:
-    """Return the least real part of an eigenvalue of W, or None where it is too dear or undefined."""
+    """Return the least real part of an eigenvalue of W, or None where it is too expensive or undefined."""
     if topology.n > MAX_PEERS:
         return None
     try:

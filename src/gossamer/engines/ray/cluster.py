@@ -27,7 +27,7 @@ from gossamer.registry import load_object
 
 
 def make_actor(cls: type, *arguments: Any, num_gpus: int = 0) -> Callable[[], Any]:
-    """Return what starts an actor of one CPU, with GPUs of its own if told so.
+    """Return what starts an actor of one CPU, with GPUs of its own if asked.
 
     Ray neither restarts it nor repeats its calls, since `ActorPool` does.
     """

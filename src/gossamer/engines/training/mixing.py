@@ -1,4 +1,4 @@
-"""Mixing of peers' rows inside a process: a panel of all peers, or all that a block of them hears."""
+"""Mixing of peers' rows inside a process: a panel of all peers, or all that a block of them receives."""
 
 from __future__ import annotations
 
