@@ -37,7 +37,7 @@ def modes_by_rule(
     - the model takes stacked parameters itself, as built-in perceptrons do, and a round has more than one of them; or
     - tensors are so small that calls cost more than arithmetic, and there are enough participants to share a call.
 
-    What padding adds to batches counts as arithmetic. docs/decisions/0020 has the measurements.
+    What padding adds to batches counts as arithmetic. docs/decisions/0021 has the measurements.
 
     Args:
         task: the task; the modes of its variants are ignored.
