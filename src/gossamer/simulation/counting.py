@@ -28,13 +28,16 @@ VECTOR_PRODUCTS = {torch.ops.aten.mv, torch.ops.aten.addmv, torch.ops.aten.dot, 
 # Operations, besides those that tracing has rules for, that cost little more than to read and to write their tensors.
 _CHEAP = """
     aminmax arange as_strided bernoulli binary_cross_entropy binary_cross_entropy_with_logits bincount bucketize
-    channel_shuffle clone col2im count_nonzero cummax cummin elu embedding_bag embedding_dense empty empty_strided equal
-    eye fractional_max_pool2d full fused_rms_norm grid_sampler_2d grid_sampler_3d huber_loss im2col index_add index_put
-    kthvalue linalg_check_errors linspace local_scalar_dense median mish mse_loss multinomial new_empty
-    new_empty_strided new_full new_ones new_zeros nll_loss nll_loss2d nonzero ones pixel_shuffle pixel_unshuffle rand
-    randint randn randperm resize rrelu_with_noise scalar_tensor scatter scatter_add scatter_reduce searchsorted
-    smooth_l1_loss softplus std_mean take topk tril_indices triu_indices unfold unique2 upsample_bicubic2d var_mean
-    weight_norm_interface zeros
+    channel_shuffle clone col2im count_nonzero cummax cummin diag_embed elu embedding_bag embedding_dense
+    embedding_renorm empty empty_strided equal eye fractional_max_pool2d full fused_rms_norm grid_sampler_2d
+    grid_sampler_3d histc huber_loss im2col index_add index_copy index_fill index_put index_put_impl isin kthvalue
+    linalg_check_errors linalg_cross linspace local_scalar_dense masked_scatter masked_select max_unpool2d median mish
+    mode mse_loss multi_margin_loss multilabel_margin_loss multinomial nanmedian nansum new_empty new_empty_strided
+    new_full new_ones new_zeros nll_loss nll_loss2d nonzero nonzero_static ones pixel_shuffle pixel_unshuffle rand
+    randint randn randperm reflection_pad3d repeat_interleave replication_pad3d resize rrelu_with_noise scalar_tensor
+    scatter scatter_add scatter_reduce searchsorted smooth_l1_loss softplus std_mean take topk tril_indices
+    triu_indices unfold unique2 unique_consecutive unsafe_index upsample_bicubic2d upsample_nearest3d
+    upsample_trilinear3d var_mean weight_norm_interface zeros
 """
 
 
