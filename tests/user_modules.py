@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gossamer.workloads.modules import ModuleModel
+
 Shape = tuple[int, int, int]
 
 
@@ -194,6 +196,11 @@ class Drawn(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1)) * self.drawn.sum()
+
+
+def wrapped_drawn(input_shape: Shape, num_labels: int) -> ModuleModel:
+    """Return a module that the user has wrapped."""
+    return ModuleModel(lambda: Drawn(input_shape, num_labels), input_shape, num_labels)
 
 
 class Unseeded(Drawn):

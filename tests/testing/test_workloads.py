@@ -88,6 +88,7 @@ BROKEN_WORKLOADS: dict[str, tuple[dict[str, Any], str]] = {
     "clients": ({"num_clients": 5}, "num_samples has shape"),
     "flags": ({"supports_stacking": False}, "states 'supports_stacking' beside its traits"),
     "seed": ({"init": random_init}, "init must depend on the seed alone"),
+    "whole": ({"params_of": lambda self, row: {}}, "params_of must return all parameters"),
     "type": ({"init": lambda self, seed: torch.zeros(self.layout.d).half()}, "init must return float32 or"),
     "length": ({"init": lambda self, seed: torch.zeros(self.layout.num_parameters + 1)}, "init returned shape"),
     "gaps": ({"init": lambda self, seed: torch.ones(self.layout.d)}, "numbers between parameters"),

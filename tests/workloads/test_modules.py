@@ -576,6 +576,11 @@ class TestBuild:
         weight = model.init(np.random.default_rng(5))["weight"]
         assert built[-1] == weight[0, 0] + model._module.drawn[0]
 
+    def test_of_a_module_that_is_wrapped_already(self) -> None:
+        plain, wrapped = (classification(f"user_modules:{name}") for name in ("Drawn", "wrapped_drawn"))
+        assert torch.equal(plain.init(0), wrapped.init(0))
+        assert torch.equal(plain.model._module.drawn, wrapped.model._module.drawn)
+
     def test_other_sources_are_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"'Unseeded' is not built alike twice from one seed \('drawn' differs\)"):
             classification("user_modules:Unseeded")

@@ -107,6 +107,11 @@ def _check_init(workload: Workload) -> None:
         torch.equal(row, workload.init(3)),
         "init must depend on the seed alone: draw from a generator made from the seed",
     )
+    whole, views = workload.params_of(row), layout.views(row)
+    require(
+        all(name in whole and torch.equal(whole[name], view) for name, view in views.items()),
+        "params_of must return all parameters of the layout as they are in the row: add others to layout.views(row)",
+    )
 
 
 def _check_client_labels(workload: Workload) -> None:
