@@ -75,12 +75,13 @@ def trial(engine: str, side: str, workers: int, amid: str, number: signal.Signal
         except subprocess.TimeoutExpired:
             os.killpg(run.pid, signal.SIGKILL)
             _, told = run.communicate()
+        told = (told.strip().splitlines() or [""])[-1]  # after what says which code the file names
         seconds = time.monotonic() - began
         latest = Checkpoints(out / "checkpoints").latest()
         found = {
             "seconds": round(seconds, 2),
             "exit": run.returncode,
-            "told": told.strip().replace(folder, "DIR"),
+            "told": told.replace(folder, "DIR"),
             "rounds_logged": len(read_metrics(out)),
             "committed": None if latest is None else [latest.round, latest.phase],
         }

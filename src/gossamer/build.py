@@ -23,6 +23,7 @@ from gossamer.engines.task import Task
 from gossamer.engines.training.mixing import column_sums
 from gossamer.engines.training.modes import measured_modes, modes_by_rule
 from gossamer.errors import ConfigError, plugin_errors
+from gossamer.memory import require_memory
 from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
 from gossamer.planning.base import Planner
 from gossamer.planning.clients import ClientPlanner
@@ -41,6 +42,8 @@ from gossamer.threads import one_thread
 from gossamer.workloads.base import Workload
 
 MERGED_COLUMNS = 1 << 10  # that are summed at a time
+MAX_STEPS = 1 << 31  # of a participant in a round, which plans count in 32 bits
+WORKER_BYTES = 10_000_000  # of a process of its own, at least
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Parts:
             "block_size": None if options.block_size == "auto" else options.block_size,
         }
         if self.engine_class.is_remote:
-            given["workers"] = 0 if options.workers == "auto" else options.workers
+            given["workers"] = 0 if options.workers == "auto" else num_workers(self.config, self.workload)
             given |= {"address": options.address, "straggler_seconds": options.straggler_seconds}
             given["recipe"] = {
                 "factory": "gossamer.task:task_of",
@@ -93,7 +96,7 @@ class Parts:
                 "paths": [os.path.abspath(path) for path in sys.path],
             }
         else:
-            given["workers"] = default_workers() if options.workers == "auto" else options.workers
+            given["workers"] = num_workers(self.config, self.workload)
             given["silent_seconds"] = options.straggler_seconds
         if self.task.topology is not None:
             return self.engine_class.of_peers(self.task, x, **given), None
@@ -150,6 +153,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     resolved = resolve(config) if isinstance(config, Config) else config
     config, algorithm = resolved.config, resolved.algorithm
     workload = load_workload(config, data)
+    check_sizes(config, algorithm, workload, is_remote=resolved.engine_class.is_remote)
     if algorithm.traits.client_arrays and workload.init(config.seed).dtype != torch.float32:
         raise ConfigError(
             f"algorithm {config.algorithm['name']!r} keeps private state in float32, but workload"
@@ -245,6 +249,38 @@ def count_costs(config: Config, task: Task, capacities: Capacities) -> list[Cost
         found.append(Costs(variants, devices))
         found[-1].check_memory(pairs)
     return found
+
+
+def check_sizes(config: Config, algorithm: Algorithm, workload: Workload, *, is_remote: bool) -> None:
+    """Refuse, by lower bounds, what this machine could not hold if nothing else were there, before it is made.
+
+    Raises:
+        ConfigError: the model with what training needs, the workers, or the order of a round's samples are too large.
+    """
+    d, train, workers = workload.layout.d, config.train, 0 if is_remote else num_workers(config, workload)
+    num_rows = 1 if config.peers is None or is_remote else workload.num_clients
+    num_arrays = len(algorithm.traits.downlink or algorithm.traits.uplink)
+    rows = num_rows * num_arrays + 2 * max(1, workers)  # a copy that is trained and its gradient, in each process
+    whose = f"{num_rows:,} peers" if num_rows > 1 else "the model"
+    what = f"training {whose} of {d:,} parameters in {max(1, workers)} process{'es' if workers > 1 else ''}"
+    remedy = "take a smaller model, fewer peers or fewer engine.workers"
+    require_memory(4 * d * rows + WORKER_BYTES * workers, what, remedy)
+    longest = int(workload.num_samples.max())
+    per_epoch = -(-longest // train.batch_size)
+    steps = train.steps if train.steps is not None else (train.epochs or 1) * per_epoch
+    given = f"train.steps = {train.steps}" if train.steps is not None else f"train.epochs = {train.epochs}"
+    if steps >= MAX_STEPS:
+        raise ConfigError(f"{given} asks for {steps:,} steps of a participant and round: give less than {MAX_STEPS:,}")
+    order = 8 * steps * min(train.batch_size, longest)
+    require_memory(order, f"{given}: the order of {steps:,} batches of samples", "take fewer steps a round")
+
+
+def num_workers(config: Config, workload: Workload) -> int:
+    """Return the number of processes, or actors, to start: no more than there are participants."""
+    given, clients = config.engine.workers, config.clients
+    wanted = default_workers() if given == "auto" else given
+    chosen = workload.num_clients if clients is None else clients.over_selection * clients.per_round
+    return int(min(wanted, chosen, workload.num_clients))
 
 
 def check_modes(task: Task, algorithm: str) -> None:

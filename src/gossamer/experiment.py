@@ -28,6 +28,7 @@ from gossamer.errors import (
     StorageError,
     warn,
 )
+from gossamer.memory import memory_errors
 from gossamer.profiling.spans import Spans
 from gossamer.registry import errors_of_plug_ins, trusting
 from gossamer.round_record import Observer
@@ -186,7 +187,7 @@ def _run_all(
     """
     runs: list[Run] = []
     held: DirectoryLock | None = None
-    with ExitStack() as stack:
+    with ExitStack() as stack, memory_errors():
         for name, data in singles.items():
             where, parts = directory / name, None
             try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
@@ -13,6 +14,9 @@ from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, ValidationInfo, field_validator
 
 from gossamer.errors import ConfigError, nearest
+
+MAX_INTEGER = 1 << 63
+MIN_FLOAT, MAX_FLOAT = 1e-30, 1e30  # in single precision, and for products of some of them in double precision
 
 
 class Options(BaseModel):
@@ -22,12 +26,17 @@ class Options(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where a number is meant; pydantic reads them as 1 and 0."""
+    def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a number is meant, which pydantic reads as 1 and 0, and numbers out of range."""
         if isinstance(value, bool) and info.field_name is not None:
             annotation = cls.model_fields[info.field_name].annotation
             if not {bool, Any} & _members(annotation) and {int, float} & _members(annotation):
                 raise ValueError("give a number, not true or false")
+        for number in _numbers(value):
+            if isinstance(number, int) and abs(number) >= MAX_INTEGER:
+                raise ValueError("give a number below 2^63")
+            if isinstance(number, float) and number and not MIN_FLOAT <= abs(number) <= MAX_FLOAT:
+                raise ValueError(f"give 0, or a number between {MIN_FLOAT:g} and {MAX_FLOAT:g} in size")
         return value
 
 
@@ -73,6 +82,15 @@ def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str
     if isinstance(first["input"], Mapping) and len(first["input"]) > 1:  # the message names the values that clash
         return f"{path or 'the configuration'}: {message[0].lower()}{message[1:]}"
     return f"{path or 'the configuration'} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """Yield the finite numbers of a value, or of a list of lists; pydantic refuses the others."""
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _numbers(one)
+    elif isinstance(value, (int, float)) and (isinstance(value, int) or math.isfinite(value)):
+        yield value
 
 
 def _members(annotation: Any) -> set[Any]:

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from gossamer import memory
 from gossamer.cli import doctor
 from gossamer.cli.doctor import Examination, examine, render
 from gossamer.cli.main import app
@@ -33,8 +34,8 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16000000 kB\nMemFree: 1 kB\nMemAvailable:    8000000 kB\n")
-    monkeypatch.setattr(doctor, "MEMORY_FACTS", meminfo)
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "MEMORY_FACTS", meminfo)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(doctor, "PROCESSES", tmp_path / "proc")
     monkeypatch.setattr(doctor, "version", lambda package: {"torch": "2.13.0+cpu"}.get(package, "1.2.3"))
     monkeypatch.setattr(doctor, "_free", lambda path: 50 * 10**9)

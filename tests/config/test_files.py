@@ -15,7 +15,7 @@ from gossamer.config.loading import expand, load, parse
 POSITIVE = st.floats(1e-9, 1e9)
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True)
 PLUGINS = NAMES | st.fixed_dictionaries({"name": NAMES, "option": st.none() | st.integers() | st.text() | POSITIVE})
-CAPACITIES = st.lists(st.floats(0, 1, exclude_min=True), min_size=1, max_size=4, unique=True)
+CAPACITIES = st.lists(st.floats(1e-30, 1), min_size=1, max_size=4, unique=True)
 RATES = {"factor": POSITIVE, "warmup_rounds": st.integers(0, 9)}
 STEPS = st.lists(st.integers(0, 99), max_size=3)
 SCHEDULES = st.fixed_dictionaries({}, optional={"name": st.sampled_from(["constant", "cosine"]), **RATES}) | (
@@ -40,7 +40,7 @@ def clients(draw: st.DrawFn) -> dict[str, Any]:
         "partition": PLUGINS,
         "sampler": NAMES,
         "weighting": st.just("equal"),
-        "quorum": st.floats(0, 1),
+        "quorum": (st.just(0.0) | st.floats(1e-30, 1)),
         "deadline_seconds": st.none() | POSITIVE,
         "over_selection": st.floats(1, 9),
     }
@@ -52,8 +52,8 @@ def clients(draw: st.DrawFn) -> dict[str, Any]:
 def training(draw: st.DrawFn) -> dict[str, Any]:
     optional = {
         "batch_size": st.integers(1, 99),
-        "momentum": st.floats(0, 1, exclude_max=True),
-        "weight_decay": st.floats(0, 1),
+        "momentum": (st.just(0.0) | st.floats(1e-30, 1, exclude_max=True)),
+        "weight_decay": (st.just(0.0) | st.floats(1e-30, 1)),
         "clip_norm": st.none() | POSITIVE,
         "schedule": SCHEDULES,
     }
@@ -111,7 +111,9 @@ CONFIGS = st.fixed_dictionaries(
         "algorithm": PLUGINS,
         "submodel": submodels(),
         "evaluation": st.fixed_dictionaries({}, optional={"every": st.integers(1, 9), "by_capacity": st.booleans()}),
-        "checkpoint": st.fixed_dictionaries({"every_seconds": st.floats(0, 99), "keep": st.integers(2, 9)}),
+        "checkpoint": st.fixed_dictionaries(
+            {"every_seconds": (st.just(0.0) | st.floats(1e-30, 99)), "keep": st.integers(2, 9)}
+        ),
         "engine": ENGINES,
         "log": st.fixed_dictionaries({"sinks": st.lists(st.sampled_from(["mlflow", "wandb"]))}),
         "methods": st.none() | st.dictionaries(NAMES, st.just({"train.lr": 0.25}), min_size=1, max_size=2),

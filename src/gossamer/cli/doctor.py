@@ -13,8 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from gossamer import registry
+from gossamer import memory, registry
 from gossamer.errors import aligned
+from gossamer.memory import machine_memory, number_in
 
 REQUIRED = (
     *("gossamer", "torch", "numpy", "scipy", "networkx", "ray", "grpcio", "protobuf", "pydantic", "PyYAML", "typer"),
@@ -26,8 +27,6 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 MIN_DISK_BYTES = 2e9
 MIN_MEMORY_BYTES = 1e9
 MIN_SHARED_BYTES = 1e9
-CGROUP = Path("/sys/fs/cgroup")
-MEMORY_FACTS = Path("/proc/meminfo")
 SHARED_MEMORY = Path("/dev/shm")
 PROCESSES = Path("/proc")
 
@@ -85,7 +84,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _machine() -> dict[str, Any]:
-    total, available = _memory()
+    total, available = machine_memory()
     return {
         "platform": platform.platform(),
         "num_cores": os.cpu_count(),
@@ -100,34 +99,18 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _memory() -> tuple[int | None, int | None]:
-    """Return total and available memory in bytes, within the container's limit."""
-    try:
-        lines = (line.split() for line in MEMORY_FACTS.read_text().splitlines())
-        facts = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
-        total, available = facts["MemTotal"], facts["MemAvailable"]
-    except (OSError, ValueError, LookupError):
-        return None, None
-    limit = _number(CGROUP / "memory.max") or _number(CGROUP / "memory" / "memory.limit_in_bytes")
-    return (total, available) if limit is None else (int(min(total, limit)), int(min(available, limit)))
-
-
 def _container_cores() -> float | None:
     """Return the container's limit of processor time in cores, or None where it has none."""
     try:
-        quota, period = (CGROUP / "cpu.max").read_text().split()
+        quota, period = (memory.CGROUP / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
         pass
-    quota_us, period_us = _number(CGROUP / "cpu" / "cpu.cfs_quota_us"), _number(CGROUP / "cpu" / "cpu.cfs_period_us")
+    quota_us, period_us = (
+        number_in(memory.CGROUP / "cpu" / "cpu.cfs_quota_us"),
+        number_in(memory.CGROUP / "cpu" / "cpu.cfs_period_us"),
+    )
     return quota_us / period_us if quota_us and period_us and quota_us > 0 else None
-
-
-def _number(path: Path) -> float | None:
-    try:
-        return float(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _free(path: Path) -> int | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.errors import DataError
+from gossamer.memory import require_memory
 from gossamer.options import Options, parse_options
 from gossamer.workloads.datasets_hub import HubSource, load
 from gossamer.workloads.partitions import rounded
@@ -325,9 +326,12 @@ def synthetic(options: Mapping[str, Any]) -> ImageData:
         options: see `SyntheticOptions`.
 
     Raises:
-        ConfigError: an unknown or wrong option.
+        ConfigError: an unknown or wrong option, or more images than this machine could hold.
     """
     chosen = parse_options(SyntheticOptions, options, WHERE)
+    num_images = chosen.num_train + chosen.num_test + chosen.num_labels
+    what = f"{WHERE} 'synthetic' of {num_images:,} images and prototypes of {chosen.shape}"
+    require_memory(4 * num_images * math.prod(chosen.shape), what, "take fewer or smaller images")
     source = rng.generator(chosen.seed, "synthetic-prototypes")
     prototypes = source.standard_normal((chosen.num_labels, *chosen.shape), np.float32)
 

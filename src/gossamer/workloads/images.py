@@ -20,6 +20,7 @@ from gossamer.workloads.base import ForwardContext, Model, Params, Sums
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.digests import digest_of
 from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by
+from gossamer.workloads.models import Fitting
 from gossamer.workloads.modules import ModuleModel, seed_of, seeded
 from gossamer.workloads.plugins import Spec
 from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, chunk_of, cross_entropies
@@ -68,7 +69,10 @@ class ImageClassification(Supervised):
 
     def _make_model(self, function: Callable[..., Any], params: Mapping[str, Any]) -> Model:
         source = partial(rng.generator, self.seed, "init-model")
-        with seeded(seed_of(source())):  # what is made only to see what it is leaves no trace
+        with (
+            seeded(seed_of(source())),
+            Fitting("workload.model"),
+        ):  # what is made only to see what it is leaves no trace
             model = super()._make_model(function, params)
         if isinstance(model, nn.Module):
             build = partial(function, self.data.shape, self.num_labels, **params)

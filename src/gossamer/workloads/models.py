@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gossamer.errors import ConfigError
+from gossamer.memory import require_memory
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
@@ -253,3 +255,20 @@ class CNN(ImageModel):
             x = rescale(F.max_pool2d(x, 2), context.scale).relu_()
         x = rescale(_linear(params, "hidden", x.flatten(1)), context.scale).relu_()
         return _linear(params, "output", x)
+
+
+class Fitting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within the block, a `ConfigError` is raised before torch makes a tensor that could not fit into this machine."""
+
+    def __init__(self, what: str) -> None:
+        """Name the tensors' owner for errors."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._what = what
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the size that a new tensor is to have."""
+        sizes = args[0] if args and func.overloadpacket.__name__ in ("empty", "zeros", "ones", "full", "randn") else ()
+        if isinstance(sizes, (list, tuple)) and sizes:
+            size = " x ".join(map(str, sizes))
+            require_memory(4 * math.prod(sizes), f"{self._what}: a tensor of {size} numbers", "make it smaller")
+        return func(*args, **(kwargs or {}))

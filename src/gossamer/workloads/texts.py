@@ -19,6 +19,7 @@ from pydantic import Field
 
 from gossamer import rng
 from gossamer.errors import DataError
+from gossamer.memory import require_memory
 from gossamer.options import Options, parse_options
 
 WHERE = "workload.dataset"
@@ -203,9 +204,12 @@ def synthetic(options: Mapping[str, Any]) -> TextData:
         options: see `SyntheticTextOptions`.
 
     Raises:
-        ConfigError: an unknown or wrong option.
+        ConfigError: an unknown or wrong option, or more text than this machine could hold.
     """
     chosen = parse_options(SyntheticTextOptions, options, WHERE)
+    length = chosen.num_characters + chosen.num_test_characters
+    what = f"{WHERE} 'synthetic' of {chosen.num_owners:,} owners and {length:,} characters each"
+    require_memory(chosen.num_owners * length, what, "take fewer or shorter texts")
     successor = rng.generator(chosen.seed, "synthetic-text").permutation(chosen.num_symbols)
 
     def written(owner: int, purpose: str, length: int) -> str:
