@@ -87,6 +87,16 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expe
         assert [variant.mode for variant in build(config).task.variants] == expected
 
 
+def test_the_rule_for_plain_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model without convolutions that only vmap can stack."""
+    task = build(parse(configure())).task
+    monkeypatch.setattr(task.workload, "traits", replace(task.workload.traits, stacks_natively=False))
+    assert measuring.modes_by_rule(task, [1e5], [4.0]) == (PADDED,)
+    assert measuring.modes_by_rule(task, [1e5], [3.9]) == (SINGLY,)
+    monkeypatch.setattr(measuring, "SMALL_MODEL", 1000)
+    assert measuring.modes_by_rule(task, [1e5], [4.0]) == (SINGLY,)
+
+
 def test_two_runs_are_alike(tmp_path: Path) -> None:
     """With modes left to the rule, whatever the number of workers; the modes are written down."""
     config = configure(MANY | MANY_EVEN | LEVELS_OF_CNN | {"rounds": 1, "engine.modes": "auto"})

@@ -16,9 +16,10 @@ from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block
 from gossamer.threads import one_thread
 
-SMALL = 3e6  # FLOPs of a batch for each parameter tensor, up to which vmap pays
+LIGHT = 3e6  # FLOPs of a batch for each parameter tensor, up to which vmap pays for convolutions
+SMALL_MODEL = 1 << 17  # parameters of other models, up to which it does
 FEW = 4  # participants, with fewer of which it does not
-MOST_PADDED = 2.0  # times as many samples as there are, up to which large tensors are stacked
+MOST_PADDED = 2.0  # times as many samples as there are, up to which others than light models are stacked
 MAX_STEPS = 5
 NUM_REPEATS = 2
 MAX_CLIENTS = 16
@@ -35,9 +36,10 @@ def modes_by_rule(
     Images are trained channels-last. Participants are stacked, where that is possible, if
 
     - the model takes stacked parameters itself, as built-in perceptrons do, and a round has more than one of them; or
-    - tensors are so small that calls cost more than arithmetic, and there are enough participants to share a call.
+    - a round has enough of them to share calls, and these cost more than what they do: convolutions take few FLOPs, or
+      a model without them fits the cache several times.
 
-    What padding adds to batches counts as arithmetic. docs/decisions/0021 has the measurements.
+    Padding that multiplies the samples speaks against it. docs/decisions/0021 has the measurements.
 
     Args:
         task: the task; the modes of its variants are ignored.
@@ -52,10 +54,13 @@ def modes_by_rule(
 
     def pays(variant: Variant, flops: float, number: float) -> bool:
         """Say whether stacking does."""
-        is_small = flops * batch * padded <= SMALL * len(variant.layout.shapes)
+        shapes = variant.layout.shapes
+        is_light = flops * batch * padded <= LIGHT * len(shapes)
         if task.workload.traits.stacks_natively:
-            return number > 1 and (is_small or padded <= MOST_PADDED)
-        return number >= FEW and is_small
+            return number > 1 and (is_light or padded <= MOST_PADDED)
+        if any(len(shape) > 2 for shape in shapes):  # convolutions
+            return number >= FEW and is_light
+        return number >= FEW and variant.layout.d <= SMALL_MODEL and (is_light or padded <= MOST_PADDED)
 
     return tuple(
         stacked if stacked is not None and pays(*each) else singly
