@@ -316,7 +316,7 @@ def _run_rounds(
     return Run(directory, read_metrics(directory), parts.workload.params_of(row))
 
 
-PATIENCE_SECONDS = 3.0  # between a request to stop and the end of what cannot be stopped without loss
+PATIENCE_SECONDS = 2.0  # between a request to stop and the end of what cannot be stopped without loss
 AGAIN_SECONDS = 1.0  # between two signals that were sent one after the other, not by a terminal and a wrapper at once
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -216,6 +217,30 @@ class TestWorkers:
         assert [note.startswith("Traceback (most recent call last)") for note in notes] == [True] * (
             kind is EngineError
         )
+
+    def test_one_that_hangs_is_replaced(self, tmp_path: Path) -> None:
+        """It neither answers nor uses the processor; one that does is left alone, however long it takes."""
+        flag = tmp_path / "flag"
+        flag.touch()
+
+        def handler(message: Message) -> Message:
+            if message["n"] == 1 and flag.exists():
+                flag.unlink()
+                signal.pause()
+            until = time.process_time() + 0.5
+            while message["n"] == 0 and time.process_time() < until:
+                pass
+            return message
+
+        told: list[Any] = []
+        pool = WorkerPool(
+            2, lambda _: handler, silent_seconds=0.3, on_event=lambda kind, **fields: told.append((kind, fields))
+        )
+        assert sorted(reply["n"] for reply in pool.map(({"n": n} for n in range(4)), never)) == [0, 1, 2, 3]
+        pool.close()
+        ((kind, fields),) = told
+        assert kind == "worker-replaced"
+        assert fields["reason"].startswith("gave no sign of life for ")
 
     @pytest.mark.parametrize("code", [1, 3])
     def test_death(self, make_pool: MakePool, code: int) -> None:
