@@ -126,6 +126,11 @@ class TestMeasure:
         ),
         (["show", "none.yaml"], "cannot read topology 'none.yaml'"),
         (["show", "none.graphml"], "cannot read the graph 'none.graphml'"),
+        (["show", "ring", "-n", "1" + "0" * 30], "topology 'ring' with n = 1000"),
+        (
+            ["show", "star", "-n", "100000001"],
+            "topology 'star' with n = 100000001 exceeds the limit of 100000000 peers",
+        ),
         (["show", "none.csv"], "cannot read the graph 'none.csv'"),
         (["show", "a" * 5000, "-n", "5"], "unknown topology 'aaa"),
         (["show", "a" * 5000 + ".yaml"], "cannot read topology 'aaa"),

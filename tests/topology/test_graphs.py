@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from gossamer import registry, topology
 from gossamer.errors import ConfigError, RegistryError
-from gossamer.registry import trusting
-from gossamer.topology import Matching, onepeer, randomgraphs, weights
+from gossamer.topology import Matching, Mixing, Schedule, Topology, TopologyOptions, onepeer, randomgraphs, weights
 
 
 def graph_of(found: topology.Topology, round: int = 0) -> Any:
@@ -122,9 +121,18 @@ def test_unknown_name() -> None:
 
 
 def test_a_plug_in_must_be_a_family() -> None:
-    with trusting(), pytest.raises(ConfigError, match="is a type, not a Family"):
+    with registry.trusting(), pytest.raises(ConfigError, match="is a type, not a Family"):
         topology.build("collections:OrderedDict", 8)
     assert topology.build("gossamer.topology.classic:ring", 8).mixing(0).max_degree == 2
+
+
+def test_more_peers_than_memory() -> None:
+    def draw(round: int) -> Mixing:
+        raise MemoryError
+
+    found = Topology("mine", 3, 0, TopologyOptions(), "random", Schedule(draw, cycle=None))
+    with pytest.raises(ConfigError, match="topology 'mine' with n = 3 needs more memory than there is: lower n"):
+        found.mixing(0)
 
 
 class TestPairs:

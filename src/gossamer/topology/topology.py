@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from gossamer.topology.family import Family, Schedule, TopologyOptions
 NUM_ESTIMATION_ROUNDS = 200
 MAX_CACHED = 100_000  # peers of a topology that caches the mixings of several rounds
 NUM_CACHED = 64
+MAX_PEERS = 100_000_000
 MIN_SAMPLES, MAX_SAMPLES = 16, 400  # rounds from which a rate is estimated
 MAX_SAMPLED_EDGES = 500_000  # of all of them, unless that are too few
 YAML = (".yaml", ".yml")
@@ -82,7 +84,8 @@ class Topology:
         if round < 0:
             raise ConfigError(f"round {round} is below 0: rounds are counted from 0")
         place = round if self.schedule.cycle is None else round % self.schedule.cycle
-        return self._mixing(place)
+        with _enough_memory(self.name, self.n):
+            return self._mixing(place)
 
     def digest(self) -> str:
         """Return 32 hexadecimal digits that identify the mixings of all rounds, and the links of a file.
@@ -235,12 +238,15 @@ def _build(name: str, n: Any, seed: Any, parameters: Mapping[str, Any]) -> Topol
         raise ConfigError(f"topology {name!r} needs the number of peers: give n")
     if n is not None:
         _require_whole(f"topology {name!r} with n", n, family.minimum)
+        if n > MAX_PEERS:
+            raise ConfigError(f"topology {name!r} with n = {n} exceeds the limit of {MAX_PEERS} peers: lower n")
     _require_whole(f"topology {name!r} with seed", seed, 0)
     options = parse_options(family.options, parameters, name)
-    schedule = family.make(int(n or 0), seed, options)
-    if options.lazy:
-        schedule = schedule.lazy()
-    found = schedule.draw(0).n if n is None else int(n)
+    with _enough_memory(name, n):
+        schedule = family.make(int(n or 0), seed, options)
+        if options.lazy:
+            schedule = schedule.lazy()
+        found = schedule.draw(0).n if n is None else int(n)
     return Topology(name, found, seed, options, family.kind, schedule)
 
 
@@ -248,6 +254,14 @@ def _require_whole(what: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < minimum:
         key = what.rpartition(" ")[2]
         raise ConfigError(f"{what} = {value!r}: {key} must be a whole number, {minimum} or more")
+
+
+@contextmanager
+def _enough_memory(name: str, n: Any) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise ConfigError(f"topology {name!r} with n = {n} needs more memory than there is: lower n") from None
 
 
 def is_file(name: str) -> bool:
