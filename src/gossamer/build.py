@@ -18,7 +18,7 @@ from gossamer.algorithms.base import Algorithm
 from gossamer.config.inputs import configuration_inputs
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
-from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks
+from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks, EngineSetup
 from gossamer.engines.task import Task
 from gossamer.engines.training.mixing import column_sums
 from gossamer.engines.training.modes import measured_modes, modes_by_rule
@@ -97,16 +97,16 @@ class Parts:
             }
         else:
             given["workers"] = num_workers(self.config, self.workload)
-            given["silent_seconds"] = options.straggler_seconds
+            given["straggler_seconds"] = options.straggler_seconds
         if self.task.topology is not None:
-            return self.engine_class.of_peers(self.task, x, **given), None
+            return self.engine_class.of_peers(self.task, x, EngineSetup(**given)), None
         store = None
         if self.algorithm.traits.client_arrays:
             store = ClientStore(directory / "clients", keep=self.config.checkpoint.keep)
             for name in self.algorithm.traits.client_arrays:
                 store.declare(name, self.workload.layout.d)
         state = self.algorithm.init(x[None])
-        return self.engine_class(self.task, state, store, **given), store
+        return self.engine_class(self.task, state, store, EngineSetup(**given)), store
 
     def loop(self, engine: Engine, store: ClientStore | None, log: RunLog, checkpoints: Checkpoints) -> Loop:
         """Assemble the loop."""

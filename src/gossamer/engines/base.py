@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -52,6 +52,28 @@ class EngineHooks:
 
 
 NO_HOOKS = EngineHooks()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSetup:
+    """By how many processes a task is run, and where. Nothing of it changes bits.
+
+    Attributes:
+        workers: number of processes that train (0: this one), or of Ray actors (0: one for each CPU, counted every
+            round).
+        block_size: number of participants that are trained together, a power of two; None: a suitable one.
+        hooks: see `EngineHooks`.
+        straggler_seconds: see `gossamer.config.schema.EngineOptions`.
+        address: address of a Ray cluster, or "auto"; None: Ray is started here.
+        recipe: recipe by which actors rebuild the task, see `gossamer.task.task_of`.
+    """
+
+    workers: int
+    block_size: int | None = None
+    hooks: EngineHooks = NO_HOOKS
+    straggler_seconds: float | None = None
+    address: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gossamer.aggregate import others_median
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import EngineHooks, Record
+from gossamer.engines.base import EngineSetup, Record
 from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.plan import STOPPED, RoundPlan, TrainReport
@@ -36,20 +36,15 @@ class PeerEngine(ABC):
 
     is_whole = True
 
-    def __init__(
-        self, task: Task, x: Tensor, bounds: list[list[int]], *, block_size: int | None, hooks: EngineHooks
-    ) -> None:
-        """Bind a task.
+    def __init__(self, task: Task, x: Tensor, bounds: list[list[int]], setup: EngineSetup) -> None:
+        """Bind a task with a topology.
 
         Args:
-            task: task with a topology.
             x: [d], the initial model.
             bounds: [low, high] of the peers whose rows lie together.
-            block_size: peers that are trained stacked together, or None for a size that suits.
-            hooks: see `EngineHooks`.
         """
         assert task.topology is not None
-        self._task, self._bounds, self._block_size, self.hooks = task, bounds, block_size, hooks
+        self._task, self._bounds, self._block_size, self.hooks = task, bounds, setup.block_size, setup.hooks
         self._num_peers, self._dtype = task.topology.n, x.dtype
         self._columns = [[one.start, one.stop] for one in panels(self._num_peers, len(x), x.dtype.itemsize)]
         self._sample_bytes = sample_bytes(task.workload)

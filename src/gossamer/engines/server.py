@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gossamer.aggregate import Part, TreeSum, combine, others_median
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import EngineHooks, Record
+from gossamer.engines.base import EngineSetup, Record
 from gossamer.engines.task import Task, Variant
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.trainer import row_norms
@@ -50,16 +50,14 @@ class FederatedEngine(ABC):
         task: Task,
         state: Mapping[str, Tensor],
         store: ClientStore | None,
-        *,
+        setup: EngineSetup,
         num_workers: int,
-        block_size: int | None,
-        hooks: EngineHooks,
     ) -> None:
         """Bind a task to the resident arrays `state`, [1, d] each, which are changed in place from now on."""
-        self._task, self._store, self._block_size = task, store, block_size
+        self._task, self._store, self._block_size = task, store, setup.block_size
         self._phase = task.phases[0]  # the task of the phase that is under way
         self._max_norm: float | None = None  # of an update, while blocks are trained again
-        self.num_workers, self.hooks = num_workers, hooks
+        self.num_workers, self.hooks = num_workers, setup.hooks
         self._state: Arrays = dict(state)
         self._order = task.cutter.order(self._state["x"][0])
         self._results: list[tuple[Block, list[bool]]] = []

@@ -17,6 +17,7 @@ from federation import LEVELS, SINGLY, STACKED, events, modes
 from gossamer import run, topology
 from gossamer.build import build
 from gossamer.config.loading import parse
+from gossamer.engines.base import EngineSetup
 from gossamer.engines.local.peers import LocalPeerEngine
 from gossamer.engines.task import Task
 from gossamer.engines.training.mixing import Mixer
@@ -51,7 +52,7 @@ def windowed(strategy: str, levels: tuple[float, ...] = LEVELS, **mode: bool) ->
 def models(config: dict[str, Any]) -> Tensor:
     """Return the models of all peers after all rounds, [n, d]."""
     parts = build(parse(config))
-    engine = LocalPeerEngine(parts.task, parts.workload.init(parts.config.seed), workers=0)
+    engine = LocalPeerEngine(parts.task, parts.workload.init(parts.config.seed), EngineSetup(workers=0))
     for round in range(parts.config.rounds):
         plan = parts.planner.plan(round)
         for _ in engine.train(plan):

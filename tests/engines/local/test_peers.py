@@ -18,6 +18,7 @@ from gossamer import run
 from gossamer.build import Parts, build
 from gossamer.config.loading import parse
 from gossamer.engines import peers as every_engine
+from gossamer.engines.base import EngineSetup
 from gossamer.engines.local import peers
 from gossamer.engines.local.peers import LocalPeerEngine
 from gossamer.engines.task import WHOLE
@@ -72,7 +73,7 @@ class Outcome(NamedTuple):
 def drive(parts: Parts, workers: int = 0, block_size: int | None = None) -> Outcome:
     """Run all rounds on an engine of peers."""
     x = parts.workload.init(parts.config.seed)
-    engine = LocalPeerEngine(parts.task, x, workers=workers, block_size=block_size)
+    engine = LocalPeerEngine(parts.task, x, EngineSetup(workers=workers, block_size=block_size))
     try:
         losses = []
         for round in range(parts.config.rounds):
@@ -275,7 +276,7 @@ class TestMeasures:
 
     def test_number_of_peers(self) -> None:
         parts = built({"rounds": 1, "peers.num": 4})
-        engine = LocalPeerEngine(parts.task, parts.workload.init(0), workers=0)
+        engine = LocalPeerEngine(parts.task, parts.workload.init(0), EngineSetup(workers=0))
         assert list(engine.measure(0)) == ["consensus_distance"]
         assert engine.measure(0)["consensus_distance"] < 1e-6
         list(engine.train(parts.planner.plan(0)))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import NO_HOOKS, EngineHooks, never
+from gossamer.engines.base import EngineSetup, never
 from gossamer.engines.local.peers import LocalPeerEngine
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
@@ -34,27 +33,18 @@ class LocalEngine(FederatedEngine):
         self,
         task: Task,
         state: Mapping[str, Tensor],
-        store: ClientStore | None = None,
-        *,
-        workers: int,
-        block_size: int | None = None,
-        hooks: EngineHooks = NO_HOOKS,
-        silent_seconds: float | None = None,
+        store: ClientStore | None,
+        setup: EngineSetup,
     ) -> None:
         """Place `state` (arrays [1, d]) in shared memory and start the workers.
 
         Args:
-            task: task to train.
             store: store of private client state; needed if the algorithm keeps some.
-            workers: number of processes; 0 trains in this process. Changes no bits.
-            block_size: participants a block (a power of two), or None for a size that suits. Changes no bits.
-            hooks: see `EngineHooks`.
-            silent_seconds: see `WorkerPool`.
         """
         keep_freed_memory()
         require_devices(task)
-        num_workers = workers if sys.platform == "linux" else 0
-        super().__init__(task, shared(state), store, num_workers=num_workers, block_size=block_size, hooks=hooks)
+        num_workers = setup.workers if sys.platform == "linux" else 0
+        super().__init__(task, shared(state), store, setup, num_workers)
         self._order = shared(self._order)
         self._slots = Slots(self._make_slots() if num_workers else torch.zeros(0, 0))
 
@@ -62,21 +52,21 @@ class LocalEngine(FederatedEngine):
             """Return what handles messages, in whichever process."""
             return Worker(task, self._state, self._order, self._slots.memory, stop)
 
-        self._local = make_worker(hooks.stop_requested)
+        self._local = make_worker(setup.hooks.stop_requested)
         self._pool: WorkerPool | None = None
         if num_workers:  # which change nothing but their slots: any job can be done again
             self._pool = WorkerPool(
                 num_workers,
                 lambda before_writing: make_worker().handle,
-                silent_seconds=silent_seconds,
-                on_event=hooks.report,
+                silent_seconds=setup.straggler_seconds,
+                on_event=setup.hooks.report,
             )
 
     @staticmethod
-    def of_peers(task: Task, x: Tensor, **options: Any) -> LocalPeerEngine:
+    def of_peers(task: Task, x: Tensor, setup: EngineSetup) -> LocalPeerEngine:
         """Return the engine of a task that has a topology instead of a server."""
         require_devices(task)
-        return LocalPeerEngine(task, x, **options)
+        return LocalPeerEngine(task, x, setup)
 
     def close(self) -> None:
         """Stop the workers."""

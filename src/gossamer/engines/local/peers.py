@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import NO_HOOKS, EngineHooks
+from gossamer.engines.base import EngineSetup
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.peers import Message, PeerEngine, mix_message
@@ -25,29 +25,15 @@ SMALL_FLOATS = 1 << 17  # of a state that one process mixes sooner than it could
 class LocalPeerEngine(PeerEngine):
     """Trains peers on this machine; see `PeerWorker` for what is done with a block and with a panel."""
 
-    def __init__(
-        self,
-        task: Task,
-        x: Tensor,
-        *,
-        workers: int,
-        block_size: int | None = None,
-        hooks: EngineHooks = NO_HOOKS,
-        silent_seconds: float | None = None,
-    ) -> None:
+    def __init__(self, task: Task, x: Tensor, setup: EngineSetup) -> None:
         """Place the peers' state in shared memory and start the workers.
 
         Args:
-            task: task with a topology.
             x: [d], the initial model of all peers, unless the workload has a `peer_init`.
-            workers: processes; 0 trains in this process. Changes no bits.
-            block_size: peers a block, or None for a size that suits. Changes no bits.
-            hooks: see `EngineHooks`.
-            silent_seconds: see `WorkerPool`.
         """
         keep_freed_memory()
         num_peers = task.workload.num_clients
-        super().__init__(task, x, [[0, num_peers]], block_size=block_size, hooks=hooks)
+        super().__init__(task, x, [[0, num_peers]], setup)
 
         def zeros(d: int, dtype: torch.dtype) -> Tensor:
             """Return shared memory for all peers."""
@@ -56,14 +42,14 @@ class LocalPeerEngine(PeerEngine):
         initial = initial_rows(task, x, 0, num_peers)
         state = {name: zeros(rows.shape[1], rows.dtype).copy_(rows) for name, rows in initial.items()}
         self._peers = PeerState.of(task, state, zeros, shared_zeros(len(x), x.dtype)[None], 0)
-        self._handle = PeerWorker.handler(task, self._peers, stop=hooks.must_stop)
+        self._handle = PeerWorker.handler(task, self._peers, stop=setup.hooks.must_stop)
         self._pool: WorkerPool | None = None
-        if workers and sys.platform == "linux":
+        if setup.workers and sys.platform == "linux":
             self._pool = WorkerPool(
-                workers,
+                setup.workers,
                 lambda before_writing: PeerWorker.handler(task, self._peers, before_writing=before_writing),
-                silent_seconds=silent_seconds,
-                on_event=hooks.report,
+                silent_seconds=setup.straggler_seconds,
+                on_event=setup.hooks.report,
             )
 
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:

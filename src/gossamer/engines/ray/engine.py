@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.engines.base import NO_HOOKS, EngineHooks
+from gossamer.engines.base import EngineSetup
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, ActorPool, Call
 from gossamer.engines.ray.client_actor import ClientActor
@@ -47,25 +47,13 @@ class RayEngine(FederatedEngine):
         self,
         task: Task,
         state: Mapping[str, Tensor],
-        store: ClientStore | None = None,
-        *,
-        workers: int,
-        block_size: int | None = None,
-        hooks: EngineHooks = NO_HOOKS,
-        recipe: Mapping[str, Any],
-        address: str | None = None,
-        straggler_seconds: float | None = None,
+        store: ClientStore | None,
+        setup: EngineSetup,
     ) -> None:
-        """Start Ray or join a cluster, and start actors.
+        """Start Ray or join a cluster, and start actors of one CPU each.
 
-        Args:
-            task, state, store, block_size, hooks: see `LocalEngine`.
-            workers: number of actors, of one CPU each; 0: as many as CPUs, counted every round. Changes no bits. Where
-                modes name another device than "cpu", there is one more actor for every GPU of the cluster; these alone
-                train the capacities of such modes.
-            recipe: recipe by which actors rebuild the task, see `prepare`.
-            address: address of a cluster, or "auto"; None: Ray is started here.
-            straggler_seconds: see `ActorPool`.
+        Where modes name another device than "cpu", there is one more actor for every GPU of the cluster; these alone
+        train the capacities of such modes.
 
         Raises:
             EngineError: Ray does not start, or there is no such cluster.
@@ -73,9 +61,9 @@ class RayEngine(FederatedEngine):
         """
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         keep_freed_memory()
-        is_own = address is None and not is_running()
-        self._leave = start_ray(address, workers or None)
-        self._adapts = not workers
+        is_own = setup.address is None and not is_running()
+        self._leave = start_ray(setup.address, setup.workers or None)
+        self._adapts = not setup.workers
         owned = {name: value.clone() for name, value in state.items()}
         is_on_gpu = any(variant.mode.is_on_gpu for variant in task.variants)
         self._num_gpus = num_gpus() if is_on_gpu else 0
@@ -85,19 +73,17 @@ class RayEngine(FederatedEngine):
                 "engine.modes trains on another device than cpu, but Ray finds no GPU: join a cluster that has some, or"
                 " use cpu"
             )
-        super().__init__(
-            task, owned, store, num_workers=workers or self._num_free_cpus(), block_size=block_size, hooks=hooks
-        )
+        super().__init__(task, owned, store, setup, setup.workers or self._num_free_cpus())
         self._memory: SharedMemory | None = None
         if is_own and sys.platform == "linux":
             self._memory = SharedMemory(owned, AHEAD * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot())
             self._state = self._memory.state
-        arguments = json.dumps(recipe), put_data(task.workload)
+        arguments = json.dumps(setup.recipe), put_data(task.workload)
         self._actors = ActorPool(
             make_actor(ClientActor, *arguments),
             self.num_workers,
-            straggler_seconds=straggler_seconds,
-            on_event=hooks.report,
+            straggler_seconds=setup.straggler_seconds,
+            on_event=setup.hooks.report,
             check=watch_daemons(),
             others={GPU: (make_actor(ClientActor, *arguments, num_gpus=1), self._num_gpus)},
         )
@@ -105,9 +91,9 @@ class RayEngine(FederatedEngine):
         self._order_there: Any = {}  # or a reference to the round's order
 
     @staticmethod
-    def of_peers(task: Task, x: Tensor, **options: Any) -> RayPeerEngine:
+    def of_peers(task: Task, x: Tensor, setup: EngineSetup) -> RayPeerEngine:
         """Return the engine of a task that has a topology instead of a server."""
-        return RayPeerEngine(task, x, **options)
+        return RayPeerEngine(task, x, setup)
 
     def close(self) -> None:
         """Stop the actors, and the Ray that was started for them."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import NO_HOOKS, EngineHooks
+from gossamer.engines.base import EngineSetup
 from gossamer.engines.peers import MERGED, Message, PeerEngine, mix_message
 from gossamer.engines.ray.actor_pool import ActorPool, Call
 from gossamer.engines.ray.cluster import make_actor, num_cpus, put_data, start_ray, watch_daemons
@@ -32,25 +32,11 @@ READ_SECONDS = 600.0  # in which all rows must have come to the driver
 class RayPeerEngine(PeerEngine):
     """Trains peers on Ray actors, with the bits of the local engine."""
 
-    def __init__(
-        self,
-        task: Task,
-        x: Tensor,
-        *,
-        workers: int,
-        block_size: int | None = None,
-        hooks: EngineHooks = NO_HOOKS,
-        recipe: Mapping[str, Any],
-        address: str | None = None,
-        straggler_seconds: float | None = None,
-    ) -> None:
+    def __init__(self, task: Task, x: Tensor, setup: EngineSetup) -> None:
         """Start Ray or join a cluster, start actors, and let them make the peers' initial rows.
 
         Args:
-            task: task with a topology.
             x: [d], the initial model, of which actors make their own.
-            workers, hooks, recipe, address, straggler_seconds: see `RayEngine`.
-            block_size: number of peers that are trained stacked, or None for a suitable one. Changes no bits.
 
         Raises:
             ConfigError: modes name a GPU.
@@ -59,14 +45,18 @@ class RayPeerEngine(PeerEngine):
             raise ConfigError(
                 "engine.modes trains peers on another device than cpu, which engine ray does not: use cpu"
             )
-        self._leave = start_ray(address, workers or None)
-        self._adapts = not workers
-        num_actors = workers or num_cpus()
+        self._leave = start_ray(setup.address, setup.workers or None)
+        self._adapts = not setup.workers
+        num_actors = setup.workers or num_cpus()
         bounds = bounds_of_blocks(task.workload.num_clients, num_actors)
-        super().__init__(task, x, bounds, block_size=block_size, hooks=hooks)
-        make = make_actor(PeerActor, json.dumps(recipe), put_data(task.workload))
+        super().__init__(task, x, bounds, setup)
+        make = make_actor(PeerActor, json.dumps(setup.recipe), put_data(task.workload))
         self._actors = ActorPool(
-            make, num_actors, straggler_seconds=straggler_seconds, on_event=hooks.report, check=watch_daemons()
+            make,
+            num_actors,
+            straggler_seconds=setup.straggler_seconds,
+            on_event=setup.hooks.report,
+            check=watch_daemons(),
         )
         self._state: list[Any] = []
         self._trained: dict[int, tuple[Any, ...]] = {}
