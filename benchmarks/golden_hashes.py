@@ -1,8 +1,9 @@
-"""SHA-256 of eight small runs on an engine: equal before and after a change that should alter no bits.
+"""SHA-256 of small runs on an engine: equal before and after a change that should alter no bits.
 
 FedAvg, FedRolex, SCAFFOLD and FIARSE by clients; DSGD, DSGT, push-sum and CHOCO-SGD by peers. A hash covers the names
 and bytes of the final model and every metric but those of clocks. Prints one JSON object; with --compare FILE it exits
-with 1 where a hash differs from that of an earlier output.
+with 1 where a hash differs from that of an earlier output. With --by-rule modes are not pinned but left to the rule,
+and the examples of the README run, too: `golden_hashes.py --by-rule --workers 1 2 3 --repeats 2`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 import gossamer
 
@@ -74,6 +77,31 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+def by_rule() -> dict[str, dict[str, Any]]:
+    """Return all experiments, those of the README included, with modes left to the rule."""
+    quickstart = yaml.safe_load((Path(__file__).parent.parent / "experiments/quickstart/config.yaml").read_text())
+    methods = quickstart.pop("methods")
+    quickstart |= {"seeds": None, "rounds": 6}
+    federation = {
+        "rounds": 6,
+        "workload": {"dataset": "digits", "model": {"name": "mlp", "hidden": [128]}},
+        "clients": {"num": 50, "per_round": 10, "partition": {"name": "dirichlet", "alpha": 1.0, "min_samples": 2}},
+        "train": {"epochs": 1, "batch_size": 10, "lr": 0.1},
+        "algorithm": "fedrolex",
+        "submodel": {"capacities": [1.0, 0.5, 0.25]},
+    }
+    peers = {
+        "rounds": 20,
+        "workload": {"name": "least-squares", "heterogeneity": 1.0},
+        "peers": {"num": 64, "topology": {"name": "od-equidyn"}},
+        "train": {"steps": 1, "batch_size": 50, "lr": 0.05},
+        "algorithm": "dsgt",
+    }
+    found = {f"quickstart/{name}": quickstart | method for name, method in methods.items()}
+    found |= {"readme, federation": federation, "readme, peers": peers}
+    return {name: config | {"engine": {}} for name, config in (RUNS | found).items()}
+
+
 def digest(run: gossamer.Run) -> str:
     """Return the SHA-256 of a run's final model and metrics."""
     found = hashlib.sha256()
@@ -85,13 +113,13 @@ def digest(run: gossamer.Run) -> str:
     return found.hexdigest()
 
 
-def measure(engine: str, workers: int) -> dict[str, str]:
-    """Run all eight on an engine and return their digests."""
+def measure(runs: Mapping[str, dict[str, Any]], engine: str, workers: int) -> dict[str, str]:
+    """Run all on an engine and return their digests."""
     found = {}
     with tempfile.TemporaryDirectory() as directory:
-        for name, config in RUNS.items():
+        for number, (name, config) in enumerate(runs.items()):
             config = config | {"engine": config["engine"] | {"name": engine, "workers": workers}}
-            found[name] = digest(gossamer.run(config, out=Path(directory) / name))
+            found[name] = digest(gossamer.run(config, out=Path(directory) / str(number)))
     return found
 
 
@@ -99,11 +127,17 @@ def main() -> int:
     """Measure, print, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engines", nargs="+", default=["local", "ray"])
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="+", default=[2])
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each on each engine and number of workers")
+    parser.add_argument("--by-rule", action="store_true", help="leave modes to the rule; the README's examples, too")
     parser.add_argument("--compare", type=Path, help="an earlier output")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    hashes: Mapping[str, Mapping[str, str]] = {engine: measure(engine, given.workers) for engine in given.engines}
+    runs, ways = by_rule() if given.by_rule else RUNS, dict[str, tuple[str, int]]()
+    for engine, workers, number in product(given.engines, given.workers, range(given.repeats)):
+        is_only = len(given.workers) == given.repeats == 1
+        ways[engine if is_only else f"{engine}, {workers} workers, run {number + 1}"] = engine, workers
+    hashes: Mapping[str, Mapping[str, str]] = {name: measure(runs, *way) for name, way in ways.items()}
     engines_equal = len({json.dumps(one, sort_keys=True) for one in hashes.values()}) == 1
     report: dict[str, Any] = {"hashes": hashes, "engines_equal": engines_equal}
     if given.compare is not None:
