@@ -83,30 +83,28 @@ class Parts:
     def start_engine(self, directory: Path, hooks: EngineHooks = NO_HOOKS) -> tuple[Engine, ClientStore | None]:
         """Start the engine from the initial model, with a store for private state if the algorithm keeps some."""
         options, x = self.config.engine, self.workload.init(self.config.seed)
-        given: dict[str, Any] = {
-            "hooks": hooks,
-            "block_size": None if options.block_size == "auto" else options.block_size,
-        }
-        if self.engine_class.is_remote:
-            given["workers"] = 0 if options.workers == "auto" else num_workers(self.config, self.workload)
-            given |= {"address": options.address, "straggler_seconds": options.straggler_seconds}
-            given["recipe"] = {
+        counts_cpus = self.engine_class.is_remote and options.workers == "auto"
+        setup = EngineSetup(
+            workers=0 if counts_cpus else num_workers(self.config, self.workload),
+            block_size=None if options.block_size == "auto" else options.block_size,
+            hooks=hooks,
+            straggler_seconds=options.straggler_seconds,
+            address=options.address,
+            recipe={
                 "factory": "gossamer.task:task_of",
                 "config": self.config.model_dump(mode="json"),
                 "paths": [os.path.abspath(path) for path in sys.path],
-            }
-        else:
-            given["workers"] = num_workers(self.config, self.workload)
-            given["straggler_seconds"] = options.straggler_seconds
+            },
+        )
         if self.task.topology is not None:
-            return self.engine_class.of_peers(self.task, x, EngineSetup(**given)), None
+            return self.engine_class.of_peers(self.task, x, setup), None
         store = None
         if self.algorithm.traits.client_arrays:
             store = ClientStore(directory / "clients", keep=self.config.checkpoint.keep)
             for name in self.algorithm.traits.client_arrays:
                 store.declare(name, self.workload.layout.d)
         state = self.algorithm.init(x[None])
-        return self.engine_class(self.task, state, store, EngineSetup(**given)), store
+        return self.engine_class(self.task, state, store, setup), store
 
     def loop(self, engine: Engine, store: ClientStore | None, log: RunLog, checkpoints: Checkpoints) -> Loop:
         """Assemble the loop."""

@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 class Block(NamedTuple):
     """Participants of one variant that are trained together.
 
-    Their payloads are added up leaf by leaf: a leaf is an aligned run of `leaf` rows (a power of two) of the variant,
-    so the tree over all leaves, and with it every bit, does not depend on how many of them make a block.
+    Their payloads are added up tile by tile: a tile is an aligned run of `tile` rows (a power of two) of the variant,
+    so the tree over all tiles, and with it every bit, does not depend on how many of them make a block.
 
     Attributes:
         variant: number of the variant.
-        first_leaf: number of the block's first leaf among those of its variant.
-        leaf: rows of a leaf; the variant's last one may be shorter.
+        first_tile: number of the block's first tile among those of its variant.
+        tile: rows of a tile; the variant's last one may be shorter.
         rows: slice of the plan's rows.
     """
 
     variant: int
-    first_leaf: int
-    leaf: int
+    first_tile: int
+    tile: int
     rows: slice
 
 
@@ -73,11 +73,11 @@ class RoundPlan:
         low, high = np.searchsorted(self.variant, [variant, variant + 1])
         return slice(int(low), int(high))
 
-    def blocks(self, variant: int, leaf: int, leaves_per_block: int = 1) -> Iterator[Block]:
-        """Cut a variant's rows into blocks of whole leaves; `leaf` is a power of two."""
-        rows, size = self.variant_rows(variant), leaf * leaves_per_block
+    def blocks(self, variant: int, tile: int, tiles_per_block: int = 1) -> Iterator[Block]:
+        """Cut a variant's rows into blocks of whole tiles; `tile` is a power of two."""
+        rows, size = self.variant_rows(variant), tile * tiles_per_block
         for number, low in enumerate(range(rows.start, rows.stop, size)):
-            yield Block(variant, number * leaves_per_block, leaf, slice(low, min(low + size, rows.stop)))
+            yield Block(variant, number * tiles_per_block, tile, slice(low, min(low + size, rows.stop)))
 
 
 class TrainReport(NamedTuple):

@@ -463,33 +463,33 @@ class TestDigest:
 
 class TestBlocks:
     @given(st.lists(st.integers(0, 2), max_size=25), st.sampled_from([1, 2, 4]), st.integers(1, 4))
-    def test_whole_leaves_variant_by_variant(self, variants: list[int], leaf: int, leaves: int) -> None:
+    def test_whole_tiles_variant_by_variant(self, variants: list[int], tile: int, tiles: int) -> None:
         plan = plan_of(variants)
         seen: list[int] = []
         for variant in range(3):
             rows = plan.variant_rows(variant)
             assert (plan.variant[rows] == variant).all()
             assert rows.stop - rows.start == variants.count(variant)
-            blocks = list(plan.blocks(variant, leaf, leaves))
+            blocks = list(plan.blocks(variant, tile, tiles))
             for block in blocks:
-                assert (block.variant, block.leaf) == (variant, leaf)
-                assert block.rows.start == rows.start + block.first_leaf * leaf
-                assert 0 < block.rows.stop - block.rows.start <= leaf * leaves
+                assert (block.variant, block.tile) == (variant, tile)
+                assert block.rows.start == rows.start + block.first_tile * tile
+                assert 0 < block.rows.stop - block.rows.start <= tile * tiles
                 seen += range(block.rows.start, block.rows.stop)
-            assert all(b.rows.stop - b.rows.start == leaf * leaves for b in blocks[:-1])
+            assert all(b.rows.stop - b.rows.start == tile * tiles for b in blocks[:-1])
         assert seen == list(range(len(variants)))
 
     @given(st.integers(1, 25), st.sampled_from([1, 2, 4]), st.integers(1, 4))
-    def test_leaves_are_subtrees(self, count: int, leaf: int, leaves: int) -> None:
-        """Summing leaf by leaf and then over leaves gives the bits of the tree over all rows."""
+    def test_tiles_are_subtrees(self, count: int, tile: int, tiles: int) -> None:
+        """Summing tile by tile and then over tiles gives the bits of the tree over all rows."""
         source = torch.Generator().manual_seed(count)
         rows = torch.randn(count, 9, generator=source) * 10.0 ** torch.randint(-3, 4, (count, 1), generator=source)
         sums: dict[int, Any] = {}
-        for block in plan_of([1] * count).blocks(1, leaf, leaves):
+        for block in plan_of([1] * count).blocks(1, tile, tiles):
             mine = rows[block.rows].clone()
-            for part, low in enumerate(range(0, len(mine), leaf)):
-                sums[block.first_leaf + part] = tree_sum(list(mine[low : low + leaf]))
-        assert list(sums) == list(range(math.ceil(count / leaf)))
+            for part, low in enumerate(range(0, len(mine), tile)):
+                sums[block.first_tile + part] = tree_sum(list(mine[low : low + tile]))
+        assert list(sums) == list(range(math.ceil(count / tile)))
         found, expected = tree_sum(list(sums.values())), tree_sum(list(rows.clone()))
         assert found is not None
         assert expected is not None

@@ -207,9 +207,9 @@ class FederatedEngine(ABC):
                 for part, value in enumerate(parts):
                     if shared:
                         self._trees[block.variant, name].add(
-                            block.first_leaf + part,
+                            block.first_tile + part,
                             value,
-                            level=block.leaf.bit_length() - 1,
+                            level=block.tile.bit_length() - 1,
                             owned=self._owns(value),
                         )
                     elif value is not None:
@@ -238,20 +238,20 @@ class FederatedEngine(ABC):
         largest = 0
         for variant, phase in product(self._task.variants, self._task.phases):
             traits = phase.algorithm.traits
-            leaf, leaves = self._block_shape(variant, MAX_PARTICIPANTS)
-            num_sums = leaves if variant.shares_window else leaf * leaves
+            tile, tiles = self._block_shape(variant, MAX_PARTICIPANTS)
+            num_sums = tiles if variant.shares_window else tile * tiles
             num_scalars = len(traits.scalars)
-            num_rows = (len(traits.uplink) - num_scalars) * num_sums + 2 * len(traits.client_arrays) * leaf * leaves
+            num_rows = (len(traits.uplink) - num_scalars) * num_sums + 2 * len(traits.client_arrays) * tile * tiles
             largest = max(largest, num_rows * variant.layout.d + num_scalars * num_sums * ALIGNMENT)
         return largest
 
     def _blocks_of(self, plan: RoundPlan, variant: Variant) -> list[Block]:
         rows = plan.variant_rows(variant.index)
-        leaf, leaves = self._block_shape(variant, rows.stop - rows.start)
-        return list(plan.blocks(variant.index, leaf, leaves))
+        tile, tiles = self._block_shape(variant, rows.stop - rows.start)
+        return list(plan.blocks(variant.index, tile, tiles))
 
     def _block_shape(self, variant: Variant, num_rows: int) -> tuple[int, int]:
-        """Return the rows of a leaf, a power of two, and the leaves of a block."""
+        """Return the rows of a tile, a power of two, and the tiles of a block."""
         if self._block_size is not None:
             return self._block_size, 1
         per_worker = math.ceil(num_rows / max(1, self.num_workers))
@@ -263,8 +263,8 @@ class FederatedEngine(ABC):
             return min(1 << (rows.bit_length() - 1), MAX_BLOCK_ROWS_ONE_BY_ONE), 1
         fitting = min(max(2, STACKED_BLOCK_FLOATS // variant.layout.d), MAX_BLOCK_ROWS)  # stay in cache
         num_blocks = max(1, math.ceil(per_worker / fitting))  # no row of this variant may be in the round
-        leaf = min(4, 1 << (fitting.bit_length() - 1))
-        return leaf, max(1, math.ceil(per_worker / num_blocks / leaf))
+        tile = min(4, 1 << (fitting.bit_length() - 1))
+        return tile, max(1, math.ceil(per_worker / num_blocks / tile))
 
     def _client_state(self, job: Job) -> Arrays:
         """Return the private rows [s, d] of a job's clients, those of newcomers as the algorithm starts them."""
@@ -317,6 +317,6 @@ class FederatedEngine(ABC):
 
 
 def num_leaves_of(block: Block) -> int:
-    """Return the number of leaves of a block."""
+    """Return the number of tiles of a block."""
     num_rows: int = block.rows.stop - block.rows.start
-    return math.ceil(num_rows / block.leaf)
+    return math.ceil(num_rows / block.tile)

@@ -97,9 +97,9 @@ class LocalEngine(FederatedEngine):
                     return
                 yield result
             return
-        by_address = {(block.variant, block.first_leaf): block for block in blocks}
+        by_address = {(block.variant, block.first_tile): block for block in blocks}
         for reply in self._pool.map(map(self._message, jobs), self.hooks.stop_requested, self._write_client_state):
-            block, slot = by_address[reply["variant"], reply["first_leaf"]], self._slots.memory[reply["slot"]]
+            block, slot = by_address[reply["variant"], reply["first_tile"]], self._slots.memory[reply["slot"]]
             arrays = read_arrays(slot, reply["extents"])
             self._slots.give_back(reply["slot"])
             yield self._block_result(block, reply, arrays)

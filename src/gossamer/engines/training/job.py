@@ -34,7 +34,7 @@ class Job(NamedTuple):
         return cls(
             message["round"],
             message["phase"],
-            Block(message["variant"], message["first_leaf"], message["leaf"], slice(0, len(message["client"]))),
+            Block(message["variant"], message["first_tile"], message["tile"], slice(0, len(message["client"]))),
             np.array(message["client"], dtype=np.int64),
             np.array(message["weight"], dtype=np.float64),
             np.array(message["steps"], dtype=np.int32),
@@ -48,8 +48,8 @@ class Job(NamedTuple):
             "round": self.round,
             "phase": self.phase,
             "variant": self.block.variant,
-            "first_leaf": self.block.first_leaf,
-            "leaf": self.block.leaf,
+            "first_tile": self.block.first_tile,
+            "tile": self.block.tile,
             "client": self.client.tolist(),
             "weight": self.weight.tolist(),
             "steps": self.steps.tolist(),
@@ -64,7 +64,7 @@ class BlockResult:
 
     Attributes:
         block: the block.
-        payload: ``{name: tensors}``: for each leaf its weighted tree sum [d_sub], None if every row was dropped; where
+        payload: ``{name: tensors}``: for each tile its weighted tree sum [d_sub], None if every row was dropped; where
             every participant has a window of its own, the weighted rows, [d_sub] each, instead. [1] for scalars.
         loss: mean training loss of each row, length s.
         finite: whether each row's update is used, length s; the others are not in the sum.

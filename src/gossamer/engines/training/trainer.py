@@ -144,25 +144,25 @@ class Trainer:
     def _weighted(
         self, job: Job, name: str, rows: Rows, finite: list[bool], shared: bool, target: Tensor | None
     ) -> list[Tensor | None]:
-        """Weight the rows of one payload and, where they share a window, add them up leaf by leaf."""
+        """Weight the rows of one payload and, where they share a window, add them up tile by tile."""
         task, layout = self.task, self.task.variants[job.block.variant].working_layout
         if task.algorithm.traits.uplink[name] == "mean":
             weights = torch.from_numpy(job.weight).float()
             per_label = task.count_labels and name not in self._scalars
             labels = task.workload.client_labels(job.client) * weights[:, None] if per_label else None
-            alone = isinstance(rows, list) and name not in self._scalars and (job.block.leaf == 1 or not shared)
+            alone = isinstance(rows, list) and name not in self._scalars and (job.block.tile == 1 or not shared)
             if target is not None and labels is None and alone:  # no sum will be made, so this is where they may stay
                 targets = target[: len(rows) * layout.d].view(len(rows), 1, layout.d)
                 rows = [torch.mul(row, w, out=out) for row, w, out in zip(rows, weights, targets, strict=True)]
             else:
                 for part, chunk in chunks(rows):
                     scale_rows_(layout, chunk, weights[part], None if labels is None else labels[part])
-        leaves = [slice(low, low + job.block.leaf) for low in range(0, len(job.client), job.block.leaf)]
+        tiles = [slice(low, low + job.block.tile) for low in range(0, len(job.client), job.block.tile)]
         if shared and isinstance(rows, Tensor) and all(finite):
-            return [tree_sum_rows(rows[leaf]) for leaf in leaves]
+            return [tree_sum_rows(rows[tile]) for tile in tiles]
         present = [row for _, chunk in chunks(rows) for row in chunk]
         kept = [row if ok else None for row, ok in zip(present, finite, strict=True)]
-        return [tree_sum(kept[leaf]) for leaf in leaves] if shared else kept
+        return [tree_sum(kept[tile]) for tile in tiles] if shared else kept
 
     def _receive(self, job: Job, client: int, shared: bool) -> Arrays:
         """Return the downlink arrays [1, d_sub], cut to the client's window; a shared cut is made once a round."""

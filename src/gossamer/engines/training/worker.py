@@ -86,7 +86,7 @@ class Worker:
         present = named_arrays(result)
         return {
             "variant": message["variant"],
-            "first_leaf": message["first_leaf"],
+            "first_tile": message["first_tile"],
             "slot": message["slot"],
             "loss": result.loss,
             "finite": result.finite,
