@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
 from types import ModuleType
 from typing import Any
@@ -19,14 +19,14 @@ from gossamer.algorithms.traits import AlgorithmTraits
 from gossamer.config.loading import parse
 from gossamer.config.resolve import resolve
 from gossamer.errors import ConfigError
-from gossamer.registry import BUILTIN
+from gossamer.registry import BUILTIN, trusting
 
 Name = Callable[[Any], str]
 
 
 @pytest.fixture
-def name(monkeypatch: pytest.MonkeyPatch) -> Name:
-    """Return a function that gives an object a plug-in's name."""
+def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[Name]:
+    """Return a function that gives an object a plug-in's name; classes made by `type` count as code of Python's."""
     module = ModuleType("mine")
     monkeypatch.setitem(sys.modules, "mine", module)
 
@@ -34,7 +34,8 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Name:
         vars(module)["Mine"] = found
         return "mine:Mine"
 
-    return named
+    with trusting():
+        yield named
 
 
 def with_attribute(key: str, value: Any, base: type = FedAvg, **traits: Any) -> type:
