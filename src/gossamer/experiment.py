@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import threading
@@ -163,7 +164,7 @@ def resume(
             )
     with trusting(trust), errors_of_plug_ins(), stop_on_signals() as stop:
         singles: Mapping[str, Mapping[str, Any]] = {"": {}}
-        if (directory / EXPERIMENT).exists():
+        if os.path.exists(directory / EXPERIMENT):
             singles = configuration.expand(read_experiment(directory))
         else:
             read_config(directory)  # says so where this is no run directory

@@ -146,7 +146,7 @@ def resume(
     with plug_ins(trust):
         _follow(
             lambda hooks: experiment.resume(directory, hooks, changes, restart),
-            lambda: _num_runs(whole) if whole.exists() else 1,
+            lambda: _num_runs(whole) if os.path.exists(whole) else 1,
         )
 
 

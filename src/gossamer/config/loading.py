@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gossamer.config.schema import (
-    Config,
-    as_mapping,
-)
+from gossamer.config.schema import DIRECTORY_NAME, Config, as_mapping
 from gossamer.errors import ConfigError
 from gossamer.options import parse_options
 from gossamer.storage.strict_yaml import parse_yaml, read_yaml
@@ -107,9 +104,9 @@ def expand(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise ConfigError(
                 f"methods.{method} sets {sorted(reserved)}, which belong to the whole experiment: move them up"
             )
-        if method and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", method):
+        if method and not re.fullmatch(DIRECTORY_NAME, method):
             raise ConfigError(
-                f"methods.{method!r}: use letters, digits, '.', '_' and '-', because it names a directory"
+                f"methods.{method!r}: use letters, digits, '.', '_' and '-', 100 at most, because it names a directory"
             )
         for seed in config.seeds if config.seeds is not None else [config.seed]:
             single = merge(shared, overrides) | {"seed": seed}

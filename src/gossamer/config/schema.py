@@ -15,6 +15,8 @@ from gossamer.planning.schedule import ScheduleOptions
 from gossamer.simulation.devices import DeviceProfile, DeviceShare, Profile, check_devices
 from gossamer.submodel.windows import check_capacity
 
+DIRECTORY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+
 
 def as_mapping(value: Any) -> Any:
     """Read a bare name as ``{"name": name}``; other values as they are."""
@@ -281,8 +283,8 @@ class Config(Options):
     @field_validator("name")
     @classmethod
     def _plain(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-            raise ValueError("use letters, digits, '.', '_' and '-', because it names a directory")
+        if not re.fullmatch(DIRECTORY_NAME, value):
+            raise ValueError("use letters, digits, '.', '_' and '-', 100 at most, because it names a directory")
         return value
 
     @field_validator("devices")

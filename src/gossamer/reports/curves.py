@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def find_runs(directories: Sequence[str | Path]) -> list[SingleRun]:
     """
     runs: dict[Path, SingleRun] = {}
     for given in map(Path, directories):
-        if not given.is_dir():
+        if not os.path.isdir(given):
             raise ConfigError(f"no directory {str(given)!r}: name one that 'gossamer run' made")
         try:
             found = {path.resolve(): path for path in sorted(_run_directories(given, MAX_DEPTH), key=_started)}

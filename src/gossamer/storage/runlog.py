@@ -325,7 +325,7 @@ def _plain(value: Any) -> Any:
 
 def _require_run(directory: Path) -> Path:
     directory = Path(directory)
-    if not (directory / CONFIG).is_file():
+    if not os.path.isfile(directory / CONFIG):  # not `Path.is_file`, which raises where a name is too long
         raise ConfigError(
             f"{str(directory)!r} is not a run directory (it has no {CONFIG}): give one that 'gossamer run' created"
         )
