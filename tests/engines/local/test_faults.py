@@ -24,7 +24,7 @@ from federation import (
     relative_error,
 )
 from gossamer import resume, run
-from gossamer.errors import EngineError, GossamerError, QuorumError
+from gossamer.errors import ConfigError, EngineError, GossamerError, QuorumError
 from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.runlog import read_metrics
 
@@ -130,7 +130,7 @@ class TestTooLarge:
         free = faulty(ONE_STEP | {"aggregation.max_update_norm_ratio": None, "rounds": 1}, clients=[7], fault="huge")
         done = run(free, out=tmp_path / "free")
         assert max(float(value.abs().max()) for value in done.params.values()) > 1e20
-        strict = faulty(ONE_STEP | {"aggregation.max_update_norm_ratio": 1e35, "rounds": 1}, clients=[7], fault="huge")
+        strict = faulty(ONE_STEP | {"aggregation.max_update_norm_ratio": 1e30, "rounds": 1}, clients=[7], fault="huge")
         assert digest(run(strict, out=tmp_path / "strict").params) == digest(done.params)
 
     @pytest.mark.parametrize("workers", [0, 2])
@@ -213,8 +213,8 @@ class TestWorkers:
         assert event["message"] == str(caught.value)
         assert 'raise ArithmeticError(f"client {client} cannot count")' in event["traceback"]
 
-    def test_without_workers_a_bug_keeps_its_type(self, tmp_path: Path) -> None:
-        with pytest.raises(ArithmeticError, match="client 5 cannot count"):
+    def test_without_workers_a_bug_is_told_alike(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"'faulty' fails with ArithmeticError: client 5 cannot count \(.*line"):
             run(faulty({}, clients=[5], fault="raise", first_round=1), out=tmp_path / "run")
 
     @pytest.mark.parametrize("workers", [0, 2])
