@@ -88,8 +88,8 @@ def describe_done(round: int, phase: int) -> str:
 def describe_stop(done: tuple[int, int], committed: tuple[int, int], num_phases: int, num_rounds: int) -> str:
     """Say where a run of `num_rounds` stopped, by (round, phase) of what is done and of what is committed."""
     if committed != done:
-        where = f"amid round {done[0] + 1} of {num_rounds}, whose models are half trained"
-        return f"stopped {where}: {describe_done(*committed)} is committed"
+        where = f"amid round {done[0] + 1} of {num_rounds}, half of which cannot be kept"
+        return f"stopped {where}: {describe_done(*committed)} is committed, what came after it is done again"
     is_trained = done[1] == num_phases  # but not evaluated
     where = f"the training of round {done[0] + 1}" if is_trained else describe_done(*done)
     return f"stopped after {where} of {num_rounds}"

@@ -66,7 +66,7 @@ def test_out_of_a_long_block(
         assert str(caught.value).startswith("stopped after round 1 of ")
         assert (rounds, committed(tmp_path / "a run")) == (1, (1, 0))
     else:  # whose models are trained in place
-        told = "stopped amid round 2 of 3, whose models are half trained: round 0 is committed; resume"
+        told = "stopped amid round 2 of 3, half of which cannot be kept: round 0 is committed, what came after it is"
         assert str(caught.value).startswith(told)
     assert str(caught.value).endswith(f"; resume with: gossamer resume '{tmp_path}/a run'")
     (tmp_path / "flag").unlink()

@@ -263,7 +263,7 @@ class TestInterrupted:
         process = gossamer("run", write(tmp_path, on_ray(config)), "--out", tmp_path / "run")
         wait_for(lambda: process.poll() is not None or len(list_metrics(tmp_path / "run")) >= 3, 120)
         assert process.poll() is None, process.communicate()
-        if number == signal.SIGINT:
+        if number != signal.SIGTERM:
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)

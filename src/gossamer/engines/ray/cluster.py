@@ -136,7 +136,7 @@ def start_ray(address: str | None, num_cpus: int | None) -> Callable[[], None]:
         given |= {"num_cpus": num_cpus, "include_dashboard": False}
     try:
         _require_answer(address)
-        with _same_sigterm():
+        with _own_signals():
             ray.init(**given, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -198,12 +198,17 @@ def _require_answer(address: str | None) -> None:
 
 
 @contextmanager
-def _same_sigterm() -> Iterator[None]:
-    """Keep who handles SIGTERM: Ray would exit at once, where a run stops politely."""
+def _own_signals() -> Iterator[None]:
+    """Keep who handles SIGTERM: Ray would exit at once, where a run stops politely.
+
+    Ray's processes do not heed a terminal that hangs up, which is told to all of them: a run commits what they hold.
+    """
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGQUIT))  # which processes inherit
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         if is_main and callable(before):
             signal.signal(signal.SIGTERM, before)
