@@ -249,8 +249,9 @@ class TestNotFinite:
             assert last_commit(tmp_path / "run") == len(read_metrics(tmp_path / "run")) == 2
         done = CliRunner().invoke(app, ["resume", str(tmp_path / "run")])
         assert (done.exit_code, done.stdout) == (2, "")
-        assert done.stderr.startswith("error: round 3: only 3 of 8 updates are usable")
-        assert done.stderr.count("\n") == 1
+        *imported, sentence = done.stderr.splitlines()
+        assert sentence.startswith("error: round 3: only 3 of 8 updates are usable")
+        assert all("importing" in line for line in imported)
         flag.unlink()
         assert_same(resume(tmp_path / "run"), run(config, out=tmp_path / "undisturbed"))
 
@@ -318,7 +319,7 @@ class TestRefused:
             ({"devices": [{"profile": {"availability": {"trace": [[1, 1]]}}}]}, "device 'device' is not always avail"),
             ({"peers.deadline_seconds": 1.0}, "unknown key 'peers.deadline_seconds'"),
             ({"peers.topology": "no.txt"}, r"cannot read the graph 'no\.txt' "),
-            ({"peers.topology": "no.yaml"}, r"cannot read the topology 'no\.yaml' "),
+            ({"peers.topology": "no.yaml"}, r"cannot read topology 'no\.yaml' "),
             (
                 {"algorithm": "d2"},
                 "algorithm 'd2' takes one local step a round, because .*: set train.steps to 1 instead",
