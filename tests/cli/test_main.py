@@ -182,6 +182,11 @@ class TestErrors:
         done = invoke("run", "e.yaml")
         assert (done.exit_code, done.stdout, done.stderr) == (code, "", "error: no\n")
 
+    def test_long_words_are_cut(self) -> None:
+        done = invoke("run", "e" * 5000)
+        assert done.stderr.startswith("error: cannot read configuration 'eeeee")
+        assert len(done.stderr) < 400
+
     def test_keyboard_interrupt(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*arguments: Any) -> None:
             raise KeyboardInterrupt

@@ -52,6 +52,22 @@ GOOD: list[dict[str, Any]] = [
     },
     COMMON
     | {
+        "workload": {"name": "logistic-regression", "precision": "single"},
+        "clients": CLIENTS | {"partition": "iid", "weighting": "equal", "sampler": "uniform"},
+        "algorithm": {"name": "fednova"},
+        "device": "device.yaml",
+        "aggregation": {"max_update_norm_ratio": 100.0},
+    },
+    COMMON
+    | {
+        "workload": IMAGES | {"validation": 0.25},
+        "clients": CLIENTS | {"partition": {"name": "shards", "per_client": 2}},
+        "algorithm": {"name": "fjord"},
+        "submodel": {"capacities": [0.5, 1.0], "offsets": {}, "strategy": "static"},
+        "engine": ENGINE | {"modes": {"stacked": False, "padding": False}},
+    },
+    COMMON
+    | {
         "workload": {"name": "least-squares"},
         "peers": {"num": 5, "topology": "graph.yaml"},
         "algorithm": {"name": "choco-sgd", "gamma": 0.5},
@@ -61,7 +77,8 @@ GOOD: list[dict[str, Any]] = [
 FILES = {
     "graph.txt": "a b\nb c\nc d\nd a\n",
     "graph.yaml": "topology: ring\nn: 5\nparameters: {}\nsource: a test\n",
-    "device.yaml": "flops_per_second: 1.0e+9\nuplink_bytes_per_second: 1.0e+6\ndownlink_bytes_per_second: 1.0e+6\n",
+    "device.yaml": "name: box\nflops_per_second: 1.0e+9\nupload_bytes_per_second: 1.0e+6\n"
+    "download_bytes_per_second: 1.0e+6\nsource: a test\n",
 }
 VALUES: list[Any] = [
     *(None, True, False, "", " ", "a", "0", "1e-3", "nan", "~", "../up", "/", ".", "a/b", "graph.txt", "no.yaml"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 import warnings
@@ -36,7 +37,7 @@ class Commands(TyperGroup):
             with _warnings_to(_to_stderr):
                 return super().invoke(ctx)
         except GossamerError as error:
-            _to_stderr(f"error: {error}")
+            _to_stderr(re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}...", f"error: {error}"))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("error: interrupted", err=True)
