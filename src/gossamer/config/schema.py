@@ -139,7 +139,10 @@ class PeersOptions(Options):
 
 
 class TrainConfig(Options):
-    """Local training: SGD with momentum and weight decay, for `epochs` or `steps`."""
+    """Local training: SGD with momentum and weight decay, for `epochs` or `steps`.
+
+    A step takes `batch_size` samples, or what is left of an epoch: all samples of a client that has fewer.
+    """
 
     epochs: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
