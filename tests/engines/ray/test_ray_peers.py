@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from federation import LEVELS, STACKED, assert_same, events, modes
+from federation import LEVELS, STACKED, Injected, assert_same, events, failing, modes
 from gossamer import resume, run
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.experiment import Hooks
@@ -108,10 +108,9 @@ def test_a_killed_actor_costs_no_bits(tmp_path: Path, exchange: int) -> None:
 def test_resumed_on_the_other_engine(tmp_path: Path) -> None:
     changes = CASES["codecs"]
     whole = run(decentralized(changes | {"rounds": 4}), out=tmp_path / "whole")
-    started = run(decentralized(changes | {"rounds": 2} | RAY), out=tmp_path / "part")
-    path = started.directory / "config.yaml"
-    path.write_text(path.read_text().replace("rounds: 2", "rounds: 4").replace("name: ray", "name: local"))
-    assert_same(resume(started.directory), whole)
+    with pytest.raises(Injected):
+        run(decentralized(changes | {"rounds": 4} | RAY), out=tmp_path / "part", hooks=failing("train", True, 3))
+    assert_same(resume(tmp_path / "part", overrides=["engine.name=local"]), whole)
 
 
 @pytest.mark.filterwarnings("ignore:`free` is a deprecated")
