@@ -59,9 +59,10 @@ bench: $(VENV)/.installed rivals
 	$(BIN)/python benchmarks/ray_peers.py
 	$(BIN)/python benchmarks/actor_start.py
 
-# Kills actors, drivers and nodes of Ray runs, and compares bits.
+# Kills actors, drivers and nodes of Ray runs, and compares bits; stops runs by signals, and times their end.
 faults: $(VENV)/.installed
 	$(BIN)/python benchmarks/faults.py --faults 200
+	$(BIN)/python benchmarks/stopping.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
