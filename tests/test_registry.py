@@ -83,6 +83,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     source = """
 import functools
 import subprocess
+import types
 from subprocess import call
 from torch import hub
 from gossamer.algorithms.federated import FedAvg
@@ -92,6 +93,9 @@ def thing(): ...
 class Thing(FedAvg): ...
 half = functools.partial(thing)
 bad = functools.partial(call)
+made = types.new_class("Made", (FedAvg,))
+shell = subprocess.Popen(["true"])
+shell.wait()
 constant = 3
 """
     (tmp_path / "mine_of_a_user.py").write_text(source)
@@ -116,6 +120,8 @@ class TestTrust:
             ("mine_of_a_user:call", "of Python's library"),
             ("mine_of_a_user:subprocess.call", "of Python's library"),
             ("mine_of_a_user:bad", "of Python's library"),
+            ("mine_of_a_user:shell.send_signal", "of Python's library"),
+            ("mine_of_a_user:call.__globals__.clear", "of Python's library"),
             ("mine_of_a_user:hub.load", "/torch/__init__.py'"),
             ("mine_of_a_user:resolve", "/gossamer/__init__.py'"),
         ],
@@ -128,7 +134,7 @@ class TestTrust:
         assert f"{where}, which is no plug-in of gossamer: if you trust the file" in str(caught.value)
         assert "antigravity" not in set(sys.modules) - imported
 
-    @pytest.mark.parametrize("name", ["thing", "Thing", "half", "constant"])
+    @pytest.mark.parametrize("name", ["thing", "Thing", "half", "constant", "made"])
     def test_the_users_own(self, mine: Path, name: str) -> None:
         found = registry.resolve("algorithm", f"mine_of_a_user:{name}")
         assert found is vars(sys.modules["mine_of_a_user"])[name]

@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import operator
 import sys
 import sysconfig
 import traceback
@@ -239,8 +240,9 @@ def resolve(kind: str, name: str) -> Any:
         _require_trusted(f"{kind} {name!r}", module)
         _announce(f"{kind} {name!r}", module)
         found = _load(kind, name, name)
-        if callable(found) and _defined_as(found) not in builtin.values():
-            _require_trusted(f"{kind} {name!r}", _defined_as(found).partition(":")[0])
+        defined = _defined_as(found) if callable(found) else None
+        if defined is not None and defined not in builtin.values():
+            _require_trusted(f"{kind} {name!r}", defined.partition(":")[0])
         return found
     for point in entry_points(group=f"gossamer.{kind}"):
         if point.name == name:
@@ -326,10 +328,21 @@ def _is_declared(top: str) -> bool:
     return any(point.value.partition(":")[0].partition(".")[0] == top for point in points)
 
 
-def _defined_as(found: Any) -> str:
-    """Return ``module:name`` of a function or a class, or of the class of anything else, as it was defined."""
+def _defined_as(found: Any) -> str | None:
+    """Return ``module:name`` of a function or a class, or of the class of anything else.
+
+    None: it was made at run time, so that its module does not have it under its name.
+    """
     if isinstance(found, functools.partial):
         return _defined_as(found.func)
+    if inspect.ismethod(found):
+        return _defined_as(found.__func__)
     defined = found if inspect.isroutine(found) or isinstance(found, type) else type(found)
-    owner = inspect.getmodule(defined)
-    return f"builtins:{defined}" if owner is None else f"{owner.__name__}:{defined.__qualname__}"
+    module = (defined.__module__ if hasattr(defined, "__module__") else None) or "builtins"
+    if not inspect.isbuiltin(defined) and not hasattr(defined, "__objclass__"):
+        try:
+            if operator.attrgetter(defined.__qualname__)(sys.modules.get(module)) is not defined:
+                return None
+        except AttributeError:
+            return None
+    return f"{module}:{defined.__qualname__}"

@@ -13,7 +13,7 @@ from federation import configure
 from gossamer.config.loading import parse
 from gossamer.config.resolve import resolve
 from gossamer.errors import ConfigError
-from gossamer.registry import BUILTIN
+from gossamer.registry import BUILTIN, trusting
 from gossamer.task import load_workload
 from gossamer.workloads.base import Workload, find_workload
 from gossamer.workloads.consensus import Consensus
@@ -97,7 +97,7 @@ class TestWorkloads:
     )
     def test_what_is_refused_when_it_is_named(self, mine: dict[str, Any], found: Any, message: str) -> None:
         mine["Mine"] = found
-        with pytest.raises(ConfigError, match=f"^workload 'mine:Mine' .*{message}"):
+        with trusting(), pytest.raises(ConfigError, match=f"^workload 'mine:Mine' .*{message}"):
             resolve(parse(configure({"workload": {"name": "mine:Mine"}})))
 
     @pytest.mark.parametrize(
