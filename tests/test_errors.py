@@ -47,10 +47,11 @@ class TestPlugins:
             (ValueError("a\n  b"), "ValueError: a b"),
             (KeyError("x"), "KeyError: 'x'"),
             (ZeroDivisionError(), "ZeroDivisionError"),
+            (SystemExit(2), "SystemExit: 2"),
         ],
         ids=repr,
     )
-    def test_any_error_is_one_line_with_its_place(self, error: Exception, told: str) -> None:
+    def test_any_error_is_one_line_with_its_place(self, error: BaseException, told: str) -> None:
         assert one_line(error) == told  # raised nowhere
         with pytest.raises(ConfigError) as caught, plugin_errors("model 'my:Own'"):
             raise error

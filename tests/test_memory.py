@@ -88,7 +88,11 @@ def test_no_more_processes_than_participants(config: dict[str, Any], expected: i
     "changes",
     [
         *({key: value} for key in ("train.lr", "train.weight_decay", "train.clip_norm") for value in (1e308, 1e-320)),
+        *({"train.lr": text} for text in ("1e308", "1e-320", "-1e31")),  # text, as YAML reads them
+        {"submodel.offsets": {"hidden": 10**30}},
         {"device": {"latency_seconds": 1e308}},
+        {"device": {"availability": {"trace": [["1e308", 1]]}}},
+        {"rounds": str(10**20)},
         {"device": {"upload_bytes_per_second": 1e-300}},
         {"device": {"availability": {"trace": [[1e308, 1e308]]}}},
         {"clients.over_selection": 1e308},

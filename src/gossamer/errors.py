@@ -112,7 +112,7 @@ def one_line(error: BaseException, frame: traceback.FrameSummary | None = None) 
 
 @contextmanager
 def plugin_errors(plugin: str) -> Iterator[None]:
-    """Convert any error but gossamer's own, raised within the block, to a `ConfigError` that names `plugin`.
+    """Convert any error but gossamer's own, and exits, raised within the block, to a `ConfigError` that names `plugin`.
 
     Raises:
         ConfigError: the plug-in raised another error.
@@ -121,7 +121,7 @@ def plugin_errors(plugin: str) -> Iterator[None]:
         yield
     except GossamerError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # as argparse raises
         raise ConfigError(f"{plugin} fails with {one_line(error)}: correct it, or name another one") from error
 
 

@@ -7,6 +7,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar, get_args, get_type_hints
@@ -28,11 +29,12 @@ class Options(BaseModel):
     @classmethod
     def _is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse true and false where a number is meant, which pydantic reads as 1 and 0, and numbers out of range."""
-        if isinstance(value, bool) and info.field_name is not None:
-            annotation = cls.model_fields[info.field_name].annotation
-            if not {bool, Any} & _members(annotation) and {int, float} & _members(annotation):
-                raise ValueError("give a number, not true or false")
-        for number in _numbers(value):
+        found = _members(cls.model_fields[info.field_name].annotation) if info.field_name is not None else {Any}
+        is_number = bool({int, float} & found) and not {bool, Any} & found
+        if isinstance(value, bool) and is_number:
+            raise ValueError("give a number, not true or false")
+        numbers = list(value.values()) if is_number and isinstance(value, Mapping) else value
+        for number in _numbers(numbers, is_number and str not in found):
             if isinstance(number, int) and abs(number) >= MAX_INTEGER:
                 raise ValueError("give a number below 2^63")
             if isinstance(number, float) and number and not MIN_FLOAT <= abs(number) <= MAX_FLOAT:
@@ -84,11 +86,20 @@ def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str
     return f"{path or 'the configuration'} = {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _numbers(value: Any) -> Iterator[int | float]:
-    """Yield the finite numbers of a value, or of a list of lists; pydantic refuses the others."""
+def _numbers(value: Any, read_text: bool) -> Iterator[int | float]:
+    """Yield the finite numbers of a value, or of a list of lists; pydantic refuses the others.
+
+    Args:
+        read_text: whether text is read as a number, as pydantic does: YAML takes 1e-3, without a dot, for text.
+    """
+    if isinstance(value, str) and read_text:
+        text = value
+        for kind in (float, int):
+            with suppress(ValueError):
+                value = kind(text)
     if isinstance(value, (list, tuple)):
         for one in value:
-            yield from _numbers(one)
+            yield from _numbers(one, read_text)
     elif isinstance(value, (int, float)) and (isinstance(value, int) or math.isfinite(value)):
         yield value
 

@@ -189,7 +189,7 @@ def errors_of_plug_ins() -> Iterator[None]:
         yield
     except GossamerError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             for file in (frame.filename, *map(str, Path(frame.filename).parents)):
                 if file in _LOADED:

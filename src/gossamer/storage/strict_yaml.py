@@ -6,6 +6,7 @@ tagged, and files whose size, nesting or aliases exceed a bound.
 
 from __future__ import annotations
 
+import re
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from gossamer.errors import ConfigError
 
 MAX_CHARACTERS = 1 << 18
 MAX_DEPTH = 32
+MAX_DIGITS = 100
 MAX_NODES = 100_000  # with those behind an alias counted each time
 _PREFIX = "tag:yaml.org,2002:"
 _TAGS_OF_KEYS = {_PREFIX + "str", _PREFIX + "merge"}
+_NUMBERS = {_PREFIX + "int", _PREFIX + "float"}
+_NOT_DECIMAL = re.compile(r"[-+]?(0[0-7_]+|[0-9_]+(:[0-9_.]+)+)")  # to the base of 8 or 60
 _TAGS = _TAGS_OF_KEYS | {_PREFIX + name for name in ("map", "seq", "int", "float", "bool", "null")}
 
 
@@ -75,10 +79,15 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: Node, deep: bool = False) -> Any:
         """Construct a value."""
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError):
             kind = node.tag.removeprefix(_PREFIX)
             raise _Refused(node, f"has {str(node.value)[:40]!r} where {kind!r} is meant: correct it") from None
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            raise _Refused(node, f"has a number of more than {MAX_DIGITS} digits: shorten it")
+        if node.tag in _NUMBERS and _NOT_DECIMAL.fullmatch(node.value):
+            raise _Refused(node, f"has {node.value!r}, which YAML reads as {value}: write that, or put it in quotes")
+        return value
 
 
 def parse_yaml(text: str, where: str) -> Any:
