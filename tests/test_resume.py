@@ -37,7 +37,7 @@ from gossamer import resume, run
 from gossamer.cli.main import app
 from gossamer.config.inputs import configuration_inputs, require_same
 from gossamer.config.loading import with_value
-from gossamer.errors import CheckpointError, ConfigError, GossamerError, StorageError
+from gossamer.errors import CheckpointError, ConfigError, GossamerError, GossamerWarning, StorageError
 from gossamer.experiment import Hooks, Run
 from gossamer.storage import checkpoint, client_store
 from gossamer.storage.checkpoint import Checkpoints
@@ -140,7 +140,10 @@ class TestDamage:
     ) -> None:
         interrupted(kind, tmp_path / "run", "train", True, 4)
         self.damage(tmp_path / "run/checkpoints/00000003", name)
-        with pytest.raises(Injected):
+        with (
+            pytest.raises(Injected),
+            pytest.warns(GossamerWarning, match="is damaged: .*; the commit before it is used"),
+        ):
             resume(tmp_path / "run", failing("commit", True, 1))
         assert_same(resume(tmp_path / "run"), undisturbed(kind))
         (event,) = events(tmp_path / "run", "checkpoint-damaged")

@@ -303,6 +303,7 @@ def _run_rounds(
             loop.restore(latest)  # cuts the logs, so what was damaged is told afterwards
             for message in latest.damaged:
                 log.log_event("checkpoint-damaged", message=message)
+            warn((f"{message}; the commit before it is used" for message in latest.damaged), name)
         else:  # new, or killed before its first commit
             log.erase()
             if store is not None:

@@ -206,6 +206,12 @@ class TestLoad:
             load(BASE, [override])
         assert expected in str(caught.value)
 
+    def test_a_key_that_is_set_twice(self) -> None:
+        with pytest.raises(
+            ConfigError, match=r"^overrides 'seed=1' and 'seed=2' set the same key: leave one of them out"
+        ):
+            load(BASE, ["seed=1", "seed=2"])
+
     @pytest.mark.parametrize(
         ("content", "expected"),
         [

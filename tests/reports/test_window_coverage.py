@@ -67,11 +67,12 @@ class TestExamine:
 
     def test_a_ranking_strategy_is_refused(self, experiment: Path) -> None:
         with pytest.raises(ConfigError, match="'magnitude' follow the model as it is trained"):
-            window_coverage.examine(experiment, ["methods={}", "submodel.strategy=magnitude", "methods=null"])
+            window_coverage.examine(experiment, ["submodel.strategy=magnitude", "methods=null"])
 
-    def test_no_rounds_are_refused(self, experiment: Path) -> None:
-        with pytest.raises(ConfigError, match="--rounds 0 is below 1"):
-            window_coverage.examine(experiment, rounds=0)
+    @pytest.mark.parametrize("rounds", [0, 10**11])
+    def test_no_or_too_many_rounds_are_refused(self, experiment: Path, rounds: int) -> None:
+        with pytest.raises(ConfigError, match=f"^coverage of {rounds} rounds: give --rounds from 1 to 1000000"):
+            window_coverage.examine(experiment, rounds=rounds)
 
 
 class TestCommand:

@@ -26,10 +26,14 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         data = read_yaml(path, "configuration")
         if not isinstance(data, dict):
             raise ConfigError(f"{str(path)!r} must hold a mapping of keys to values, not {data!r}")
+    given: dict[str, str] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"override {override!r} is not of the form key.path=value")
+        if key in given:
+            raise ConfigError(f"overrides {given[key]!r} and {override!r} set the same key: leave one of them out")
+        given[key] = override
         value = parse_yaml(text, f"override {override!r}")
         if key == "seed" and data.get("seeds") is not None:
             raise ConfigError(f"override {override!r} has no effect beside seeds = {data['seeds']}: set seeds=[{text}]")

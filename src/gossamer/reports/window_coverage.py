@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 ALL = "participants"
 PANEL_INCHES = (4.4, 3.4)
+MAX_ROUNDS = 1_000_000
 NUM_POINTS = 60  # of a curve, evenly spaced on its logarithmic axis
 
 
@@ -110,8 +111,8 @@ def _examine_one(method: str, config: Config, rounds: int | None) -> MethodCover
             " its coverage is not known before the run"
         )
     num_rounds = config.rounds if rounds is None else rounds
-    if num_rounds < 1:
-        raise ConfigError(f"--rounds {num_rounds} is below 1: give a number of rounds")
+    if not 1 <= num_rounds <= MAX_ROUNDS:
+        raise ConfigError(f"coverage of {num_rounds} rounds: give --rounds from 1 to {MAX_ROUNDS}")
     reaches, matrix = [], None
     for variant in parts.task.variants:
         reach, coverage = _follow(parts, num_rounds, variant)

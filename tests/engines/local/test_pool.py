@@ -203,6 +203,7 @@ class TestWorkers:
             ),
             (KeyError(), EngineError, r"failed with KeyError \(.*, line \d+\): correct it; engine.workers=0 trains in"),
             (DataError("no data: add some"), GossamerError, "^no data: add some$"),
+            (MemoryError("no"), GossamerError, r"^memory is short \(.*\): take a smaller model"),
         ],
         ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
     )

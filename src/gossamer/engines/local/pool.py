@@ -32,6 +32,7 @@ import torch
 
 from gossamer.engines.base import STOP_SIGNALS, never
 from gossamer.errors import EngineError, GossamerError, StateLost, one_line
+from gossamer.memory import memory_errors
 
 Message = dict[str, Any]
 Handler = Callable[[Message], Message]
@@ -322,7 +323,8 @@ def _work(
         except (EOFError, ConnectionError):
             return
         try:
-            reply = handler(json.loads(message))
+            with memory_errors():
+                reply = handler(json.loads(message))
         except Exception as error:
             is_ours = isinstance(error, GossamerError)
             told = str(error) if is_ours else one_line(error)
