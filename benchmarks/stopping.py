@@ -42,7 +42,7 @@ SIDES: dict[str, dict[str, Any]] = {
 
 def configuration(engine: str, side: str, workers: int, amid: str, flag: Path) -> dict[str, Any]:
     """Return an experiment that never ends once the file `flag` is there."""
-    workload = {"name": "stopping:Stopping", "flag": str(flag), "amid": amid, "seconds": STEP_SECONDS}
+    workload = {"name": "stalling:Stopping", "flag": str(flag), "amid": amid, "seconds": STEP_SECONDS}
     data = {"name": "synthetic", "num_train": 160, "num_test": 1000}
     return {
         "rounds": 3,

@@ -5,6 +5,7 @@ Several threads would fight with the workers that tests start, and with other te
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +15,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from gossamer import registry
 from gossamer.engines.ray.cluster import start_ray
 
 HERE = Path(__file__).parent
 
 sys.path[:0] = [str(HERE), str(HERE / "plugins")]
 torch.set_num_threads(1)
+
+# Processes inherit which signals are ignored, as in the background or under nohup, and a run leaves these alone.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # How long examples take to draw depends on what else the machine does.
 UNTIMED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -58,6 +64,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped = left_out(items, config.option.sweep_seed)
         items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=list(dropped))
+
+
+@pytest.fixture(autouse=True)
+def no_plug_ins_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what other tests loaded, or errors of theirs that are meant to pass would count as those of plug-ins."""
+    monkeypatch.setattr(registry, "_LOADED", {})
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from gossamer import round_record
 from gossamer.engines.base import Engine, Record
 from gossamer.engines.task import WHOLE
 from gossamer.errors import EngineError, GossamerError, Interrupted, QuorumError, StateLost
@@ -19,16 +20,7 @@ from gossamer.plan import STOPPED
 from gossamer.planning.base import Planner, TimedPlan
 from gossamer.profiling.spans import Spans
 from gossamer.registry import errors_of_plug_ins
-from gossamer.round_record import (
-    Observer,
-    Outcome,
-    Progress,
-    describe_done,
-    describe_stop,
-    merged,
-    phase_record,
-    round_record,
-)
+from gossamer.round_record import Observer, Outcome, Progress
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
@@ -85,7 +77,7 @@ class Loop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a commit: state, private rows, counters and logs."""
-        arrays = dict(checkpoint.arrays)
+        arrays = checkpoint.arrays
         self.engine.write({name.removeprefix("state."): v for name, v in arrays.items() if name.startswith("state.")})
         if self.store is not None:
             self.store.restore({n.removeprefix("store."): v for n, v in arrays.items() if n.startswith("store.")})
@@ -151,11 +143,6 @@ class Loop:
                 raise
         self._commit()
 
-    @property
-    def num_phases(self) -> int:
-        """Phases of a round."""
-        return len(self.planner.costs)
-
     def _round(self) -> None:
         round = self.progress.round
         for timed in self.planner.phases(round, self.progress.simulated_seconds)[self.progress.phase :]:
@@ -166,7 +153,7 @@ class Loop:
                 metrics = self._evaluate(round)
         self._count_time()
         done, seconds = self.progress.end_round(), time.perf_counter() - began
-        record = round_record(self.progress, done, seconds, self.spans.take(), metrics)
+        record = round_record.round_record(self.progress, done, seconds, self.spans.take(), metrics)
         self.log.log_metrics(record)
         if self.observer is not None:
             self.observer.on_round(record)
@@ -185,7 +172,8 @@ class Loop:
                 where = self._address(plan.round, plan.phase)
                 self.log.log_event("dropped", **where, reason=reason, num_clients=len(clients), clients=listed)
         self._count_time()
-        self.progress.end_phase(phase_record(plan, timed.costs, outcome, time.perf_counter() - began))
+        seconds = time.perf_counter() - began
+        self.progress.end_phase(round_record.phase_record(plan, timed.costs, outcome, seconds))
 
     def _count_time(self) -> None:
         """Count the time of training, logging and commits, but none between runs."""
@@ -196,18 +184,18 @@ class Loop:
     def _address(self, round: int | None, phase: int) -> Record:
         """Return what events say of round and phase, counted from 1 there; a single phase is not named."""
         named = {} if round is None else {"round": round + 1}
-        return named if self.num_phases == 1 else named | {"phase": phase + 1}
+        return named if len(self.planner.costs) == 1 else named | {"phase": phase + 1}
 
     def _stopped(self) -> Interrupted:
         done, num_rounds = self.progress.address, self.options.num_rounds
-        return Interrupted(describe_stop(done, self.committed, self.num_phases, num_rounds))
+        return Interrupted(round_record.describe_stop(done, self.committed, len(self.planner.costs), num_rounds))
 
     def _train(self, timed: TimedPlan) -> Outcome:
         """Train; return what came of it."""
         plan = timed.plan
         self._check_quorum(timed, len(plan.client), "in time", "raise clients.deadline_seconds")
         outcome, number = Outcome.of(plan, timed.dropped), len(plan.client)
-        done, total = plan.phase * number, self.num_phases * number
+        done, total = plan.phase * number, len(self.planner.costs) * number
         with self.spans.span("train"):
             for report in self.engine.train(plan):
                 if report.missing == STOPPED:
@@ -232,19 +220,18 @@ class Loop:
             raise QuorumError(
                 f"{where}: only {num_left} of {timed.num_expected} updates are {what} and"
                 f" {section}.quorum asks for {needed}: {remedy}, or lower {section}.quorum;"
-                f" {describe_done(*committed)} is committed"
+                f" {round_record.describe_done(*committed)} is committed"
             )
 
     def _evaluate(self, round: int) -> Record:
         whole, divided = self.workload.metrics(self.engine.evaluate(WHOLE, round)), Record()
-        if self.options.evaluate_variants:
-            by_capacity = {
-                capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(index, round))
-                for index, capacity in enumerate(self.options.evaluate_variants)
-            }
-            for name in whole:
-                divided[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
-        return merged(whole, divided, self.engine.measure(self.options.evaluate_peers))
+        by_capacity = {
+            capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(index, round))
+            for index, capacity in enumerate(self.options.evaluate_variants)
+        }
+        for name in whole if by_capacity else ():
+            divided[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
+        return round_record.merged(whole, divided, self.engine.measure(self.options.evaluate_peers))
 
     def _commit(self, *, if_due: bool = False) -> None:
         is_due = time.monotonic() - self._committed_at >= self.options.commit_every_seconds

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gossamer.config.loading import expand, load, parse
+from gossamer.storage.strict_yaml import dump_yaml
 
 POSITIVE = st.floats(1e-9, 1e9)
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True)
@@ -127,11 +128,15 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(data=CONFIGS)
+@example(
+    data={"workload": "a", "train": {"lr": 1.0}, "clients": {"num": 1, "per_round": 1}, "algorithm": {"name": "\x85"}}
+    | {"rounds": 1}
+)
 def test_written_and_read_again(path: Path, data: dict[str, Any]) -> None:
     path.write_text(yaml.safe_dump(data))
     config = parse(load(path))
     resolved = config.model_dump(mode="json")
-    path.write_text(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(dump_yaml(resolved), encoding="utf-8")
     again = parse(load(path))
     assert again == config
     assert again.model_dump(mode="json") == resolved

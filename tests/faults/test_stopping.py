@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stalling
 
 import gossamer.experiment
-import stopping
 from federation import STACKED, assert_same, configure, events, modes
 from gossamer import resume, run
 from gossamer.engines.local import pool
@@ -29,7 +29,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"clients": confi
 def stopped(tmp_path: Path, kind: str, changes: dict[str, Any], **options: Any) -> dict[str, Any]:
     """Return a federation, or peers, in which something happens as long as a file exists."""
     (tmp_path / "flag").touch()
-    workload = {"name": "stopping:Stopping", "flag": str(tmp_path / "flag"), **options}
+    workload = {"name": "stalling:Stopping", "flag": str(tmp_path / "flag"), **options}
     few = {"checkpoint.every_seconds": NEVER, "train.epochs": None, "train.steps": 4, "workload.evaluation_chunk": 20}
     return KINDS[kind](few | {f"workload.{key}": value for key, value in workload.items()} | changes)
 
@@ -53,11 +53,11 @@ def test_out_of_a_long_block(
     options = {"amid": amid, "signal": int(number), "process": os.getpid(), "seconds": NEVER if workers else 0.0}
     config = stopped(tmp_path, kind, {"engine.workers": workers}, **options)
     before = signal.getsignal(number)
-    stopping.waits.clear()
+    stalling.waits.clear()
     with pytest.raises(Interrupted) as caught:
         run(config, out=tmp_path / "a run")
     assert signal.getsignal(number) == before
-    assert len(stopping.waits) == (workers == 0)  # the step, or chunk, amid which that happened
+    assert len(stalling.waits) == (workers == 0)  # the step, or chunk, amid which that happened
     rounds = len(read_metrics(tmp_path / "a run"))
     if amid == "evaluate":
         assert str(caught.value).startswith("stopped after the training of round 1 of ")

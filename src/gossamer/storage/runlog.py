@@ -26,7 +26,7 @@ from gossamer.errors import CheckpointError, ConfigError, DataError, storage_err
 from gossamer.round_record import as_json, from_json
 from gossamer.storage.disk import DirectoryLock, sync, write_atomically
 from gossamer.storage.jsonl import LogFile, Position, read
-from gossamer.storage.strict_yaml import read_yaml
+from gossamer.storage.strict_yaml import dump_yaml, read_yaml
 
 CONFIG = "config.yaml"
 EXPERIMENT = "experiment.yaml"  # beside the directories of several runs: the configuration that they were expanded from
@@ -81,7 +81,7 @@ class RunLog:
             StorageError: the disk refuses a write.
         """
         try:
-            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+            text = dump_yaml(dict(config))
         except yaml.YAMLError as error:
             reason = " ".join(str(error).split())
             raise ConfigError(

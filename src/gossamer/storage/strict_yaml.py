@@ -125,3 +125,10 @@ def read_yaml(path: Path | Traversable, what: str) -> Any:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"cannot read {what} {str(path)!r} ({reason}): give the path of a YAML file") from None
     return parse_yaml(text, f"{what} {str(path)!r}")
+
+
+def dump_yaml(data: Any) -> str:
+    """Return YAML that is read as `data` again, with letters of all languages as they are."""
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    # PyYAML folds these, which end lines for Unicode alone.
+    return yaml.safe_dump(data, sort_keys=False) if set("\x85\u2028\u2029") & set(text) else text

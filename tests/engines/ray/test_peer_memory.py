@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Callable[[], Any]]]:
     plan = parts.planner.phases(0, 0.0)[0].plan
     described = mix_message(plan) | {"bounds": BOUNDS, "block": 0}
     job = {"kind": "train", "round": 0, "phase": 0, "variant": 0, "first": 0, "peers": [0, 1, 2, 3], "lr": plan.lr}
-    job["steps"] = plan.steps[:4].tolist()
+    job |= {"steps": plan.steps[:4].tolist(), "max_norm": None}
     state = actor.init(0, 4)[1]
     question = {"kind": "evaluate", "peers": [0], "variant": -1, "round": 0, "statistics": [{}], "chunk": 0}
     train = json.dumps(described | {"jobs": [job]})
