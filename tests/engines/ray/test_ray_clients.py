@@ -85,7 +85,7 @@ def on_ray(config: Mapping[str, Any], workers: int = 2, **engine: Any) -> dict[s
     return dict(config) | {"engine": config["engine"] | {"name": "ray", "workers": workers, **engine}}
 
 
-@pytest.mark.sweep(keep=0.5)
+@pytest.mark.sweep(keep=0.3)
 @SHARED
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("is_own", [False, True], ids=["object store", "shared memory"])
@@ -99,6 +99,7 @@ def test_bits_of_the_local_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert bool(replies) == is_own
 
 
+@pytest.mark.sweep(keep=0.5, at_least=1)
 @SHARED
 @pytest.mark.parametrize("started", [True, False], ids=["before the commit", "after"])
 def test_resumed_between_phases(tmp_path: Path, started: bool) -> None:
@@ -147,7 +148,7 @@ def test_gpus_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run(on_ray(config), out=tmp_path / "clients")
 
 
-@pytest.mark.sweep(keep=0.5)
+@pytest.mark.sweep(keep=0.3)
 @SHARED
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("kind", GOLDEN)
@@ -252,7 +253,7 @@ class TestInterrupted:
         resumed = resume(tmp_path / "run", overrides=["engine.name=local", "engine.workers=0"])
         assert_same(resumed, run(configure(), out=tmp_path / "whole"))
 
-    @pytest.mark.sweep(keep=0.6)
+    @pytest.mark.sweep(keep=0.3, at_least=1)
     @pytest.mark.parametrize(
         "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["ctrl-c", "scheduler", "hang-up"]
     )
@@ -274,7 +275,7 @@ class TestInterrupted:
         assert committed(tmp_path / "run") == len(logged)
 
 
-@pytest.mark.sweep(keep=0.5)
+@pytest.mark.sweep(keep=0.5, at_least=1)
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_a_daemon_that_dies_is_one_sentence(tmp_path: Path, name: str) -> None:
     config = configure({"rounds": 100_000, "evaluation": {"every": 1000}, "checkpoint.every_seconds": 1000})

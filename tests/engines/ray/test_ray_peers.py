@@ -93,6 +93,7 @@ def test_bits_of_the_local_engine(tmp_path: Path, case: str) -> None:
     assert not events(there.directory, "retry")
 
 
+@pytest.mark.sweep(keep=0.5, at_least=1)
 @pytest.mark.parametrize("exchange", [1, 2])
 def test_a_killed_actor_costs_no_bits(tmp_path: Path, exchange: int) -> None:
     """One is killed when an exchange begins, and has other blocks to mix then."""

@@ -105,7 +105,7 @@ class ActorPool:
                 an answer to the same method has taken, a minute at least.
             start_seconds: timeout for the first actor to start.
             on_event: callback for every retry and replacement.
-            check: callback that raises if Ray itself is gone; called while nothing else happens.
+            check: callback that raises if Ray itself is gone.
             others: for each further kind, a function as `make` and a number of actors.
         """
         self._make = {CPU: make} | {kind: one for kind, (one, _) in (others or {}).items()}
@@ -252,6 +252,7 @@ class _Batch:
         actors, limit = self._pool._actors, self._pool._start_seconds
         starting = {actor.starting: actor for actor in actors if actor.starting is not None}
         ready, _ = ray.wait([*self.flying, *starting], num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
+        self._pool.check()  # without its daemon, Ray would end this process at the next access to an object
         now = time.monotonic()
         if ready or self.flying:
             self._idle_since = now
@@ -261,7 +262,6 @@ class _Batch:
                 " that many free CPUs, or set engine.workers lower"
             )
         if not ready:
-            self._pool.check()
             self._repeat(now)
             return None
         if ready[0] in starting:
