@@ -40,7 +40,7 @@ def committed(directory: Path) -> tuple[int, int]:
     return latest.round, latest.phase
 
 
-@pytest.mark.sweep(keep=0.3)
+@pytest.mark.sweep(keep=0.15)
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("amid", ["train", "evaluate"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,7 +87,7 @@ def test_evaluation_of_sub_models_is_done_again(tmp_path: Path, monkeypatch: pyt
     assert_same(resume(tmp_path / "run"), run(config, out=tmp_path / "undisturbed"))
 
 
-@pytest.mark.sweep(keep=0.5)
+@pytest.mark.sweep(keep=0.25)
 @pytest.mark.parametrize("mode", [{}, STACKED], ids=["one-by-one", "stacked"])
 @pytest.mark.parametrize("amid", ["train", "evaluate"])
 @pytest.mark.parametrize("kind", KINDS)
