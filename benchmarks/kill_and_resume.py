@@ -70,9 +70,11 @@ def child(directory: Path, config: Path, reports: int) -> None:
     """Run, or resume what is there; report ``+span``, ``-span``, ``.step of a commit`` and ``=hash`` as lines."""
 
     def report(line: str) -> None:
+        """Write a line."""
         os.write(reports, f"{line}\n".encode())
 
     def spans() -> Spans:
+        """Return spans that are reported."""
         made = Spans()
         made.listeners.append(lambda name, starts: report(("+" if starts else "-") + name))
         return made

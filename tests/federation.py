@@ -96,12 +96,14 @@ def failing(name: str, started: bool, number: int, error: Callable[[str], Except
     seen = 0
 
     def listen(span: str, starts: bool) -> None:
+        """Raise the error at its time."""
         nonlocal seen
         seen += (span, starts) == (name, started)
         if (span, starts, seen) == (name, started, number):
             raise error(f"{name} {number}")
 
     def spans() -> Spans:
+        """Return spans that are listened to."""
         made = Spans()
         made.listeners.append(listen)
         return made

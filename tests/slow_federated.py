@@ -50,6 +50,7 @@ def gradients_of(parts: Parts, round: int, client: int, scale: float, phase: int
     """Return one function from a model to the gradient of its loss for each local step of a client."""
 
     def gradient(params: Params, batch: list[int]) -> Params:
+        """Return the gradient on a batch."""
         leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
         images, labels = training_samples(parts, batch)
         loss = F.cross_entropy(perceptron(leaves, images.double(), scale), labels)
@@ -107,6 +108,7 @@ def local_sgd(momentum: float = 0.0, weight_decay: float = 0.0, mu: float = 0.0)
     """Return local SGD on ``loss + mu / 2 * |x - start|^2``."""
 
     def train(client: int, start: Params, gradients: Sequence[Gradient], rate: float) -> Params:
+        """Take the steps of a client."""
         own, velocity = add((1.0, start)), add((0.0, start))
         for gradient in gradients:
             slope = add((1.0, gradient(own)), (weight_decay, own), (mu, own), (-mu, start))

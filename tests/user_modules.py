@@ -94,6 +94,7 @@ class Attention(nn.Module):
         self.query, self.key, self.value, self.project = (nn.Linear(stream, stream) for _ in range(4))
 
     def split(self, x: Tensor) -> Tensor:
+        """Return [b, heads, length, channels of a head]."""
         return x.view(x.shape[0], x.shape[1], self.num_heads, self.head_dim).permute(0, 2, 1, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,6 +244,7 @@ class FixedNorm(nn.Module):
         self.after, self.output = nn.Linear(6, 8), nn.Linear(8, num_labels)
 
     def train(self, mode: bool = True) -> FixedNorm:
+        """Set the mode of all but the normalisation."""
         super().train(mode)
         self.norm.eval()
         return self

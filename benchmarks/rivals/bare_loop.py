@@ -123,11 +123,13 @@ def federate(options: Options, data: ClientData, model: Tensor, processes: int) 
     clock = RoundClock(options)
 
     def sampled_clients() -> Iterator[list[int]]:
+        """Yield the clients of each round."""
         for number in range(options.total_rounds):
             generator = random.Random(f"{options.seed}/{number}")
             yield generator.sample(range(options.clients), options.per_round)
 
     def end_round() -> None:
+        """Apply the mean update."""
         for total in totals:
             model.add_(total, alpha=1 / weight)
         clock.tick()

@@ -130,6 +130,7 @@ def make_server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        """Run all rounds."""
         if pull_interval is not None:
             grid.pull_interval = pull_interval  # type: ignore[attr-defined]
         config = ConfigRecord(

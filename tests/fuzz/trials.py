@@ -84,6 +84,7 @@ def try_one(seed: str, folder: Path) -> Outcome:
     before, began, command, is_running = os.getcwd(), time.monotonic(), commands(seed), True
 
     def interrupt(number: int, frame: Any) -> None:
+        """Interrupt the trial, unless it has ended."""
         if is_running:
             raise KeyboardInterrupt
 

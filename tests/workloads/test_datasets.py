@@ -148,6 +148,8 @@ def image_data(**changes: Any) -> ImageData:
         ({"test_labels": torch.tensor([-1])}, "test split of data set 'mine' has the label -1"),
         ({"train_labels": torch.zeros(3, dtype=torch.int64)}, "4 images but labels"),
         ({"train_labels": torch.zeros(4)}, "labels of type torch.float32"),
+        ({"train_images": np.zeros((4, 1, 2, 2))}, "images of type ndarray and labels of type Tensor: give tensors"),
+        ({"test_labels": [1]}, "test split of data set 'mine' has images of type Tensor and labels of type list"),
         ({"train_images": torch.zeros(4, 2, 2)}, r"shape \(4, 2, 2\)"),
         ({"test_images": torch.zeros(1, 1, 3, 2, dtype=torch.uint8)}, r"shape \(1, 3, 2\): give both splits the same"),
         ({"test_images": torch.full((1, 1, 2, 2), torch.nan)}, "test split .* not finite"),

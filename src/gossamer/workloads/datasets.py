@@ -155,6 +155,11 @@ def _check_split(name: str, split: str, images: Tensor, labels: Tensor, num_labe
         DataError: it is empty or has a wrong type, shape, pixel or label.
     """
     where = f"the {split} split of data set {name!r}"
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        raise DataError(
+            f"{where} has images of type {type(images).__name__} and labels of type {type(labels).__name__}: give"
+            " tensors, as torch.from_numpy does"
+        )
     if images.dim() != 4 or images.dtype not in (torch.uint8, torch.float32):
         raise DataError(
             f"{where} has images of type {images.dtype} and shape {tuple(images.shape)}:"

@@ -42,5 +42,6 @@ def call_plug_in(function: Callable[..., Any], where: str, *args: Any, **params:
     except ValueError:  # some built-in types have no signature
         pass
     except TypeError as error:
-        raise ConfigError(f"{where} does not take these options: {error}") from error
+        called = f"{len(args)} positional arguments" + (f" and {', '.join(params)}" if params else "")
+        raise ConfigError(f"{where} does not take these options: {error}; it is called with {called}") from error
     return function(*args, **params)

@@ -39,13 +39,16 @@ class Quadratics:
     centre: Rows
 
     def gradient(self, i: int, x: Any) -> Rows:
+        """Return the gradient of one peer's loss."""
         return np.asarray(self.curvature[i] @ (np.asarray(x) - self.centre[i]))
 
     def gradients(self, x: Rows) -> Rows:
+        """Return the gradients of all peers, each at its own row."""
         return np.stack([self.gradient(i, row) for i, row in enumerate(x)])
 
     @property
     def optimum(self) -> Rows:
+        """Minimiser of the mean loss."""
         pull = sum(a @ c for a, c in zip(self.curvature, self.centre, strict=True))
         return np.asarray(np.linalg.solve(self.curvature.sum(0), pull))
 
