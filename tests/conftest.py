@@ -25,7 +25,8 @@ torch.set_num_threads(1)
 
 # Processes inherit which signals are ignored, as in the background or under nohup, and a run leaves these alone.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
 
 # How long examples take to draw depends on what else the machine does.
 UNTIMED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
