@@ -42,6 +42,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "fedadam": "gossamer.algorithms.fedopt:FedAdam",
         "fedyogi": "gossamer.algorithms.fedopt:FedYogi",
         "fedadagrad": "gossamer.algorithms.fedopt:FedAdagrad",
+        "diloco": "gossamer.algorithms.diloco:DiLoCo",
         "all-smallest": "gossamer.algorithms.federated:AllSmallest",
         "all-largest": "gossamer.algorithms.federated:AllLargest",
         "dsgd": "gossamer.algorithms.decentralized.dsgd:DSGD",
@@ -53,6 +54,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "push-sum": "gossamer.algorithms.decentralized.pushsum:StochasticGradientPush",
         "choco-sgd": "gossamer.algorithms.decentralized.choco:ChocoSGD",
         "dsgd-ceca": "gossamer.algorithms.decentralized.ceca:DSGDCECA",
+        "gasloc": "gossamer.algorithms.decentralized.outer:GASLoC",
+        "noloco": "gossamer.algorithms.decentralized.outer:NoLoCo",
     },
     "strategy": {
         "rolling": "gossamer.submodel.strategies:rolling",
