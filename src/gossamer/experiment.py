@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
 from gossamer.config.inputs import MOVABLE, configuration_inputs, require_same
 from gossamer.config.resolve import Resolved, resolve
-from gossamer.engines.base import STOP_SIGNALS, EngineHooks
+from gossamer.engines.base import EngineHooks
+from gossamer.engines.stopping import StopRequest, stop_on_signals
 from gossamer.errors import (
     CheckpointError,
     ConfigError,
@@ -84,10 +82,17 @@ class Run:
 
 @dataclass
 class Hooks:
-    """What a caller may attach to a run: an observer for each single run, listeners of spans."""
+    """What a caller may attach to a run.
+
+    Attributes:
+        observer: called for each single run, with its name and number of rounds; returns what watches it.
+        spans: returns what listens to the spans of a single run.
+        is_ended: whether the run that goes on shall end after its round, as if it had no more of them.
+    """
 
     observer: Callable[[str, int], Observer | None] = lambda name, num_rounds: None
     spans: Callable[[], Spans] = Spans
+    is_ended: Callable[[], bool] = lambda: False
 
 
 def run(
@@ -295,7 +300,8 @@ def _run_rounds(
         row = parts.final_model({"x": latest.arrays["state.x"]})
         return Run(directory, read_metrics(directory), parts.workload.params_of(row))
     log.sinks = make_sinks(config.log.sinks, directory)
-    engine, store = parts.start_engine(directory, EngineHooks(stop, log.log_event, stop.is_overdue))
+    engine_hooks = EngineHooks(lambda: stop() or hooks.is_ended(), log.log_event, stop.is_overdue)
+    engine, store = parts.start_engine(directory, engine_hooks)
     with closing(engine):
         loop = parts.loop(engine, store, log, checkpoints)
         loop.observer, loop.spans = hooks.observer(name or config.name, config.rounds), hooks.spans()
@@ -310,88 +316,12 @@ def _run_rounds(
                 store.restore({})
         try:
             loop.run()
+        except Interrupted:
+            if stop() or not hooks.is_ended():
+                raise
         except EngineError as error:
             for note in vars(error).get("__notes__", ()):  # the traceback of a worker
                 log.log_event("worker-failed", message=str(error), traceback=note)
             raise
         row = parts.final_model(engine.read())
     return Run(directory, read_metrics(directory), parts.workload.params_of(row))
-
-
-PATIENCE_SECONDS = 2.0  # between a request to stop and the end of what cannot be stopped without loss
-AGAIN_SECONDS = 1.0  # between two signals that were sent one after the other, not by a terminal and a wrapper at once
-
-
-class StopRequest:
-    """Whether a signal has asked a run to stop; it is asked by being called.
-
-    The first signal asks. A second Ctrl-C interrupts at once, as does any signal within `at_once`.
-    """
-
-    def __init__(self) -> None:
-        self._asked_at: float | None = None
-        self._at_once = False
-
-    def __call__(self) -> bool:
-        """Say whether the run was asked to stop."""
-        return self._asked_at is not None
-
-    def is_overdue(self) -> bool:
-        """Say whether it was asked `PATIENCE_SECONDS` ago."""
-        return self._asked_at is not None and time.monotonic() - self._asked_at > PATIENCE_SECONDS
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Let signals interrupt what is done within the block: nothing of it is worth a commit.
-
-        Raises:
-            Interrupted: there was one, or there had been one before.
-        """
-        stopped = Interrupted("stopped while it was prepared")
-        if self():
-            raise stopped
-        self._at_once = True
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise stopped from None
-        finally:
-            self._at_once = False
-
-    def ask(self, number: int, frame: Any) -> None:
-        """Handle a signal."""
-        now = time.monotonic()
-        is_again = self._asked_at is not None and now - self._asked_at > AGAIN_SECONDS
-        if self._at_once or (is_again and number == signal.SIGINT):
-            raise KeyboardInterrupt
-        self._asked_at = now if self._asked_at is None else self._asked_at
-
-
-_active: list[StopRequest] = []  # of the run, or sweep of runs, that this process is in
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn signals that end a process into a polite request to stop; within another such block, into the same one.
-
-    What was ignored before, as by nohup, stays so; and so do handlers of signals that users may give a meaning.
-    """
-    if _active or threading.current_thread() is not threading.main_thread():
-        yield _active[0] if _active else StopRequest()
-        return
-    handlers = {one: signal.getsignal(one) or signal.SIG_DFL for one in STOP_SIGNALS}
-    always, unless_ignored = (signal.SIGINT, signal.SIGTERM), (signal.SIGHUP, signal.SIGQUIT)
-    before = {
-        one: handler
-        for one, handler in handlers.items()
-        if one in always or (one in unless_ignored and handler != signal.SIG_IGN) or handler == signal.SIG_DFL
-    }
-    _active.append(StopRequest())
-    for number in before:
-        signal.signal(number, _active[0].ask)
-    try:
-        yield _active[0]
-    finally:
-        _active.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)

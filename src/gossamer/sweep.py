@@ -19,6 +19,7 @@ from gossamer import experiment
 from gossamer.config import loading as configuration
 from gossamer.config.resolve import resolve
 from gossamer.config.schema import as_mapping
+from gossamer.engines.stopping import stop_on_signals
 from gossamer.errors import ConfigError, GossamerError, Interrupted, aligned, storage_errors, warn
 from gossamer.registry import is_trusting, trusting
 from gossamer.reports.curves import find_runs, group, main_metric
@@ -112,7 +113,7 @@ def _run_grid(
     name = str(grid.experiment.get("name", "sweep"))
     directory = Path(out) if out is not None else new_directory(Path("runs"), name)
     rows = {name: {**cell, "error": STOPPED} for name, cell in grid.cells.items()}
-    with experiment.stop_on_signals() as stop, closing(hold_experiment(directory, grid.experiment)):
+    with stop_on_signals() as stop, closing(hold_experiment(directory, grid.experiment)):
         for name, outcome in _outcomes(grid, directory, engine, num_parallel, stop):
             where = {"directory": str(directory / name)}
             warn(outcome.pop("warnings", ()), grid.label(name))

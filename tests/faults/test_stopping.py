@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import stalling
 
-import gossamer.experiment
 from federation import STACKED, assert_same, configure, events, modes
 from gossamer import resume, run
+from gossamer.engines import stopping
 from gossamer.engines.local import pool
+from gossamer.engines.stopping import stop_on_signals
 from gossamer.errors import Interrupted
-from gossamer.experiment import stop_on_signals
 from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.runlog import read_metrics
 from slow_peers import decentralized
@@ -49,7 +49,7 @@ def test_out_of_a_long_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, kind: str, amid: str, workers: int
 ) -> None:
     """Between two steps or chunks; whatever is whole is committed, and the resumed run ends with the same bits."""
-    monkeypatch.setattr(gossamer.experiment, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(stopping, "PATIENCE_SECONDS", 0.0)
     options = {"amid": amid, "signal": int(number), "process": os.getpid(), "seconds": NEVER if workers else 0.0}
     config = stopped(tmp_path, kind, {"engine.workers": workers}, **options)
     before = signal.getsignal(number)
@@ -76,7 +76,7 @@ def test_out_of_a_long_block(
 @pytest.mark.parametrize("strategy", ["magnitude", "rolling"])
 def test_evaluation_of_sub_models_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
     """By the channels of the round, which a ranking of the model that was committed would not choose."""
-    monkeypatch.setattr(gossamer.experiment, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(stopping, "PATIENCE_SECONDS", 0.0)
     levels = (0.25, 1.0)
     changes = {"algorithm": "fedavg", "submodel": {"capacities": list(levels), "strategy": strategy}}
     changes |= {"evaluation.by_capacity": True, "train.lr": 1.0} | modes(levels)
@@ -162,7 +162,7 @@ class TestSignals:
         with stop_on_signals() as stop:
             for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.raise_signal(number)
-            monkeypatch.setattr(gossamer.experiment, "AGAIN_SECONDS", 0.0)
+            monkeypatch.setattr(stopping, "AGAIN_SECONDS", 0.0)
             signal.raise_signal(signal.SIGTERM)
             assert stop()
             with pytest.raises(KeyboardInterrupt):
