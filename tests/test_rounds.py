@@ -31,7 +31,7 @@ from slow import AXES, evaluation_samples, initial_model, perceptron, training_s
 from slow_peers import decentralized
 
 ALL_EIGHT = {"workload.dataset.num_train": 160, "clients": {"num": 8, "per_round": 8}}  # 20 samples each
-COSTS = ("total_bytes_up", "total_bytes_down", "total_client_flops", "simulated_seconds")
+COSTS = ("total_bytes_up", "total_bytes_down", "total_client_flops", "total_samples", "simulated_seconds")
 
 
 def num_parameters(hidden: int) -> int:
@@ -58,6 +58,8 @@ class TestCosts:
         for rounds, record in enumerate(done.metrics, start=1):
             assert record["total_bytes_up"] == record["total_bytes_down"] == rounds * size
             assert record["total_client_flops"] == rounds * flops
+            assert record["total_samples"] == rounds * 2 * 20 * 8
+            assert "total_tokens" not in record
             assert record["simulated_seconds"] == pytest.approx(rounds * slowest)
 
     def test_partial_participation(self, tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ class Progress:
         phase: phases of the next one that are done.
         phases: their records, see `phase_record`.
         wall_seconds: since the run began, without the time between interruption and resumption.
-        simulated_seconds, total_bytes_up, total_bytes_down, total_client_flops: of the rounds that are done.
+        simulated_seconds, total_bytes_up, total_bytes_down, total_client_flops, total_samples: of the rounds that are
+            done.
     """
 
     round: int = 0
@@ -49,6 +50,7 @@ class Progress:
     total_bytes_up: int = 0
     total_bytes_down: int = 0
     total_client_flops: float = 0.0
+    total_samples: float = 0.0
 
     @property
     def address(self) -> tuple[int, int]:
@@ -68,6 +70,7 @@ class Progress:
         self.total_bytes_up += _total(done, "bytes_up")
         self.total_bytes_down += _total(done, "bytes_down")
         self.total_client_flops += _total(done, "client_flops")
+        self.total_samples += _total(done, "num_samples")
         return done
 
 
@@ -196,6 +199,7 @@ def round_record(
     seconds: float,
     phase_seconds: Mapping[str, float],
     metrics: Mapping[str, Any],
+    tokens_per_sample: int | None = None,
 ) -> Record:
     """Return a round's line of metrics.jsonl.
 
@@ -207,6 +211,7 @@ def round_record(
         seconds: wall-clock time of the round after its last phase.
         phase_seconds: time of each span since the last record.
         metrics: those of the workload.
+        tokens_per_sample: number of tokens of a training sample; None: ``total_tokens`` is left out.
 
     Raises:
         ConfigError: a metric has the name of something else, see `merged`.
@@ -214,7 +219,7 @@ def round_record(
     last, dropped = phases[-1], sum((Counter(record["dropped"]) for record in phases), Counter[str]())
     num_uncounted = max(one.get("num_uncounted_operations", 0) for one in phases)
     incomplete = {"num_uncounted_operations": num_uncounted} if num_uncounted else {}
-    counted = incomplete | {
+    counted: Record = incomplete | {
         "round": progress.round,
         "wall_seconds": progress.wall_seconds,
         "round_seconds": _total(phases, "seconds") + seconds,
@@ -226,6 +231,7 @@ def round_record(
         "total_bytes_up": progress.total_bytes_up,
         "total_bytes_down": progress.total_bytes_down,
         "total_client_flops": progress.total_client_flops,
+        "total_samples": progress.total_samples,
         "num_participants": last["num_participants"],
         "num_survivors": last["num_survivors"],
         "num_dropped": sum(dropped.values()),
@@ -233,6 +239,8 @@ def round_record(
         "lr": last["lr"],
         "train_loss": from_json(last["train_loss"]),
     }
+    if tokens_per_sample is not None:
+        counted["total_tokens"] = progress.total_samples * tokens_per_sample
     return merged(counted, metrics)
 
 
@@ -247,6 +255,7 @@ class RoundCosts:
             as long as its slowest survivor, or to its deadline where fewer survive than it waits for.
         download_seconds, compute_seconds, upload_seconds: simulated seconds that devices spend so, added up like the
             bytes; latency is in none of them.
+        num_samples: training samples that were gone through, counted like the FLOPs.
         num_uncounted_operations: kinds of operations that `client_flops`, and so the seconds, leave out.
     """
 
@@ -257,4 +266,5 @@ class RoundCosts:
     download_seconds: float
     compute_seconds: float
     upload_seconds: float
+    num_samples: float = 0.0
     num_uncounted_operations: int = 0

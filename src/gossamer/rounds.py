@@ -153,7 +153,8 @@ class Loop:
                 metrics = self._evaluate(round)
         self._count_time()
         done, seconds = self.progress.end_round(), time.perf_counter() - began
-        record = round_record.round_record(self.progress, done, seconds, self.spans.take(), metrics)
+        tokens, spent = self.workload.traits.tokens_per_sample, self.spans.take()
+        record = round_record.round_record(self.progress, done, seconds, spent, metrics, tokens)
         self.log.log_metrics(record)
         if self.observer is not None:
             self.observer.on_round(record)

@@ -89,6 +89,7 @@ def slow_exchange(found: PeerPlanner, round: int) -> RoundCosts:
         sum(downloading),
         sum(computed),
         uploading,
+        num_samples=float(found.trained.sum()),
     )
 
 

@@ -319,6 +319,7 @@ def test_sub_models_learn_and_beat_the_unigram(tmp_path: Path, kind: dict[str, A
         "engine__modes": modes([1.0, 0.5])["engine.modes"],
     }
     run = gossamer.run(configuration(**changes), out=tmp_path / "run")
+    assert [record["total_tokens"] for record in run.metrics] == [8 * record["total_samples"] for record in run.metrics]
     first, last = run.metrics[0], run.metrics[-1]
     assert last["bits_per_character"] < 0.8 * last["unigram_bits"]
     assert last["unigram_bits"] == first["unigram_bits"]

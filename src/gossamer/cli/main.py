@@ -186,7 +186,10 @@ def plot(
     directories: Directories,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Image to write: .png, .svg or .pdf.")],
     x: Annotated[
-        str | None, typer.Option("--x", metavar="AXIS", help="round (the default), seconds, simulated, bytes or flops.")
+        str | None,
+        typer.Option(
+            "--x", metavar="AXIS", help="round (the default), seconds, simulated, bytes, flops, samples or tokens."
+        ),
     ] = None,
     metric: Annotated[
         str | None,

@@ -36,12 +36,15 @@ class XAxis:
 _SECONDS = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 _FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1.0, "FLOP"))
+_COUNTS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1.0, ""))
 X_AXES = {
     "round": XAxis(("round",), "Round"),
     "seconds": XAxis(("wall_seconds",), "Wall-clock time", _SECONDS),
     "simulated": XAxis(("simulated_seconds",), "Simulated time", _SECONDS),
     "bytes": XAxis(("total_bytes_up", "total_bytes_down"), "Communication, up and down", _BYTES),
     "flops": XAxis(("total_client_flops",), "Client computation", _FLOPS),
+    "samples": XAxis(("total_samples",), "Training samples", _COUNTS),
+    "tokens": XAxis(("total_tokens",), "Training tokens", _COUNTS),
 }
 COMPUTED = ("flops", "simulated")  # those that depend on the count of FLOPs
 

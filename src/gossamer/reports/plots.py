@@ -60,7 +60,7 @@ class PanelOptions(Options):
     """
 
     metric: str | None = None
-    x: Literal["round", "seconds", "simulated", "bytes", "flops"] = "round"
+    x: Literal["round", "seconds", "simulated", "bytes", "flops", "samples", "tokens"] = "round"
     title: str | None = None
     log_x: bool | None = None
     log_y: bool | None = None
@@ -108,7 +108,7 @@ def plot(
     """Draw the runs below `directories` into a file, and return its path.
 
     Args:
-        x: round (the default), seconds, simulated, bytes or flops.
+        x: round (the default), seconds, simulated, bytes, flops, samples or tokens.
         metric: key of the records, dotted where nested; None: accuracy if it is logged, else train_loss.
         output: path that ends in .png, .svg or .pdf; its folder is created if needed.
         spec: path of a YAML file of `FigureOptions`, instead of `x` and `metric`.
@@ -308,7 +308,7 @@ def _unit(axis: XAxis, largest: float) -> tuple[float, str]:
     if not axis.units:
         return 1.0, ""
     factor, name = next((unit for unit in axis.units if largest >= unit[0]), axis.units[-1])
-    return factor, f" ({name})"
+    return factor, f" ({name})" if name else ""
 
 
 def _format_axes(ax: Axes, metric: str, panel: PanelOptions) -> None:

@@ -52,6 +52,7 @@ class Efforts(NamedTuple):
     download_seconds: Floats
     compute_seconds: Floats
     upload_seconds: Floats
+    samples: Floats
     num_uncounted: int = 0
 
     @property
@@ -96,6 +97,7 @@ class Costs:
             download_seconds=down / of_device("download_bytes_per_second"),
             compute_seconds=flops / of_device("flops_per_second"),
             upload_seconds=up / of_device("upload_bytes_per_second"),
+            samples=samples_trained.astype(np.float64),
             num_uncounted=len(self.uncounted),
         )
 
@@ -143,5 +145,6 @@ def add_up(efforts: Efforts, kept: NDArray[np.bool_], round_seconds: float, wait
         download_seconds=float(efforts.download_seconds.sum()),
         compute_seconds=float(computed.sum()),
         upload_seconds=float(efforts.upload_seconds[kept].sum()),
+        num_samples=float((efforts.samples * share).sum()),
         num_uncounted_operations=efforts.num_uncounted,
     )

@@ -154,5 +154,6 @@ def _add_up(
         download_seconds=float(down.sum()),
         compute_seconds=float(efforts.compute_seconds.sum()),
         upload_seconds=float(up.sum()),
+        num_samples=float(efforts.samples.sum()),
         num_uncounted_operations=efforts.num_uncounted,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class NextCharacter(Supervised):
         self._test, self._test_owner = _tiled([self.data.encode(text) for text in self.data.test], context)
         self._unigram_bits = unigram_bits(self._train[:, 1:], self._test[:, 1:], self.num_labels)
         self._num_test = len(self._test)
+        self.traits = replace(self.traits, tokens_per_sample=context)
         return owner, len(self.data.owners), owner
 
     def _find_labels(self) -> Tensor:

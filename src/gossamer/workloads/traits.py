@@ -21,6 +21,8 @@ class WorkloadTraits(Traits):
             then returns one loss a client, which avoids the overhead of vmap.
         has_images: whether samples are images [*, channels, height, width], for which channels-last may pay.
         leaves_products: whether `Workload.loss` may be given `Leaves` that are factored; if not, a plain dict is given.
+        tokens_per_sample: tokens that a training sample is made of, by which a record has ``total_tokens``; None: it is
+            not made of tokens.
         has_peer_init: whether peers start from models of their own, `Workload.peer_init`.
         has_peer_metrics: whether there are metrics of all peers' models, `Workload.peer_metrics`.
     """
@@ -32,6 +34,7 @@ class WorkloadTraits(Traits):
     stacks_natively: bool = False
     has_images: bool = False
     leaves_products: bool = False
+    tokens_per_sample: int | None = None
     has_peer_init: bool = False
     has_peer_metrics: bool = False
 
