@@ -59,23 +59,29 @@ def gradients_of(parts: Parts, round: int, client: int, scale: float, phase: int
     return [lambda params, batch=batch: gradient(params, batch) for batch in sample_order(parts, round, client, phase)]
 
 
+def window_of(parts: Parts, round: int, client: int, capacity: float, model: Params) -> dict[str, Any]:
+    """Return which entries of each parameter a client holds in a round."""
+    sub, whole = parts.config.submodel, {name: value.float() for name, value in model.items()}
+    windows = extract(whole, AXES, capacity, round, sub.strategy, parts.config.seed, client, sub.stride).windows
+    return {
+        name: np.ix_(
+            *(
+                windows[axis].indices if axis in windows else np.arange(size)
+                for axis, size in zip(AXES[name], value.shape, strict=True)
+            )
+        )
+        for name, value in model.items()
+    }
+
+
 def train_round(parts: Parts, round: int, model: Params, local: Local) -> list[Sent]:
     """Let every participant of a round compute its change, each on its own window of the model."""
     config, sub, sent = parts.config, parts.config.submodel, []
     rate = learning_rate(config.train.lr, config.train.schedule, round, config.rounds)
     plan = parts.planner.plan(round)
     for client, variant, weight in zip(plan.client.tolist(), plan.variant.tolist(), plan.weight.tolist(), strict=True):
-        capacity, whole = parts.task.capacities[variant], {name: value.float() for name, value in model.items()}
-        windows = extract(whole, AXES, capacity, round, sub.strategy, config.seed, client, sub.stride).windows
-        where = {
-            name: np.ix_(
-                *(
-                    windows[axis].indices if axis in windows else np.arange(size)
-                    for axis, size in zip(AXES[name], value.shape, strict=True)
-                )
-            )
-            for name, value in model.items()
-        }
+        capacity = parts.task.capacities[variant]
+        where = window_of(parts, round, client, capacity, model)
         gradients = gradients_of(parts, round, client, 1 / capacity if sub.scaler else 1.0)
         start = {name: value[where[name]].clone() for name, value in model.items()}
         sent.append(Sent(client, weight, len(gradients), where, local(client, start, gradients, rate)))

@@ -102,7 +102,7 @@ class Parts:
         if self.algorithm.traits.client_arrays:
             store = ClientStore(directory / "clients", keep=self.config.checkpoint.keep)
             for name in self.algorithm.traits.client_arrays:
-                store.declare(name, self.workload.layout.d)
+                store.declare(name, 1 if name in self.algorithm.traits.scalars else self.workload.layout.d)
         state = self.algorithm.init(x[None])
         return self.engine_class(self.task, state, store, setup), store
 

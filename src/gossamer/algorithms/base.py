@@ -91,7 +91,10 @@ class Algorithm(Protocol):
 
     @abstractmethod
     def init_client(self, x: Tensor) -> Arrays:
-        """Return the state of clients that never took part; x [s, d] gives the shape."""
+        """Return the state of clients that never took part, in the width of the whole model; x [s, d] gives the shape.
+
+        Arrays are [s, d], of which a participant is given what lies in its window of the round, or [s, 1] of scalars.
+        """
         ...
 
     @abstractmethod

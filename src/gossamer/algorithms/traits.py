@@ -27,10 +27,11 @@ class AlgorithmTraits(Traits):
             holders.
         downlink: names of the state arrays that a participant receives; None: the participants are peers, who hold the
             state themselves.
-        client_arrays: names of the arrays that `init_client` makes; () if clients keep nothing.
+        client_arrays: names of the arrays that `init_client` makes; () if clients keep nothing. They are kept in the
+            width of the whole model: a participant gets what lies in its window of the round, and changes only that.
         scalars: names of payloads that are one number a participant: rows [s, 1] instead of [s, d]. They are weighted
-            and added up like any other; a mean divides by the weight of all survivors, whatever they hold. Of peers
-            also of such state arrays.
+            and added up like any other; a mean divides by the weight of all survivors, whatever they hold. Also
+            such client arrays; of peers such state arrays.
         codecs: ``{payload name: codec}`` of payloads that are compressed before they are sent; to a server only such as
             lose nothing.
         num_phases: phases of a round, see `Algorithm.of_phase`; with several, what stands above is of each phase.
@@ -98,7 +99,7 @@ class AlgorithmTraits(Traits):
     def _contradictions(self) -> dict[str, bool]:
         """Return what traits may not be together, and whether they are."""
         peers, reserved = self.downlink is None, sorted(RESERVED & {*self.uplink})
-        sent = [*self.codecs, *(() if peers else self.scalars)]
+        sent = [*self.codecs, *(() if peers else (name for name in self.scalars if name not in self.client_arrays))]
         unsent = [name for name in sent if name not in self.uplink]
         for_peers = ("joint", "lazy", "overlaps", "merge_every", "no_merge", "one_step_only")
         unfit = [name for name in for_peers if vars(self)[name] and not peers]
@@ -108,7 +109,8 @@ class AlgorithmTraits(Traits):
         return {
             "uplink names no payload: name at least one": not self.uplink,
             f"uplink names {reserved}, which an inbox holds beside payloads: rename the payload": bool(reserved),
-            f"scalars or codecs name {unsent}, which uplink does not: add it there, or leave it out": bool(unsent),
+            f"scalars or codecs name {unsent}, which uplink does not: add it there (what clients keep, to"
+            " client_arrays), or leave it out": bool(unsent),
             f"codecs compress {lossy} with a loss, which only peers do yet: leave them out, or set downlink to None": (
                 bool(lossy)
             ),

@@ -43,14 +43,11 @@ def require_whole_models(config: Config, algorithm: Any) -> None:
     """
     sub, name = config.submodel, config.algorithm["name"]
     reason: str | None = algorithm.traits.whole_models_only
-    kept: tuple[str, ...] = algorithm.traits.client_arrays
     if reason is not None and sub.mask_labels:
         raise ConfigError(
             f"algorithm {name!r} needs all participants to hold all coordinates, because {reason}: set"
             f" submodel.mask_labels to false instead of {sub.mask_labels}"
         )
-    if reason is None and kept:
-        reason = "what it keeps on a client belongs to the coordinates of one window"
     if reason is not None and tuple(sub.capacities) != (1.0,):
         raise ConfigError(
             f"algorithm {name!r} trains whole models only, because {reason}: set submodel.capacities to [1.0] instead"

@@ -21,6 +21,7 @@ from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.trainer import row_norms
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
 from gossamer.storage.client_store import ClientStore
+from gossamer.submodel import Cut
 from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums, add_sums
@@ -129,13 +130,8 @@ class FederatedEngine(ABC):
                 views = {name: value[None] if value is not None else None for name, value in inbox.items()}
                 updated = algorithm.update(self._state, views, self._task.workload.num_clients)
                 self.write(updated)
-        if self._store is not None:
-            for block, finite in self._results:
-                survivors = np.array(finite)
-                clients = plan.client[block.rows][survivors]
-                for name, rows in self._private.get(block.rows.start, {}).items():
-                    if len(clients):
-                        self._store.put(name, torch.from_numpy(clients), rows[torch.from_numpy(survivors)])
+        for block, finite in self._results:
+            self._keep_private(plan, block, finite)
         self.is_whole = True
 
     def survivors(self, plan: RoundPlan) -> NDArray[np.bool_]:
@@ -240,8 +236,8 @@ class FederatedEngine(ABC):
             traits = phase.algorithm.traits
             tile, tiles = self._block_shape(variant, MAX_PARTICIPANTS)
             num_sums = tiles if variant.shares_window else tile * tiles
-            num_scalars = len(traits.scalars)
-            num_rows = (len(traits.uplink) - num_scalars) * num_sums + 2 * len(traits.client_arrays) * tile * tiles
+            num_scalars = len({*traits.scalars} & {*traits.uplink})
+            num_rows = (len(traits.uplink) - num_scalars) * num_sums + 2 * len(phase.client_arrays) * tile * tiles
             largest = max(largest, num_rows * variant.layout.d + num_scalars * num_sums * ALIGNMENT)
         return largest
 
@@ -266,20 +262,48 @@ class FederatedEngine(ABC):
         tile = min(4, 1 << (fitting.bit_length() - 1))
         return tile, max(1, math.ceil(per_worker / num_blocks / tile))
 
-    def _client_state(self, job: Job) -> Arrays:
-        """Return the private rows [s, d] of a job's clients, those of newcomers as the algorithm starts them."""
-        algorithm = self._phase.algorithm
-        names = algorithm.traits.client_arrays
-        if not names:
+    def _stored(self, names: Iterable[str], clients: NDArray[np.int64]) -> Arrays:
+        """Return the private rows [s, d] of clients, [s, 1] of scalars; those of newcomers as they start."""
+        if not (names := list(names)):
             return {}
         assert self._store is not None
-        d_sub = self._task.variants[job.block.variant].layout.d
-        fresh = algorithm.init_client(torch.zeros(len(job.client), d_sub))
-        rows = {}
+        rows, fresh = {}, self._phase.newcomers(torch.zeros(len(clients), self._task.cutter.layout.d))
         for name in names:
-            stored, present = self._store.get(name, torch.from_numpy(job.client))
+            stored, present = self._store.get(name, torch.from_numpy(clients))
             rows[name] = torch.where(present[:, None], stored, fresh[name])
         return rows
+
+    def _client_state(self, job: Job) -> Arrays:
+        """Return the private rows of a job's clients, [s, d_sub]: what of [s, d] lies in the windows of this round."""
+        rows = self._stored(self._phase.client_arrays, job.client)
+        cuts = self._cuts(job.block.variant, job.round, job.client) if rows else []
+        for name, whole in rows.items():
+            if name not in self._phase.scalars and not cuts[0].is_full:
+                parts = [cut.read(row, row.new_zeros(cut.sub.d)) for cut, row in zip(cuts, whole, strict=True)]
+                rows[name] = torch.stack(parts)
+        return rows
+
+    def _keep_private(self, plan: RoundPlan, block: Block, finite: list[bool]) -> None:
+        """Store the private rows of a block's survivors; coordinates outside a window keep their bits."""
+        survivors = np.array(finite)
+        clients = plan.client[block.rows][survivors]
+        kept = self._private.get(block.rows.start, {})
+        if self._store is None or not kept or not len(clients):
+            return
+        cuts = self._cuts(block.variant, plan.round, clients)
+        shaped = [] if cuts[0].is_full else [name for name in kept if name not in self._phase.scalars]
+        whole = self._stored(shaped, clients)
+        for name, rows in kept.items():
+            new = rows[torch.from_numpy(survivors)]
+            if name in whole:
+                for cut, target, row in zip(cuts, whole[name], new, strict=True):
+                    cut.write(target, row)
+                new = whole[name]
+            self._store.put(name, torch.from_numpy(clients), new)
+
+    def _cuts(self, variant: int, round: int, clients: NDArray[np.int64]) -> list[Cut]:
+        """Return the windows of clients of a variant."""
+        return [self._task.cut(self._task.variants[variant], round, client, self._order) for client in clients.tolist()]
 
     def _job(self, plan: RoundPlan, block: Block) -> Job:
         rows = block.rows

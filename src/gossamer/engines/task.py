@@ -11,7 +11,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm
+from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.errors import ConfigError, one_line
 from gossamer.options import Options
 from gossamer.submodel import Cut, Cutter, Layout
@@ -166,6 +166,20 @@ class Task:
     def num_phases(self) -> int:
         """Phases of a round."""
         return self.algorithm.traits.num_phases
+
+    @property
+    def client_arrays(self) -> tuple[str, ...]:
+        """Names of the arrays that a client keeps from round to round."""
+        return self.algorithm.traits.client_arrays
+
+    @property
+    def scalars(self) -> frozenset[str]:
+        """Names of payloads and private arrays that are one number a participant."""
+        return frozenset(self.algorithm.traits.scalars)
+
+    def newcomers(self, x: Tensor) -> Arrays:
+        """Return the private arrays of clients that never took part, see `Algorithm.init_client`."""
+        return self.algorithm.init_client(x)
 
     @property
     def is_stackable(self) -> bool:

@@ -177,7 +177,8 @@ def _inputs(algorithm: Algorithm, layout: Layout, state: Arrays) -> tuple[Arrays
         name: random_rows(layout, 1, 10 + number).expand(NUM_ROWS, -1)
         for number, name in enumerate(algorithm.traits.downlink)
     }
-    return received, {n: random_rows(layout, NUM_ROWS, 20 + i) for i, n in enumerate(algorithm.traits.client_arrays)}
+    kept = {n: random_rows(layout, NUM_ROWS, 20 + i) for i, n in enumerate(algorithm.traits.client_arrays)}
+    return received, kept | {n: torch.full((NUM_ROWS, 1), 2.0) for n in kept if n in algorithm.traits.scalars}
 
 
 def _check_end(algorithm: Algorithm, layout: Layout, received: Arrays, kept: Arrays) -> tuple[Arrays, Arrays]:
@@ -205,7 +206,7 @@ def _check_end(algorithm: Algorithm, layout: Layout, received: Arrays, kept: Arr
 def _check_update(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> None:
     held = torch.arange(layout.d) % 3 > 0
     payload = {name: random_rows(layout, 1, 40 + number) for number, name in enumerate(algorithm.traits.uplink)}
-    scalars = {name: torch.full((1, 1), 2.5) for name in algorithm.traits.scalars}
+    scalars = {name: torch.full((1, 1), 2.5) for name in algorithm.traits.scalars if name in payload}
     state = algorithm.init(random_rows(layout, 1, 0))
     for mask in (None, held):  # in this order, so that there is something like a velocity by then
         inbox: dict[str, Any] = {name: value if mask is None else value * mask for name, value in payload.items()}

@@ -61,6 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     "channels last": mixed("fedrolex", (0.5, 1.0), **SINGLY, channels_last=True) | CNN,
     "a plug-in found by path": {"workload.name": "recording:Recording", "algorithm": "counting:Counting"},
     "scalars of a plug-in": {"algorithm": "tallying:Tallying"},
+    "private state of windows": mixed("keeping:Keeping", **STACKED) | {"submodel.strategy": "random"},
     "two phases, private state": {"algorithm": "two_phases:FedLin"},
     "two phases, rolling": mixed("two_phases:MimeLite", **STACKED),
     "one too large": {

@@ -142,7 +142,7 @@ def _trial(
             if peers is not None:
                 trainer.train_peers(job._replace(phase=phase), peers, [math.inf] * len(clients))
             else:
-                trainer.train(job._replace(phase=phase), trainer.task.algorithm.init_client(zeros))
+                trainer.train(job._replace(phase=phase), trainer.task.newcomers(zeros))
         return (time.perf_counter() - began) / len(clients)
 
     return run

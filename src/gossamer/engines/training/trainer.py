@@ -59,14 +59,13 @@ class Trainer:
         shared, layout, working = variant.shares_window, variant.layout, variant.working_layout
         received = [self._receive(job, int(client), shared) for client in job.client]
         if working is not layout:
-            client_state = {name: layout.reorder_(rows.clone(), working) for name, rows in client_state.items()}
+            client_state = self._reordered({n: rows.clone() for n, rows in client_state.items()}, layout, working)
         payload, private, losses = self._train_locally(job, received, client_state)
         norms = row_norms(payload)
         finite = usable(norms, itertools.repeat(math.inf if job.max_norm is None else job.max_norm))
         # Copies, because weighting overwrites payload rows and an algorithm may send what it also keeps.
         kept = {name: rows.clone() if isinstance(rows, Tensor) else torch.cat(rows) for name, rows in private.items()}
-        for rows in kept.values():
-            working.reorder_(rows, layout)
+        self._reordered(kept, working, layout)
         targets = [target] + [None] * (len(payload) - 1)
         summed = {
             name: self._weighted(job, name, rows, finite, shared, memory)

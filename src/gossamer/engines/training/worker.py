@@ -76,12 +76,11 @@ class Worker:
     def _train(self, message: Message) -> Message:
         job = Job.of_message(message)
         slot, num_rows, trainer = self._slots[message["slot"]], len(job.client), self.trainers[job.phase]
-        d_sub = self._task.variants[job.block.variant].layout.d
-        taken = 0
-        client_state = {}
-        for name in trainer.task.algorithm.traits.client_arrays:
-            client_state[name] = slot[taken : taken + num_rows * d_sub].view(num_rows, d_sub).clone()
-            taken += num_rows * d_sub
+        d_sub, taken, client_state = self._task.variants[job.block.variant].layout.d, 0, Arrays()
+        for name in trainer.task.client_arrays:
+            width = 1 if name in trainer.task.scalars else d_sub
+            client_state[name] = slot[taken : taken + num_rows * width].view(num_rows, width).clone()
+            taken += num_rows * width
         result = trainer.train(job, client_state, slot)
         present = named_arrays(result)
         return {
