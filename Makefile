@@ -12,7 +12,7 @@ DEMO_OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 NAME ?= quickstart
 OUT ?= runs/$(NAME)-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-all test-slow lint format experiment rivals bench faults clean
+.PHONY: demo test test-all test-slow lint format reference experiment rivals bench faults clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gossamer run experiments/quickstart/config.yaml --out $(DEMO_OUT)
@@ -42,6 +42,10 @@ lint: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/reference.md, from docstrings and options; a test holds it up to date.
+reference: $(VENV)/.installed
+	$(BIN)/python -m gossamer.reports.reference docs/reference.md
 
 # The rival frameworks need an environment of their own: they cap versions that gossamer does not.
 rivals: .venv-rivals/.installed

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
 from types import MappingProxyType
@@ -43,10 +43,25 @@ class Options(BaseModel):
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _BRANCH = re.compile(
     r"int|float|str|bool|none|\[key\]|\w+\[.*\]"
 )  # how pydantic names the members of a union in a path
+
+
+def takes(model: type[Options]) -> Callable[[Function], Function]:
+    """State, as a decorator, the options of a plug-in that is a function, in its attribute ``Options``, as classes do.
+
+    ``gossamer describe`` shows them; the function itself is left as it is.
+    """
+
+    def state(function: Function) -> Function:
+        """State them."""
+        vars(function)["Options"] = model
+        return function
+
+    return state
 
 
 def parse_options(model: type[AnyOptions], data: Any, where: str) -> AnyOptions:

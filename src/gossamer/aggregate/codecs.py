@@ -93,7 +93,7 @@ class _Sparse(Options):
 
 
 class TopK(_Sparse):
-    """Keeps the k entries of largest absolute value; sends them and their places."""
+    """Keeps the k entries of largest absolute value; sends them and their places (Stich et al., arXiv 1809.07599)."""
 
     def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows with k entries other than 0."""

@@ -21,7 +21,12 @@ class FedAvg(BaseAlgorithm):
     """
 
     class Options(BaseAlgorithm.Options):
-        """Options of FedAvg and its sub-model variants."""
+        """Options of FedAvg and its sub-model variants.
+
+        Attributes:
+            server_lr: factor of the mean change.
+            server_momentum: share of its last step that the server takes again.
+        """
 
         server_lr: float = Field(default=1.0, gt=0)
         server_momentum: float = Field(default=0.0, ge=0, lt=1)

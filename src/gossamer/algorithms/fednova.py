@@ -25,7 +25,11 @@ class FedNova(FedProx):
     """
 
     class Options(FedProx.Options):
-        """Options of FedNova; mu: strength of FedProx's pull."""
+        """Options of FedNova.
+
+        Attributes:
+            mu: strength of FedProx's pull.
+        """
 
         mu: float = Field(default=0.0, ge=0)
 

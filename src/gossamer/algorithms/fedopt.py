@@ -60,7 +60,11 @@ class FedAdam(FedOpt):
     """FedAdam: ``v <- beta2 v + (1 - beta2) change^2``."""
 
     class Options(FedOpt.Options):
-        """Options of FedAdam and FedYogi; beta2: decay of the second moment."""
+        """Options of FedAdam and FedYogi.
+
+        Attributes:
+            beta2: decay of the second moment.
+        """
 
         beta2: float = Field(default=0.99, ge=0, lt=1)
 

@@ -20,7 +20,11 @@ class FedProx(FedAvg):
     """
 
     class Options(FedAvg.Options):
-        """Options of FedProx; mu: strength of the pull (the paper tries 0.001, 0.01, 0.1 and 1)."""
+        """Options of FedProx.
+
+        Attributes:
+            mu: strength of the pull (the paper tries 0.001, 0.01, 0.1 and 1).
+        """
 
         mu: float = Field(default=0.01, ge=0)
 

@@ -63,7 +63,12 @@ class FjORD(FedAvg):
     """
 
     class Options(FedAvg.Options):
-        """Options of FjORD; alpha: weight of the distillation term."""
+        """Options of FjORD.
+
+        Attributes:
+            distillation: whether sub-models also learn from the largest model that a client can train.
+            alpha: weight of the distillation term.
+        """
 
         distillation: bool = False
         alpha: float = Field(default=1.0, ge=0)

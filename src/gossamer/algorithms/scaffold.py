@@ -23,7 +23,11 @@ class Scaffold(BaseAlgorithm):
     """
 
     class Options(BaseAlgorithm.Options):
-        """Options of SCAFFOLD; server_lr: the paper's global step size."""
+        """Options of SCAFFOLD.
+
+        Attributes:
+            server_lr: the paper's global step size.
+        """
 
         server_lr: float = Field(default=1.0, gt=0)
 

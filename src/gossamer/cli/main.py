@@ -1,4 +1,4 @@
-"""The command line: ``gossamer run | resume | sweep | plot | coverage | topology | doctor``.
+"""The command line: ``gossamer run | resume | sweep | plot | coverage | describe | topology | doctor``.
 
 Results go to standard output, everything else to standard error; progress is drawn on a terminal only.
 """
@@ -230,6 +230,20 @@ def coverage(
     typer.echo(window_coverage.render(found, as_json))
     if output is not None:
         typer.echo(window_coverage.draw(found, output))
+
+
+@app.command()
+def describe(
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", help="Such as algorithm, topology or config.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Such as fedavg, or module:attribute.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Show what a configuration may name, and every option of it."""
+    from gossamer.reports import reference
+
+    with plug_ins(trust, own=trust):
+        typer.echo(reference.as_json(kind, name) if as_json else reference.render(kind, name))
 
 
 @app.command()

@@ -39,7 +39,11 @@ Plugin = Annotated[dict[str, Any], BeforeValidator(_named), BeforeValidator(as_m
 
 
 class ModeOptions(VariantMode):
-    """How one capacity is trained; filled in unless given."""
+    """How one capacity is trained; filled in unless given.
+
+    Attributes:
+        capacity: the capacity that is trained so.
+    """
 
     capacity: float
 
@@ -141,7 +145,15 @@ class PeersOptions(Options):
 class TrainConfig(Options):
     """Local training: SGD with momentum and weight decay, for `epochs` or `steps`.
 
-    A step takes `batch_size` samples, or what is left of an epoch: all samples of a client that has fewer.
+    Attributes:
+        epochs: passes over a client's data in a round; 1 if neither this nor `steps` is given.
+        steps: steps of a client in a round, instead of epochs.
+        batch_size: samples of a step, or what is left of an epoch: all samples of a client that has fewer.
+        lr: learning rate of local steps, before the schedule.
+        momentum: share of its last step that a local step takes again, as `torch.optim.SGD` has it.
+        weight_decay: factor of the parameters that is added to their gradient.
+        clip_norm: largest Euclidean norm of a step's gradient, to which larger ones are scaled down; None: any.
+        schedule: name and options of how the learning rate changes over rounds.
     """
 
     epochs: int | None = Field(default=None, ge=1)
@@ -245,23 +257,50 @@ class EvaluationOptions(Options):
 
 
 class CheckpointOptions(Options):
-    """Commits: least seconds between two (0: after every round) and how many are kept."""
+    """When a run is committed, so that it can be resumed.
+
+    Attributes:
+        every_seconds: least time between two commits; 0: after every phase of a round.
+        keep: number of commits that are kept.
+    """
 
     every_seconds: float = Field(default=30.0, ge=0)
     keep: int = Field(default=2, ge=2)
 
 
 class LogOptions(Options):
-    """Trackers besides the run directory's own logs: any of "tensorboard", "mlflow", "wandb"."""
+    """Trackers besides the run directory's own logs.
+
+    Attributes:
+        sinks: names of trackers: any of "tensorboard", "mlflow", "wandb".
+    """
 
     sinks: list[str] = []
 
 
 class Config(Options):
-    """One experiment. `methods` maps a name to overrides; every method runs with every seed.
+    """One experiment: either `clients` of a server train, or `peers` without one.
 
-    Either `clients` of a server train, or `peers` without one. `device` is what every participant has; `devices` lists
-    several, by share or by capacity.
+    Attributes:
+        name: name of the experiment, and of its directory.
+        seed: seed of everything that is drawn.
+        seeds: list of seeds, each of which is a run; None: `seed` alone.
+        rounds: number of rounds.
+        workload: name and options of data, model, loss and metrics; without a name, image classification.
+        clients: those who train for a server.
+        peers: those who train without one.
+        train: local training.
+        algorithm: name and options of the algorithm; where peers train and none is given, dsgd.
+        submodel: sub-models of clients, or peers, of unequal size.
+        aggregation: which updates may be averaged.
+        evaluation: when and what to evaluate.
+        checkpoint: when to commit.
+        device: profile of every participant's device: the name of one that ships here, the path of a YAML file, or its
+            own keys.
+        devices: several profiles instead, by share or by capacity.
+        engine: where training runs; a bare name is its `name`.
+        log: trackers.
+        methods: ``{name: {key: value}}``, each a run (of each seed) in which these keys are replaced.
     """
 
     name: str = "run"

@@ -11,7 +11,14 @@ from gossamer.options import Options
 
 
 class ScheduleOptions(Options):
-    """Learning rate over rounds: constant, multistep (times `factor` at each milestone) or cosine; linear warm-up."""
+    """Learning rate over rounds.
+
+    Attributes:
+        name: "constant", "multistep" (times `factor` from each milestone on) or "cosine" (down to 0).
+        milestones: rounds of a multistep schedule, counted from 0.
+        factor: factor of a multistep schedule.
+        warmup_rounds: first rounds, in which the rate rises linearly.
+    """
 
     name: Literal["constant", "multistep", "cosine"] = "constant"
     milestones: list[int] = []

@@ -153,4 +153,10 @@ def _is_prime(number: int) -> bool:
     return number >= 2 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
-covering = Strategy(_covering, shared=True, groups=columns, unused=("stride",))
+covering = Strategy(
+    _covering,
+    shared=True,
+    groups=columns,
+    unused=("stride",),
+    about="Rolling windows in blocks, such that every weight is reached within a stated number of rounds.",
+)

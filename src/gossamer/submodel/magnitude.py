@@ -41,4 +41,10 @@ def _mean_along(weight: Tensor, dim: Dim) -> Tensor:
 
 
 # Without a model, the first channels.
-magnitude = Strategy(static.choose, shared=True, rank=by_magnitude, unused=("stride", "offsets"))
+magnitude = Strategy(
+    static.choose,
+    shared=True,
+    rank=by_magnitude,
+    unused=("stride", "offsets"),
+    about="FedMP (Jiang et al., ICDE 2022): the channels with the largest weights at the start of a round.",
+)

@@ -46,6 +46,7 @@ class Strategy:
             by the model at the start of a round; a window then holds the first ones, and `choose` serves only where
             there is no model. None: windows do not depend on the model.
         unused: those of "stride" and "offsets" that have no effect.
+        about: what it is, in a sentence; "": the first paragraph of the docstring of `choose`.
     """
 
     choose: Chooser
@@ -53,14 +54,16 @@ class Strategy:
     groups: Callable[[Layout, float], Mapping[str, Hashable]] | None = None
     rank: Callable[[Layout, Tensor], Mapping[str, Tensor]] | None = None
     unused: tuple[str, ...] = ()
+    about: str = ""
 
 
 def _rolling(
     width: int, length: int, *, round: int, stride: int, offset: int = 0, seed: int, client: int, group: Hashable
 ) -> Window:
-    """FedRolex, Eq. 3: channels ``(offset + round * stride + t) mod width``, 0 <= t < length, the same for all clients.
+    """Channels ``(offset + round * stride + t) mod width``, 0 <= t < length (FedRolex, arXiv 2212.01548, Eq. 3).
 
-    The paper's offset is 0 and its stride 1; ``stride=-1`` gives the backward window of its public code.
+    They are the same for all clients. The paper's offset is 0 and its stride 1; ``stride=-1`` gives the backward window
+    of its public code.
     """
     return wrapped(width, offset + round * stride, length)
 
@@ -68,14 +71,14 @@ def _rolling(
 def _static(
     width: int, length: int, *, round: int, stride: int, offset: int = 0, seed: int, client: int, group: Hashable
 ) -> Window:
-    """HeteroFL: always the first `length` channels (from `offset` on, if there is one)."""
+    """HeteroFL (arXiv 2010.01264): always the first `length` channels (from `offset` on, if there is one)."""
     return wrapped(width, offset, length)
 
 
 def _random(
     width: int, length: int, *, round: int, stride: int, offset: int = 0, seed: int, client: int, group: Hashable
 ) -> Window:
-    """Federated Dropout: a uniform subset, fresh for each width group, client and round."""
+    """Federated Dropout (arXiv 1812.07210): a uniform subset, fresh for each width group, client and round."""
     if length == width:
         return Window(width, ((0, width),))
     source = rng.generator(seed, "window", round, 0, client, rng.stable_hash(str(group)))

@@ -33,13 +33,14 @@ def ceil_log2(n: int) -> int:
 
 
 def _ring(n: int, seed: int, options: TopologyOptions) -> Schedule:
-    """Weights 1/3."""
+    """A cycle: each peer mixes with its two neighbours, weights 1/3."""
     return static(Shift(n, (1, n - 1), (1 / 3, 1 / 3)))
 
 
 def _static_exp(n: int, seed: int, options: TopologyOptions) -> Schedule:
-    """Offsets 1, 2, 4, ... < n, equal weights: for even n the rate is (t - 1) / (t + 1), t = ceil(log2 n), else less.
+    """Peer i hears i - 1, i - 2, i - 4, ..., with equal weights.
 
+    For even n the rate is (t - 1) / (t + 1), t = ceil(log2 n), else less.
     Source: Ying et al., "Exponential graph is provably efficient", NeurIPS 2021, proposition 1.
     """
     num_offsets = ceil_log2(n)
@@ -49,18 +50,22 @@ def _static_exp(n: int, seed: int, options: TopologyOptions) -> Schedule:
 
 
 def _complete(n: int, seed: int, options: TopologyOptions) -> Schedule:
+    """Everybody with everybody: each round ends in the exact mean."""
     return static(BlockAverage(1, n, 1), is_exact=True, rate=lambda share: 1.0 - share, bound=0.0)
 
 
 def _star(n: int, seed: int, options: TopologyOptions) -> Schedule:
-    """Metropolis weights 1/n: eigenvalues 1, 1 - 1/n (n - 2 times) and 0."""
+    """One peer in the middle of all others; Metropolis weights 1/n: eigenvalues 1, 1 - 1/n (n - 2 times) and 0."""
     leaves = np.arange(1, n, dtype=np.int64)
     mixing = averaging(n, np.zeros_like(leaves), leaves)
     return static(mixing, rate=lambda share: 1.0 - share / n if n > 2 else 1.0 - share)
 
 
 def _hypercube(n: int, seed: int, options: TopologyOptions) -> Schedule:
-    """Equal weights 1 / (b + 1) for b = log2 n bits: eigenvalues 1 - 2 j / (b + 1), j = 0..b."""
+    """Peers whose numbers differ in one bit mix, with equal weights.
+
+    These are 1 / (b + 1) for b = log2 n bits: eigenvalues 1 - 2 j / (b + 1), j = 0..b.
+    """
     num_bits = ceil_log2(n)
     if n != 1 << num_bits:
         raise ConfigError(
@@ -75,6 +80,7 @@ def _hypercube(n: int, seed: int, options: TopologyOptions) -> Schedule:
 
 
 def _grid(n: int, seed: int, options: GridOptions) -> Schedule:
+    """A rectangle: each peer mixes with those above, below, left and right of it; Metropolis weights."""
     rows, columns = _shape("grid", n, options.rows, min_rows=2)
     number = np.arange(n, dtype=np.int64).reshape(rows, columns)
     first = np.concatenate([number[:-1].ravel(), number[:, :-1].ravel()])
@@ -83,7 +89,10 @@ def _grid(n: int, seed: int, options: GridOptions) -> Schedule:
 
 
 def _torus(n: int, seed: int, options: GridOptions) -> Schedule:
-    """Weights 1/5: eigenvalues (1 + 2 cos(2 pi p / a) + 2 cos(2 pi q / b)) / 5."""
+    """A rectangle whose opposite borders are joined: each peer has four neighbours, weights 1/5.
+
+    Eigenvalues (1 + 2 cos(2 pi p / a) + 2 cos(2 pi q / b)) / 5.
+    """
     rows, columns = _shape("torus", n, options.rows, min_rows=3)
     number = np.arange(n, dtype=np.int64).reshape(rows, columns)
     first = np.tile(number.ravel(), 2)

@@ -212,9 +212,56 @@ def ou_rate(n: int, shifts: Integers, eta: float) -> float:
     return math.sqrt(max(0.0, 1.0 - 2.0 * c * (1.0 - c) * slowest))
 
 
-d_equistatic = Family(_equi_static(False), "static", "≤ M", "Θ(1), independent of n", SOURCE, BasisOptions)
-u_equistatic = Family(_equi_static(True), "static", "≤ 2 M", "Θ(1), independent of n", SOURCE, BasisOptions)
-od_equidyn = Family(_equi_dyn(False, False), "random", "1", "√((1 + rho)/2) if eta = 1/2", SOURCE, EquiDynOptions)
-ou_equidyn = Family(_equi_dyn(True, False), "random", "1", "√((2 + rho)/3) if eta = 1/2", SOURCE, EquiDynOptions)
-od_equidyn_complete = Family(_equi_dyn(False, True), "random", "1", "√(1/2) if eta = 1/2", SOURCE, CompleteDynOptions)
-ou_equidyn_complete = Family(_equi_dyn(True, True), "random", "1", "√(2/3) if eta = 1/2", SOURCE, CompleteDynOptions)
+STATIC = "M random shifts u, the same in all rounds and for all peers: peer i hears i - u"
+DYNAMIC = "Each round draws one of M shifts u, which were drawn at random: peer i"
+COMPLETE = "Each round draws one of all n - 1 shifts u: peer i"
+HEARS, MEETS = "hears i - u.", "averages with i + u or i - u, where both are free."
+
+d_equistatic = Family(
+    _equi_static(False), "static", "≤ M", "Θ(1), independent of n", SOURCE, BasisOptions, about=f"{STATIC}."
+)
+u_equistatic = Family(
+    _equi_static(True),
+    "static",
+    "≤ 2 M",
+    "Θ(1), independent of n",
+    SOURCE,
+    BasisOptions,
+    about=f"{STATIC} and i + u.",
+)
+od_equidyn = Family(
+    _equi_dyn(False, False),
+    "random",
+    "1",
+    "√((1 + rho)/2) if eta = 1/2",
+    SOURCE,
+    EquiDynOptions,
+    about=f"{DYNAMIC} {HEARS}",
+)
+ou_equidyn = Family(
+    _equi_dyn(True, False),
+    "random",
+    "1",
+    "√((2 + rho)/3) if eta = 1/2",
+    SOURCE,
+    EquiDynOptions,
+    about=f"{DYNAMIC} {MEETS}",
+)
+od_equidyn_complete = Family(
+    _equi_dyn(False, True),
+    "random",
+    "1",
+    "√(1/2) if eta = 1/2",
+    SOURCE,
+    CompleteDynOptions,
+    about=f"{COMPLETE} {HEARS}",
+)
+ou_equidyn_complete = Family(
+    _equi_dyn(True, True),
+    "random",
+    "1",
+    "√(2/3) if eta = 1/2",
+    SOURCE,
+    CompleteDynOptions,
+    about=f"{COMPLETE} {MEETS}",
+)

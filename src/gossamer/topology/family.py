@@ -77,6 +77,7 @@ class Family:
         source: publication.
         minimum: minimum number of peers.
         sets_n: whether `make` determines the number of peers; n is 0 then, unless the user gives it.
+        about: what it is, in a sentence; "": the first paragraph of the docstring of `make`.
     """
 
     make: Callable[[int, int, Any], Schedule]
@@ -87,6 +88,7 @@ class Family:
     options: type[TopologyOptions] = TopologyOptions
     minimum: int = 2
     sets_n: bool = False
+    about: str = ""
 
 
 def static(mixing: Mixing, **more: Any) -> Schedule:

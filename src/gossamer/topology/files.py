@@ -161,6 +161,7 @@ def _links(where: str, edges: list[Any]) -> tuple[Floats | None, Floats | None]:
 
 
 def _make(n: int, seed: int, options: FileOptions) -> Schedule:
+    """A graph of your own, from GraphML, a list of edges or networkx; its links may have latency and bandwidth."""
     graph = read_graph(options.path, options) if options.path is not None else options.graph
     where = repr(str(options.path)) if options.path is not None else "the graph"
     if not hasattr(graph, "number_of_nodes") or not hasattr(graph, "is_multigraph"):

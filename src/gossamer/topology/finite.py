@@ -209,15 +209,18 @@ class _Links:
 
 
 def _make_hyper_hypercube(n: int, seed: int, options: PeersOptions) -> Schedule:
+    """The exact mean by full averages within groups of at most k + 1 peers; n may have no larger prime factor."""
     length = hyper_hypercube_length(n, options.k)
     return _finite(lambda round: hyper_hypercube(n, options.k, round), length)
 
 
 def _make_simple_base(n: int, seed: int, options: PeersOptions) -> Schedule:
+    """The exact mean for any n, by hyper-hypercubes within groups as large as the digits of n to the base k + 1."""
     return _finite(lambda round: simple_base(n, options.k, round), simple_base_length(n, options.k))
 
 
 def _make_base(n: int, seed: int, options: PeersOptions) -> Schedule:
+    """Base-(k+1): the exact mean for any n, by simple-base as a whole or within groups, whichever is shorter."""
     return _finite(lambda round: base(n, options.k, round), base_length(n, options.k))
 
 

@@ -138,6 +138,7 @@ def _regular(n: int, degree: int, source: np.random.Generator) -> tuple[Integers
 
 
 def _erdos_renyi(n: int, seed: int, options: ErdosRenyiOptions) -> Schedule:
+    """Each pair is linked with the same probability, until the graph is connected; Metropolis weights."""
     probability = min(1.0, 2.0 * math.log(n) / n) if options.probability is None else options.probability
     return _of_pairs("erdos-renyi", n, seed, probability)
 
@@ -160,6 +161,7 @@ def _of_pairs(name: str, n: int, seed: int, probability: float) -> Schedule:
 
 
 def _geometric(n: int, seed: int, options: GeometricOptions) -> Schedule:
+    """Random points of the unit square, linked where they are near each other; Metropolis weights."""
     radius = min(1.5, math.sqrt(2.0 * math.log(n) / n)) if options.radius is None else options.radius
 
     def draw(source: np.random.Generator) -> tuple[Integers, Integers]:
@@ -173,6 +175,7 @@ def _geometric(n: int, seed: int, options: GeometricOptions) -> Schedule:
 
 
 def _random_regular(n: int, seed: int, options: DegreeOptions) -> Schedule:
+    """A random graph in which all peers have the same number of neighbours; equal weights."""
     first, second, resamples = connected(
         "random-regular", seed, lambda source: regular_edges(n, options.degree, source), n, "raise the degree"
     )
@@ -180,6 +183,7 @@ def _random_regular(n: int, seed: int, options: DegreeOptions) -> Schedule:
 
 
 def _small_world(n: int, seed: int, options: SmallWorldOptions) -> Schedule:
+    """A ring of near neighbours, some of whose edges are rewired at random; Metropolis weights."""
     if options.degree % 2 or options.degree >= n:
         raise ConfigError(f"small-world.degree = {options.degree} with n = {n}: take an even degree below n")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from gossamer import rng
 from gossamer.errors import DataError
 from gossamer.memory import require_memory
-from gossamer.options import Options, parse_options
+from gossamer.options import Options, parse_options, takes
 from gossamer.workloads.datasets_hub import HubSource, load
 from gossamer.workloads.partitions import rounded
 
@@ -243,6 +243,7 @@ def _limited(data: ImageData, options: SubsetOptions) -> ImageData:
     return replace(data, train_images=images, train_labels=labels, owner=owner, mean=(), std=())
 
 
+@takes(SubsetOptions)
 def digits(options: Mapping[str, Any]) -> ImageData:
     """Scikit-learn's embedded handwritten digits: 1,797 images of 1 x 8 x 8, values 0 .. 16; needs no download.
 
@@ -277,6 +278,7 @@ def _hub(source: HubSource, options: Mapping[str, Any]) -> ImageData:
     return _limited(data, chosen)
 
 
+@takes(SubsetOptions)
 def mnist(options: Mapping[str, Any]) -> ImageData:
     """MNIST, 1 x 28 x 28, 10 digits (LeCun et al., 1998); see `datasets_hub.load` for where it comes from.
 
@@ -290,16 +292,19 @@ def mnist(options: Mapping[str, Any]) -> ImageData:
     return _hub(HubSource("mnist", "ylecun/mnist", "image", "label", "L", 10), options)
 
 
+@takes(SubsetOptions)
 def fashion_mnist(options: Mapping[str, Any]) -> ImageData:
     """Fashion-MNIST, 1 x 28 x 28, 10 kinds of clothing (arXiv 1708.07747); else as `mnist`."""
     return _hub(HubSource("fashion-mnist", "zalando-datasets/fashion_mnist", "image", "label", "L", 10), options)
 
 
+@takes(SubsetOptions)
 def cifar10(options: Mapping[str, Any]) -> ImageData:
     """CIFAR-10, 3 x 32 x 32, 10 classes (Krizhevsky, 2009); else as `mnist`."""
     return _hub(HubSource("cifar10", "uoft-cs/cifar10", "img", "label", "RGB", 10), options)
 
 
+@takes(SubsetOptions)
 def cifar100(options: Mapping[str, Any]) -> ImageData:
     """CIFAR-100, 3 x 32 x 32, its 100 fine classes (Krizhevsky, 2009); else as `mnist`."""
     return _hub(HubSource("cifar100", "uoft-cs/cifar100", "img", "fine_label", "RGB", 100), options)
@@ -324,6 +329,7 @@ class SyntheticOptions(Options):
     seed: int = 0
 
 
+@takes(SyntheticOptions)
 def synthetic(options: Mapping[str, Any]) -> ImageData:
     """Gaussian images around one random prototype per class: learnable, and made in code.
 

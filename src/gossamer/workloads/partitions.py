@@ -18,7 +18,7 @@ from pydantic import Field
 
 from gossamer import rng
 from gossamer.errors import DataError
-from gossamer.options import Options, parse_options
+from gossamer.options import Options, parse_options, takes
 
 WHERE = "partition"
 NUM_DRAWS = 10
@@ -145,6 +145,7 @@ def rounded(shares: NDArray[np.float64], source: np.random.Generator) -> Ints:
     return np.diff(cuts)
 
 
+@takes(IidOptions)
 def iid(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any) -> Partition:
     """Shuffle the samples and cut them into equal parts, some larger by one where there is a remainder.
 
@@ -164,6 +165,7 @@ def iid(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints 
     return Partition(order, offsets).checked("iid", num_clients, len(labels), options.min_samples)
 
 
+@takes(DirichletOptions)
 def dirichlet(
     labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any
 ) -> Partition:
@@ -195,6 +197,7 @@ def dirichlet(
     )
 
 
+@takes(ShardsOptions)
 def shards(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any) -> Partition:
     """Sort the samples by label, in random order within one, cut them into num_clients x per_client shards, deal these.
 
@@ -222,6 +225,7 @@ def shards(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: In
     return Partition.of_clients(client, num_clients).checked("shards", num_clients, len(labels), options.min_samples)
 
 
+@takes(IidOptions)
 def natural_id(
     labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any
 ) -> Partition:
@@ -246,6 +250,7 @@ def natural_id(
     return partition.checked("natural-id", num_clients, len(labels), options.min_samples)
 
 
+@takes(NClassesOptions)
 def n_classes(
     labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any
 ) -> Partition:

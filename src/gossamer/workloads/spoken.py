@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.errors import DataError
-from gossamer.options import Options, parse_options
+from gossamer.options import Options, parse_options, takes
 from gossamer.threads import one_thread
 from gossamer.workloads.datasets import WHERE, ImageData
 
@@ -45,6 +45,7 @@ class SpokenOptions(Options):
     frames: int = Field(32, ge=1, le=500)
 
 
+@takes(SpokenOptions)
 def spoken_digits(options: Mapping[str, Any]) -> ImageData:
     """Free Spoken Digit Dataset: 3,000 clips of ten digits by six speakers, as log-mel images [1, bands, frames].
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from gossamer import rng
 from gossamer.errors import DataError
 from gossamer.memory import require_memory
-from gossamer.options import Options, parse_options
+from gossamer.options import Options, parse_options, takes
 
 WHERE = "workload.dataset"
 
@@ -125,6 +125,7 @@ def parse_roles(text: str) -> dict[str, str]:
     return {role: found for role, found in texts.items() if found}
 
 
+@takes(RoleOptions)
 def shakespeare(options: Mapping[str, Any]) -> TextData:
     """Tiny Shakespeare (1,115,394 characters of his plays; Karpathy, char-rnn, 2015), one owner a role.
 
@@ -195,6 +196,7 @@ class SyntheticTextOptions(Options):
     seed: int = 0
 
 
+@takes(SyntheticTextOptions)
 def synthetic(options: Mapping[str, Any]) -> TextData:
     """Letters each of which has one likely successor: learnable, and made in code.
 

@@ -77,7 +77,11 @@ class GossipPGA(DSGD):
     """Gossip-PGA (Chen et al., arXiv 2105.09080): DSGD whose peers average exactly every `period` rounds."""
 
     class Options(DSGD.Options):
-        """Options of Gossip-PGA; period: rounds from one global average to the next."""
+        """Options of Gossip-PGA.
+
+        Attributes:
+            period: rounds from one global average to the next.
+        """
 
         period: int = Field(default=10, ge=1)
 
@@ -102,7 +106,11 @@ class QuasiGlobalMomentum(PeerSGD):
     """
 
     class Options(options.Options):
-        """Options of QG-DSGDm; mu: how slowly m follows, train.momentum if left out."""
+        """Options of QG-DSGDm.
+
+        Attributes:
+            mu: how slowly m follows; None: train.momentum.
+        """
 
         mu: float | None = Field(default=None, ge=0, lt=1)
 
