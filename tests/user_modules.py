@@ -138,6 +138,20 @@ class Encoder(nn.Module):
         return self.output((x + self.attend(x, kept, kept, need_weights=False)[0]).mean(1))
 
 
+class Dropping(nn.Module):
+    """An encoder with dropout in attention and between layers, of features and of whole channels."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(input_shape[0] * input_shape[2], 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.3, batch_first=True)
+        self.drop, self.output = nn.Dropout1d(0.2), nn.Linear(8, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.embed(x.transpose(1, 2).flatten(2)), 0.1, self.training)
+        return self.output(self.drop(self.encoder(x)).mean(1))
+
+
 class Tied(nn.Module):
     """An autoencoder's two layers of one weight, and a buffer that is drawn."""
 

@@ -267,6 +267,8 @@ def count_step(
     count = int(min(batch_size, workload.num_samples[client[0]]))
     batch = workload.batch(client, np.arange(count, dtype=np.int64)[None])
     merged = {key: value[0] for key, value in (batch.samples | batch.client).items() if key != "mask"}
+    if workload.traits.uses_key:
+        merged["key"] = torch.zeros((), dtype=torch.int64)
     dtype = workload.init(0).dtype
     own = {"x": torch.zeros(1, layout.d, dtype=dtype)}
     carry = own if algorithm is None else carried(algorithm, layout, dtype)

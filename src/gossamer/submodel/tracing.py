@@ -84,15 +84,20 @@ def trace_axes(
     return {name: tuple(_spec(factors, names) for factors in dims[name]) for name in params}
 
 
-class _WeightedNorms(TorchFunctionMode):
-    """Shows root-mean-square norms as layer norms, which they are to axes, and not as the means they are made of."""
+class _Simplified(TorchFunctionMode):
+    """Shows root-mean-square norms as layer norms, which they are to axes, and dropout as nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.rms_norm:
             return _as_layer_norm(*args, **(kwargs or {}))
+        if func in _DROPOUT:
+            return args[0] if args else (kwargs or {})["input"]
         return func(*args, **(kwargs or {}))
+
+
+_DROPOUT = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 def _as_layer_norm(
@@ -127,7 +132,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             stack.enter_context(torch.random.fork_rng(devices=[]))
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-            stack.enter_context(_WeightedNorms())
+            stack.enter_context(_Simplified())
             stack.enter_context(self)
             yield
 

@@ -213,9 +213,10 @@ def _require_same(message: str, batch: Batch, other: Batch) -> None:
 # ---- loss
 
 
-def _merged(batch: Batch, row: int) -> dict[str, Any]:
+def _merged(workload: Workload, batch: Batch, row: int) -> dict[str, Any]:
     """Return what `loss` receives for one client."""
-    return {name: value[row] for values in batch for name, value in values.items()} | {"scale": 1.0}
+    merged = {name: value[row] for values in batch for name, value in values.items()}
+    return merged | ({"key": torch.tensor(row)} if workload.traits.uses_key else {}) | {"scale": 1.0}
 
 
 def _loss_and_gradient(workload: Workload, params: Tensors, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -240,7 +241,7 @@ def _loss_and_gradient(workload: Workload, params: Tensors, batch: Mapping[str, 
 def _check_loss(workload: Workload) -> None:
     _, _, batch = _whole_batch(workload)
     row, layout = workload.init(0), workload.layout
-    params, merged = layout.views(row), _merged(batch, 0)
+    params, merged = layout.views(row), _merged(workload, batch, 0)
     kept = {name: value.clone() for name, value in merged.items() if isinstance(value, Tensor)}
     before = row.clone()
     found = _loss_and_gradient(workload, params, merged)
@@ -262,8 +263,8 @@ def _check_loss_of_padding(workload: Workload) -> None:
     clients, positions, batch = _whole_batch(workload)
     params = workload.layout.views(workload.init(0))
     padded = workload.batch(clients, np.concatenate([positions, np.full_like(positions, -1)], axis=1), round=0)
-    expected = _loss_and_gradient(workload, params, _merged(batch, 0))
-    found = _loss_and_gradient(workload, params, _merged(padded, 0))
+    expected = _loss_and_gradient(workload, params, _merged(workload, batch, 0))
+    found = _loss_and_gradient(workload, params, _merged(workload, padded, 0))
     message = (
         "loss must leave out what the mask marks as padding: weight by batch['mask'], or set supports_padding to False"
     )
@@ -277,6 +278,8 @@ def _check_stacked_loss(workload: Workload, loss_of: Callable[..., Tensor], wher
     rows = torch.stack([workload.init(0), workload.init(1)])
     views = {name: value.requires_grad_() for name, value in workload.layout.views(rows).items()}
     samples = {name: value for values in batch for name, value in values.items()}
+    if workload.traits.uses_key:
+        samples["key"] = torch.arange(2)
     try:
         losses = loss_of(views, samples)
     except RuntimeError as error:
@@ -284,7 +287,9 @@ def _check_stacked_loss(workload: Workload, loss_of: Callable[..., Tensor], wher
     require(losses.shape == (2,), f"loss has shape {tuple(losses.shape)}, not one entry a client, {where}")
     grads = torch.autograd.grad(losses.sum(), list(views.values()), allow_unused=True)
     for row in range(2):
-        alone, gradient = _loss_and_gradient(workload, {n: v[row] for n, v in views.items()}, _merged(batch, row))
+        alone, gradient = _loss_and_gradient(
+            workload, {n: v[row] for n, v in views.items()}, _merged(workload, batch, row)
+        )
         require_close(losses[row].detach(), alone, f"loss has another value {where}")
         mine = [view[row] * 0 if grad is None else grad[row] for view, grad in zip(views.values(), grads, strict=True)]
         stacked = torch.cat([grad.detach().flatten() for grad in mine])

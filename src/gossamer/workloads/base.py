@@ -188,7 +188,8 @@ class Workload(Protocol):
         Args:
             params: ``{name: tensor}`` of the (sub-)model.
             batch: per-sample tensors [b, ...] and client constants of a `Batch`, merged; plus ``"scale"`` (float): the
-                factor of a sub-model's hidden activations while training (1 / capacity; 1.0 is off).
+                factor of a sub-model's hidden activations while training (1 / capacity; 1.0 is off); and, where traits
+                say `uses_key`, ``"key"``: int64 [], random bits of this participant's very step.
         """
         ...
 
@@ -235,12 +236,14 @@ class ForwardContext:
         record: receives of every BatchNorm layer's input, per channel, ``"<layer>.sum"`` and ``"<layer>.squares"``
             (float64 [channels]) and ``"<layer>.count"`` (float64 []), which may be added up over batches.
         training: whether it is part of training; False while metrics are computed.
+        key: int64 [], or [s] of stacked participants: random bits from which dropout masks follow; None: no dropout.
     """
 
     scale: float | Tensor = 1.0
     statistics: Mapping[str, Tensor] | None = None
     record: dict[str, Tensor] | None = None
     training: bool = True
+    key: Tensor | None = None
 
     @property
     def is_scaled(self) -> bool:

@@ -14,11 +14,18 @@ from torch.overrides import TorchFunctionMode
 from gossamer.errors import ConfigError
 from gossamer.submodel.layout import Axes, Dim, as_dim
 from gossamer.workloads.base import ForwardContext
+from gossamer.workloads.dropout import Dropout
 from gossamer.workloads.models import batch_norm, rescale
 
 
 class Mending(TorchFunctionMode):
-    """Mends the calls of a forward pass whose arguments do not follow the parameters, see `modules.ModuleModel`."""
+    """Mends the calls of a forward pass whose arguments do not follow the parameters, see `modules.ModuleModel`.
+
+    Dropout follows the context's key instead of a generator.
+
+    Attributes:
+        dropout: the calls of dropout.
+    """
 
     def __init__(self, params: Mapping[str, Tensor], axes: Axes, context: ForwardContext) -> None:
         """Watch a forward pass.
@@ -32,6 +39,7 @@ class Mending(TorchFunctionMode):
         self._names = {id(value): name for name, value in params.items()}
         self._axes, self._context = axes, context
         self._is_scaled = context.is_scaled
+        self.dropout = Dropout(context.key)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -57,21 +65,20 @@ class Mending(TorchFunctionMode):
         """Attend with the heads, or the channels in every head, that the weights have left.
 
         Raises:
-            ConfigError: a sub-model's attention has dropout, separate projections or extra keys.
+            ConfigError: a sub-model's attention, or one with dropout, has separate projections or extra keys.
         """
         call = _ATTENTION.bind(*args, **kwargs)
         call.apply_defaults()
         given = call.arguments
         is_whole = given["out_proj_weight"].shape[1] == given["embed_dim_to_check"] and not self._is_scaled
-        if not any(given[name] is not None for name in ("bias_k", "bias_v", "q_proj_weight")) and not (
-            given["add_zero_attn"] or given["dropout_p"]
-        ):
+        drops = given["training"] and given["dropout_p"] > 0
+        if not given["add_zero_attn"] and all(given[name] is None for name in ("bias_k", "bias_v", "q_proj_weight")):
             return self._attend(is_whole, **given)
-        if is_whole:
+        if is_whole and not drops:
             return F.multi_head_attention_forward(*args, **kwargs)
         raise ConfigError(
-            "nn.MultiheadAttention with dropout, kdim, vdim, add_bias_kv or add_zero_attn cannot be cut: build it"
-            " without them"
+            "nn.MultiheadAttention with kdim, vdim, add_bias_kv or add_zero_attn can neither be cut nor have dropout:"
+            " build it without them"
         )
 
     def _attend(
@@ -105,10 +112,34 @@ class Mending(TorchFunctionMode):
             scores = _masked(scores, places.view(scores.shape) if places.dim() == 3 else places)
         if padding is not None:
             scores = _masked(scores, padding[..., None, None, :])
-        shares = scores.softmax(-1)
+        shares = self.dropout(scores.softmax(-1), rest["dropout_p"] if rest["training"] else 0.0)
         mixed = (shares @ v).transpose(-3, -2).flatten(-2).movedim(-2, 0)
         averaged = rest.get("average_attn_weights", True)
         return self.linear(mixed, out_proj_weight, out_proj_bias), shares.mean(-3) if averaged else shares
+
+    def attend_scaled(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **rest: Any,
+    ) -> Tensor:
+        """Attend as `torch.nn.functional.scaled_dot_product_attention` does; its dropout follows the key."""
+        if not dropout_p or self._context.key is None:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, **rest)
+        if rest.get("enable_gqa"):
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        scale = rest.get("scale")
+        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+        if is_causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        if attn_mask is not None:  # of whom it is true that they take part
+            scores = _masked(scores, ~attn_mask if attn_mask.dtype == torch.bool else attn_mask)
+        return self.dropout(scores.softmax(-1), dropout_p) @ value
 
     def layer_norm(
         self, input: Tensor, normalized_shape: Any, weight: Tensor | None = None, *args: Any, **kwargs: Any
@@ -146,6 +177,18 @@ class Mending(TorchFunctionMode):
         return batch_norm(input, weight_name.removesuffix("weight"), weight, bias, self._context, eps)
 
 
+def _dropout(num_dims: Callable[[int], int | None], *, is_alpha: bool = False) -> Callable[..., Tensor]:
+    def mended(
+        mending: Mending, input: Tensor, p: float = 0.5, training: bool = not is_alpha, inplace: bool = False
+    ) -> Tensor:
+        """Drop by the context's key; `num_dims` of an input's number of dimensions are dropped as a whole."""
+        drop = mending.dropout.alpha if is_alpha else mending.dropout
+        dropped = drop(input, p if training else 0.0, num_dims(input.dim()))
+        return input.copy_(dropped) if inplace and dropped is not input else dropped
+
+    return mended
+
+
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
@@ -180,6 +223,13 @@ _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 _MENDED: dict[Any, Callable[..., Any]] = {
     F.linear: Mending.linear,
     F.multi_head_attention_forward: Mending.attend,
+    F.scaled_dot_product_attention: Mending.attend_scaled,
+    F.dropout: _dropout(lambda _: None),
+    F.dropout1d: _dropout(lambda dims: dims - 1),  # the last one is a channel's, and so on; the batch may be missing
+    F.dropout2d: _dropout(lambda dims: 2),
+    F.dropout3d: _dropout(lambda dims: dims - 3),
+    F.alpha_dropout: _dropout(lambda _: None, is_alpha=True),
+    F.feature_alpha_dropout: _dropout(lambda _: 2, is_alpha=True),
     F.layer_norm: Mending.layer_norm,
     F.rms_norm: Mending.rms_norm,
     F.batch_norm: Mending.batch_norm,

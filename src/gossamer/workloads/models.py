@@ -24,6 +24,7 @@ from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, Leaves, Model
+from gossamer.workloads.dropout import Dropout
 from gossamer.workloads.traits import ModelTraits
 
 WHERE = "workload.model"
@@ -191,9 +192,10 @@ class Softmax(ImageModel):
 
 
 class MLPOptions(ModelOptions):
-    """Options of `MLP`. Attributes: hidden: widths of the hidden layers."""
+    """Options of `MLP`. Attributes: hidden: widths of the hidden layers; dropout: share dropped of each in training."""
 
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = (200, 200)
+    dropout: float = Field(0.0, ge=0, lt=1)
 
 
 class MLP(ImageModel):
@@ -204,7 +206,8 @@ class MLP(ImageModel):
 
     def declare(self, options: MLPOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
         """Declare the linear layers ``hidden0``, ``hidden1``, ... and ``output``."""
-        size, axis = math.prod(input_shape), None
+        size, axis, self.dropout = math.prod(input_shape), None, options.dropout
+        self.traits = replace(self.traits, uses_key=options.dropout > 0)
         self.hidden = tuple(f"hidden{i}" for i in range(len(options.hidden)))
         for layer, width in zip(self.hidden, options.hidden, strict=True):
             length = window_length(width, options.width)
@@ -214,9 +217,9 @@ class MLP(ImageModel):
 
     def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits, see `ImageModel.apply`."""
-        x = x.flatten(-3)
+        x, dropout = x.flatten(-3), Dropout(context.key)
         for layer in self.hidden:
-            x = rescale(_linear(params, layer, x), context.scale).relu_()
+            x = dropout(rescale(_linear(params, layer, x), context.scale).relu_(), self.dropout)
         return _linear(params, "output", x)
 
 

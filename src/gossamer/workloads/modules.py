@@ -39,9 +39,10 @@ class ModuleModel:
     evaluation (static BatchNorm, Diao et al., arXiv 2010.01264), unless the module's own ``train`` leaves the layer in
     evaluation mode: then the moments that it is built with are constants, and it normalises by them. A channel of which
     a batch has a single value, as in ``BatchNorm1d`` and a batch of one, becomes its bias (PyTorch refuses it), and
-    what stands before gets no gradient from that batch. Dropout and other random draws in the forward pass are refused,
-    because they would not depend on the seed alone; and so are buffers that the forward pass changes, because only
-    parameters are sent and averaged.
+    what stands before gets no gradient from that batch. Dropout (`torch.nn`'s, ``F.dropout*``, and that of attention)
+    follows the context's key, and is off without one, in evaluation too. Other random draws in the forward pass are
+    refused, because they would not depend on the seed alone; and so are buffers that the forward pass changes, because
+    only parameters are sent and averaged.
 
     Sub-models: only where a capacity below 1 is asked for, the module is traced, see `trace_axes`, and tried at half
     its width. Its own code runs on the sub-model's parameters, so it must take sizes that a capacity cuts from its
@@ -82,16 +83,17 @@ class ModuleModel:
         self._build, self._num_labels = build, num_labels
         self._attention, self._keep = attention, keep
         self._axes: Axes | None = None
+        self._drops = False  # whether a forward pass with a key had dropout
         self._take(seed)
         self._check_build()
         self._samples = torch.randn(3, *input_shape, generator=torch.Generator().manual_seed(0))
         with one_thread():
             for training in (True, False):
-                self._check_forward(ForwardContext(training=training))
+                self._check_forward(ForwardContext(training=training, key=torch.tensor(1) if training else None))
             stacks = self._agrees(self._stacked)
             convolves = any(len(shape) == 4 for shape in self.shapes.values())
             has_images = convolves and self._agrees(self._channels_last)
-        self.traits = ModelTraits(supports_stacking=stacks, has_images=has_images)
+        self.traits = ModelTraits(supports_stacking=stacks, has_images=has_images, uses_key=self._drops)
 
     @property
     def axes(self) -> dict[str, tuple[AxisSpec, ...]]:
@@ -144,8 +146,9 @@ class ModuleModel:
         if self._module.training != context.training:
             self._module.train(context.training)
         axes = self.axes if context.is_scaled else self._axes or {}
-        with Mending(constants | dict(params), axes, context):
+        with Mending(constants | dict(params), axes, context) as mending:
             logits: Tensor = torch.func.functional_call(self._module, constants | dict(params), (x,))
+        self._drops = self._drops or mending.dropout.num_calls > 0
         return logits
 
     # ---- the module
@@ -187,11 +190,6 @@ class ModuleModel:
         for key, layer in layers.items():
             if key in norms and layer.weight is None:
                 raise ConfigError(f"model {name!r}: {key!r} has no weight: build it with affine=True")
-            if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0:
-                raise ConfigError(
-                    f"model {name!r}: {key!r} draws dropout masks (p = {layer.p}), which would not depend on the seed"
-                    " alone: set p to 0"
-                )
 
     def _check_build(self) -> None:
         """Check that the module follows from its seed."""
@@ -246,14 +244,14 @@ class ModuleModel:
         if not _equal(runs[0], runs[2]):
             raise ConfigError(
                 f"{name} draws random numbers in its forward pass{where}, which would not depend on the seed alone: do"
-                " without them (dropout: p = 0)"
+                " without them (nn.LSTM and the like: dropout=0, and nn.Dropout between layers)"
             )
 
     def _agrees(self, way: Callable[[dict[str, Tensor], Tensor], Tensor]) -> bool:
         """Whether another way to run the module works and gives the same logits."""
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of slowness, which is measured elsewhere
-            expected = self.apply(self._params, self._samples)
+            expected = self.apply(self._params, self._samples, ForwardContext(key=torch.tensor(1)))
             try:
                 found = way(self._params, self._samples)
             except Exception:
@@ -262,11 +260,14 @@ class ModuleModel:
 
     def _stacked(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
         two = {name: torch.stack([value, value]) for name, value in params.items()}
-        return torch.vmap(self.apply)(two, torch.stack([x, x]))[1]
+        keyed = torch.vmap(lambda params, x, key: self.apply(params, x, ForwardContext(key=key)))
+        logits: Tensor = keyed(two, torch.stack([x, x]), torch.ones(2, dtype=torch.int64))[1]
+        return logits
 
     def _channels_last(self, params: dict[str, Tensor], x: Tensor) -> Tensor:
         layout = Layout.of(self.shapes, self.whole_axes).as_channels_last
-        return self.apply(layout.views(layout.flatten(params)), x.contiguous(memory_format=torch.channels_last))
+        images = x.contiguous(memory_format=torch.channels_last)
+        return self.apply(layout.views(layout.flatten(params)), images, ForwardContext(key=torch.tensor(1)))
 
     # ---- sub-models
 

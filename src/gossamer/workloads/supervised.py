@@ -109,6 +109,7 @@ class Supervised(Workload):
             supports_stacking=self.traits.supports_stacking and model.supports_stacking,
             stacks_natively=model.stacks_natively,
             has_images=model.has_images,
+            uses_key=model.uses_key,
             # whether the loss is this class's own, which asks for no gradient itself
             leaves_products=own.loss is Supervised.loss and own.logits is Supervised.logits,
         )
@@ -211,13 +212,15 @@ class Supervised(Workload):
         Args:
             params: parameters of the (sub-)model.
             batch: ``"x"``, ``"y"``, ``"labels"`` and optionally ``"mask"`` of `batch`, without the leading s, and
-                optionally ``"scale"``.
+                optionally ``"scale"`` and ``"key"``.
         """
         return self.loss_of_logits(self.logits(params, batch), batch)
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits float32 [..., num_labels] of a training batch, masked as the option `label_mask` says."""
-        logits: Tensor = self.model.apply(params, batch["x"], ForwardContext(batch.get("scale", 1.0)))
+        logits: Tensor = self.model.apply(
+            params, batch["x"], ForwardContext(batch.get("scale", 1.0), key=batch.get("key"))
+        )
         return mask_logits(logits, batch["labels"].unsqueeze(-2), self.options.label_mask)
 
     def metrics(self, sums: Sums) -> dict[str, float]:

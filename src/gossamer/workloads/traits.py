@@ -23,6 +23,7 @@ class WorkloadTraits(Traits):
         leaves_products: whether `Workload.loss` may be given `Leaves` that are factored; if not, a plain dict is given.
         tokens_per_sample: tokens that a training sample is made of, by which a record has ``total_tokens``; None: it is
             not made of tokens.
+        uses_key: whether `Workload.loss` draws random numbers, by ``batch["key"]``.
         has_peer_init: whether peers start from models of their own, `Workload.peer_init`.
         has_peer_metrics: whether there are metrics of all peers' models, `Workload.peer_metrics`.
     """
@@ -35,6 +36,7 @@ class WorkloadTraits(Traits):
     has_images: bool = False
     leaves_products: bool = False
     tokens_per_sample: int | None = None
+    uses_key: bool = False
     has_peer_init: bool = False
     has_peer_metrics: bool = False
 
@@ -46,3 +48,4 @@ class ModelTraits(Traits):
     supports_stacking: bool = True
     stacks_natively: bool = False
     has_images: bool = False
+    uses_key: bool = False

@@ -27,7 +27,9 @@ from gossamer.options import parse_options
 from gossamer.submodel.layout import LABEL_AXIS, Dim
 from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
+from gossamer.workloads.dropout import Dropout
 from gossamer.workloads.models import WHERE, DeclaredModel, ModelOptions, rescale
+from gossamer.workloads.traits import ModelTraits
 
 STREAM = "stream"
 
@@ -43,6 +45,7 @@ class TransformerOptions(ModelOptions):
         cut: whether a capacity drops whole heads or channels of every head.
         cut_stream: whether a capacity cuts the residual stream, too.
         tied: whether the output layer is the embedding; it has no bias then.
+        dropout: share of what enters the stream, and of the shares of attention, that is dropped while training.
     """
 
     stream: int = Field(64, ge=1)
@@ -52,6 +55,7 @@ class TransformerOptions(ModelOptions):
     cut: Literal["heads", "head-dim"] = "heads"
     cut_stream: bool = False
     tied: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
     def _divisible(self) -> TransformerOptions:
@@ -66,7 +70,8 @@ class Transformer(DeclaredModel):
     """Causal transformer with pre-normalisation (Vaswani et al., arXiv 1706.03762; Radford et al., 2019).
 
     Characters and learned positions are embedded; every block adds multi-head attention to the stream, then a
-    perceptron with GELU, each of the normalised stream; a normalisation and a linear layer end it. No dropout.
+    perceptron with GELU, each of the normalised stream; a normalisation and a linear layer end it. Dropout stands where
+    GPT-2 has it: after the embedding, in the shares of attention, and on what every layer adds to the stream.
 
     While training, the scaler (HeteroFL, arXiv 2010.01264) multiplies what a sum over a cut width receives, so that the
     sum over a share of the channels is about as large as the whole one.
@@ -91,6 +96,7 @@ class Transformer(DeclaredModel):
         """
         super().__init__()
         self.options = options = parse_options(TransformerOptions, params, WHERE)
+        self.traits = ModelTraits(uses_key=options.dropout > 0)
         self.blocks = tuple(f"block{i}" for i in range(options.num_blocks))
         self.head_dim, self.num_heads = options.stream // options.num_heads, options.num_heads
         if options.cut == "heads":
@@ -131,21 +137,24 @@ class Transformer(DeclaredModel):
         Args:
             params: parameters of the model or of a sub-model.
             x: int64 [b, n], n at most the context; place i depends on the characters 0 .. i alone.
-            context: only its scale matters, as there is no BatchNorm.
+            context: only its scale and key matter, as there is no BatchNorm.
         """
-        scale = context.scale
+        scale, p, dropout = context.scale, self.options.dropout, Dropout(context.key)
         wide = scale if self.options.cut_stream else 1.0
         stream = F.embedding(x, params["embedding.weight"]) + params["positions.weight"][: x.shape[-1]]
+        stream = dropout(stream, p)
         for block in self.blocks:
             normal = rescale(_normalised(params, f"{block}.norm0", stream), wide)
-            stream = stream + self._attention(params, block, normal, scale)
+            stream = stream + dropout(self._attention(params, block, normal, scale, dropout), p)
             normal = rescale(_normalised(params, f"{block}.norm1", stream), wide)
             hidden = rescale(F.gelu(_linear(params, f"{block}.expand", normal)), scale)
-            stream = stream + _linear(params, f"{block}.contract", hidden)
+            stream = stream + dropout(_linear(params, f"{block}.contract", hidden), p)
         normal = rescale(_normalised(params, "norm", stream), wide)
         return F.linear(normal, params["embedding.weight"]) if self.options.tied else _linear(params, "output", normal)
 
-    def _attention(self, params: Mapping[str, Tensor], block: str, x: Tensor, scale: float | Tensor) -> Tensor:
+    def _attention(
+        self, params: Mapping[str, Tensor], block: str, x: Tensor, scale: float | Tensor, dropout: Dropout
+    ) -> Tensor:
         """Return what causal attention adds to the stream.
 
         Written with plain products, which `torch.vmap` and the counting of FLOPs understand.
@@ -153,6 +162,7 @@ class Transformer(DeclaredModel):
         Args:
             x: float32 [b, n, stream], normalised.
             scale: the scaler's factor; it also reaches the scores where these are sums over a cut width.
+            dropout: the pass's calls of dropout.
         """
         split = (-1, self.head_dim) if self.options.cut == "heads" else (self.num_heads, -1)
         query, key, value = (
@@ -163,7 +173,7 @@ class Transformer(DeclaredModel):
             query = rescale(query, scale)
         scores = (query * (1 / math.sqrt(self.head_dim))) @ key.transpose(-1, -2)
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
+        mixed = dropout(scores.masked_fill(future, -torch.inf).softmax(-1), self.options.dropout) @ value
         return _linear(params, f"{block}.project", rescale(mixed.transpose(-3, -2).flatten(-2), scale))
 
 

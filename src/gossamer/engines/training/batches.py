@@ -36,6 +36,7 @@ class Batches:
         size, variant = task.batch_size, task.variants[job.block.variant]
         mode = variant.mode
         num_steps = int(job.steps[rows].max())
+        keys = step_keys(task, job, rows, num_steps) if task.workload.traits.uses_key else None
         fetch_steps = max(1, FETCH_BYTES // (len(clients) * size * self._sample_bytes))
         for first in range(0, num_steps, fetch_steps):
             last = min(first + fetch_steps, num_steps)
@@ -61,7 +62,16 @@ class Batches:
                 if self._stop():
                     raise Interrupted("stopped between two steps")
                 part = slice(step * width, step * width + length)
+                if keys is not None:
+                    key = keys[:, first + step].to(mode.device)
+                    merged["key"] = key[0] if one_by_one else key
                 yield merged | {key: v[part] if one_by_one else v[:, part] for key, v in samples.items()}
+
+
+def step_keys(task: Task, job: Job, rows: slice, num_steps: int) -> Tensor:
+    """Return the random bits of local steps, see `Workload.loss`; int64 [participants in `rows`, num_steps]."""
+    words = rng.bits(task.seed, "step-key", job.round, job.phase, job.client[rows], num_steps)
+    return torch.from_numpy(words.view(np.int64))
 
 
 def on(device: str, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
