@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gossamer import aggregate, submodel, testing, topology
-    from gossamer.experiment import Run, resume, run
+    from gossamer.api import resume, run
+    from gossamer.experiment import Run
 
 __version__ = "0.1.0"
 __all__ = ["Run", "__version__", "aggregate", "resume", "run", "submodel", "testing", "topology"]
 
 _MODULES = ("aggregate", "submodel", "testing", "topology")
-_HOMES = {"run": "gossamer.experiment", "resume": "gossamer.experiment", "Run": "gossamer.experiment"}
+_HOMES = {"run": "gossamer.api", "resume": "gossamer.api", "Run": "gossamer.experiment"}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,12 +18,13 @@ import operator
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from gossamer.errors import ConfigError, GossamerError, RegistryError, nearest, one_line, plugin_errors
@@ -98,6 +99,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "n-classes": "gossamer.workloads.partitions:n_classes",
         "shards": "gossamer.workloads.partitions:shards",
         "natural-id": "gossamer.workloads.partitions:natural_id",
+        "file": "gossamer.workloads.given_partitions:file",
     },
     "topology": {
         "ring": "gossamer.topology.classic:ring",
@@ -178,6 +180,20 @@ def importing(announce: Callable[[str], None], own: bool = True) -> Iterator[Non
         _POLICY.reset(reset)
 
 
+OBJECT = "object:"  # begins the name of what was given in Python and has no name of its own
+_GIVEN: ContextVar[Mapping[str, Any]] = ContextVar("given", default=MappingProxyType({}))
+
+
+@contextmanager
+def giving(objects: Mapping[str, Any]) -> Iterator[None]:
+    """Let names stand for `objects`, ``{name: plug-in}``, within the block."""
+    reset = _GIVEN.set({**_GIVEN.get(), **objects})
+    try:
+        yield
+    finally:
+        _GIVEN.reset(reset)
+
+
 _LOADED: dict[str, str] = {}  # files and folders of plug-ins, and their names
 
 
@@ -234,6 +250,13 @@ def resolve(kind: str, name: str) -> Any:
         RegistryError: the name is unknown or not to be trusted, or its module or attribute cannot be imported.
         ConfigError: its module raises an error when it is imported.
     """
+    if name in _GIVEN.get():
+        return _GIVEN.get()[name]
+    if name.startswith(OBJECT):
+        raise RegistryError(
+            f"{kind} {name!r} was given in Python as an object, which no file holds: give the same object again, by"
+            " gossamer.run(...) or gossamer.resume(DIR, model=..., data=..., partition=...)"
+        )
     builtin = BUILTIN.get(kind, {})
     target = builtin.get(name)
     if target is not None or name in builtin.values():
@@ -329,6 +352,15 @@ def _is_declared(top: str) -> bool:
     """Say whether a package declares an entry point for gossamer."""
     points = (point for kind in BUILTIN for point in entry_points(group=f"gossamer.{kind}"))
     return any(point.value.partition(":")[0].partition(".")[0] == top for point in points)
+
+
+def importable_as(found: Any) -> str | None:
+    """Return ``module:name`` of a class or a function that other processes can import; None: they cannot."""
+    if not (isinstance(found, type) or inspect.isroutine(found)):
+        return None
+    name = _defined_as(found)
+    module = None if name is None else sys.modules[name.partition(":")[0]]
+    return name if module is not None and module.__name__ != "__main__" and module.__spec__ is not None else None
 
 
 def _defined_as(found: Any) -> str | None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from gossamer.cli import progress
 from gossamer.cli.progress import ProgressDisplay
+from gossamer.reports import progress as reports_progress
 
 
 class Clock:
@@ -28,6 +29,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(progress, "time", made)
+    monkeypatch.setattr(reports_progress, "time", made)
     return made
 
 

@@ -6,16 +6,13 @@ It draws on every report of progress, never from a thread of its own, because en
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gossamer.reports.curves import main_metric
+from gossamer.reports.progress import RunObserver
 
 REFRESH_SECONDS = 0.1
 
@@ -76,57 +73,3 @@ class ProgressDisplay:
         if force or time.monotonic() - self._drawn_at >= REFRESH_SECONDS:
             self._bars.refresh()
             self._drawn_at = time.monotonic()
-
-
-class RunObserver:
-    """Watches one run for a `ProgressDisplay`."""
-
-    def __init__(self, display: ProgressDisplay, name: str, num_rounds: int) -> None:
-        """Watch the run `name` of `num_rounds` rounds."""
-        self._display, self._name, self._num_rounds = display, name, num_rounds
-        self._began = time.monotonic()
-        self._first_round: int | None = None  # number of rounds done before a resume
-        self._record: Mapping[str, Any] = {}
-        self._trained = ""
-        self._accuracy: float | None = None  # the last known; not every round is evaluated
-
-    def on_block(self, round: int, done: int, total: int) -> None:
-        """Show how many participants of a round (counted from 0) are trained."""
-        if self._first_round is None:
-            self._first_round = round
-        self._trained = f"{done}/{total} trained"
-        self._draw(round + done / total)
-
-    def on_round(self, record: Mapping[str, Any]) -> None:
-        """Show a finished round; after the last one print a line that stays."""
-        if self._first_round is None:
-            self._first_round = record["round"] - 1
-        self._record = record
-        metric = main_metric(record)
-        if metric != "train_loss" and record[metric] is not None:
-            self._accuracy = record[metric]
-        self._draw(record["round"])
-        if record["round"] == self._num_rounds:
-            seconds = timedelta(seconds=round(time.monotonic() - self._began))
-            self._display.finish(
-                f"{self._name}: " + ", ".join([f"{self._num_rounds} rounds in {seconds}", *self._facts()])
-            )
-
-    def _draw(self, position: float) -> None:
-        assert self._first_round is not None
-        gained = position - self._first_round
-        left = (time.monotonic() - self._began) / gained * (self._num_rounds - position) if gained > 0 else None
-        remaining = "" if left is None else f"{timedelta(seconds=round(left))} left"
-        parts = [f"{int(position)}/{self._num_rounds} rounds", self._trained, *self._facts(), remaining]
-        self._display.advance(position, "  ".join(part for part in parts if part))
-
-    def _facts(self) -> list[str]:
-        """Return the last metrics and the traffic."""
-        loss = self._record.get("train_loss")
-        num_bytes = self._record.get("total_bytes_up", 0) + self._record.get("total_bytes_down", 0)
-        facts = []
-        if self._accuracy is not None:
-            facts.append(f"accuracy {self._accuracy:.1%}")
-        elif loss is not None:
-            facts.append(f"loss {loss:.4g}")
-        return [*facts, decimal(num_bytes)] if num_bytes else facts

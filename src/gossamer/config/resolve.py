@@ -18,6 +18,7 @@ from gossamer.algorithms.base import (
 )
 from gossamer.config.rules import (
     check_peers,
+    require_importable,
     require_population,
     require_whole_models,
 )
@@ -68,6 +69,9 @@ def resolve(config: Config) -> Resolved:
     registry.resolve_function("partition", filled.population.partition["name"])
     if filled.clients is not None:
         registry.resolve_function("sampler", filled.clients.sampler)
+    if engine_class.is_remote:
+        require_importable(filled)
+    filled = _with_absolute_paths(filled)
     topology = build_topology(filled)
     warnings: tuple[str, ...] = ()
     if topology is not None:
@@ -121,6 +125,23 @@ def _with_topology(config: Config, topology: Topology) -> Config:
         given["path"] = str(Path(given["path"]).absolute())
     peers = config.peers.model_copy(update={"topology": given, "num": topology.n})
     return config.model_copy(update={"peers": peers})
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Return the configuration with the files of data and partitions named from the root, if plug-ins are built in."""
+
+    def absolute(kind: str, spec: Any) -> Any:
+        """Return a plug-in's section with its path named from the root."""
+        if not isinstance(spec, Mapping) or spec.get("name") not in registry.BUILTIN[kind]:
+            return spec
+        return {**spec, "path": str(Path(spec["path"]).absolute())} if isinstance(spec.get("path"), str) else spec
+
+    section = "clients" if config.peers is None else "peers"
+    population = config.population.model_copy(update={"partition": absolute("partition", config.population.partition)})
+    workload = dict(config.workload)
+    if "dataset" in workload:
+        workload["dataset"] = absolute("dataset", workload["dataset"])
+    return config.model_copy(update={section: population, "workload": workload})
 
 
 def fill_in(config: Config, algorithm: Any) -> Config:

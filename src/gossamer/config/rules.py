@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from gossamer.algorithms.decentralized.base import mixings
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError
+from gossamer.registry import OBJECT
 from gossamer.simulation.devices import Availability
 from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
@@ -107,4 +109,26 @@ def _check_windows(config: Config, topology: Topology) -> None:
             raise ConfigError(
                 f"topology {topology.name!r} has a negative weight, {least:.3g}, but windows are averaged by the sum of"
                 " their holders' weights: choose weights 'metropolis', or set submodel.capacities to [1.0]"
+            )
+
+
+def require_importable(config: Config) -> None:
+    """Refuse, on an engine whose processes import what they train, objects that were given in Python without a name.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    remedies = {
+        "model": "put it into a file, such as mine.py, and give model='mine:{name}', or the class that is imported from"
+        " it",
+        "partition": "write its lists into a JSON file, and give partition={{'name': 'file', 'path': ...}}",
+    }
+    specs = {"model": config.workload.get("model"), "partition": config.population.partition}
+    for what, spec in specs.items():
+        name = spec.get("name") if isinstance(spec, Mapping) else spec
+        if isinstance(name, str) and name.startswith(OBJECT):
+            remedy = remedies[what].format(name=name.removeprefix(OBJECT))
+            raise ConfigError(
+                f"{what} {name!r} is an object of this process, which the processes of engine {config.engine.name!r}"
+                f" cannot import: {remedy}"
             )

@@ -22,6 +22,7 @@ from gossamer.memory import require_memory
 from gossamer.options import Options, parse_options, takes
 from gossamer.workloads.datasets_hub import HubSource, load
 from gossamer.workloads.partitions import rounded
+from gossamer.workloads.samples import LazySamples, Samples, channel_moments, pieces, take
 
 WHERE = "workload.dataset"
 MAX_RATIO = 50.0  # of standard deviations in one unit; 0 .. 255 and 0 .. 1 differ by a factor of 255
@@ -35,8 +36,8 @@ class ImageData:
 
     Attributes:
         name: name in messages.
-        train_images, test_images: uint8 or float32 [N, channels, height, width]; N may differ, the rest may not.
-            Both are normalised by `mean` and `std`, so their pixels have one unit.
+        train_images, test_images: uint8 or float32 [N, channels, height, width], tensors or `LazySamples`; N may
+            differ, the rest may not. Both are normalised by `mean` and `std`, so their pixels have one unit.
         train_labels, test_labels: int64 [N], in 0 .. num_labels - 1.
         num_labels: number of classes.
         mean, std: mean and standard deviation of each channel of the training images as stored, such as 0 .. 255, or 0
@@ -48,9 +49,9 @@ class ImageData:
     """
 
     name: str
-    train_images: Tensor
+    train_images: Samples
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Samples
     test_labels: Tensor
     num_labels: int
     mean: tuple[float, ...] = ()
@@ -58,8 +59,13 @@ class ImageData:
     owner: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_split(self.name, "training", self.train_images, self.train_labels, self.num_labels)
-        _check_split(self.name, "test", self.test_images, self.test_labels, self.num_labels)
+        for split, images, labels in (
+            ("training", self.train_images, self.train_labels),
+            ("test", self.test_images, self.test_labels),
+        ):
+            where = f"the {split} split of data set {self.name!r}"
+            self._check_samples(where, images, labels)
+            _check_labels(where, images, labels, self.num_labels)
         kinds = [f"{one.dtype} and shape {tuple(one.shape[1:])}" for one in (self.train_images, self.test_images)]
         if kinds[0] != kinds[1]:
             raise DataError(
@@ -72,6 +78,10 @@ class ImageData:
                 f" give one int64 for each of its {len(self.train_labels)} training images"
             )
         self._check_moments()
+
+    def _check_samples(self, where: str, images: Any, labels: Any) -> None:
+        """Check types and shapes."""
+        _check_images(where, images, labels)
 
     def _check_moments(self) -> None:
         """Fill in `mean` and `std`, or check them.
@@ -89,16 +99,28 @@ class ImageData:
             )
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
+        self._check_units(given_std=std if any(given) and set(std) != {1.0} else None)
+
+    def _check_units(self, given_std: tuple[float, ...] | None) -> None:
+        """Check that test images, and `std` if it was given, have the unit of the training images.
+
+        Raises:
+            DataError: they have not.
+        """
         few = [channel_moments(one[:: -(-len(one) // FEW)])[1] for one in (self.train_images, self.test_images)]
         _check_unit(f"the test images of data set {self.name!r}", few[1], few[0])
-        if any(given) and set(std) != {1.0}:
-            _check_unit(f"mean and std of data set {self.name!r}", std, few[0])
+        if given_std is not None:
+            _check_unit(f"mean and std of data set {self.name!r}", given_std, few[0])
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """Shape of one image: channels, height, width."""
-        channels, height, width = self.train_images.shape[1:]
-        return channels, height, width
+        return tuple(self.train_images.shape[1:])
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether images are read when they are needed."""
+        return isinstance(self.train_images, LazySamples) or isinstance(self.test_images, LazySamples)
 
     def hold_out(self, share: float, seed: int) -> ImageData:
         """Return this data set with a share of its training images in the place of the test images.
@@ -126,9 +148,9 @@ class ImageData:
         kept, out = torch.from_numpy(np.setdiff1d(np.arange(total), held_out)), torch.from_numpy(held_out)
         return replace(
             self,
-            train_images=self.train_images[kept],
+            train_images=take(self.train_images, kept),
             train_labels=self.train_labels[kept],
-            test_images=self.train_images[out],
+            test_images=take(self.train_images, out),
             test_labels=self.train_labels[out],
             owner=None if self.owner is None else self.owner[kept],
         )
@@ -148,18 +170,26 @@ def _check_unit(what: str, deviations: Sequence[float], of_training: Sequence[fl
             )
 
 
-def _check_split(name: str, split: str, images: Tensor, labels: Tensor, num_labels: int) -> None:
-    """Check one split.
+def require_tensors(where: str, samples: Any, labels: Any) -> None:
+    """Refuse what is no tensor.
 
     Raises:
-        DataError: it is empty or has a wrong type, shape, pixel or label.
+        DataError: one of both is none.
     """
-    where = f"the {split} split of data set {name!r}"
-    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+    if not (isinstance(samples, Tensor | LazySamples) and isinstance(labels, Tensor)):
         raise DataError(
-            f"{where} has images of type {type(images).__name__} and labels of type {type(labels).__name__}: give"
+            f"{where} has images of type {type(samples).__name__} and labels of type {type(labels).__name__}: give"
             " tensors, as torch.from_numpy does"
         )
+
+
+def _check_images(where: str, images: Any, labels: Any) -> None:
+    """Check type and shape of images.
+
+    Raises:
+        DataError: one of them is wrong.
+    """
+    require_tensors(where, images, labels)
     if images.dim() != 4 or images.dtype not in (torch.uint8, torch.float32):
         raise DataError(
             f"{where} has images of type {images.dtype} and shape {tuple(images.shape)}:"
@@ -171,9 +201,17 @@ def _check_split(name: str, split: str, images: Tensor, labels: Tensor, num_labe
             f"{where} has images of shape {tuple(images.shape)}, whose channels seem to come last: give"
             " [N, channels, height, width], as images.permute(0, 3, 1, 2) does"
         )
-    if labels.dtype != torch.int64 or tuple(labels.shape) != (len(images),) or len(images) == 0:
+
+
+def _check_labels(where: str, samples: Samples, labels: Tensor, num_labels: int) -> None:
+    """Check the labels, and that what is measured is finite.
+
+    Raises:
+        DataError: a split is empty, or has a wrong label or a number that is not finite.
+    """
+    if labels.dtype != torch.int64 or tuple(labels.shape) != (len(samples),) or len(samples) == 0:
         raise DataError(
-            f"{where} has {len(images)} images but labels of type {labels.dtype} and shape {tuple(labels.shape)}:"
+            f"{where} has {len(samples)} images but labels of type {labels.dtype} and shape {tuple(labels.shape)}:"
             " give one int64 label for each image, and at least one image"
         )
     wrong = labels[(labels < 0) | (labels >= num_labels)]
@@ -181,28 +219,8 @@ def _check_split(name: str, split: str, images: Tensor, labels: Tensor, num_labe
         raise DataError(
             f"{where} has the label {int(wrong[0])}, outside 0 .. {num_labels - 1}: correct it or num_labels"
         )
-    if images.dtype == torch.float32 and not bool(torch.isfinite(images).all()):
+    if samples.dtype == torch.float32 and not all(bool(torch.isfinite(piece).all()) for piece in pieces(samples)):
         raise DataError(f"{where} has a pixel that is not finite: remove or repair that image")
-
-
-def channel_moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel of uint8 or float32 images [N, C, H, W].
-
-    A channel of one value only gets the standard deviation 1, so that dividing by it is harmless.
-    """
-    means, stds = [], []
-    for channel in range(images.shape[1]):
-        pixels = images[:, channel].reshape(-1)
-        if images.dtype == torch.uint8:
-            weight = torch.bincount(pixels, minlength=256).to(torch.float64) / len(pixels)
-            level = torch.arange(256, dtype=torch.float64)
-            mean = (weight * level).sum()
-            variance = (weight * (level - mean) ** 2).sum()
-        else:
-            variance, mean = torch.var_mean(pixels.to(torch.float64), correction=0)
-        means.append(float(mean))
-        stds.append(float(variance.sqrt()) or 1.0)
-    return tuple(means), tuple(stds)
 
 
 class SubsetOptions(Options):
@@ -239,7 +257,7 @@ def _limited(data: ImageData, options: SubsetOptions) -> ImageData:
     order = rng.generator(options.seed, "dataset-limit").permutation(total)[: options.limit]
     kept = torch.from_numpy(order)
     owner = None if data.owner is None else data.owner[kept]
-    images, labels = data.train_images[kept], data.train_labels[kept]
+    images, labels = take(data.train_images, kept), data.train_labels[kept]
     return replace(data, train_images=images, train_labels=labels, owner=owner, mean=(), std=())
 
 

@@ -1,4 +1,4 @@
-"""Image classification over many clients: a data set, a partition, a model, and what is measured."""
+"""Classification of images, or other samples, over many clients: data, a partition, a model, what is measured."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from gossamer import rng
+from gossamer.errors import ConfigError
 from gossamer.submodel.layout import Axes
 from gossamer.workloads.augment import crop_flip
 from gossamer.workloads.base import ForwardContext, Model, Params, Sums
 from gossamer.workloads.datasets import ImageData
+from gossamer.workloads.digests import digest_of
 from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by
 from gossamer.workloads.models import Fitting
-from gossamer.workloads.modules import ModuleModel, seed_of, seeded
-from gossamer.workloads.parts import PartlyTrained
-from gossamer.workloads.plugins import Spec
+from gossamer.workloads.modules import TRIED, ModuleModel, seed_of, seeded
+from gossamer.workloads.plugins import Spec, with_sizes
 from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, chunk_of, cross_entropies
 
 CACHED_IMAGES = 128  # images that are normalised at a time
@@ -36,7 +37,8 @@ class ImageOptions(SupervisedOptions):
     """Options of `ImageClassification`, besides those of every `Supervised`.
 
     Attributes:
-        model: a `torch.nn.Module` class of your own is a model, too, see `gossamer.workloads.modules.ModuleModel`.
+        model: a `torch.nn.Module` class of your own is a model, too, see `gossamer.workloads.modules.ModuleModel`. It
+            is called with the shape of a sample and the number of classes, see `with_sizes`.
         augment: ``"none"`` or ``"crop-flip"``.
         statistics_chunk: most samples by whose moments a static-BatchNorm pass normalises at a time.
         local_evaluation: whether each client's accuracy on its own classes is measured.
@@ -50,10 +52,10 @@ class ImageOptions(SupervisedOptions):
 
 
 class ImageClassification(Supervised):
-    """Classification of images.
+    """Classification of images, or of other samples, see `gossamer.workloads.sample_data.SampleData`.
 
     In a batch, ``"x"`` is float32 [s, m, channels, height, width], normalised, and ``"y"``: int64 [s, m]. A padded
-    sample is a zero image of class 0.
+    sample is a zero image of class 0. Other samples are float32 or int64 [s, m, ...].
     """
 
     Options = ImageOptions
@@ -61,14 +63,20 @@ class ImageClassification(Supervised):
 
     def _prepare(self) -> tuple[Ints, int, Ints | None]:
         self._num_test, self._input_size = len(self.data.test_labels), self.data.shape
-        self._mean = torch.tensor(self.data.mean).view(-1, 1, 1)
-        self._inverse_std = 1 / torch.tensor(self.data.std).view(-1, 1, 1)
+        along = (-1, *(1 for _ in self.data.shape[1:]))
+        self._mean = torch.tensor(self.data.mean).view(along)
+        self._inverse_std = 1 / torch.tensor(self.data.std).view(along)
+        if self.options.augment == "crop-flip" and len(self.data.shape) != 3:
+            raise ConfigError(
+                f"workload.augment = 'crop-flip' is for images, but samples have the shape {self.data.shape}: leave it"
+                " out"
+            )
         self._is_normal = set(self.data.mean) == {0.0} and set(self.data.std) == {1.0}
         owner = None if self.data.owner is None else self.data.owner.numpy()
         return self.data.train_labels.numpy(), self.num_labels, owner
 
     def _make_model(self, function: Callable[..., Any], params: Mapping[str, Any]) -> Model:
-        source = partial(rng.generator, self.seed, "init-model")
+        function, source = with_sizes(function, params), partial(rng.generator, self.seed, "init-model")
         with (
             seeded(seed_of(source())),
             Fitting("workload.model"),
@@ -76,15 +84,32 @@ class ImageClassification(Supervised):
             model = super()._make_model(function, params)
         if isinstance(model, nn.Module):
             build = partial(function, self.data.shape, self.num_labels, **params)
-            return ModuleModel(build, self.data.shape, self.num_labels, seed=seed_of(source()))
+            few = self.data.train_images[:TRIED] if self._has_tokens else None
+            return ModuleModel(build, self.data.shape, self.num_labels, seed=seed_of(source()), samples=few)
+        if self._has_tokens and not isinstance(model, ModuleModel):
+            raise ConfigError("workload.model takes no samples of whole numbers: give a module of your own")
         if isinstance(model, ModuleModel):
             model.reseed(source())
         return model
 
     def _axes(self, whole_models: bool) -> Axes:
-        if whole_models and isinstance(self.model, ModuleModel | PartlyTrained):
+        if whole_models and isinstance(self.model, ModuleModel):
             return self.model.whole_axes
         return self.model.axes
+
+    @property
+    def _has_tokens(self) -> bool:
+        return self.data.train_images.dtype == torch.int64  # type: ignore[no-any-return]
+
+    def digest(self) -> str:
+        """Return a digest of the data set, its partition, and what is constant in the model."""
+        constants = self.model.constants if isinstance(self.model, ModuleModel) else {}
+        return digest_of(super().digest(), constants) if constants else super().digest()
+
+    def params_of(self, row: Tensor) -> dict[str, Tensor]:
+        """Return the whole model of a flat row [d], the frozen parameters of a module included."""
+        params = super().params_of(row)
+        return self.model.whole(params) if isinstance(self.model, ModuleModel) else params
 
     @torch.no_grad()
     def warnings_of(self, batch_size: int) -> tuple[str, ...]:
@@ -108,6 +133,8 @@ class ImageClassification(Supervised):
         client = np.repeat(np.arange(self.num_clients), self.num_samples)
         cell = client * self.num_labels + self.data.train_labels.numpy()[self.partition.indices]
         counts = np.bincount(cell, minlength=self.num_clients * self.num_labels)
+        is_partial = len(self.partition.indices) < len(self.data.train_labels)
+        self._held = torch.from_numpy(np.sort(self.partition.indices)) if is_partial else None
         self._histogram = counts.astype(np.int32).reshape(self.num_clients, self.num_labels)
         self._label_sets = LabelSets.of(self._histogram) if self.options.local_evaluation else None
         if self.options.local_evaluation and self._label_sets is None:
@@ -121,7 +148,7 @@ class ImageClassification(Supervised):
     @property
     def num_statistics_chunks(self) -> int:  # type: ignore[override]
         """Pieces into which the training data is divided for the statistics of BatchNorm layers, if there are any."""
-        return -(-len(self.data.train_labels) // self.options.statistics_chunk) if self.model.norms else 0
+        return -(-len(self.partition.indices) // self.options.statistics_chunk) if self.model.norms else 0
 
     def _fetch(self, rows: Ints, padding: NDArray[np.bool_], round: int, phase: int) -> dict[str, Tensor]:
         picked = torch.from_numpy(rows.reshape(-1))
@@ -134,7 +161,7 @@ class ImageClassification(Supervised):
         }
         if padding.any():
             absent = torch.from_numpy(np.flatnonzero(padding))
-            samples["x"].view(rows.size, -1).index_fill_(0, absent, 0.0)
+            samples["x"].view(rows.size, -1).index_fill_(0, absent, 0)
             samples["y"].view(-1).index_fill_(0, absent, 0)
         return samples
 
@@ -145,7 +172,7 @@ class ImageClassification(Supervised):
             is_own: `images` may be overwritten.
         """
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        if self._is_normal and images.dtype == torch.float32:
+        if (self._is_normal and images.dtype == torch.float32) or images.dtype == torch.int64:
             return images.contiguous(memory_format=memory_format)
         in_place = is_own and images.dtype == torch.float32 and images.is_contiguous(memory_format=memory_format)
         normal = images if in_place else torch.empty(images.shape, memory_format=memory_format)
@@ -171,8 +198,9 @@ class ImageClassification(Supervised):
         """
         sums: dict[str, Tensor] = {}
         if self.num_statistics_chunks:
-            part = chunk_of(len(self.data.train_labels), self.num_statistics_chunks, chunk)
-            self.model.apply(params, self._forward_only(self.data.train_images[part]), ForwardContext(record=sums))
+            part = chunk_of(len(self.partition.indices), self.num_statistics_chunks, chunk)
+            rows = part if self._held is None else self._held[part]
+            self.model.apply(params, self._forward_only(self.data.train_images[rows]), ForwardContext(record=sums))
         return sums
 
     def _forward_only(self, images: Tensor) -> Tensor:

@@ -108,9 +108,15 @@ class DeclaredModel(Model):
 
 
 class ImageModel(DeclaredModel):
-    """Base of the image classifiers; `traits.has_images` is set where there are convolutions."""
+    """Base of the image classifiers; `traits.has_images` is set where there are convolutions.
 
-    def __init__(self, input_shape: tuple[int, int, int], num_labels: int, width: float = 1.0, **params: Any) -> None:
+    Attributes:
+        takes_any_shape: whether samples need not be images.
+    """
+
+    takes_any_shape: ClassVar[bool] = False
+
+    def __init__(self, input_shape: tuple[int, ...], num_labels: int, width: float = 1.0, **params: Any) -> None:
         """Declare the parameters.
 
         Args:
@@ -120,15 +126,21 @@ class ImageModel(DeclaredModel):
             params: further options of the model.
 
         Raises:
-            ConfigError: an unknown or wrong option, or images too small for the model.
+            ConfigError: an unknown or wrong option, or samples that are no images, or too small for the model.
         """
         super().__init__()
         options = parse_options(self.Options, {"width": width, **params}, WHERE)
+        if len(input_shape) != 3 and not self.takes_any_shape:
+            raise ConfigError(
+                f"{WHERE} is for images [channels, height, width], but samples have the shape {input_shape}: take mlp,"
+                " softmax, or a module of your own"
+            )
+        self.num_sample_dims = len(input_shape)
         self.declare(options, input_shape, num_labels)
         if any(len(shape) == 4 for shape in self.shapes.values()):  # it has convolutions
             self.traits = replace(self.traits, has_images=True)
 
-    def declare(self, options: Any, input_shape: tuple[int, int, int], num_labels: int) -> None:
+    def declare(self, options: Any, input_shape: tuple[int, ...], num_labels: int) -> None:
         """Fill `shapes` and `axes` (and `norms`)."""
         raise NotImplementedError
 
@@ -172,8 +184,9 @@ class Softmax(ImageModel):
     """Multinomial logistic regression on the pixels; nothing in it can be cut."""
 
     traits = ModelTraits(stacks_natively=True)
+    takes_any_shape = True
 
-    def declare(self, options: ModelOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
+    def declare(self, options: ModelOptions, input_shape: tuple[int, ...], num_labels: int) -> None:
         """Declare one linear layer."""
         self.add("output", (num_labels, math.prod(input_shape)), (LABEL_AXIS, None))
 
@@ -182,7 +195,7 @@ class Softmax(ImageModel):
 
         Written as W x^T, so that the gradient by W of many stacked clients is the quicker of the two batched products.
         """
-        weight, x = params["output.weight"], x.flatten(-3)
+        weight, x = params["output.weight"], x.flatten(-self.num_sample_dims)
         leaves = _leaves_of_products(params, weight, x)
         product = (weight if leaves is None else weight.detach()) @ x.transpose(-1, -2)
         logits = product.transpose(-1, -2) + params["output.bias"].unsqueeze(-2)
@@ -203,8 +216,9 @@ class MLP(ImageModel):
 
     Options = MLPOptions
     traits = ModelTraits(stacks_natively=True)
+    takes_any_shape = True
 
-    def declare(self, options: MLPOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
+    def declare(self, options: MLPOptions, input_shape: tuple[int, ...], num_labels: int) -> None:
         """Declare the linear layers ``hidden0``, ``hidden1``, ... and ``output``."""
         size, axis, self.dropout = math.prod(input_shape), None, options.dropout
         self.traits = replace(self.traits, uses_key=options.dropout > 0)
@@ -217,7 +231,7 @@ class MLP(ImageModel):
 
     def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return logits, see `ImageModel.apply`."""
-        x, dropout = x.flatten(-3), Dropout(context.key)
+        x, dropout = x.flatten(-self.num_sample_dims), Dropout(context.key)
         for layer in self.hidden:
             x = dropout(rescale(_linear(params, layer, x), context.scale).relu_(), self.dropout)
         return _linear(params, "output", x)
@@ -229,7 +243,7 @@ class CNN(ImageModel):
     1,663,370 parameters on 1 x 28 x 28 with 10 classes.
     """
 
-    def declare(self, options: ModelOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
+    def declare(self, options: ModelOptions, input_shape: tuple[int, ...], num_labels: int) -> None:
         """Declare ``conv0``, ``conv1``, ``hidden`` and ``output``.
 
         Raises:

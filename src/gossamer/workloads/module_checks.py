@@ -88,5 +88,6 @@ def _is_same(apply: Apply, layout: Layout, params: Mapping[str, Tensor], x: Tens
     part, silenced = cut.read(row, row.new_zeros(cut.sub.d)), torch.zeros_like(row)
     cut.write(silenced, part)
     with _WithoutMoments():
-        small, large = apply(cut.sub.views(part), x.to(dtype)), apply(layout.views(silenced), x.to(dtype))
+        given = x.to(dtype) if x.is_floating_point() else x
+        small, large = apply(cut.sub.views(part), given), apply(layout.views(silenced), given)
     return not float((small - large).norm()) > DIFFERENT[dtype] * float(torch.maximum(small.norm(), large.norm()))

@@ -1,8 +1,8 @@
 """How training samples are divided among clients.
 
 A partition of your own is a function ``(labels, num_clients, num_labels, seed, owner, **params) -> Partition``, named
-as ``my_package.my_module:my_partition``. Every partition here is a function of its arguments alone, uses every sample
-exactly once, leaves no client without one, and favours none: the samples of a class are shuffled before they are dealt,
+as ``my_package.my_module:my_partition``. Those that are drawn are functions of their arguments alone, use every sample
+exactly once, leave no client without one, and favour none: the samples of a class are shuffled before they are dealt,
 whatever their order in the data set, and where shares are no whole numbers chance decides who gets one more.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ class Partition:
 
     indices: Ints
     offsets: Ints
+    is_partial: ClassVar[bool] = False
 
     @classmethod
     def of_clients(cls, client: Ints, num_clients: int) -> Partition:
@@ -46,7 +47,7 @@ class Partition:
         )
 
     @classmethod
-    def of_lists(cls, lists: Sequence[Sequence[int]]) -> Partition:
+    def of_lists(cls, lists: Sequence[Sequence[int] | Ints]) -> Partition:
         """Build a partition from the sample numbers of each client."""
         sizes = np.array([len(entry) for entry in lists], dtype=np.int64)
         indices = np.concatenate([np.asarray(entry, dtype=np.int64) for entry in lists]) if len(lists) else sizes
@@ -64,6 +65,8 @@ class Partition:
     def checked(self, name: str, num_clients: int, total: int, min_samples: int = 1) -> Partition:
         """Return this partition if it uses each of `total` samples once and gives all clients at least `min_samples`.
 
+        A `PartialPartition` may leave samples out.
+
         Raises:
             DataError: it does not.
         """
@@ -77,15 +80,16 @@ class Partition:
                 f"partition {name!r} uses sample {outside[0]}, which is outside 0 .. {total - 1}: correct it"
             )
         used = np.bincount(self.indices, minlength=total)
-        wrong = np.flatnonzero(used != 1)
+        wrong = np.flatnonzero((used > 1) if self.is_partial else (used != 1))
         if len(wrong):
             raise DataError(
                 f"partition {name!r} uses sample {wrong[0]} {used[wrong[0]]} times: use each of {total} samples once"
+                + ("" if used[wrong[0]] else ", or say that the partition is partial, where it may be so")
             )
-        if self.offsets[0] != 0 or self.offsets[-1] != total:
+        if self.offsets[0] != 0 or self.offsets[-1] != len(self.indices):
             raise DataError(
                 f"partition {name!r} has offsets from {self.offsets[0]} to {self.offsets[-1]}:"
-                f" let them run from 0 to {total}"
+                f" let them run from 0 to {len(self.indices)}"
             )
         smallest = int(np.argmin(self.num_samples))
         if self.num_samples[smallest] < min_samples:
@@ -94,6 +98,12 @@ class Partition:
                 f" {min_samples}: lower the number of clients or min_samples, or choose a less skewed partition"
             )
         return self
+
+
+class PartialPartition(Partition):
+    """A partition that may leave samples out, which are then not trained on."""
+
+    is_partial = True
 
 
 class IidOptions(Options):

@@ -25,7 +25,7 @@ class PreActResNet18(ImageModel):
     its residual sums, and the inside of each of the 8 blocks.
     """
 
-    def declare(self, options: ModelOptions, input_shape: tuple[int, int, int], num_labels: int) -> None:
+    def declare(self, options: ModelOptions, input_shape: tuple[int, ...], num_labels: int) -> None:
         """Declare ``stem``, ``stage<i>.block<j>.{norm0,conv0,norm1,conv1[,shortcut]}``, ``norm`` and ``output``."""
         widths = [window_length(size, options.width) for size in STAGE_WIDTHS]
         self.blocks: list[tuple[str, int]] = []

@@ -1,0 +1,38 @@
+"""Labelled samples that are no images: rows of a table, tokens, time series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gossamer.errors import DataError
+from gossamer.workloads.datasets import ImageData, require_tensors
+
+
+@dataclass(frozen=True, eq=False)
+class SampleData(ImageData):
+    """Samples that are no images, such as rows of a table or tokens, with their labels; else as `ImageData`.
+
+    Attributes:
+        train_images, test_images: samples [N, ...]: float32 or uint8, normalised by `mean` and `std` of each entry of
+            their second dimension (such as the features of a table), or int64, which are given to models as they are.
+    """
+
+    def _check_samples(self, where: str, images: Any, labels: Any) -> None:
+        require_tensors(where, images, labels)
+        if images.dim() < 2 or 0 in images.shape[1:] or images.dtype not in (torch.uint8, torch.float32, torch.int64):
+            raise DataError(
+                f"{where} has samples of type {images.dtype} and shape {tuple(images.shape)}: give float32, uint8 or"
+                " int64 [N, ...]"
+            )
+
+    def _check_moments(self) -> None:
+        if self.train_images.dtype == torch.int64:  # of tokens
+            object.__setattr__(self, "mean", (0.0,) * self.shape[0])
+            object.__setattr__(self, "std", (1.0,) * self.shape[0])
+        super()._check_moments()
+
+    def _check_units(self, given_std: tuple[float, ...] | None) -> None:
+        """Check nothing: features may be rare."""

@@ -1,0 +1,160 @@
+"""Samples that are read when they are needed, from a torch data set or from files, in the place of a tensor."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+SMALL_BYTES = 1 << 30  # up to which samples are kept in memory, and moments are computed at once
+PIECE_BYTES = 1 << 24  # that are read at a time where all samples are gone through
+
+
+class Source(Protocol):
+    """Where samples are read from."""
+
+    def read(self, rows: NDArray[np.int64]) -> Tensor:
+        """Return the samples of these numbers, [len(rows), ...], in memory of their own."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LazySamples:
+    """Samples [N, ...] of which a workload reads those that it needs.
+
+    Attributes:
+        source: where they are read from.
+        rows: int64 [N], their numbers in the source.
+        sample_shape: shape of one.
+        dtype: type of all of them.
+        digest: digest of what the source holds, see `gossamer.workloads.digests`.
+    """
+
+    source: Source
+    rows: Tensor
+    sample_shape: tuple[int, ...]
+    dtype: torch.dtype
+    digest: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape that they would have as a tensor."""
+        return len(self), *self.sample_shape
+
+    def dim(self) -> int:
+        """Return the number of dimensions that they would have as a tensor."""
+        return 1 + len(self.sample_shape)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice | Tensor) -> Tensor:
+        """Read some samples, by a slice or by their numbers, int64 [b]."""
+        return self.source.read(self.rows[part].numpy())
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Read samples by their numbers, int64 [b], along the first dimension, as `torch.index_select` does."""
+        assert dim == 0
+        return self[index]
+
+    def subset(self, index: Tensor) -> LazySamples:
+        """Return the samples of these numbers, int64 [b], to be read later."""
+        return replace(self, rows=self.rows[index])
+
+
+Samples = Tensor | LazySamples
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Reads samples from an array in a file that is mapped into memory.
+
+    Attributes:
+        array: the array, uint8, float32 or int64 [N, ...].
+    """
+
+    array: NDArray[Any]
+
+    def read(self, rows: NDArray[np.int64]) -> Tensor:
+        """Return some samples, see `Source`."""
+        return torch.from_numpy(np.ascontiguousarray(self.array[rows]))
+
+
+def take(samples: Samples, index: Tensor) -> Samples:
+    """Return the samples of these numbers, int64 [b]: a copy in memory, or nothing read yet."""
+    return samples.subset(index) if isinstance(samples, LazySamples) else samples[index]
+
+
+def num_bytes(samples: Samples) -> int:
+    """Return the bytes that samples take, or would take, in memory."""
+    return int(np.prod(samples.shape)) * samples.dtype.itemsize
+
+
+def pieces(samples: Samples) -> Iterator[Tensor]:
+    """Go through samples in pieces of about `PIECE_BYTES`."""
+    step = max(1, PIECE_BYTES // max(1, num_bytes(samples) // max(1, len(samples))))
+    for start in range(0, len(samples), step):
+        yield samples[start : start + step]
+
+
+def channel_moments(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel (or feature) of uint8 or float32 samples [N, C, ...].
+
+    A channel of one value only gets the standard deviation 1, so that dividing by it is harmless. Floats beyond
+    `SMALL_BYTES` are gone through in pieces whose moments are merged (Chan, Golub and LeVeque, 1979).
+    """
+    if samples.dtype == torch.uint8:
+        return _moments_of_bytes(samples)
+    if isinstance(samples, Tensor) and num_bytes(samples) <= SMALL_BYTES:
+        each = [torch.var_mean(_channel(samples, c).to(torch.float64), correction=0) for c in range(samples.shape[1])]
+        variance, mean = (torch.stack(list(values)) for values in zip(*each, strict=True))
+    else:
+        variance, mean = _moments_of_pieces(samples)
+    return tuple(map(float, mean)), tuple(float(one) or 1.0 for one in variance.sqrt())
+
+
+def _channel(samples: Tensor, channel: int) -> Tensor:
+    return samples[:, channel].reshape(-1)
+
+
+def _moments_of_bytes(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    counts = torch.zeros(samples.shape[1], 256, dtype=torch.int64)
+    for piece in pieces(samples):
+        for channel in range(len(counts)):
+            counts[channel] += torch.bincount(_channel(piece, channel), minlength=256)
+    means, stds, level = [], [], torch.arange(256, dtype=torch.float64)
+    for of_channel in counts:
+        weight = of_channel.to(torch.float64) / int(of_channel.sum())
+        mean = (weight * level).sum()
+        means.append(float(mean))
+        stds.append(float((weight * (level - mean) ** 2).sum().sqrt()) or 1.0)
+    return tuple(means), tuple(stds)
+
+
+def _moments_of_pieces(samples: Samples) -> tuple[Tensor, Tensor]:
+    """Return variance and mean of each channel, float64 [C]."""
+    count, mean = 0, torch.zeros(samples.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(mean)
+    for piece in pieces(samples):
+        values = piece.to(torch.float64).transpose(0, 1).flatten(1)
+        variance, mean_here = torch.var_mean(values, dim=1, correction=0)
+        more, total = values.shape[1], count + values.shape[1]
+        apart = mean_here - mean
+        squares += variance * more + apart**2 * (count * more / total)
+        mean += apart * (more / total)
+        count = total
+    return squares / count, mean
+
+
+def digest_of_samples(samples: Samples) -> str:
+    """Return a digest of type, shape and bytes of samples, gone through in pieces."""
+    digest = hashlib.blake2b(f"{samples.dtype} {samples.shape};".encode(), digest_size=16)
+    for piece in pieces(samples):
+        digest.update(piece.contiguous().numpy().reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
