@@ -107,9 +107,9 @@ def _check_init(workload: Workload) -> None:
         torch.equal(row, workload.init(3)),
         "init must depend on the seed alone: draw from a generator made from the seed",
     )
-    whole, views = workload.params_of(row), layout.views(row)
+    whole, views, merges = workload.params_of(row), layout.views(row), workload.traits.merges_parameters
     require(
-        all(name in whole and torch.equal(whole[name], view) for name, view in views.items()),
+        all(torch.equal(whole[name], view) if name in whole else merges for name, view in views.items()),
         "params_of must return all parameters of the layout as they are in the row: add others to layout.views(row)",
     )
 

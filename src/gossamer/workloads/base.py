@@ -49,7 +49,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -237,6 +237,7 @@ class ForwardContext:
             (float64 [channels]) and ``"<layer>.count"`` (float64 []), which may be added up over batches.
         training: whether it is part of training; False while metrics are computed.
         key: int64 [], or [s] of stacked participants: random bits from which dropout masks follow; None: no dropout.
+        factors: ``{weight: (A [r, i], B [o, r])}``: low-rank products ``B A`` to be added to weights [o, i].
     """
 
     scale: float | Tensor = 1.0
@@ -244,6 +245,7 @@ class ForwardContext:
     record: dict[str, Tensor] | None = None
     training: bool = True
     key: Tensor | None = None
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def is_scaled(self) -> bool:
@@ -282,6 +284,19 @@ class Model(Protocol):
             context: how they are treated on their way.
         """
         ...
+
+
+class WithConstants:
+    """Base of models that have parameters which are not trained, beside those that lie in a row."""
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """What is not trained: parameters, and buffers."""
+        raise NotImplementedError
+
+    def whole(self, params: Params) -> dict[str, Tensor]:
+        """Return all parameters in the model's order: those given, and those that are not trained."""
+        raise NotImplementedError
 
 
 METHODS = (

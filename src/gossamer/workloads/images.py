@@ -19,10 +19,10 @@ from gossamer.submodel.layout import Axes
 from gossamer.workloads.augment import crop_flip
 from gossamer.workloads.base import ForwardContext, Model, Params, Sums
 from gossamer.workloads.datasets import ImageData
-from gossamer.workloads.digests import digest_of
 from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by
 from gossamer.workloads.models import Fitting
 from gossamer.workloads.modules import TRIED, ModuleModel, seed_of, seeded
+from gossamer.workloads.parts import PartlyTrained
 from gossamer.workloads.plugins import Spec, with_sizes
 from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, chunk_of, cross_entropies
 
@@ -93,23 +93,13 @@ class ImageClassification(Supervised):
         return model
 
     def _axes(self, whole_models: bool) -> Axes:
-        if whole_models and isinstance(self.model, ModuleModel):
+        if whole_models and isinstance(self.model, ModuleModel | PartlyTrained):
             return self.model.whole_axes
         return self.model.axes
 
     @property
     def _has_tokens(self) -> bool:
         return self.data.train_images.dtype == torch.int64  # type: ignore[no-any-return]
-
-    def digest(self) -> str:
-        """Return a digest of the data set, its partition, and what is constant in the model."""
-        constants = self.model.constants if isinstance(self.model, ModuleModel) else {}
-        return digest_of(super().digest(), constants) if constants else super().digest()
-
-    def params_of(self, row: Tensor) -> dict[str, Tensor]:
-        """Return the whole model of a flat row [d], the frozen parameters of a module included."""
-        params = super().params_of(row)
-        return self.model.whole(params) if isinstance(self.model, ModuleModel) else params
 
     @torch.no_grad()
     def warnings_of(self, batch_size: int) -> tuple[str, ...]:

@@ -58,8 +58,18 @@ class Mending(TorchFunctionMode):
         return Dim(None) if axes is None else as_dim(axes[position])
 
     def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Apply the scaler."""
-        return F.linear(self.scaled(input, weight, 1), weight, bias)
+        """Apply the scaler, and add low-rank factors."""
+        output, factors = F.linear(self.scaled(input, weight, 1), weight, bias), self._factors_of(weight)
+        return output if factors is None else output + F.linear(F.linear(input, factors[0]), factors[1])
+
+    def embedding(self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **named: Any) -> Any:
+        """Add low-rank factors."""
+        output, factors = F.embedding(input, weight, padding_idx, *rest, **named), self._factors_of(weight)
+        return output if factors is None else output + F.embedding(input, factors[1], padding_idx) @ factors[0]
+
+    def _factors_of(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what stands beside a weight, see `ForwardContext`."""
+        return self._context.factors.get(self._names.get(id(weight), ""))
 
     def attend(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Attend with the heads, or the channels in every head, that the weights have left.
@@ -102,7 +112,11 @@ class Mending(TorchFunctionMode):
         head_dim = embed_dim_to_check // num_heads
         dim = Dim(None) if is_whole else self._dim(in_proj_weight, 0)
         split = (-1, head_dim) if dim.inner == head_dim else (num_heads, -1)
-        projected = (F.linear(*three) for three in zip(rows, weights, biases, strict=True))
+        projected = [F.linear(*three) for three in zip(rows, weights, biases, strict=True)]
+        factors = self._factors_of(in_proj_weight)
+        if factors is not None:
+            added = (F.linear(F.linear(x, factors[0]), b) for x, b in zip(rows, factors[1].chunk(3), strict=True))
+            projected = [one + other for one, other in zip(projected, added, strict=True)]
         q, k, v = (torch.unflatten(one, -1, split).transpose(-3, -2) for one in projected)
         scores = q * head_dim**-0.5 @ k.transpose(-2, -1)
         if dim.cuttable and dim.inner != head_dim:  # then the products just now were sums over a cut width
@@ -222,6 +236,7 @@ def _transposed_convolution(function: Callable[..., Tensor]) -> Callable[..., Te
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 _MENDED: dict[Any, Callable[..., Any]] = {
     F.linear: Mending.linear,
+    F.embedding: Mending.embedding,
     F.multi_head_attention_forward: Mending.attend,
     F.scaled_dot_product_attention: Mending.attend_scaled,
     F.dropout: _dropout(lambda _: None),

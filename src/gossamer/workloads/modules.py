@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ from gossamer.errors import ConfigError, GossamerError
 from gossamer.submodel.layout import Axes, AxisSpec, Layout
 from gossamer.submodel.tracing import Attention, Keep, trace_axes
 from gossamer.threads import one_thread
-from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
+from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, WithConstants
 from gossamer.workloads.mending import Mending
 from gossamer.workloads.module_checks import is_same_function
 from gossamer.workloads.traits import ModelTraits
@@ -25,7 +25,7 @@ TRIED = 3  # samples on which a module is tried
 CLOSE = 1e-4  # relative; kernels round differently from shape to shape
 
 
-class ModuleModel:
+class ModuleModel(WithConstants):
     """A plain module as a `gossamer.workloads.base.Model`.
 
     A workload wraps a module class, or a function that returns a module, by itself. Wrap it yourself to choose what is
@@ -84,6 +84,7 @@ class ModuleModel:
             ConfigError: the module cannot be trained as it is; the message says why.
         """
         self._build, self._num_labels = build, num_labels
+        self._kept_constant = frozenset[str]()
         self._attention, self._keep = attention, keep
         self._axes: Axes | None = None
         self._drops = False  # whether a forward pass with a key had dropout
@@ -133,6 +134,17 @@ class ModuleModel:
         if seed != self._seed:
             self._take(seed)
 
+    def keep_constant(self, names: Collection[str]) -> None:
+        """Take parameters out of training, as if they required no gradient."""
+        self._kept_constant, self._axes = frozenset(names), None
+        self._take(self._seed)
+
+    @torch.no_grad()
+    def try_out(self, params: Mapping[str, Tensor], apply: Callable[[Mapping[str, Tensor], Tensor], Tensor]) -> Tensor:
+        """Return what `apply` makes of parameters and a few samples of noise."""
+        with one_thread():
+            return apply(params, self._samples)
+
     @property
     def constants(self) -> dict[str, Tensor]:
         """Frozen parameters and buffers."""
@@ -162,6 +174,9 @@ class ModuleModel:
         """Build a module from a seed, without the running moments of BatchNorm layers that are trained."""
         with seeded(seed):
             module = self._build().train()
+        for name, param in module.named_parameters():
+            if name in self._kept_constant:
+                param.requires_grad_(False)
         for layer in module.modules():
             if isinstance(layer, BatchNorm) and layer.training:
                 layer.running_mean = layer.running_var = layer.num_batches_tracked = None
@@ -185,7 +200,7 @@ class ModuleModel:
             (trained if param.requires_grad else self.frozen)[key] = param.detach()
             if param.requires_grad and param.dtype != torch.float32:
                 raise ConfigError(f"model {name!r}: parameter {key!r} is {param.dtype}: make it float32")
-        if not trained:
+        if not trained and not self._kept_constant:
             what = "parameters that require a gradient" if self.frozen else "parameters"
             raise ConfigError(f"model {name!r} has no {what}: there is nothing to train")
         self._params, self.shapes = trained, {key: tuple(value.shape) for key, value in trained.items()}

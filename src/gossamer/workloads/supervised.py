@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -18,10 +19,20 @@ from gossamer import rng
 from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Axes, Layout
-from gossamer.workloads.base import Batch, ForwardContext, Model, Params, Sums, Workload, require_model
+from gossamer.workloads.base import (
+    Batch,
+    ForwardContext,
+    Model,
+    Params,
+    Sums,
+    WithConstants,
+    Workload,
+    require_model,
+)
 from gossamer.workloads.digests import digest_of
 from gossamer.workloads.label_sets import mask_logits
 from gossamer.workloads.partitions import Partition
+from gossamer.workloads.parts import LoRAOptions, PartlyTrained
 from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
 from gossamer.workloads.traits import WorkloadTraits
 
@@ -39,6 +50,8 @@ class SupervisedOptions(Options):
         evaluation_chunk: most samples that are evaluated at a time.
         validation: share of the training data that is held out and evaluated instead of the test data, by which to
             choose learning rates and the like. Metrics are then called ``validation_accuracy`` and so on.
+        frozen: patterns of parameters that are constants, such as ``"backbone.*"``: neither trained, nor sent, nor cut.
+        lora: low-rank factors that are trained in the place of all parameters, see `LoRAOptions`.
     """
 
     dataset: Spec
@@ -46,6 +59,8 @@ class SupervisedOptions(Options):
     label_mask: Literal["none", "zero", "minus-inf"] = "none"
     evaluation_chunk: int = Field(1000, ge=1)
     validation: float | None = Field(None, gt=0, lt=1)
+    frozen: tuple[str, ...] = ()
+    lora: LoRAOptions | None = None
 
 
 class Supervised(Workload):
@@ -99,6 +114,10 @@ class Supervised(Workload):
         name, function, params = plug_in(self.model_kind, self.options.model, "workload.model")
         self.model = self._make_model(function, params)
         require_model(f"workload.model {name!r}", self.model)
+        if self.options.frozen or self.options.lora is not None:
+            source = partial(rng.generator, self.seed, "init-model")
+            parted: Any = PartlyTrained(self.model, self.options.frozen, self.options.lora, source)
+            self.model = parted
         self.layout = Layout.of(self.model.shapes, self._axes(whole_models))
         if params.get("width", 1.0) != 1.0 and not self.layout.cut_axes:
             self.warnings += (f"workload.model.width changes nothing, because model {name!r} has no hidden width",)
@@ -110,6 +129,7 @@ class Supervised(Workload):
             stacks_natively=model.stacks_natively,
             has_images=model.has_images,
             uses_key=model.uses_key,
+            merges_parameters=self.options.lora is not None,
             # whether the loss is this class's own, which asks for no gradient itself
             leaves_products=own.loss is Supervised.loss and own.logits is Supervised.logits,
         )
@@ -173,8 +193,15 @@ class Supervised(Workload):
         return self.layout.flatten(self.model.init(rng.generator(seed, "init-model")))
 
     def digest(self) -> str:
-        """Return a digest of the data set and its partition."""
-        return digest_of(self.data, self.partition)
+        """Return a digest of the data set, its partition, and what is constant in the model."""
+        constants = self.model.constants if isinstance(self.model, WithConstants) else {}
+        found = digest_of(self.data, self.partition)
+        return digest_of(found, constants) if constants else found
+
+    def params_of(self, row: Tensor) -> dict[str, Tensor]:
+        """Return the whole model of a flat row [d]: frozen parameters included, low-rank factors merged."""
+        params = super().params_of(row)
+        return self.model.whole(params) if isinstance(self.model, WithConstants) else params
 
     def client_labels(self, clients: Ints) -> Tensor:
         """Return bool [s, num_labels]: the labels of each client's training data."""

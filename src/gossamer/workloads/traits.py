@@ -23,6 +23,7 @@ class WorkloadTraits(Traits):
         leaves_products: whether `Workload.loss` may be given `Leaves` that are factored; if not, a plain dict is given.
         tokens_per_sample: tokens that a training sample is made of, by which a record has ``total_tokens``; None: it is
             not made of tokens.
+        merges_parameters: whether `Workload.params_of` returns merged parameters in the place of some of a row's.
         uses_key: whether `Workload.loss` draws random numbers, by ``batch["key"]``.
         has_peer_init: whether peers start from models of their own, `Workload.peer_init`.
         has_peer_metrics: whether there are metrics of all peers' models, `Workload.peer_metrics`.
@@ -36,6 +37,7 @@ class WorkloadTraits(Traits):
     has_images: bool = False
     leaves_products: bool = False
     tokens_per_sample: int | None = None
+    merges_parameters: bool = False
     uses_key: bool = False
     has_peer_init: bool = False
     has_peer_metrics: bool = False
@@ -43,9 +45,15 @@ class WorkloadTraits(Traits):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelTraits(Traits):
-    """What a model can and cannot do; see `WorkloadTraits` for each, which a workload takes over from its model."""
+    """What a model can and cannot do; see `WorkloadTraits` for what a workload takes over from its model.
+
+    Attributes:
+        adaptable: whether ``F.linear`` and ``F.embedding`` are called with the parameters themselves, so that low-rank
+            factors can stand beside these.
+    """
 
     supports_stacking: bool = True
     stacks_natively: bool = False
     has_images: bool = False
     uses_key: bool = False
+    adaptable: bool = False

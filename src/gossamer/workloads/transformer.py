@@ -96,7 +96,7 @@ class Transformer(DeclaredModel):
         """
         super().__init__()
         self.options = options = parse_options(TransformerOptions, params, WHERE)
-        self.traits = ModelTraits(uses_key=options.dropout > 0)
+        self.traits = ModelTraits(uses_key=options.dropout > 0, adaptable=True)
         self.blocks = tuple(f"block{i}" for i in range(options.num_blocks))
         self.head_dim, self.num_heads = options.stream // options.num_heads, options.num_heads
         if options.cut == "heads":

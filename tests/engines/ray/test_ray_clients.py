@@ -74,6 +74,12 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen parameters": mixed("fedrolex", (0.5, 1.0))
     | {"workload.model": "user_modules:Adapted", "train.weight_decay": 0.1, "rounds": 2},
     "dropout": mixed("fedrolex", (0.5, 1.0), **STACKED) | {"workload.model": "user_modules:Dropping", "rounds": 2},
+    "low-rank factors": mixed("heterofl", (0.5, 1.0))
+    | {
+        "workload.model": "user_modules:Tokens",
+        "workload.lora": {"rank": 4, "targets": ["hidden", "*.out_proj"], "train": ["head.*"]},
+    }
+    | {"rounds": 2},
     "float64": {
         "workload": {"name": "least-squares", "dim": 5, "num_samples": 12, "heterogeneity": 1.0},
         "train.batch_size": 4,
