@@ -43,6 +43,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "fedadam": "gossamer.algorithms.fedopt:FedAdam",
         "fedyogi": "gossamer.algorithms.fedopt:FedYogi",
         "fedadagrad": "gossamer.algorithms.fedopt:FedAdagrad",
+        "hetlora": "gossamer.algorithms.lora:HetLoRA",
+        "flexlora": "gossamer.algorithms.lora:FlexLoRA",
         "diloco": "gossamer.algorithms.diloco:DiLoCo",
         "all-smallest": "gossamer.algorithms.federated:AllSmallest",
         "all-largest": "gossamer.algorithms.federated:AllLargest",

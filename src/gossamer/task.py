@@ -42,7 +42,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
     sub, train = config.submodel, config.train
     assert sub.strategy is not None
     assert sub.scaler is not None
-    strategy = find_strategy(sub.strategy)
+    strategy, algorithm = find_strategy(sub.strategy), algorithm.of_model(workload.layout)
     whole = algorithm.traits.full_size
     cutter = Cutter(workload.layout, strategy, sub.stride, config.seed, sub.offsets, full_size=whole)
     optimizer = LocalSGD(train.momentum, train.weight_decay, train.clip_norm)

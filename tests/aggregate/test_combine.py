@@ -133,3 +133,27 @@ def test_payloads_are_not_changed() -> None:
     combine(LAYOUT, {"x": "mean", "count": "sum"}, parts)
     for one, sums in zip(parts, before, strict=True):
         assert all(torch.equal(one.sums[name], row) for name, row in sums.items())
+
+
+class TestRows:
+    def test_stay_apart_in_the_order_given(self) -> None:
+        """Padded with zeros where a participant holds nothing, and not weighted."""
+        parts = []
+        for capacity, values, weights in ((0.5, (1.0, 2.0), (3.0, 4.0)), (0.75, (5.0,), (0.5,))):
+            cut = CUTTER.cut(capacity, 0, 0)
+            rows = [torch.full((cut.sub.d,), value) for value in values]
+            parts.append(Part(cut, {}, sum(weights), None, {"x": rows}, weights))
+        inbox = combine(LAYOUT, {"x": "rows"}, parts)
+        x, held, weight = inbox["x"], inbox["held"], inbox["weights"]
+        assert x is not None
+        assert held is not None
+        assert weight is not None
+        assert weight.tolist() == [3.0, 4.0, 0.5]
+        assert [LAYOUT.views(row)["w"][:, 0].tolist() for row in x] == [[1, 1, 0, 0], [2, 2, 0, 0], [5, 5, 5, 0]]
+        assert [LAYOUT.views(row)["output"][1].tolist() for row in x] == [[1, 1, 0, 0], [2, 2, 0, 0], [5, 5, 5, 0]]
+        assert LAYOUT.views(held)["output"].tolist() == [[True] * 3 + [False]] * 2
+
+    def test_whole_models_hold_everything(self) -> None:
+        cut = CUTTER.cut(1.0, 0, 0)
+        inbox = combine(LAYOUT, {"x": "rows"}, [Part(cut, {}, 1.0, None, {"x": [torch.ones(LAYOUT.d)]}, [1.0])])
+        assert inbox["held"] is None

@@ -27,7 +27,7 @@ from gossamer.submodel.windows import Window
 
 PLAIN = (
     *("fedavg", "fedrolex", "heterofl", "federated-dropout", "fjord", "all-smallest", "all-largest"),
-    *("fednova", "fedadam", "fedyogi", "fedadagrad"),
+    *("hetlora", "flexlora", "fednova", "fedadam", "fedyogi", "fedadagrad"),
     *("dsgd", "gossip-pga", "d2", "exact-diffusion", "push-sum", "choco-sgd", "dsgd-ceca"),
 )
 SIZE = 16

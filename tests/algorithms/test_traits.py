@@ -74,8 +74,7 @@ class TestTraits:
             ({"num_phases": True}, "num_phases = True: input should be a valid integer"),
             ({"num_phases": 1.5}, "num_phases = 1.5: input should be a valid integer"),
             ({"strategy": 3}, "strategy = 3: input should be a valid string"),
-            ({"uplink": {"x": "average"}}, "uplink.x = 'average': input should be 'mean' or 'sum'"),
-            ({"uplink": {"x": "rows"}}, "uplink.x = 'rows': input should be 'mean' or 'sum'"),
+            ({"uplink": {"x": "average"}}, "uplink.x = 'average': input should be 'mean', 'sum' or 'rows'"),
             ({"uplink": ("x",)}, "uplink = .*: input should be a valid dictionary"),
             ({"downlink": "x"}, "downlink = 'x': input should be a valid tuple"),
             ({"client_arrays": ["control"]}, r"client_arrays = \['control'\]: input should be a valid tuple"),
@@ -94,6 +93,8 @@ class TestTraits:
         [
             ({"uplink": {}}, "uplink names no payload"),
             ({"uplink": {"x": "mean", "held": "sum"}}, r"uplink names \['held'\], which an inbox holds"),
+            ({"uplink": {"x": "rows"}, "downlink": None}, "uplink has rows, which only a server receives"),
+            ({"uplink": {"x": "mean", "n": "rows"}, "scalars": ("n",)}, "as rows, but these are numbers"),
             ({"codecs": {"x": make_codec("sign")}}, r"codecs compress \['x'\] with a loss, which only peers do yet"),
             ({"codecs": {"x": make_codec({"name": "top-k", "k": 5})}}, r"codecs compress \['x'\] with a loss"),
             (
@@ -193,7 +194,7 @@ class TestPlugIns:
         [
             (3, "is a int without traits, init, "),
             (dict, "is a dict without traits, init, .*: derive it from gossamer.algorithms.base.Algorithm, or"),
-            (Mapped, "is a Mapped without traits, of_phase, of_capacity, is_plain_sgd, "),
+            (Mapped, "is a Mapped without traits, of_phase, of_model, of_capacity, "),
             (without("traits"), "is a Mine without traits: "),
             (without("update"), "is a Mine without update: "),
             (without("step", "end"), "is a Mine without step, end: "),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from gossamer.aggregate.selective import SelectiveMean
@@ -21,12 +22,16 @@ class Part:
         sums: ``{name: tensor [d_sub]}``, [1] of scalars; weighted where the uplink says "mean".
         weight: their total weight.
         label_weights: float32 [num_labels], the same per label, or None where labels are not told apart.
+        rows: ``{name: every participant's tensor [d_sub]}`` where the uplink says "rows"; they are not weighted.
+        weights: weight of each of them.
     """
 
     cut: Cut
     sums: Mapping[str, Tensor]
     weight: float
     label_weights: Tensor | None
+    rows: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
+    weights: Sequence[float] = ()
 
 
 def combine(
@@ -36,18 +41,22 @@ def combine(
 
     Args:
         layout: the whole model's layout.
-        uplink: ``{name: "mean" | "sum"}``: a mean divides by the holders of each coordinate, a sum does not.
+        uplink: ``{name: "mean" | "sum" | "rows"}``: a mean divides by the holders of each coordinate, a sum does not,
+            and rows stay apart.
         parts: parts, at least one.
         scalars: names among `uplink` that are one number a participant: a mean divides by the weight of all parts.
 
     Returns:
-        ``{name: [d]}``, [1] of scalars, and ``"held"``: bool [d] of the coordinates that somebody held, or None if all
-        were.
+        ``{name: [d]}``, [1] of scalars, [p, d] of rows, which are 0 where a participant holds nothing; ``"held"``: bool
+        [d] of the coordinates that somebody held, or None if all were; and, with rows, ``"weights"``: [p].
     """
     inbox: dict[str, Tensor | None] = {"held": None}
     for name, kind in uplink.items():
         if name in scalars:
             inbox[name] = _combine_scalar(name, kind, parts)
+        elif kind == "rows":
+            inbox[name] = _padded_rows(layout, name, parts)
+            inbox["weights"] = torch.tensor([weight for part in parts for weight in part.weights])
         elif kind == "sum":
             total = parts[0].sums[name].new_zeros(layout.d)
             for part in parts:
@@ -60,7 +69,24 @@ def combine(
             for part in parts:
                 mean.add(part.cut, part.sums[name], part.weight, part.label_weights)
             inbox[name], inbox["held"] = mean.result()
+    if "weights" in inbox and inbox["held"] is None:
+        inbox["held"] = _held(layout, parts)
     return inbox
+
+
+def _padded_rows(layout: Layout, name: str, parts: Sequence[Part]) -> Tensor:
+    sent = [(part.cut, row) for part in parts for row in part.rows[name]]
+    rows = sent[0][1].new_zeros(len(sent), layout.d)
+    for target, (cut, row) in zip(rows, sent, strict=True):
+        cut.write(target, row)
+    return rows
+
+
+def _held(layout: Layout, parts: Sequence[Part]) -> Tensor | None:
+    held = torch.zeros(layout.d, dtype=torch.bool)
+    for part in parts:
+        part.cut.write(held, torch.ones(part.cut.sub.d, dtype=torch.bool))
+    return None if bool(held[layout.coordinates].all()) else held
 
 
 def _combine_scalar(name: str, kind: str, parts: Sequence[Part]) -> Tensor:

@@ -124,13 +124,23 @@ class Algorithm(Protocol):
         Args:
             state: arrays [1, d]; they may be changed in place.
             inbox: the combined payload under the uplink's names, [1, d] each, [1, 1] of scalars; ``inbox["held"]`` is
-                a bool mask [1, d] of the coordinates that some participant held, or None if all were.
+                a bool mask [1, d] of the coordinates that some participant held, or None if all were. Where the uplink
+                says "rows", all of them instead, [p, d], with 0 where a participant holds nothing, in an order that
+                follows from the plan; ``inbox["weights"]`` [p] has their weights, which they are not multiplied by.
             num_clients: registered clients.
         """
         ...
 
     def of_phase(self, phase: int) -> Algorithm:
         """Return the algorithm as it is in a phase of a round, counted from 0, where traits say `num_phases`."""
+        return self
+
+    def of_model(self, layout: Layout) -> Algorithm:
+        """Return the algorithm for a model of this layout; called once, before anything else.
+
+        Raises:
+            ConfigError: it is not for such models.
+        """
         return self
 
     def of_capacity(self, layout: Layout, capacity: float) -> Algorithm:

@@ -10,9 +10,9 @@ from gossamer.aggregate.codecs import Codec
 from gossamer.errors import ConfigError
 from gossamer.options import Traits
 
-Uplink = Literal["mean", "sum"]
+Uplink = Literal["mean", "sum", "rows"]
 LONG_ROW = 1 << 40  # numbers, of which a codec that keeps k loses some
-RESERVED = {"held", "sent", "lr"}  # what an inbox holds beside the payloads
+RESERVED = {"held", "sent", "lr", "weights"}  # what an inbox holds beside the payloads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class AlgorithmTraits(Traits):
     A reason is the end of a sentence, after "because"; None: there is none.
 
     Attributes:
-        uplink: ``{payload name: "mean" (weighted, over the holders of a coordinate) | "sum"}``. Peers' payloads are
-            mixed by W either way; where not all hold a coordinate, a mean divides the weights by their sum over the
-            holders.
+        uplink: ``{payload name: "mean" (weighted, over the holders of a coordinate) | "sum" | "rows" (those of every
+            participant, see `Algorithm.update`)}``. Peers' payloads, which may not be rows, are mixed by W either way;
+            where not all hold a coordinate, a mean divides the weights by their sum over the holders.
         downlink: names of the state arrays that a participant receives; None: the participants are peers, who hold the
             state themselves.
         client_arrays: names of the arrays that `init_client` makes; () if clients keep nothing. They are kept in the
@@ -126,6 +126,12 @@ class AlgorithmTraits(Traits):
             f"num_phases = {self.num_phases}, merge_every = {self.merge_every}: give numbers from 1 on": lowest < 1,
             "has_local_loss = True trains participants one by one: set stackable to False": (
                 self.has_local_loss and self.stackable
+            ),
+            "uplink has rows, which only a server receives: give mean or sum to peers": (
+                peers and "rows" in self.uplink.values()
+            ),
+            f"uplink gives {self.scalars} as rows, but these are numbers: give mean or sum": any(
+                self.uplink.get(name) == "rows" for name in self.scalars
             ),
             "leaves_products = True is about a local loss: set has_local_loss to True": (
                 self.leaves_products and not self.has_local_loss

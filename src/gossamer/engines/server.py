@@ -64,7 +64,7 @@ class FederatedEngine(ABC):
         self._results: list[tuple[Block, list[bool]]] = []
         self._trees: dict[tuple[int, str], TreeSum] = {}
         self._sums: dict[tuple[int, str], Tensor] = {}
-        self._window_rows: dict[tuple[int, str], Tensor] = {}
+        self._rows: dict[tuple[int, str], Tensor] = {}  # those that are not added up within their variant
         self._private: dict[int, dict[str, Tensor]] = {}
 
     @abstractmethod
@@ -92,7 +92,7 @@ class FederatedEngine(ABC):
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
         """Train the plan's participants, and keep sums for `exchange`."""
         self._phase = self._task.phases[plan.phase]
-        self._results, self._sums, self._window_rows, self._private = [], {}, {}, {}
+        self._results, self._sums, self._rows, self._private = [], {}, {}, {}
         for axis, order in self._task.cutter.order(self._state["x"][0]).items():
             self._order[axis].copy_(order)
         trees = self._trees = dict[tuple[int, str], TreeSum]()
@@ -127,7 +127,8 @@ class FederatedEngine(ABC):
             with one_thread():  # memory-bound, and waiting threads would take time from busy workers
                 algorithm = self._phase.algorithm
                 inbox = combine(self._task.cutter.layout, algorithm.traits.uplink, parts, algorithm.traits.scalars)
-                views = {name: value[None] if value is not None else None for name, value in inbox.items()}
+                apart = {"weights", *(name for name, kind in algorithm.traits.uplink.items() if kind == "rows")}
+                views = {n: value if value is None or n in apart else value[None] for n, value in inbox.items()}
                 updated = algorithm.update(self._state, views, self._task.workload.num_clients)
                 self.write(updated)
         for block, finite in self._results:
@@ -197,11 +198,11 @@ class FederatedEngine(ABC):
         """Add up what a block returned, and keep the rest of it, for `exchange`."""
         block = result.block
         self._results.append((block, result.finite))
-        shared = self._task.variants[block.variant].shares_window
         with one_thread():
             for name, parts in result.payload.items():
+                is_summed = self._is_summed(block.variant, name)
                 for part, value in enumerate(parts):
-                    if shared:
+                    if is_summed:
                         self._trees[block.variant, name].add(
                             block.first_tile + part,
                             value,
@@ -209,16 +210,16 @@ class FederatedEngine(ABC):
                             owned=self._owns(value),
                         )
                     elif value is not None:
-                        self._window_rows[block.rows.start + part, name] = value.clone()
+                        self._rows[block.rows.start + part, name] = value.clone()
         if result.private:
             self._private[block.rows.start] = {name: rows.clone() for name, rows in result.private.items()}
 
     def _block_result(self, block: Block, reply: Mapping[str, Any], arrays: Iterable[Tensor]) -> BlockResult:
         """Put together what came of a block: `arrays` are what ``reply["arrays"]`` names, see `named_arrays`."""
-        shared = self._task.variants[block.variant].shares_window
-        num_parts = num_leaves_of(block) if shared else block.rows.stop - block.rows.start
+        num_rows = block.rows.stop - block.rows.start
         payload: dict[str, list[Tensor | None]] = {
-            name: [None] * num_parts for name in self._phase.algorithm.traits.uplink
+            name: [None] * (num_leaves_of(block) if self._is_summed(block.variant, name) else num_rows)
+            for name in self._phase.algorithm.traits.uplink
         }
         private: dict[str, Tensor] = {}
         for (key, part), value in zip(reply["arrays"], arrays, strict=True):
@@ -229,13 +230,18 @@ class FederatedEngine(ABC):
                 payload[name][part] = value
         return BlockResult(block, payload, reply["loss"], reply["finite"], reply["norm"], private)
 
+    def _is_summed(self, variant: int, name: str) -> bool:
+        """Say whether a payload is added up within its variant; otherwise each row is kept."""
+        return self._task.variants[variant].shares_window and self._phase.algorithm.traits.uplink[name] != "rows"
+
     def _floats_of_a_slot(self) -> int:
         """Return how large a slot for the results of any block must be, client state included."""
         largest = 0
         for variant, phase in product(self._task.variants, self._task.phases):
             traits = phase.algorithm.traits
             tile, tiles = self._block_shape(variant, MAX_PARTICIPANTS)
-            num_sums = tiles if variant.shares_window else tile * tiles
+            is_summed = variant.shares_window and "rows" not in traits.uplink.values()
+            num_sums = tiles if is_summed else tile * tiles
             num_scalars = len({*traits.scalars} & {*traits.uplink})
             num_rows = (len(traits.uplink) - num_scalars) * num_sums + 2 * len(phase.client_arrays) * tile * tiles
             largest = max(largest, num_rows * variant.layout.d + num_scalars * num_sums * ALIGNMENT)
@@ -327,17 +333,21 @@ class FederatedEngine(ABC):
         labels = None
         if self._task.count_labels:
             labels = self._task.workload.client_labels(plan.client[survivors]).numpy() * plan.weight[survivors, None]
+        kinds, weight = self._phase.algorithm.traits.uplink, plan.weight
+        unsummed = [name for name, kind in kinds.items() if kind == "rows"]
         if variant.shares_window:
-            sums = {name: self._sums[variant.index, name] for name in self._phase.algorithm.traits.uplink}
+            sums = {name: self._sums[variant.index, name] for name in kinds if name not in unsummed}
+            sent = {name: [self._rows[row, name] for row in survivors.tolist()] for name in unsummed}
             label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).float()
             cut = self._task.cut(variant, plan.round, order=self._order)
-            yield Part(cut, sums, math.fsum(plan.weight[survivors]), label_weights)
+            yield Part(cut, sums, math.fsum(weight[survivors]), label_weights, sent, weight[survivors].tolist())
             return
         for number, row in enumerate(survivors.tolist()):
-            sums = {name: self._window_rows[row, name] for name in self._phase.algorithm.traits.uplink}
+            sums = {name: self._rows[row, name] for name in kinds if name not in unsummed}
+            sent = {name: [self._rows[row, name]] for name in unsummed}
             label_weights = None if labels is None else torch.from_numpy(labels[number]).float()
             cut = self._task.cut(variant, plan.round, int(plan.client[row]), self._order)
-            yield Part(cut, sums, float(plan.weight[row]), label_weights)
+            yield Part(cut, sums, float(weight[row]), label_weights, sent, [float(weight[row])])
 
 
 def num_leaves_of(block: Block) -> int:

@@ -205,12 +205,19 @@ def _check_end(algorithm: Algorithm, layout: Layout, received: Arrays, kept: Arr
 
 def _check_update(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> None:
     held = torch.arange(layout.d) % 3 > 0
-    payload = {name: random_rows(layout, 1, 40 + number) for number, name in enumerate(algorithm.traits.uplink)}
+    payload = {
+        name: random_rows(layout, NUM_ROWS if kind == "rows" else 1, 40 + number)
+        for number, (name, kind) in enumerate(algorithm.traits.uplink.items())
+    }
     scalars = {name: torch.full((1, 1), 2.5) for name in algorithm.traits.scalars if name in payload}
     state = algorithm.init(random_rows(layout, 1, 0))
     for mask in (None, held):  # in this order, so that there is something like a velocity by then
         inbox: dict[str, Any] = {name: value if mask is None else value * mask for name, value in payload.items()}
+        payload = {
+            name: value if len(value) == 1 else 2 * value for name, value in payload.items()
+        }  # others, if models
         inbox |= scalars | {"held": None if mask is None else mask[None]}
+        inbox |= {"weights": torch.arange(1.0, NUM_ROWS + 1)} if "rows" in algorithm.traits.uplink.values() else {}
         before = _copies(state)
         updated = algorithm.update(state, inbox, 10)
         require_arrays(updated, set(updated), (1, layout.d), "update", torch.float32)

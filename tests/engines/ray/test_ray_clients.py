@@ -80,6 +80,12 @@ CASES: dict[str, dict[str, Any]] = {
         "workload.lora": {"rank": 4, "targets": ["hidden", "*.out_proj"], "train": ["head.*"]},
     }
     | {"rounds": 2},
+    "rows of every client": mixed("flexlora", (0.5, 1.0), **STACKED)
+    | {
+        "workload.model": "user_modules:Tokens",
+        "workload.lora": {"rank": 4, "targets": ["hidden"], "train": ["head.*"]},
+    }
+    | {"rounds": 2},
     "float64": {
         "workload": {"name": "least-squares", "dim": 5, "num_samples": 12, "heterogeneity": 1.0},
         "train.batch_size": 4,

@@ -65,7 +65,8 @@ class BlockResult:
     Attributes:
         block: the block.
         payload: ``{name: tensors}``: for each tile its weighted tree sum [d_sub], None if every row was dropped; where
-            every participant has a window of its own, the weighted rows, [d_sub] each, instead. [1] for scalars.
+            every participant has a window of its own, the weighted rows, [d_sub] each, instead; where the uplink says
+            "rows", the rows as they are. [1] for scalars.
         loss: mean training loss of each row, length s.
         finite: whether each row's update is used, length s; the others are not in the sum.
         norm: Euclidean norm of each row's update, length s; NaN where it is not finite.

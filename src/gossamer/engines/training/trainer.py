@@ -143,9 +143,10 @@ class Trainer:
     def _weighted(
         self, job: Job, name: str, rows: Rows, finite: list[bool], shared: bool, target: Tensor | None
     ) -> list[Tensor | None]:
-        """Weight the rows of one payload and, where they share a window, add them up tile by tile."""
+        """Weight the rows of one payload and add them up tile by tile, where the uplink and their windows let it."""
         task, layout = self.task, self.task.variants[job.block.variant].working_layout
-        if task.algorithm.traits.uplink[name] == "mean":
+        kind = task.algorithm.traits.uplink[name]
+        if kind == "mean":
             weights = torch.from_numpy(job.weight).float()
             per_label = task.count_labels and name not in self._scalars
             labels = task.workload.client_labels(job.client) * weights[:, None] if per_label else None
@@ -157,11 +158,12 @@ class Trainer:
                 for part, chunk in chunks(rows):
                     scale_rows_(layout, chunk, weights[part], None if labels is None else labels[part])
         tiles = [slice(low, low + job.block.tile) for low in range(0, len(job.client), job.block.tile)]
-        if shared and isinstance(rows, Tensor) and all(finite):
+        summed = shared and kind != "rows"
+        if summed and isinstance(rows, Tensor) and all(finite):
             return [tree_sum_rows(rows[tile]) for tile in tiles]
         present = [row for _, chunk in chunks(rows) for row in chunk]
         kept = [row if ok else None for row, ok in zip(present, finite, strict=True)]
-        return [tree_sum(kept[tile]) for tile in tiles] if shared else kept
+        return [tree_sum(kept[tile]) for tile in tiles] if summed else kept
 
     def _receive(self, job: Job, client: int, shared: bool) -> Arrays:
         """Return the downlink arrays [1, d_sub], cut to the client's window; a shared cut is made once a round."""
