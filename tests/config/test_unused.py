@@ -32,6 +32,12 @@ def warnings_of(population: Mapping[str, Any], changes: Mapping[str, Any]) -> tu
     ("population", "changes", "option", "reason"),
     [
         (CLIENTS, {"submodel.stride": 3}, "submodel.stride = 3", WHOLE),
+        (
+            CLIENTS,
+            SUB | {"algorithm": "flexlora", "submodel.mask_labels": True},
+            "submodel.mask_labels = True",
+            "averages every row by itself",
+        ),
         (CLIENTS, {"submodel.offsets": {"hidden0": 2}}, "submodel.offsets = {'hidden0': 2}", WHOLE),
         (CLIENTS, {"submodel.strategy": "rolling"}, "submodel.strategy = 'rolling'", WHOLE),
         (CLIENTS, {"submodel.scaler": False}, "submodel.scaler = False", WHOLE),

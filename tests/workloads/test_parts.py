@@ -216,9 +216,8 @@ class TestRuns:
         for name, mode in (("stacked", STACKED), ("singly", SINGLY)):
             config = configure(changes | modes(levels, **mode))
             done[name] = run(config, out=tmp_path / name)
-            for workers in (1, 2):
-                engine = config["engine"] | {"workers": workers}
-                assert_same(run(config | {"engine": engine}, out=tmp_path / f"{name}-{workers}"), done[name])
+            engine = config["engine"] | {"workers": 1 if mode["stacked"] else 2}
+            assert_same(run(config | {"engine": engine}, out=tmp_path / f"{name}-workers"), done[name])
         assert relative_error(done["stacked"].params, done["singly"].params) < 1e-5
         with pytest.raises(Injected):
             run(config, out=tmp_path / "killed", hooks=failing("exchange", True, 2))

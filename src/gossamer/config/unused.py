@@ -45,6 +45,8 @@ def _of_submodels(config: Config, algorithm: Any) -> Iterator[Rule]:
         fixed = f"windows of strategy {sub.strategy!r} do not follow it" if option in ignored else None
         yield f"submodel.{option}", value, left_out, whole or fixed
     yield "submodel.strategy", sub.strategy, traits.strategy or "static", whole
+    rows = "the algorithm averages every row by itself" if "rows" in traits.uplink.values() else None
+    yield "submodel.mask_labels", sub.mask_labels, traits.default_label_mask != "none", rows
     yield "submodel.scaler", sub.scaler, traits.default_scaler, whole
     yield "submodel.assignment", sub.assignment, "fixed", single
     yield "submodel.shares", sub.shares, None, single
