@@ -12,12 +12,19 @@ if TYPE_CHECKING:
     from gossamer import aggregate, submodel, testing, topology
     from gossamer.api import resume, run
     from gossamer.experiment import Run
+    from gossamer.results.loading import LoadedRun, load
 
 __version__ = "0.1.0"
-__all__ = ["Run", "__version__", "aggregate", "resume", "run", "submodel", "testing", "topology"]
+__all__ = ["LoadedRun", "Run", "__version__", "aggregate", "load", "resume", "run", "submodel", "testing", "topology"]
 
 _MODULES = ("aggregate", "submodel", "testing", "topology")
-_HOMES = {"run": "gossamer.api", "resume": "gossamer.api", "Run": "gossamer.experiment"}
+_HOMES = {
+    "run": "gossamer.api",
+    "resume": "gossamer.api",
+    "Run": "gossamer.experiment",
+    "load": "gossamer.results.loading",
+    "LoadedRun": "gossamer.results.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

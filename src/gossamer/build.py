@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gossamer.algorithms.base import Algorithm
 from gossamer.config.inputs import configuration_inputs
@@ -20,7 +18,6 @@ from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks, EngineSetup
 from gossamer.engines.task import Task
-from gossamer.engines.training.mixing import column_sums
 from gossamer.engines.training.modes import measured_modes, modes_by_rule
 from gossamer.errors import ConfigError, plugin_errors
 from gossamer.memory import require_memory
@@ -38,10 +35,8 @@ from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
 from gossamer.task import load_workload, make_task
-from gossamer.threads import one_thread
 from gossamer.workloads.base import Workload
 
-MERGED_COLUMNS = 1 << 10  # that are summed at a time
 MAX_STEPS = 1 << 31  # of a participant in a round, which plans count in 32 bits
 WORKER_BYTES = 10_000_000  # of a process of its own, at least
 
@@ -126,16 +121,6 @@ class Parts:
             ),
             warnings=self.warnings,
         )
-
-    def final_model(self, state: Mapping[str, Tensor]) -> Tensor:
-        """Return the flat model [d] of a state: the server's, or the mean of all peers'."""
-        x = state["x"]
-        if len(x) == 1:
-            return x[0]
-        with one_thread():  # panel by panel, because sums in double precision copy what they are given
-            starts = range(0, x.shape[1], MERGED_COLUMNS)
-            sums = torch.cat([column_sums(x[:, start : start + MERGED_COLUMNS]) for start in starts])
-        return (sums / len(x)).to(x.dtype)
 
 
 def build(config: Config | Resolved, data: Any = None) -> Parts:

@@ -18,6 +18,7 @@ from gossamer.config.inputs import MOVABLE, configuration_inputs, require_same
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.engines.base import EngineHooks
 from gossamer.engines.stopping import StopRequest, stop_on_signals
+from gossamer.engines.training.mixing import merged_model
 from gossamer.errors import (
     CheckpointError,
     ConfigError,
@@ -30,10 +31,12 @@ from gossamer.errors import (
 from gossamer.memory import memory_errors
 from gossamer.profiling.spans import Spans
 from gossamer.registry import errors_of_plug_ins, trusting
+from gossamer.results.description import describe_model
 from gossamer.round_record import Observer
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
 from gossamer.storage.disk import DirectoryLock
 from gossamer.storage.experiment_file import hold_experiment, read_experiment
+from gossamer.storage.model_file import DESCRIPTION
 from gossamer.storage.runlog import (
     CHECKPOINTS,
     CONFIG,
@@ -296,8 +299,11 @@ def _run_rounds(
 ) -> Run:
     """Start the engine, and run what is left from `latest` on."""
     config = parts.config
-    if latest is not None and latest.round >= config.rounds:
-        row = parts.final_model({"x": latest.arrays["state.x"]})
+    is_finished = latest is not None and latest.round >= config.rounds
+    if not (is_finished and (directory / DESCRIPTION).exists()):
+        describe_model(directory, parts.workload)
+    if latest is not None and is_finished:
+        row = merged_model(latest.arrays["state.x"])
         return Run(directory, read_metrics(directory), parts.workload.params_of(row))
     log.sinks = make_sinks(config.log.sinks, directory)
     engine_hooks = EngineHooks(lambda: stop() or hooks.is_ended(), log.log_event, stop.is_overdue)
@@ -323,5 +329,5 @@ def _run_rounds(
             for note in vars(error).get("__notes__", ()):  # the traceback of a worker
                 log.log_event("worker-failed", message=str(error), traceback=note)
             raise
-        row = parts.final_model(engine.read())
+        row = merged_model(engine.read()["x"])
     return Run(directory, read_metrics(directory), parts.workload.params_of(row))

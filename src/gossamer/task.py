@@ -12,7 +12,7 @@ from gossamer.config.resolve import build_topology, make_algorithm, split
 from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.task import LocalSGD, Task, Variant, VariantMode
 from gossamer.errors import ConfigError, plugin_errors
-from gossamer.submodel import Cutter
+from gossamer.submodel import Cutter, Layout
 from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload, find_workload, require_workload
@@ -40,11 +40,9 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
             are not those of the capacities.
     """
     sub, train = config.submodel, config.train
-    assert sub.strategy is not None
     assert sub.scaler is not None
-    strategy, algorithm = find_strategy(sub.strategy), algorithm.of_model(workload.layout)
-    whole = algorithm.traits.full_size
-    cutter = Cutter(workload.layout, strategy, sub.stride, config.seed, sub.offsets, full_size=whole)
+    algorithm = algorithm.of_model(workload.layout)
+    cutter = make_cutter(config, algorithm, workload.layout)
     optimizer = LocalSGD(train.momentum, train.weight_decay, train.clip_norm)
     capacities = sorted(sub.capacities)
     bound = (
@@ -63,6 +61,18 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
         topology=topology,
         max_update_norm_ratio=config.aggregation.max_update_norm_ratio,
     )
+
+
+def make_cutter(config: Config, algorithm: Algorithm, layout: Layout) -> Cutter:
+    """Return what cuts sub-models, as a resolved configuration says.
+
+    Raises:
+        GossamerError: the strategy is unknown or lacks something, or an offset's axis is not the model's.
+    """
+    sub = config.submodel
+    assert sub.strategy is not None
+    strategy, whole = find_strategy(sub.strategy), algorithm.traits.full_size
+    return Cutter(layout, strategy, sub.stride, config.seed, sub.offsets, full_size=whole)
 
 
 def pinned_modes(config: Config, capacities: list[float]) -> list[VariantMode]:

@@ -247,7 +247,7 @@ class TestHelp:
     def test_commands_and_nothing_else(self) -> None:
         done = invoke("--help")
         assert done.exit_code == 0
-        commands = ["run", "resume", "sweep", "plot", "coverage", "describe", "doctor", "topology"]
+        commands = ["run", "resume", "sweep", "plot", "coverage", "describe", "doctor", "export", "topology"]
         assert re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE) == commands
         assert "completion" not in done.stdout
 

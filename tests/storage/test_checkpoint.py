@@ -314,7 +314,7 @@ def test_a_full_disk_at_any_call_leaves_earlier_commits_alone(tmp_path: Path, mo
 
 
 def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(tensors: object, path: Path) -> None:
+    def refuse(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 

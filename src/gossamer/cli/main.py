@@ -1,4 +1,4 @@
-"""The command line: ``gossamer run | resume | sweep | plot | coverage | describe | topology | doctor``.
+"""The command line: ``gossamer run | resume | sweep | plot | coverage | describe | export | topology | doctor``.
 
 Results go to standard output, everything else to standard error; progress is drawn on a terminal only.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gossamer.cli import topology
+from gossamer.cli import results, topology
 from gossamer.cli.plug_ins import Trust, plug_ins
 from gossamer.errors import GossamerError, GossamerWarning
 
@@ -254,6 +254,10 @@ def doctor(
     from gossamer.cli.doctor import examine, render
 
     typer.echo(render(examine(), as_json))
+
+
+for command in (results.export,):
+    app.command()(command)
 
 
 def _follow(start: Callable[[Hooks], Run], count_runs: Callable[[], int]) -> None:

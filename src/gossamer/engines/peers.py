@@ -13,6 +13,7 @@ from torch import Tensor
 from gossamer.aggregate import others_median
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, Record
+from gossamer.engines.statistics import Statistics, name_of
 from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.plan import STOPPED, RoundPlan, TrainReport
@@ -49,6 +50,7 @@ class PeerEngine(ABC):
         self._columns = [[one.start, one.stop] for one in panels(self._num_peers, len(x), x.dtype.itemsize)]
         self._sample_bytes = sample_bytes(task.workload)
         self._squares: float | None = None
+        self._statistics = Statistics()
 
     @abstractmethod
     def _train_jobs(self, plan: RoundPlan, jobs: list[list[Message]]) -> Iterator[Message]:
@@ -97,6 +99,8 @@ class PeerEngine(ABC):
     def evaluate(self, variant: int, round: int) -> Sums:
         """Evaluate the merged model, the mean of all peers', or its sub-model of a variant at `round`."""
         self._distance()
+        if variant == WHOLE:
+            self._statistics.begin(round)
         return self._evaluate([MERGED], variant, round)[0]
 
     def measure(self, num_peers: int) -> Record:
@@ -126,7 +130,11 @@ class PeerEngine(ABC):
         workload, models = self._task.workload, self._models(peers)
         where = {"peers": peers, "variant": variant, "round": round}
         collected = self._map_chunks({"kind": "statistics"} | where, models, workload.num_statistics_chunks)
-        statistics = [{name: value.tolist() for name, value in one.items()} for one in _added_up(collected, len(peers))]
+        sums = _added_up(collected, len(peers))
+        capacity = 1.0 if variant == WHOLE else self._task.capacities[variant]
+        for peer, one in zip(peers, sums, strict=True):
+            self._statistics.keep(name_of(capacity, None if peer == MERGED else peer), one)
+        statistics = [{name: value.tolist() for name, value in one.items()} for one in sums]
         message = {"kind": "evaluate", "statistics": statistics} | where
         return _added_up(self._map_chunks(message, models, workload.num_evaluation_chunks), len(peers))
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from gossamer.aggregate import Part, TreeSum, combine, others_median
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, Record
-from gossamer.engines.task import Task, Variant
+from gossamer.engines.statistics import Statistics, name_of
+from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.trainer import row_norms
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
@@ -66,6 +67,7 @@ class FederatedEngine(ABC):
         self._sums: dict[tuple[int, str], Tensor] = {}
         self._rows: dict[tuple[int, str], Tensor] = {}  # those that are not added up within their variant
         self._private: dict[int, dict[str, Tensor]] = {}
+        self._statistics = Statistics()
 
     @abstractmethod
     def _begin(self) -> None:
@@ -149,6 +151,10 @@ class FederatedEngine(ABC):
         workload, where = self._task.workload, {"variant": variant, "round": round}
         collected = self._map_chunks({"kind": "statistics"} | where, workload.num_statistics_chunks)
         statistics = add_sums(collected)
+        if variant == WHOLE:
+            self._statistics.begin(round)
+        capacity = 1.0 if variant == WHOLE else self._task.capacities[variant]
+        self._statistics.keep(name_of(capacity), statistics)
         listed = {name: value.tolist() for name, value in statistics.items()}
         return add_sums(
             self._map_chunks({"kind": "evaluate", "statistics": listed} | where, workload.num_evaluation_chunks)
@@ -159,13 +165,15 @@ class FederatedEngine(ABC):
         return {}
 
     def read(self) -> Arrays:
-        """Return copies of the state arrays [1, d], and of the last round's order of channels as ``order.<axis>``."""
+        """Return copies of the state arrays [1, d], of the last round's order of channels as ``order.<axis>``, and
+        of the last `Statistics`.
+        """
         order = {ORDER + axis: value for axis, value in self._order.items()}
-        return {name: value.clone() for name, value in (self._state | order).items()}
+        return {name: value.clone() for name, value in (self._state | order).items()} | self._statistics.read()
 
     def write(self, state: Mapping[str, Tensor]) -> None:
         """Replace state arrays; those that are already in place cost nothing."""
-        for name, value in state.items():
+        for name, value in self._statistics.take(state).items():
             target = self._order[name.removeprefix(ORDER)] if name.startswith(ORDER) else self._state[name]
             if value is not target:
                 target.copy_(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,18 @@ from numpy.typing import NDArray
 
 from gossamer.errors import ConfigError
 from gossamer.round_record import numbers
-from gossamer.storage.runlog import CONFIG, ENVIRONMENT, EXPERIMENT, METRICS, read_config, read_metrics
+from gossamer.storage.runlog import (
+    CONFIG,
+    ENVIRONMENT,
+    EXPERIMENT,
+    METRICS,
+    read_config,
+    read_metrics,
+    run_directories,
+)
 
 Numbers = NDArray[np.float64]
 
-MAX_DEPTH = 3
 NUM_GRID_POINTS = 200
 FEW = 2  # points that are no curve
 RUN_SPECIFIC = ("seed", "engine", "checkpoint", "log")  # sections that may differ between seeds of one method
@@ -116,7 +123,7 @@ def find_runs(directories: Sequence[str | Path]) -> list[SingleRun]:
         if not os.path.isdir(given):
             raise ConfigError(f"no directory {str(given)!r}: name one that 'gossamer run' made")
         try:
-            found = {path.resolve(): path for path in sorted(_run_directories(given, MAX_DEPTH), key=_started)}
+            found = {path.resolve(): path for path in sorted(run_directories(given), key=_started)}
             runs |= {real: _read_run(path, given) for real, path in found.items() if real not in runs}
         except OSError as error:
             raise ConfigError(f"cannot read {error.filename!r} ({error.strerror}): check its permissions") from error
@@ -131,15 +138,6 @@ def find_runs(directories: Sequence[str | Path]) -> list[SingleRun]:
             f"no round is logged yet in {', '.join(map(str, directories))}: wait until a round is finished"
         )
     return logged
-
-
-def _run_directories(directory: Path, depth: int) -> Iterator[Path]:
-    if (directory / CONFIG).is_file() and (directory / METRICS).is_file():
-        yield directory
-    elif depth > 0:
-        for child in sorted(directory.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                yield from _run_directories(child, depth - 1)
 
 
 def _started(directory: Path) -> str:

@@ -154,7 +154,7 @@ class Checkpoints:
     @property
     def is_empty(self) -> bool:
         """Whether there is no commit, damaged or not."""
-        return not self._commits()
+        return not commits_in(self.directory)
 
     def clear(self) -> None:
         """Delete all commits.
@@ -163,7 +163,7 @@ class Checkpoints:
             StorageError: the disk refuses.
         """
         with storage_errors(self.directory):
-            for _, _, path in self._commits():
+            for _, _, path in commits_in(self.directory):
                 _remove(path)
 
     def latest(self) -> Checkpoint | None:
@@ -172,20 +172,7 @@ class Checkpoints:
         Raises:
             CheckpointError: every commit is damaged.
         """
-        damaged = []
-        for _, _, path in self._commits():
-            try:
-                found = _read(path)
-            except CheckpointError as error:
-                self._damaged.add(path)
-                damaged.append(f"checkpoint {str(path)!r} is damaged: {error}")
-            else:
-                return replace(found, damaged=damaged)
-        if damaged:
-            raise CheckpointError(
-                f"no checkpoint in {str(self.directory)!r} can be used ({'; '.join(damaged)}): restore one"
-            )
-        return None
+        return read_latest(self.directory, self._damaged.add)
 
     def _write(
         self,
@@ -197,7 +184,7 @@ class Checkpoints:
         done: Callable[[str], None],
     ) -> None:
         aside.mkdir()
-        _save_arrays(aside / ARRAYS, arrays)
+        save_arrays(aside / ARRAYS, arrays)
         done("arrays")
         try:
             text = json.dumps(dict(progress), allow_nan=False)
@@ -211,38 +198,63 @@ class Checkpoints:
             "format": FORMAT,
             "round": address[0],
             "phase": address[1],
-            "files": {name: _describe(aside / name) for name in (ARRAYS, PROGRESS)},
+            "files": {name: describe_file(aside / name) for name in (ARRAYS, PROGRESS)},
             "logs": {name: asdict(position) for name, position in logs.items()},
             "inputs": self.inputs,
         }
-        _write_text(aside / MANIFEST, json.dumps(manifest | {"sha256": _digest(manifest)}, indent=2))
+        _write_text(aside / MANIFEST, json.dumps(manifest | {"sha256": digest_of_json(manifest)}, indent=2))
         sync(aside)
         done("manifest")
 
-    def _commits(self) -> list[tuple[tuple[int, int], int, Path]]:
-        """List ((round, phase), attempt, path) of every commit, the newest first."""
-        found = []
-        for path in self.directory.iterdir():
-            match = _COMMIT_NAME.fullmatch(path.name)
-            if match:
-                found.append(((int(match[1]), int(match[2] or 0)), int(match[3] or 0), path))
-        return sorted(found, reverse=True)
-
     def _free_name(self, address: tuple[int, int]) -> Path:
-        attempts = [attempt for existing, attempt, _ in self._commits() if existing == address]
+        attempts = [attempt for existing, attempt, _ in commits_in(self.directory) if existing == address]
         round, phase = address
         name = f"{round:08d}-{phase}" if phase else f"{round:08d}"
         return self.directory / (f"{name}.{max(attempts) + 1}" if attempts else name)
 
     def _prune(self, address: tuple[int, int]) -> None:
         kept: set[tuple[int, int]] = set()
-        for existing, _, path in self._commits():
+        for existing, _, path in commits_in(self.directory):
             superseded = existing > address or existing in kept or path in self._damaged
             if superseded or len(kept) == self.keep:
                 _remove(path)
                 self._damaged.discard(path)  # whose name a sound commit may get
             else:
                 kept.add(existing)
+
+
+def commits_in(directory: Path) -> list[tuple[tuple[int, int], int, Path]]:
+    """List ((round, phase), attempt, path) of every commit in a directory, the newest first."""
+    found = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        match = _COMMIT_NAME.fullmatch(path.name)
+        if match:
+            found.append(((int(match[1]), int(match[2] or 0)), int(match[3] or 0), path))
+    return sorted(found, reverse=True)
+
+
+def read_latest(directory: Path, on_damaged: Callable[[Path], None] = lambda path: None) -> Checkpoint | None:
+    """Return the newest intact commit in a directory, or None if there is no commit at all; nothing is changed.
+
+    Args:
+        directory: that of `Checkpoints`.
+        on_damaged: callback for each commit that is damaged.
+
+    Raises:
+        CheckpointError: every commit is damaged.
+    """
+    damaged = []
+    for _, _, path in commits_in(directory):
+        try:
+            found = _read(path)
+        except CheckpointError as error:
+            on_damaged(path)
+            damaged.append(f"checkpoint {str(path)!r} is damaged: {error}")
+        else:
+            return replace(found, damaged=damaged)
+    if damaged:
+        raise CheckpointError(f"no checkpoint in {str(directory)!r} can be used ({'; '.join(damaged)}): restore one")
+    return None
 
 
 def _remove(path: Path) -> None:
@@ -261,12 +273,12 @@ def _read(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         expected = manifest.pop("sha256")
-        if expected != _digest(manifest):
+        if expected != digest_of_json(manifest):
             raise CheckpointError(f"{MANIFEST} was altered")
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"its format is {manifest['format']!r}, but this version reads {FORMAT}")
         for name, description in manifest["files"].items():
-            found = _describe(path / name)
+            found = describe_file(path / name)
             if found != description:
                 raise CheckpointError(
                     f"{name} was altered ({found['bytes']} bytes with SHA-256 {found['sha256'][:12]}, but"
@@ -285,7 +297,15 @@ def _read(path: Path) -> Checkpoint:
     return Checkpoint(manifest["round"], arrays, progress, logs, path, manifest["inputs"], manifest["phase"])
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, torch.Tensor]) -> None:
+def save_arrays(path: Path, arrays: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write arrays as safetensors, and sync them.
+
+    Args:
+        metadata: texts for the file's header.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     packed: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
     for name, array in arrays.items():
@@ -295,7 +315,7 @@ def _save_arrays(path: Path, arrays: Mapping[str, torch.Tensor]) -> None:
         packed[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     try:
-        save_file(packed, path)
+        save_file(packed, path, dict(metadata) if metadata else None)
     except SafetensorError as error:
         # It reports a full disk as its own kind of error, with the number inside the text.
         code = re.search(r"os error (\d+)", str(error))
@@ -310,13 +330,15 @@ def _write_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a file's size and SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
+def digest_of_json(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

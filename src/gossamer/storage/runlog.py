@@ -4,6 +4,7 @@ config.yaml        the resolved configuration; a directory that holds it is a ru
 environment.json   interpreter, machine, versions and start time
 metrics.jsonl      one JSON object for each round, see `gossamer.storage.jsonl`
 events.jsonl       drops, retries, warnings: one JSON object each
+model.json         what the model needs to be built without the data, see `gossamer.storage.model_file`
 trace/  checkpoints/  plots/
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -36,6 +37,7 @@ EVENTS = "events.jsonl"
 LOGS = (METRICS, EVENTS)
 CHECKPOINTS = "checkpoints"
 FOLDERS = ("trace", CHECKPOINTS, "plots")
+MAX_DEPTH = 3  # levels below a directory at which runs are looked for
 
 
 class Sink(Protocol):
@@ -236,6 +238,16 @@ def require_vacant(directory: Path) -> None:
         files = [directory / name for name in (CONFIG, EXPERIMENT, *LOGS)]
         if any(path.exists() and path.stat().st_size for path in files):
             raise ConfigError(f"{str(directory)!r} already holds a run: resume it, or choose another --out")
+
+
+def run_directories(directory: Path, depth: int = MAX_DEPTH) -> Iterator[Path]:
+    """Yield the run directories in or below `directory`, at most `depth` levels down, in the order of their names."""
+    if (directory / CONFIG).is_file() and (directory / METRICS).is_file():
+        yield directory
+    elif depth > 0:
+        for child in sorted(directory.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                yield from run_directories(child, depth - 1)
 
 
 def new_directory(root: Path, name: str) -> Path:

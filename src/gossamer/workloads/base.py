@@ -58,7 +58,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from gossamer.errors import require_attributes
+from gossamer.errors import ConfigError, require_attributes
 from gossamer.options import check_traits
 from gossamer.registry import resolve_function
 from gossamer.submodel.layout import Layout
@@ -123,6 +123,25 @@ class Batch(NamedTuple):
 
     samples: dict[str, Tensor]
     client: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What a model needs, besides its options, its seed and its trained parameters, to be built without the data.
+
+    Attributes:
+        facts: JSON values that `Workload.build_model` takes, such as the shape of an input.
+        constants: ``{name: tensor}`` of frozen parameters and of buffers.
+        aliases: ``{name: another one}`` of parameters that are the same as another one.
+        merging: ``{weight: (A, B, factor)}``: names of low-rank factors of which ``factor B A`` is added to a weight.
+        norms: names of the BatchNorm layers that are normalised by pooled moments, see `ForwardContext`.
+    """
+
+    facts: Mapping[str, Any]
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    merging: Mapping[str, tuple[str, str, float]] = field(default_factory=dict)
+    norms: tuple[str, ...] = ()
 
 
 class Workload(Protocol):
@@ -211,6 +230,23 @@ class Workload(Protocol):
         """Return the whole model of a flat row [d]: what is trained, as views, and whatever is constant beside it."""
         return self.layout.views(row)
 
+    def blueprint(self) -> Blueprint:
+        """Return what `build_model` takes of the data, and what is constant in the model."""
+        return Blueprint({})
+
+    @classmethod
+    def build_model(cls, options: Mapping[str, Any], facts: Mapping[str, Any], seed: int) -> Model:
+        """Build the model without the data, for who takes it home; by default it is refused.
+
+        Args:
+            options: of the workload.
+            facts: those of `blueprint`.
+            seed: of the run.
+        """
+        raise ConfigError(
+            f"workload {cls.__name__!r} says not how its model is built without the data: use its parameters"
+        )
+
     def warnings_of(self, batch_size: int) -> tuple[str, ...]:
         """Return what is hardly meant about batches of this size, a sentence each."""
         return ()
@@ -238,6 +274,8 @@ class ForwardContext:
         training: whether it is part of training; False while metrics are computed.
         key: int64 [], or [s] of stacked participants: random bits from which dropout masks follow; None: no dropout.
         factors: ``{weight: (A [r, i], B [o, r])}``: low-rank products ``B A`` to be added to weights [o, i].
+        moments: ``"<layer>.running_mean"`` and ``"<layer>.running_var"`` [channels], by which BatchNorm normalises
+            instead where they are given.
     """
 
     scale: float | Tensor = 1.0
@@ -246,6 +284,7 @@ class ForwardContext:
     training: bool = True
     key: Tensor | None = None
     factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    moments: Mapping[str, Tensor] | None = None
 
     @property
     def is_scaled(self) -> bool:
@@ -300,7 +339,8 @@ class WithConstants:
 
 
 METHODS = (
-    "init", "digest", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics", "params_of", "warnings_of"
+    "init", "digest", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics", "params_of", "blueprint",
+    "build_model", "warnings_of"
 )  # fmt: skip
 ATTRIBUTES = (
     "layout", "num_clients", "num_samples", "num_labels", "num_statistics_chunks", "num_evaluation_chunks", "warnings"

@@ -75,18 +75,21 @@ class ImageClassification(Supervised):
         owner = None if self.data.owner is None else self.data.owner.numpy()
         return self.data.train_labels.numpy(), self.num_labels, owner
 
-    def _make_model(self, function: Callable[..., Any], params: Mapping[str, Any]) -> Model:
-        function, source = with_sizes(function, params), partial(rng.generator, self.seed, "init-model")
+    @classmethod
+    def _make_model(
+        cls, function: Callable[..., Any], params: Mapping[str, Any], size: Any, facts: Mapping[str, Any], seed: int
+    ) -> Model:
+        function, source = with_sizes(function, params), partial(rng.generator, seed, "init-model")
         with (
             seeded(seed_of(source())),
             Fitting("workload.model"),
         ):  # what is made only to see what it is leaves no trace
-            model = super()._make_model(function, params)
+            model = super()._make_model(function, params, size, facts, seed)
         if isinstance(model, nn.Module):
-            build = partial(function, self.data.shape, self.num_labels, **params)
-            few = self.data.train_images[:TRIED] if self._has_tokens else None
-            return ModuleModel(build, self.data.shape, self.num_labels, seed=seed_of(source()), samples=few)
-        if self._has_tokens and not isinstance(model, ModuleModel):
+            build = partial(function, size, facts["num_labels"], **params)
+            few = torch.tensor(facts["tokens"]) if "tokens" in facts else None
+            return ModuleModel(build, size, facts["num_labels"], seed=seed_of(source()), samples=few)
+        if "tokens" in facts and not isinstance(model, ModuleModel):
             raise ConfigError("workload.model takes no samples of whole numbers: give a module of your own")
         if isinstance(model, ModuleModel):
             model.reseed(source())
@@ -100,6 +103,10 @@ class ImageClassification(Supervised):
     @property
     def _has_tokens(self) -> bool:
         return self.data.train_images.dtype == torch.int64  # type: ignore[no-any-return]
+
+    def _facts(self) -> dict[str, Any]:
+        found = super()._facts() | {"mean": list(self.data.mean), "std": list(self.data.std)}
+        return found | ({"tokens": self.data.train_images[:TRIED].tolist()} if self._has_tokens else {})
 
     @torch.no_grad()
     def warnings_of(self, batch_size: int) -> tuple[str, ...]:

@@ -66,10 +66,11 @@ def batch_norm(
         prefix: the layer's name and a dot; empty where it is the whole model.
         weight, bias: [channels].
     """
+    if context.moments:
+        mean, variance = (context.moments[f"{prefix}{name}"] for name in ("running_mean", "running_var"))
+        return F.batch_norm(x, mean, variance, weight, bias, eps=epsilon)
     if context.statistics:
-        count = context.statistics[f"{prefix}count"]
-        mean = context.statistics[f"{prefix}sum"] / count
-        variance = (context.statistics[f"{prefix}squares"] / count - mean * mean).clamp_min(0)
+        mean, variance = pooled_moments(context.statistics, prefix)
         return F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), weight, bias, eps=epsilon)
     if context.record is not None:
         others = [0, *range(2, x.dim())]
@@ -78,6 +79,13 @@ def batch_norm(
         context.record[f"{prefix}count"] = torch.tensor(x.numel() / x.shape[1], dtype=torch.float64)
     # F.batch_norm refuses a single value a channel, which small images and batches of one come to in a last stage.
     return torch.batch_norm(x, weight, bias, None, None, True, 0.0, epsilon, False)
+
+
+def pooled_moments(statistics: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor]:
+    """Return mean and variance, float64 [channels], of the sums of a layer, see `ForwardContext.record`."""
+    count = statistics[f"{prefix}count"]
+    mean = statistics[f"{prefix}sum"] / count
+    return mean, (statistics[f"{prefix}squares"] / count - mean * mean).clamp_min(0)
 
 
 class DeclaredModel(Model):

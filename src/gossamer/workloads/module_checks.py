@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from gossamer.errors import ConfigError
 from gossamer.submodel import Cutter, Layout
 from gossamer.submodel.strategies import rolling
 
@@ -91,3 +92,29 @@ def _is_same(apply: Apply, layout: Layout, params: Mapping[str, Tensor], x: Tens
         given = x.to(dtype) if x.is_floating_point() else x
         small, large = apply(cut.sub.views(part), given), apply(layout.views(silenced), given)
     return not float((small - large).norm()) > DIFFERENT[dtype] * float(torch.maximum(small.norm(), large.norm()))
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a state dict."""
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def require_same_state(
+    model: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check that a state dict is that of a model; counts of batches, which change nothing, may be missing.
+
+    Raises:
+        ConfigError: one lacks a name, or has it with another shape.
+    """
+    count = "num_batches_tracked"
+    missing = [name for name in expected if name not in found and not name.endswith(count)]
+    surplus = [name for name in found if name not in expected and not name.endswith(count)]
+    shapes = [name for name in expected if name in found and tuple(expected[name]) != tuple(found[name])]
+    told = [f"{what} {', '.join(names[:3])}" for what, names in (("no", missing), ("also", surplus)) if names]
+    told += [f"{name} of shape {tuple(found[name])} instead of {tuple(expected[name])}" for name in shapes[:3]]
+    if told:
+        raise ConfigError(
+            f"the parameters are not those of model {model!r}, of which they have {'; '.join(told)}: build it by the"
+            " code and the options that the run was made with"
+        )

@@ -150,6 +150,16 @@ class ModuleModel(WithConstants):
         """Frozen parameters and buffers."""
         return self.frozen | dict(self._module.named_buffers())
 
+    @property
+    def template(self) -> nn.Module:
+        """The module whose buffers and frozen parameters are used; not to be changed."""
+        return self._module
+
+    def build(self) -> nn.Module:
+        """Return a new module, as it was written, that draws what the template drew."""
+        with seeded(self._seed):
+            return self._build()
+
     def whole(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return all parameters in the module's order: those given, and those that are frozen."""
         every = self.frozen | dict(params)

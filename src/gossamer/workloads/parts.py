@@ -160,6 +160,19 @@ class PartlyTrained(WithConstants):
             own = {name: own[name] for name in self._model.shapes}
         return own | {name: own[name] + b @ a for name, (a, b) in self._factors(params).items()}
 
+    @property
+    def divided(self) -> Model:
+        """The model of which parts are trained, whose parameters `whole` returns."""
+        return self._model
+
+    @property
+    def merging(self) -> dict[str, tuple[str, str, float]]:
+        """Names of A and B, and the factor of their product, of each target, for those who merge them elsewhere."""
+        if self._lora is None:
+            return {}
+        scale = self._lora.alpha / self._lora.rank
+        return {name: (layer_of(name) + A, layer_of(name) + B, scale) for name in self.targets}
+
     def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
         """Return the model's logits, see `gossamer.workloads.base.Model`.
 

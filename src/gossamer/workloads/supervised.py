@@ -21,6 +21,7 @@ from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Axes, Layout
 from gossamer.workloads.base import (
     Batch,
+    Blueprint,
     ForwardContext,
     Model,
     Params,
@@ -30,6 +31,7 @@ from gossamer.workloads.base import (
     require_model,
 )
 from gossamer.workloads.digests import digest_of
+from gossamer.workloads.functional import blueprint_of
 from gossamer.workloads.label_sets import mask_logits
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.parts import LoRAOptions, PartlyTrained
@@ -111,13 +113,8 @@ class Supervised(Workload):
         self.num_labels = self.data.num_labels
         self.partition = self._divide(partition, *self._prepare())
         self.num_samples = self.partition.num_samples
-        name, function, params = plug_in(self.model_kind, self.options.model, "workload.model")
-        self.model = self._make_model(function, params)
-        require_model(f"workload.model {name!r}", self.model)
-        if self.options.frozen or self.options.lora is not None:
-            source = partial(rng.generator, self.seed, "init-model")
-            parted: Any = PartlyTrained(self.model, self.options.frozen, self.options.lora, source)
-            self.model = parted
+        name, _, params = plug_in(self.model_kind, self.options.model, "workload.model")
+        self.model = self.build_model(options, self._facts(), seed)
         self.layout = Layout.of(self.model.shapes, self._axes(whole_models))
         if params.get("width", 1.0) != 1.0 and not self.layout.cut_axes:
             self.warnings += (f"workload.model.width changes nothing, because model {name!r} has no hidden width",)
@@ -144,8 +141,33 @@ class Supervised(Workload):
             what partitions divide by: a class of each training sample, the number of classes, an owner of each or None.
         """
 
-    def _make_model(self, function: Callable[..., Any], params: Mapping[str, Any]) -> Model:
-        model: Model = call_plug_in(function, "workload.model", self._input_size, self.num_labels, **params)
+    @classmethod
+    def build_model(cls, options: Mapping[str, Any], facts: Mapping[str, Any], seed: int) -> Model:
+        """Build the model without the data, see `base.Workload`."""
+        parsed: Any = parse_options(cls.Options, options, "workload")
+        name, function, params = plug_in(cls.model_kind, parsed.model, "workload.model")
+        size = facts["input_size"]
+        model = cls._make_model(function, params, tuple(size) if isinstance(size, list) else size, facts, seed)
+        require_model(f"workload.model {name!r}", model)
+        if parsed.frozen or parsed.lora is not None:
+            source = partial(rng.generator, seed, "init-model")
+            parted: Any = PartlyTrained(model, parsed.frozen, parsed.lora, source)
+            model = parted
+        return model
+
+    def blueprint(self) -> Blueprint:
+        """Return what `build_model` takes of the data, and what is constant in the model."""
+        return blueprint_of(self.model, self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what `build_model`, and who uses the model, must know of the data, as JSON values."""
+        return {"input_size": self._input_size, "num_labels": self.num_labels}
+
+    @classmethod
+    def _make_model(
+        cls, function: Callable[..., Any], params: Mapping[str, Any], size: Any, facts: Mapping[str, Any], seed: int
+    ) -> Model:
+        model: Model = call_plug_in(function, "workload.model", size, facts["num_labels"], **params)
         return model
 
     def _axes(self, whole_models: bool) -> Axes:

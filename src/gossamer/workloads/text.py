@@ -60,6 +60,9 @@ class NextCharacter(Supervised):
         self.traits = replace(self.traits, tokens_per_sample=context)
         return owner, len(self.data.owners), owner
 
+    def _facts(self) -> dict[str, Any]:
+        return super()._facts() | {"vocabulary": self.data.vocabulary}
+
     def _find_labels(self) -> Tensor:
         """Return which characters each client's training windows hold, bool [num_clients, num_labels]."""
         held = torch.zeros(self.num_clients, self.num_labels + 1, dtype=torch.bool)  # the last one is padding

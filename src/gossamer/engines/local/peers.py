@@ -69,11 +69,11 @@ class LocalPeerEngine(PeerEngine):
 
     def read(self) -> Arrays:
         """Return the state arrays themselves, [n, d]: a copy of many peers would not fit."""
-        return dict(self._peers.state)
+        return self._peers.state | self._statistics.read()
 
     def write(self, state: Mapping[str, Tensor]) -> None:
         """Replace the state arrays."""
-        for name, value in state.items():
+        for name, value in self._statistics.take(state).items():
             self._peers.state[name].copy_(value)
         self._squares, self.is_whole = None, True
 

@@ -82,13 +82,14 @@ class RayPeerEngine(PeerEngine):
             raise StateLost(
                 f"the cluster lost rows of peers, as with a node ({type(error).__name__}): resume from the last commit"
             ) from None
-        return {name: torch.from_numpy(np.concatenate([block[name] for block in blocks])) for name in blocks[0]}
+        state = {name: torch.from_numpy(np.concatenate([block[name] for block in blocks])) for name in blocks[0]}
+        return state | self._statistics.read()
 
     def write(self, state: Mapping[str, Tensor]) -> None:
         """Replace the state."""
         import ray
 
-        arrays = {name: value.numpy() for name, value in state.items()}
+        arrays = {name: value.numpy() for name, value in self._statistics.take(state).items()}
         self._state = [ray.put({name: rows[low:high] for name, rows in arrays.items()}) for low, high in self._bounds]
         self._squares = None
 

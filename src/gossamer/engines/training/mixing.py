@@ -16,9 +16,11 @@ from torch import Tensor
 from gossamer.aggregate import tree_sum_rows
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.task import Task
+from gossamer.threads import one_thread
 from gossamer.topology import BlockAverage, Edges, Mixing
 
 HOLDERS = "holders"  # under which what windows hold travels with the payloads
+MERGED_COLUMNS = 1 << 10  # that are summed at a time
 SENT, STATE = "sent.", "state."  # prefixes of what a block keeps from training to mixing
 
 
@@ -144,6 +146,16 @@ def column_sums(rows: Tensor) -> Tensor:
     Blocks of rows that are aligned to a power of two, added up by the same tree, give the same bits.
     """
     return tree_sum_rows(rows.to(torch.float64, copy=True)).clone()  # sums overwrite their rows
+
+
+def merged_model(x: Tensor) -> Tensor:
+    """Return the model [d] of rows [n, d]: the server's where there is one, or the mean of all peers'."""
+    if len(x) == 1:
+        return x[0]
+    with one_thread():  # panel by panel, because sums in double precision copy what they are given
+        starts = range(0, x.shape[1], MERGED_COLUMNS)
+        sums = torch.cat([column_sums(x[:, start : start + MERGED_COLUMNS]) for start in starts])
+    return (sums / len(x)).to(x.dtype)
 
 
 def squared_distance(rows: Tensor, mean: Tensor) -> Tensor:
