@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gossamer.algorithms.base import Algorithm
+from gossamer.config.communication import check_codecs
 from gossamer.config.inputs import configuration_inputs
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
@@ -76,7 +77,7 @@ class Parts:
         return found if topology is None else {**found, "topology": topology.digest()}
 
     def start_engine(self, directory: Path, hooks: EngineHooks = NO_HOOKS) -> tuple[Engine, ClientStore | None]:
-        """Start the engine from the initial model, with a store for private state if the algorithm keeps some."""
+        """Start the engine from the initial model, with a store for private state if clients keep some."""
         options, x = self.config.engine, self.workload.init(self.config.seed)
         counts_cpus = self.engine_class.is_remote and options.workers == "auto"
         setup = EngineSetup(
@@ -94,10 +95,10 @@ class Parts:
         if self.task.topology is not None:
             return self.engine_class.of_peers(self.task, x, setup), None
         store = None
-        if self.algorithm.traits.client_arrays:
+        if self.task.stored_arrays:
             store = ClientStore(directory / "clients", keep=self.config.checkpoint.keep)
-            for name in self.algorithm.traits.client_arrays:
-                store.declare(name, 1 if name in self.algorithm.traits.scalars else self.workload.layout.d)
+            for name, width in self.task.stored_arrays.items():
+                store.declare(name, width)
         state = self.algorithm.init(x[None])
         return self.engine_class(self.task, state, store, setup), store
 
@@ -137,14 +138,17 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     config, algorithm = resolved.config, resolved.algorithm
     workload = load_workload(config, data)
     check_sizes(config, algorithm, workload, is_remote=resolved.engine_class.is_remote)
-    if algorithm.traits.client_arrays and workload.init(config.seed).dtype != torch.float32:
-        raise ConfigError(
-            f"algorithm {config.algorithm['name']!r} keeps private state in float32, but workload"
-            f" {config.workload['name']!r} trains in float64: set workload.precision to single"
-        )
     task = make_task(config, algorithm, resolved.topology, workload)
+    dtype = workload.init(config.seed).dtype
+    if task.stored_arrays and dtype != torch.float32:
+        keeper = f"algorithm {config.algorithm['name']!r}" if algorithm.traits.client_arrays else "error feedback"
+        raise ConfigError(
+            f"{keeper} keeps private state in float32, but workload {config.workload['name']!r} trains in float64: set"
+            " workload.precision to single"
+        )
     planner = make_planner(config, task)
     warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.batch_size)
+    warnings += check_codecs(config, workload.layout, dtype.itemsize)
     warnings += check_cuts(workload.layout, planner.costs[0].variants)
     if uncounted := sorted({name for costs in planner.costs for name in costs.uncounted}):
         warnings += (

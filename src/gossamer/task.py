@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gossamer.algorithms.base import Algorithm
+from gossamer.config.communication import make_communication
 from gossamer.config.loading import parse
 from gossamer.config.resolve import build_topology, make_algorithm, split
 from gossamer.config.schema import Config, ModeOptions
@@ -44,9 +45,9 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
     algorithm = algorithm.of_model(workload.layout)
     cutter = make_cutter(config, algorithm, workload.layout)
     optimizer = LocalSGD(train.momentum, train.weight_decay, train.clip_norm)
-    capacities = sorted(sub.capacities)
+    capacities, communication = sorted(sub.capacities), make_communication(config.communication)
     bound = (
-        Variant.bind(index, capacity, algorithm, cutter, optimizer, mode)
+        Variant.bind(index, capacity, algorithm, cutter, optimizer, mode, communication)
         for index, (capacity, mode) in enumerate(zip(capacities, pinned_modes(config, capacities), strict=True))
     )
     return Task(
@@ -60,6 +61,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
         count_labels=bool(sub.mask_labels) and workload.num_labels > 0,
         topology=topology,
         max_update_norm_ratio=config.aggregation.max_update_norm_ratio,
+        communication=communication,
     )
 
 

@@ -26,6 +26,9 @@ SPECS: list[Any] = [
     "sign",
     {"name": "quantise", "levels": 1},
     {"name": "quantise", "levels": 8},
+    "int8",
+    {"name": "int4", "rounding": "nearest"},
+    {"name": "low-rank", "rank": 2},
 ]
 EVERY = pytest.mark.parametrize("spec", SPECS, ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -101,7 +104,7 @@ class TestEveryCodec:
     @settings(derandomize=True)
     def test_contracts(self, spec: Any, rows: Any, seed: int) -> None:
         """Always, or in the mean over what is drawn, within five standard deviations."""
-        codec, random = make_codec(spec), "random-k" in str(spec) or "quantise" in str(spec)
+        codec, random = make_codec(spec), any(name in str(spec) for name in ("random-k", "quantise", "int8"))
         for row in torch.from_numpy(rows):
             num_draws = 400 if random else 1
             found = compressed(codec, row.expand(num_draws, -1).contiguous(), seed=seed)
@@ -112,7 +115,7 @@ class TestEveryCodec:
         assert 0 < codec.contraction(12) <= 1
 
 
-@pytest.mark.parametrize("spec", [{"name": "random-k", "k": 3}, {"name": "quantise", "levels": 2}], ids=str)
+@pytest.mark.parametrize("spec", [{"name": "random-k", "k": 3}, {"name": "quantise", "levels": 2}, "int4"], ids=str)
 def test_draws_have_addresses(spec: Any) -> None:
     codec, row = make_codec(spec), normal(1, 40)
     reference = compressed(codec, row, seed=1, round=2, peers=np.array([3]))
@@ -150,6 +153,21 @@ class TestRandomK:
         found = compressed(make_codec({"name": "random-k", "k": 2}), row.expand(4000, -1).contiguous())
         error = float(((found - row) ** 2).sum(1).mean() / (row**2).sum())
         assert error == pytest.approx(1 - 2 / 8, abs=0.02)
+
+    @pytest.mark.parametrize("spec", [{"name": "random-k", "k": 2}, {"name": "quantise", "levels": 2}], ids=str)
+    def test_unbiased(self, spec: dict[str, Any]) -> None:
+        """Scaled up, the mean is the row, and the variance of random-k is (d / k - 1) times its squared norm."""
+        codec, row = make_codec(spec | {"unbiased": True}), normal(1, 8)
+        found = compressed(codec, row.expand(8000, -1).contiguous())
+        assert bool(((found.mean(0) - row[0]).abs() <= 5 * found.std(0) / math.sqrt(8000) + 1e-12).all())
+        variance = float(((found - row) ** 2).sum(1).mean() / (row**2).sum())
+        assert codec.is_unbiased
+        assert not make_codec(spec).is_unbiased
+        if spec["name"] == "random-k":
+            assert variance == pytest.approx(codec.omega(8), rel=0.05)
+            assert (codec.omega(8), codec.contraction(8)) == (3.0, 0.0)
+        else:
+            assert variance <= codec.omega(8) == 2.0**0.5
 
 
 class TestSign:
@@ -227,7 +245,8 @@ def test_bytes(spec: Any, d: int, bytes_per_number: int, expected: int) -> None:
     [
         (
             "topk",
-            "codec.name = 'topk' is no codec; did you mean 'top-k'? (known: none, top-k, random-k, sign, quantise)",
+            "codec.name = 'topk' is no codec; did you mean 'top-k'? (known: none, top-k, random-k, sign, quantise,"
+            " int8, int4, low-rank)",
         ),
         ({}, "codec.name = None is no codec"),
         ({"name": "top-k"}, "give either share or k"),
@@ -238,6 +257,8 @@ def test_bytes(spec: Any, d: int, bytes_per_number: int, expected: int) -> None:
         ({"name": "quantise", "levels": True}, "give a number, not true or false"),
         ({"name": "top-k", "shares": 0.1}, "unknown key 'codec.shares'; did you mean 'share'?"),
         ({"name": "sign", "k": 3}, "unknown key 'codec.k'"),
+        ({"name": "int8", "rounding": "up"}, "codec.rounding = 'up': input should be 'stochastic' or 'nearest'"),
+        ({"name": "low-rank", "rank": 0}, "codec.rank = 0"),
     ],
     ids=str,
 )

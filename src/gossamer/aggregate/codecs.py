@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,36 +13,17 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gossamer import rng
+from gossamer.aggregate.codec_base import BaseCodec, Codec, uniform
+from gossamer.aggregate.tensor_codecs import Int4, Int8, LowRank
 from gossamer.errors import ConfigError, nearest
-from gossamer.options import Options, parse_options
+from gossamer.options import parse_options
+
+__all__ = ["BaseCodec", "Bitmap", "CODECS", "Codec", "Identity", "Quantise", "RandomK", "Sign", "TopK", "make_codec"]
 
 INDEX_BYTES = 4
 
 
-@runtime_checkable
-class Codec(Protocol):
-    """Compresses rows before they are sent; contracts: ``E ||Q(v) - v||^2 <= (1 - contraction) ||v||^2``."""
-
-    def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
-        """Return what receivers decode, a new tensor; row i depends on rows[i], seed, round, phase and peers[i] alone.
-
-        Args:
-            rows: float32 or float64 [s, d], finite.
-            seed, round, phase: seed of the run, and numbers of the round and the phase.
-            peers: int64 [s], sender of each row.
-        """
-        ...
-
-    def row_bytes(self, d: int, bytes_per_number: int) -> int:
-        """Return the bytes on the wire of a row of d numbers that take `bytes_per_number` uncompressed."""
-        ...
-
-    def contraction(self, d: int) -> float:
-        """Return what is guaranteed for every row of d numbers, in (0, 1]; 1: nothing is lost."""
-        ...
-
-
-class Identity(Options):
+class Identity(BaseCodec):
     """No compression."""
 
     def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
@@ -66,7 +47,7 @@ class Bitmap(Identity):
         return math.ceil(d / 8)
 
 
-class _Sparse(Options):
+class _Sparse(BaseCodec):
     """Options of codecs that keep some entries of a row, and set the others to 0.
 
     Attributes:
@@ -106,7 +87,26 @@ class TopK(_Sparse):
 
 
 class RandomK(_Sparse):
-    """Keeps k random entries, not scaled up; receivers draw their places themselves, so that only values travel."""
+    """Keeps k random entries; receivers draw their places themselves, so that only values travel.
+
+    Attributes:
+        unbiased: whether they are multiplied by d / k; then nothing is lost in the mean, but rows do not contract.
+    """
+
+    unbiased: bool = False
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether entries are scaled up."""
+        return self.unbiased
+
+    def omega(self, d: int) -> float:
+        """Return d / k - 1, the relative variance of every row."""
+        return d / self.count(d) - 1.0
+
+    def contraction(self, d: int) -> float:
+        """Return k / d, or what is left of 1 - omega."""
+        return max(0.0, 1.0 - self.omega(d)) if self.unbiased else super().contraction(d)
 
     def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows with k entries other than 0."""
@@ -116,14 +116,17 @@ class RandomK(_Sparse):
             source = rng.generator(seed, "codec-random-k", round, phase, participant=peer)
             kept[i] = torch.from_numpy(source.choice(d, kept.shape[1], replace=False, shuffle=False))
         kept = kept.to(rows.device)
-        return torch.zeros_like(rows).scatter_(1, kept, rows.gather(1, kept))
+        values = rows.gather(1, kept)
+        if self.unbiased:
+            values.mul_(d / kept.shape[1])
+        return torch.zeros_like(rows).scatter_(1, kept, values)
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """Return the size of k numbers."""
         return self.count(d) * bytes_per_number
 
 
-class Sign(Options):
+class Sign(BaseCodec):
     """One bit an entry, and the mean absolute value (Karimireddy et al., arXiv 1901.09847): ``|v|_1 / d * sign(v)``.
 
     As a bit cannot say 0, the sign of 0 is 1.
@@ -143,7 +146,7 @@ class Sign(Options):
         return 1.0 / d
 
 
-class Quantise(Options):
+class Quantise(BaseCodec):
     """QSGD (Alistarh et al., arXiv 1610.02132), scaled to contract (Koloskova et al., arXiv 1902.00340).
 
     Entries are rounded at random, without bias, to one of ``levels`` parts of the row's norm, and divided by 1 + omega
@@ -151,9 +154,16 @@ class Quantise(Options):
 
     Attributes:
         levels: steps between 0 and the norm.
+        unbiased: whether they are not divided, as in QSGD; then they need not contract.
     """
 
     levels: int = Field(ge=1)
+    unbiased: bool = False
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether entries are not scaled down."""
+        return self.unbiased
 
     def omega(self, d: int) -> float:
         """Return the bound of the variance relative to ``||v||^2``."""
@@ -163,14 +173,11 @@ class Quantise(Options):
         """Return rows on a grid."""
         norm = rows.norm(dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)  # squares of small floats vanish
         ratio = rows.abs().div_(torch.where(norm > 0, norm, 1.0))
-        drawn = np.empty(tuple(rows.shape), dtype=np.float64 if rows.dtype == torch.float64 else np.float32)
-        for i, peer in enumerate(peers.tolist()):
-            rng.generator(seed, "codec-quantise", round, phase, participant=peer).random(
-                dtype=drawn.dtype.type, out=drawn[i]
-            )
-        level = ratio.mul_(self.levels).add_(torch.from_numpy(drawn).to(rows.device)).floor_()
+        drawn = uniform(rows, "codec-quantise", seed=seed, round=round, phase=phase, peers=peers)
+        level = ratio.mul_(self.levels).add_(drawn).floor_()
         level.clamp_(max=self.levels)  # the sum may be rounded up to the next whole number
-        return level.copysign_(rows).mul_(norm / (self.levels * (1.0 + self.omega(rows.shape[1]))))
+        shrinking = 1.0 if self.unbiased else 1.0 + self.omega(rows.shape[1])
+        return level.copysign_(rows).mul_(norm / (self.levels * shrinking))
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """Return the size of d entries of 2 levels + 1 values, without entropy coding, and one number."""
@@ -178,20 +185,23 @@ class Quantise(Options):
         return -(-d * bits // 8) + bytes_per_number
 
     def contraction(self, d: int) -> float:
-        """Return 1 / (1 + omega)."""
-        return 1.0 / (1.0 + self.omega(d))
+        """Return 1 / (1 + omega), or what is left of 1 - omega."""
+        return super().contraction(d) if self.unbiased else 1.0 / (1.0 + self.omega(d))
 
 
-CODECS: dict[str, type[Identity] | type[TopK] | type[RandomK] | type[Sign] | type[Quantise]] = {
+CODECS: dict[str, type[BaseCodec]] = {
     "none": Identity,
     "top-k": TopK,
     "random-k": RandomK,
     "sign": Sign,
     "quantise": Quantise,
+    "int8": Int8,
+    "int4": Int4,
+    "low-rank": LowRank,
 }
 
 
-def make_codec(spec: str | Mapping[str, Any], where: str = "codec") -> Codec:
+def make_codec(spec: str | Mapping[str, Any], where: str = "codec") -> BaseCodec:
     """Build a codec.
 
     Args:

@@ -56,6 +56,10 @@ class FIARSE(FedAvg):
         default_label_mask="zero",
         default_scaler=False,
         full_size=True,
+        no_compression=(
+            "a change is divided by the weight of those who trained it in this round, and a codec would send it in"
+            " another, or to other weights"
+        ),
         transforms_parameters=True,
     )
 

@@ -39,6 +39,10 @@ class Scaffold(BaseAlgorithm):
             "the server's control variate is the mean over all registered clients at every coordinate, and windows"
             " leave clients out"
         ),
+        no_compression=(
+            "the server's control variate must stay the mean of what clients keep, and follow from the same steps as"
+            " their changes"
+        ),
         no_momentum="its control variates take a client's change for a sum of plain gradient steps",
     )
 

@@ -50,6 +50,7 @@ class AlgorithmTraits(Traits):
         leaves_products: whether `Algorithm.local_loss` may be given `Leaves` that are factored.
         stackable: whether participants may be trained several at a time.
         no_momentum: reason why ``train.momentum`` must be 0.
+        no_compression: reason why a run's codecs, ``communication``, must be left out.
 
         joint: of peers, whether the payloads "x" and "y" go through a joint mixing as a state [n, 2, d].
         lazy: of peers, whether (I + W) / 2 takes the place of each W.
@@ -81,6 +82,7 @@ class AlgorithmTraits(Traits):
     leaves_products: bool = False
     stackable: bool = True
     no_momentum: str | None = None
+    no_compression: str | None = None
 
     joint: bool = False
     lazy: bool = False
@@ -88,6 +90,12 @@ class AlgorithmTraits(Traits):
     merge_every: int | None = None
     no_merge: str | None = None
     one_step_only: str | None = None
+
+    @property
+    def compressible(self) -> tuple[str, ...]:
+        """Names of the payloads that a run's codec may compress: means, and neither scalars nor in a codec already."""
+        taken = {*self.scalars, *self.codecs}
+        return tuple(name for name, kind in self.uplink.items() if kind == "mean" and name not in taken)
 
     def __post_init__(self) -> None:
         """Refuse values of the wrong type, and traits that contradict one another."""

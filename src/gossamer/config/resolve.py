@@ -16,6 +16,7 @@ from gossamer.algorithms.base import (
     require_no_momentum,
     require_phases,
 )
+from gossamer.config.communication import fill_in_communication
 from gossamer.config.rules import (
     check_peers,
     require_importable,
@@ -145,7 +146,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def fill_in(config: Config, algorithm: Any) -> Config:
-    """Fill in what the algorithm decides: strategy, label masks, and capacities of the baselines.
+    """Fill in what the algorithm decides: strategy, label masks, error feedback, and capacities of the baselines.
 
     Raises:
         ConfigError: the algorithm contradicts the configuration.
@@ -196,9 +197,9 @@ def fill_in(config: Config, algorithm: Any) -> Config:
         changes["scaler"] = algorithm.traits.default_scaler
     if sub.mask_labels is None:
         changes["mask_labels"] = default_mask != "none"
-    devices = fill_in_devices(config, rule)
-    changed = {"submodel": sub.model_copy(update=changes), "workload": workload, "devices": devices}
-    return config.model_copy(update=changed)
+    sections = {"submodel": sub.model_copy(update=changes), "workload": workload}
+    sections |= {"devices": fill_in_devices(config, rule), "communication": fill_in_communication(config, algorithm)}
+    return config.model_copy(update=sections)
 
 
 def fill_in_devices(config: Config, rule: str) -> list[DeviceShare] | None:

@@ -242,6 +242,22 @@ class AggregationOptions(Options):
     max_update_norm_ratio: float | None = Field(default=1e6, gt=1)
 
 
+class CommunicationOptions(Options):
+    """How clients and their server compress what they send, see `gossamer.aggregate.codecs`.
+
+    Attributes:
+        uplink: name and options of the codec of payloads that are averaged; each client has random numbers of its own.
+        error_feedback: whether a client keeps what was lost and adds it to its next payload, as private state; None:
+            where the codec is biased.
+        downlink: name and options of the codec of what participants receive, the same for all of a round; an unbiased
+            one, because who takes part in some rounds only does not know what others do.
+    """
+
+    uplink: Plugin = {"name": "none"}
+    error_feedback: bool | None = None
+    downlink: Plugin = {"name": "none"}
+
+
 class EvaluationOptions(Options):
     """When and what to evaluate.
 
@@ -314,6 +330,7 @@ class Config(Options):
     algorithm: Plugin = {"name": "fedavg"}
     submodel: SubmodelOptions = SubmodelOptions()
     aggregation: AggregationOptions = AggregationOptions()
+    communication: CommunicationOptions = CommunicationOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     checkpoint: CheckpointOptions = CheckpointOptions()
     device: Profile = DeviceProfile()

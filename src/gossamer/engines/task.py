@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -11,12 +11,15 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from gossamer.aggregate.codec_base import BaseCodec, Communication
 from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.errors import ConfigError, one_line
 from gossamer.options import Options
 from gossamer.submodel import Cut, Cutter, Layout
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload
+
+AS_IT_IS = Communication()
 
 
 class VariantMode(Options):
@@ -77,6 +80,8 @@ class Variant:
         optimizer: optimizer of their local steps.
         mode: mode of their training.
         shares_window: whether all of them have the same window in a round.
+        uplink: ``{payload name: codec}`` of what the run compresses, bound to `layout`.
+        downlink: codec of what they receive, likewise; None: it is not compressed.
     """
 
     index: int
@@ -88,13 +93,25 @@ class Variant:
     optimizer: LocalSGD
     mode: VariantMode
     shares_window: bool
+    uplink: Mapping[str, BaseCodec] = field(default_factory=dict)
+    downlink: BaseCodec | None = None
 
     @classmethod
     def bind(
-        cls, index: int, capacity: float, algorithm: Algorithm, cutter: Cutter, optimizer: LocalSGD, mode: VariantMode
+        cls,
+        index: int,
+        capacity: float,
+        algorithm: Algorithm,
+        cutter: Cutter,
+        optimizer: LocalSGD,
+        mode: VariantMode,
+        communication: Communication = AS_IT_IS,
     ) -> Self:
         """Return the variant of a capacity of the model that `cutter` cuts."""
         layout = cutter.sub_layout(capacity)
+        up, down = (
+            codec and codec.of_shapes(layout.shapes) for codec in (communication.uplink, communication.downlink)
+        )
         return cls(
             index=index,
             capacity=capacity,
@@ -105,6 +122,8 @@ class Variant:
             optimizer=optimizer,
             mode=mode,
             shares_window=cutter.shares_window(capacity),
+            uplink={} if up is None else dict.fromkeys(algorithm.traits.compressible, up),
+            downlink=down,
         )
 
 
@@ -125,6 +144,8 @@ class Task:
         count_labels: whether label rows are averaged over the clients that own the label only.
         topology: topology by which peers mix; None: there is a server.
         max_update_norm_ratio: see `gossamer.config.schema.AggregationOptions`.
+        communication: codecs between clients and their server.
+        phase: number of the phase whose task it is, see `phases`.
     """
 
     workload: Workload
@@ -137,6 +158,8 @@ class Task:
     count_labels: bool
     topology: Topology | None = None
     max_update_norm_ratio: float | None = None
+    communication: Communication = AS_IT_IS
+    phase: int = 0
 
     @property
     def capacities(self) -> tuple[float, ...]:
@@ -170,16 +193,30 @@ class Task:
     @property
     def client_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that a client keeps from round to round."""
-        return self.algorithm.traits.client_arrays
+        return (*self.algorithm.traits.client_arrays, *self.residuals.values())
+
+    @property
+    def residuals(self) -> dict[str, str]:
+        """``{payload name: name of the private array with what was not sent of it}``; {} without error feedback."""
+        if not self.communication.error_feedback:
+            return {}
+        where = f"-{self.phase}" if self.phase else ""
+        return {name: f"residual{where}-{name}" for name in self.algorithm.traits.compressible}
 
     @property
     def scalars(self) -> frozenset[str]:
         """Names of payloads and private arrays that are one number a participant."""
         return frozenset(self.algorithm.traits.scalars)
 
+    @property
+    def stored_arrays(self) -> dict[str, int]:
+        """``{name: floats of a row}`` of all private arrays, of whatever phase."""
+        names = {name: None for phase in (self, *self.phases) for name in phase.client_arrays}
+        return {name: 1 if name in self.scalars else self.cutter.layout.d for name in names}
+
     def newcomers(self, x: Tensor) -> Arrays:
         """Return the private arrays of clients that never took part, see `Algorithm.init_client`."""
-        return self.algorithm.init_client(x)
+        return self.algorithm.init_client(x) | {name: torch.zeros_like(x) for name in self.residuals.values()}
 
     @property
     def is_stackable(self) -> bool:
@@ -194,11 +231,13 @@ class Task:
     @cached_property
     def _phases(self) -> tuple[Task, ...]:
         modes = [one.mode for one in self.variants]
-        return tuple(self._bound(self.algorithm.of_phase(phase), modes) for phase in range(self.num_phases))
+        return tuple(
+            replace(self._bound(self.algorithm.of_phase(phase), modes), phase=phase) for phase in range(self.num_phases)
+        )
 
     def _bound(self, algorithm: Algorithm, modes: Sequence[VariantMode]) -> Task:
         variants = tuple(
-            Variant.bind(one.index, one.capacity, algorithm, self.cutter, one.optimizer, mode)
+            Variant.bind(one.index, one.capacity, algorithm, self.cutter, one.optimizer, mode, self.communication)
             for one, mode in zip(self.variants, modes, strict=True)
         )
         return replace(self, algorithm=algorithm, variants=variants)

@@ -39,7 +39,7 @@ KEYS = {
     "partition": "clients.partition or peers.partition",
     "topology": "peers.topology",
     "sampler": "clients.sampler",
-    "codec": "compressor of an algorithm",
+    "codec": "algorithm.compressor of peers; communication.uplink and communication.downlink",
     "device": "device, or profile in devices",
 }
 CITATION = re.compile(r"\(([^()]*(?:arXiv|\b(?:19|20)\d\d\b)[^()]*)\)")

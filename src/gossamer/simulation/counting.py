@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from gossamer.aggregate.codec_base import Codec
 from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss
 from gossamer.simulation.costs import VariantCosts
 from gossamer.submodel import Layout
@@ -56,6 +57,14 @@ class Holding(Protocol):
     def algorithm(self) -> Algorithm:
         """As such participants run it."""
 
+    @property
+    def uplink(self) -> Mapping[str, Codec]:
+        """Codecs by payload, of those that the run compresses."""
+
+    @property
+    def downlink(self) -> Codec | None:
+        """Codec of what is received; None: it is not compressed."""
+
 
 def count_variants(
     workload: Workload,
@@ -81,8 +90,10 @@ def count_variants(
     }
     found = []
     for variant in variants:
-        capacity, layout = variant.capacity, variant.layout
+        capacity, layout, down = variant.capacity, variant.layout, variant.downlink
         size = layout.num_parameters * bytes_per_number
+        sent = sent_bytes(algorithm, layout.num_parameters, bytes_per_number, variant.uplink)
+        received = size if down is None else down.row_bytes(layout.num_parameters, bytes_per_number)
         passes = algorithm.mean_passes(list(steps), capacity)
         # At worst a step goes through the whole sub-model and then, if it makes two passes, through the next smaller.
         widest = sorted(passes, reverse=True)[: 1 if sum(passes.values()) < 1.5 else 2]
@@ -90,10 +101,8 @@ def count_variants(
             VariantCosts(
                 capacity=capacity,
                 num_parameters=layout.num_parameters,
-                bytes_up=sent_bytes(algorithm, layout.num_parameters, bytes_per_number),
-                bytes_down=size * len(algorithm.traits.downlink)
-                if algorithm.traits.downlink is not None
-                else sent_bytes(algorithm, layout.num_parameters, bytes_per_number),
+                bytes_up=sent,
+                bytes_down=received * len(algorithm.traits.downlink) if algorithm.traits.downlink is not None else sent,
                 flops_per_sample=sum(steps[width].flops_per_sample * times for width, times in passes.items()),
                 memory_bytes=memory_bytes(
                     algorithm, workload.layout, layout, sum(steps[w].saved_bytes for w in widest), bytes_per_number
@@ -104,14 +113,24 @@ def count_variants(
     return found
 
 
-def sent_bytes(algorithm: Algorithm, num_parameters: int, bytes_per_number: int = BYTES_PER_FLOAT) -> int:
-    """Return the bytes of all payloads of a participant; of a joint mixing's two only one is sent in a round."""
+def sent_bytes(
+    algorithm: Algorithm,
+    num_parameters: int,
+    bytes_per_number: int = BYTES_PER_FLOAT,
+    uplink: Mapping[str, Codec] | None = None,
+) -> int:
+    """Return the bytes of all payloads of a participant; of a joint mixing's two only one is sent in a round.
+
+    Args:
+        uplink: codecs of payloads that the run compresses, besides those of the algorithm.
+    """
     traits = algorithm.traits
+    codecs = {**traits.codecs, **(uplink or {})}
     sizes = [
         bytes_per_number
         if name in traits.scalars
-        else traits.codecs[name].row_bytes(num_parameters, bytes_per_number)
-        if name in traits.codecs
+        else codecs[name].row_bytes(num_parameters, bytes_per_number)
+        if name in codecs
         else num_parameters * bytes_per_number
         for name in traits.uplink
     ]

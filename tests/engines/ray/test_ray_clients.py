@@ -56,6 +56,10 @@ CASES: dict[str, dict[str, Any]] = {
     "rolling": mixed("fedrolex", **STACKED) | {"evaluation": {"by_capacity": True}},
     "random": mixed("fedavg", **SINGLY) | {"submodel.strategy": "random"},
     "magnitude": mixed("fedavg", **STACKED) | {"submodel.strategy": "magnitude", "evaluation.by_capacity": True},
+    "codecs": mixed("fedrolex", **STACKED)
+    | {"communication": {"uplink": {"name": "top-k", "share": 0.05}, "downlink": "int8"}},
+    "codecs of each client's own windows": mixed("federated-dropout", **SINGLY)
+    | {"communication": {"uplink": {"name": "int4", "rounding": "nearest"}, "downlink": "int8"}},
     "windows of each client's own": mixed("federated-dropout"),
     "private state": SCAFFOLD | {"clients.num": 4},
     "channels last": mixed("fedrolex", (0.5, 1.0), **SINGLY, channels_last=True) | CNN,

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from gossamer import options
 from gossamer.aggregate.codecs import make_codec
+from gossamer.aggregate.tensor_codecs import LowRank
 from gossamer.algorithms.base import Arrays
 from gossamer.algorithms.decentralized.base import PeerSGD
+from gossamer.errors import ConfigError
 from gossamer.topology import Topology
 
 
@@ -51,6 +53,16 @@ class ChocoSGD(PeerSGD):
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(options, momentum=momentum, weight_decay=weight_decay)
         codec = make_codec(self.options.compressor, "algorithm.compressor")
+        if isinstance(codec, LowRank):
+            raise ConfigError(
+                f"algorithm.compressor = {self.options.compressor} needs matrices, and peers compress a model as one"
+                " vector: choose another codec"
+            )
+        if codec.is_unbiased:
+            raise ConfigError(
+                f"algorithm.compressor = {self.options.compressor} is unbiased and need not contract, which CHOCO-SGD"
+                " asks for: take rounding: nearest of int8 and int4, and leave unbiased out elsewhere"
+            )
         self.traits = replace(self.traits, codecs={"q": codec})
 
     def init(self, x: Tensor) -> Arrays:

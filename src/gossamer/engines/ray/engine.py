@@ -31,6 +31,7 @@ from gossamer.engines.ray.shared_memory import SharedMemory
 from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, ORDER, FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS
 from gossamer.engines.task import Task, Variant
+from gossamer.engines.training.compression import decoded_downlink
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.errors import ConfigError
 from gossamer.plan import Block, RoundPlan, TrainReport
@@ -181,6 +182,8 @@ class RayEngine(FederatedEngine):
 
             names = self._phase.algorithm.traits.downlink if is_cut else self._state
             rows = {name: self._state[name] for name in names or ()}
+            if is_cut:
+                rows = decoded_downlink(self._phase, self._state, rows, job.round, job.phase)
             cut = self._task.cut(self._task.variants[job.block.variant], job.round, order=self._order)
             if is_cut and not cut.is_full:
                 rows = {name: cut.read(row[0], row.new_zeros(cut.sub.d))[None] for name, row in rows.items()}

@@ -19,12 +19,11 @@ from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss
 from gossamer.engines.base import never
 from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Batches, local_positions, on
+from gossamer.engines.training.compression import Rows, compress_, decoded_downlink
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.steps import add_product_, clip, clip_rows, gradients, step_in_place
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Leaves
-
-Rows = Tensor | list[Tensor]  # [s, d], or s tensors [1, d]
 
 
 class Trainer:
@@ -45,6 +44,8 @@ class Trainer:
         self._factored = may_leave_products(task)
         self._received_at: tuple[int, int, int] | None = None
         self._received: Arrays = {}
+        self._decoded_at: tuple[int, int] | None = None
+        self._decoded: Arrays = {}
 
     def train(self, job: Job, client_state: Arrays, target: Tensor | None = None) -> BlockResult:
         """Train one block.
@@ -58,9 +59,12 @@ class Trainer:
         variant = self.task.variants[job.block.variant]
         shared, layout, working = variant.shares_window, variant.layout, variant.working_layout
         received = [self._receive(job, int(client), shared) for client in job.client]
+        residuals = {name: client_state[name] for name in self.task.residuals.values()}
+        client_state = {name: rows for name, rows in client_state.items() if name not in residuals}
         if working is not layout:
             client_state = self._reordered({n: rows.clone() for n, rows in client_state.items()}, layout, working)
         payload, private, losses = self._train_locally(job, received, client_state)
+        lost = compress_(self.task, job, payload, residuals)
         norms = row_norms(payload)
         finite = usable(norms, itertools.repeat(math.inf if job.max_norm is None else job.max_norm))
         # Copies, because weighting overwrites payload rows and an algorithm may send what it also keeps.
@@ -74,7 +78,7 @@ class Trainer:
         shaped = [parts for name, parts in summed.items() if name not in self._scalars]
         for value in (value for parts in shaped for value in parts if value is not None):
             working.reorder_(value, layout)
-        return BlockResult(job.block, summed, losses, finite, norms, kept)
+        return BlockResult(job.block, summed, losses, finite, norms, kept | lost)
 
     def train_peers(
         self, job: Job, rows: Arrays, bounds: list[float]
@@ -172,18 +176,20 @@ class Trainer:
         address, variant = (job.round, job.phase, job.block.variant), self.task.variants[job.block.variant]
         if shared and self._received_at == address:
             return self._received
+        if self._decoded_at != address[:2]:  # all participants of a phase decode the same
+            self._decoded = decoded_downlink(self.task, self._state, names, job.round, job.phase)
+            self._decoded_at = address[:2] if self.task.communication.downlink else None
+        state = self._decoded
         cut = self.task.cut(variant, job.round, client, self._order)
         layout, working = variant.layout, variant.working_layout
         if cut.is_full and working is layout:
-            return {name: self._state[name] for name in names}
-        received = {
-            name: cut.read(self._state[name][0], self._state[name].new_zeros(cut.sub.d))[None] for name in names
-        }
-        for row in received.values():
+            return state
+        cut_rows = {name: cut.read(row[0], row.new_zeros(cut.sub.d))[None] for name, row in state.items()}
+        for row in cut_rows.values():
             layout.reorder_(row, working)
         if shared:
-            self._received_at, self._received = address, received
-        return received
+            self._received_at, self._received = address, cut_rows
+        return cut_rows
 
     def receive(self, job: Job, received: Arrays) -> None:
         """Take what a round's participants of a variant start from, [1, d_sub] each, cut elsewhere; not written to."""

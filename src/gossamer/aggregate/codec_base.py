@@ -1,0 +1,108 @@
+"""What a codec of payloads is, what codecs share, and which one a federation uses in either direction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import PrivateAttr
+from torch import Tensor
+
+from gossamer import rng
+from gossamer.options import Options
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Compresses rows before they are sent; contracts: ``E ||Q(v) - v||^2 <= (1 - contraction) ||v||^2``."""
+
+    def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
+        """Return what receivers decode, a new tensor; row i depends on rows[i], seed, round, phase and peers[i] alone.
+
+        Args:
+            rows: float32 or float64 [s, d], finite.
+            seed, round, phase: seed of the run, and numbers of the round and the phase.
+            peers: int64 [s], sender of each row.
+        """
+        ...
+
+    def row_bytes(self, d: int, bytes_per_number: int) -> int:
+        """Return the bytes on the wire of a row of d numbers that take `bytes_per_number` uncompressed."""
+        ...
+
+    def contraction(self, d: int) -> float:
+        """Return what is guaranteed for every row of d numbers, in [0, 1]; 1: nothing is lost; 0: no guarantee."""
+        ...
+
+
+class BaseCodec(Options):
+    """Options of a codec; it sees a row as one vector, unless it is bound to the shapes of the tensors in a row."""
+
+    _shapes: Shapes = PrivateAttr(default=())
+
+    def of_shapes(self, shapes: Shapes) -> Self:
+        """Return the codec for rows that consist of tensors of these shapes, one after another."""
+        bound = self.model_copy()
+        bound._shapes = shapes
+        return bound
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether ``E Q(v) = v`` although something is lost; then it need not contract."""
+        return False
+
+    def omega(self, d: int) -> float:
+        """Return the bound of ``E ||Q(v) - v||^2 / ||v||^2`` where the codec is unbiased."""
+        return 0.0
+
+    def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
+        """See `Codec`."""
+        raise NotImplementedError
+
+    def row_bytes(self, d: int, bytes_per_number: int) -> int:
+        """See `Codec`."""
+        raise NotImplementedError
+
+    def contraction(self, d: int) -> float:
+        """See `Codec`; of unbiased codecs ``1 - omega``, where that is positive."""
+        return max(0.0, 1.0 - self.omega(d))
+
+    def parts(self, d: int) -> Sequence[tuple[slice, tuple[int, ...]]]:
+        """Return where the tensors of a row of d numbers lie, and their shapes."""
+        found, end = [], 0
+        for shape in self._shapes or ((d,),):
+            found.append((slice(end, end + math.prod(shape)), shape))
+            end += math.prod(shape)
+        assert end == d, f"the codec is bound to {end} numbers, not {d}"
+        return found
+
+
+@dataclass(frozen=True)
+class Communication:
+    """How a server's clients compress what they send, and the server what they receive; by default not at all.
+
+    Attributes:
+        uplink: codec of payloads that are averaged.
+        error_feedback: whether clients add what was lost to the next payload (Karimireddy et al., arXiv 1901.09847;
+            Stich et al., arXiv 1809.07599).
+        downlink: codec of what is received; unbiased.
+    """
+
+    uplink: BaseCodec | None = None
+    error_feedback: bool = False
+    downlink: BaseCodec | None = None
+
+
+def uniform(rows: Tensor, purpose: str, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
+    """Return uniform numbers in [0, 1) for each entry of `rows`; those of a row belong to its sender."""
+    drawn = np.empty(tuple(rows.shape), dtype=np.float64 if rows.dtype == torch.float64 else np.float32)
+    for i, peer in enumerate(peers.tolist()):
+        rng.generator(seed, purpose, round, phase, participant=peer).random(dtype=drawn.dtype.type, out=drawn[i])
+    return torch.from_numpy(drawn).to(rows.device)

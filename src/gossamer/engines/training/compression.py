@@ -1,0 +1,68 @@
+"""What a codec makes of payloads before they are weighted, and of the server's arrays before they are received."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from gossamer import rng
+from gossamer.algorithms.base import Arrays
+from gossamer.engines.task import Task
+from gossamer.engines.training.job import Job
+
+Rows = Tensor | list[Tensor]  # [s, d], or s tensors [1, d]
+
+
+def compress_(task: Task, job: Job, payload: Mapping[str, Rows], residuals: Mapping[str, Tensor]) -> Arrays:
+    """Put what the server decodes in the place of payloads, in place; return what is lost, to be sent later.
+
+    With p the payload and e the residual of a client, q = Q(p + e) is sent and p + e - q is the next residual (error
+    feedback); without residuals q = Q(p). Rows are compressed one by one, so that bits do not depend on blocks, and
+    without their padding. One that is not finite becomes NaN, even where a codec would not have sent those entries.
+
+    Args:
+        payload: rows in the order of the variant's working layout.
+        residuals: ``{name: [s, d_sub]}``, see `Task.residuals`; they are in the order of its layout.
+
+    Returns:
+        The new residuals, under the same names.
+    """
+    variant, kept = task.variants[job.block.variant], Arrays()
+    layout, working, real = variant.layout, variant.working_layout, variant.layout.coordinates
+    for name, codec in variant.uplink.items():
+        residual = residuals.get(task.residuals.get(name, ""))
+        seed, lost = rng.stable_hash(task.seed, "uplink", name), []
+        for i, row in enumerate(row for rows in payload[name] for row in rows.view(-1, layout.d)):
+            wanted = working.reorder_(row, layout)[None, real]
+            if residual is not None:
+                wanted = wanted + residual[i : i + 1, real]
+            if bool(wanted.isfinite().all()):
+                client = job.client[i : i + 1]
+                sent = codec.compress(wanted, seed=seed, round=job.round, phase=job.phase, peers=client)
+            else:
+                sent = torch.full_like(wanted, torch.nan)
+            if residual is not None:
+                lost.append(torch.zeros_like(row))
+                lost[-1][real] = (wanted - sent)[0]
+            row[real] = sent[0]
+            layout.reorder_(row, working)
+        if residual is not None:
+            kept[task.residuals[name]] = torch.stack(lost)
+    return kept
+
+
+def decoded_downlink(task: Task, state: Mapping[str, Tensor], names: Iterable[str], round: int, phase: int) -> Arrays:
+    """Return some of the server's arrays [1, d] as every participant of a phase decodes them."""
+    codec = task.communication.downlink
+    if codec is None:
+        return {name: state[name] for name in names}
+    layout, found = task.cutter.layout, Arrays()
+    codec, server = codec.of_shapes(layout.shapes), torch.zeros(1, dtype=torch.int64).numpy()
+    for name in names:
+        seed, rows = rng.stable_hash(task.seed, "downlink", name), state[name].clone()
+        real = layout.coordinates
+        rows[:, real] = codec.compress(rows[:, real], seed=seed, round=round, phase=phase, peers=server)
+        found[name] = rows
+    return found
