@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from gossamer.algorithms.base import Algorithm
+from gossamer.config import diagnosis
 from gossamer.config.communication import check_codecs
 from gossamer.config.inputs import configuration_inputs
 from gossamer.config.resolve import Resolved, resolve
@@ -121,6 +122,7 @@ class Parts:
                 evaluate_peers=config.evaluation.num_peers,
             ),
             warnings=self.warnings,
+            advice=lambda: diagnosis.advice(config, self.task),
         )
 
 

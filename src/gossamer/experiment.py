@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
+from gossamer.config.diagnosis import diagnose
 from gossamer.config.inputs import MOVABLE, configuration_inputs, require_same
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.engines.base import EngineHooks
@@ -330,4 +331,8 @@ def _run_rounds(
                 log.log_event("worker-failed", message=str(error), traceback=note)
             raise
         row = merged_model(engine.read()["x"])
+    told = diagnose(config, parts.task, read_metrics(directory))
+    for message in told:
+        log.log_event("warning", message=message)
+    warn(told, name)
     return Run(directory, read_metrics(directory), parts.workload.params_of(row))

@@ -88,6 +88,26 @@ def describe_done(round: int, phase: int) -> str:
     return f"phase {phase} of round {round + 1}" if phase else f"round {round}"
 
 
+def describe_quorum(
+    where: Mapping[str, int], counts: tuple[int, int, int], what: str, section: str, remedy: str, done: tuple[int, int]
+) -> str:
+    """Say that a quorum is missed.
+
+    Args:
+        where: round and phase, by name.
+        counts: updates that there are, that were expected, and that are needed.
+        what: what they are, such as "usable".
+        section: of the configuration, which has the quorum.
+        remedy: what to do instead of lowering it.
+        done: round and phase that are committed.
+    """
+    place, (left, expected, needed) = ", ".join(f"{name} {number}" for name, number in where.items()), counts
+    return (
+        f"{place}: only {left} of {expected} updates are {what} and {section}.quorum asks for {needed}: {remedy}, or"
+        f" lower {section}.quorum; {describe_done(*done)} is committed"
+    )
+
+
 def describe_stop(done: tuple[int, int], committed: tuple[int, int], num_phases: int, num_rounds: int) -> str:
     """Say where a run of `num_rounds` stopped, by (round, phase) of what is done and of what is committed."""
     if committed != done:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
@@ -58,6 +59,7 @@ class Loop:
     Attributes:
         progress: rounds and phases that are done.
         committed: round and phase of the last commit.
+        advice: asked what to do where updates are not usable.
     """
 
     engine: Engine
@@ -72,6 +74,7 @@ class Loop:
     spans: Spans = field(default_factory=Spans)
     progress: Progress = field(default_factory=Progress)
     committed: tuple[int, int] = (-1, 0)
+    advice: Callable[[], str] = lambda: "lower train.lr or set train.clip_norm"
     _clock: float = 0.0
     _committed_at: float = 0.0
 
@@ -194,7 +197,7 @@ class Loop:
     def _train(self, timed: TimedPlan) -> Outcome:
         """Train; return what came of it."""
         plan = timed.plan
-        self._check_quorum(timed, len(plan.client), "in time", "raise clients.deadline_seconds")
+        self._check_quorum(timed, len(plan.client), "in time", lambda: "raise clients.deadline_seconds")
         outcome, number = Outcome.of(plan, timed.dropped), len(plan.client)
         done, total = plan.phase * number, len(self.planner.costs) * number
         with self.spans.span("train"):
@@ -209,20 +212,16 @@ class Loop:
                     self.observer.on_block(plan.round, done, total)
         if self.engine.hooks.stop_requested() and self.engine.is_whole:
             raise Interrupted("stopped")
-        self._check_quorum(timed, int(outcome.usable.sum()), "usable", "lower train.lr or set train.clip_norm")
+        self._check_quorum(timed, int(outcome.usable.sum()), "usable", self.advice)
         return outcome
 
-    def _check_quorum(self, timed: TimedPlan, num_left: int, what: str, remedy: str) -> None:
+    def _check_quorum(self, timed: TimedPlan, num_left: int, what: str, remedy: Callable[[], str]) -> None:
         needed = max(1, math.ceil(self.options.quorum * timed.num_expected))
         if num_left < needed:
-            section, plan = self.planner.section, timed.plan
             committed = self.progress.address if self.engine.is_whole else self.committed
-            where = ", ".join(f"{name} {number}" for name, number in self._address(plan.round, plan.phase).items())
-            raise QuorumError(
-                f"{where}: only {num_left} of {timed.num_expected} updates are {what} and"
-                f" {section}.quorum asks for {needed}: {remedy}, or lower {section}.quorum;"
-                f" {round_record.describe_done(*committed)} is committed"
-            )
+            where, counts = self._address(timed.plan.round, timed.plan.phase), (num_left, timed.num_expected, needed)
+            section = self.planner.section
+            raise QuorumError(round_record.describe_quorum(where, counts, what, section, remedy(), committed))
 
     def _evaluate(self, round: int) -> Record:
         whole, divided = self.workload.metrics(self.engine.evaluate(WHOLE, round)), Record()

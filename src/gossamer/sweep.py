@@ -319,6 +319,11 @@ def render(rows: Sequence[Row]) -> str:
     return aligned([names, *([_cell(row.get(name)) for name in names] for row in rows)])
 
 
+def line(row: Row) -> str:
+    """Return a row as one line: what was chosen, how it ended."""
+    return ", ".join(f"{name} {_cell(value)}" for name, value in row.items() if value is not None)
+
+
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else _text(value)
 

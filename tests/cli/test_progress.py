@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import threading
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from gossamer.cli import progress
-from gossamer.cli.progress import ProgressDisplay
+from gossamer.cli.progress import LINE_SECONDS, ProgressDisplay, ProgressLines
 from gossamer.reports import progress as reports_progress
+from gossamer.reports.progress import Part, fitting
 
 
 class Clock:
@@ -36,9 +38,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Screen:
     """A terminal whose lines are kept as they were drawn."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 140) -> None:
         self.file = io.StringIO()
-        self.console = Console(file=self.file, force_terminal=True, width=140)
+        self.console = Console(file=self.file, force_terminal=True, width=width)
 
     def lines(self) -> list[str]:
         plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.file.getvalue())
@@ -55,7 +57,7 @@ def record(round: int, **more: Any) -> dict[str, Any]:
 
 
 def test_round_participants_accuracy_bytes_and_time_left(screen: Screen, clock: Clock) -> None:
-    with ProgressDisplay(1, screen.console) as display:
+    with ProgressDisplay({"": 10}, screen.console) as display:
         observer = display.observer("digits", 10)
         clock.now += 10
         observer.on_block(0, 3, 6)
@@ -66,7 +68,7 @@ def test_round_participants_accuracy_bytes_and_time_left(screen: Screen, clock: 
 
 
 def test_rounds_done_before_a_resume_do_not_shorten_the_estimate(screen: Screen, clock: Clock) -> None:
-    with ProgressDisplay(1, screen.console) as display:
+    with ProgressDisplay({"": 10}, screen.console) as display:
         observer = display.observer("digits", 20)
         clock.now += 5
         observer.on_block(10, 4, 4)
@@ -75,7 +77,7 @@ def test_rounds_done_before_a_resume_do_not_shorten_the_estimate(screen: Screen,
 
 def test_last_accuracy_stays_through_rounds_without_evaluation(screen: Screen, clock: Clock) -> None:
     evaluated: list[dict[str, Any]] = [{}, {"accuracy": 0.5}, {}, {"accuracy": None}]
-    with ProgressDisplay(1, screen.console) as display:
+    with ProgressDisplay({"": 10}, screen.console) as display:
         observer = display.observer("digits", 5)
         for number, more in enumerate(evaluated, start=1):
             clock.now += 1
@@ -84,13 +86,13 @@ def test_last_accuracy_stays_through_rounds_without_evaluation(screen: Screen, c
 
 
 def test_position_among_several_runs_and_a_line_for_each(screen: Screen, clock: Clock) -> None:
-    with ProgressDisplay(2, screen.console) as display:
+    with ProgressDisplay({"fedavg/seed-0": 1, "fedavg/seed-1": 1}, screen.console) as display:
         assert screen.lines() == ["[1/2] preparing"]
         observer = display.observer("fedavg/seed-0", 1)
         assert screen.lines()[-1] == "[1/2] fedavg/seed-0"
         clock.now += 75
         observer.on_round(record(1, accuracy=0.9))
-        assert "fedavg/seed-0: 1 rounds in 0:01:15, accuracy 90.0%, 1.5 kB" in screen.lines()
+        assert "fedavg/seed-0: 1 rounds in 0:01:15, accuracy 90.0%, 1.5 kB, 0:01:15 left for 1 more" in screen.lines()
         assert screen.lines()[-1] == "[2/2] preparing"
         display.observer("fedavg/seed-1", 1).on_round(record(1))
     assert "[2/2] fedavg/seed-1" in "\n".join(screen.lines())
@@ -98,7 +100,7 @@ def test_position_among_several_runs_and_a_line_for_each(screen: Screen, clock: 
 
 
 def test_drawing_is_rare_however_many_blocks_there_are(screen: Screen, clock: Clock) -> None:
-    with ProgressDisplay(1, screen.console) as display:
+    with ProgressDisplay({"": 10}, screen.console) as display:
         observer = display.observer("digits", 1)
         before = len(screen.lines())
         for done in range(1, 1001):
@@ -109,5 +111,83 @@ def test_drawing_is_rare_however_many_blocks_there_are(screen: Screen, clock: Cl
 
 def test_no_thread_stands_while_engines_fork(screen: Screen) -> None:
     before = threading.active_count()
-    with ProgressDisplay(1, screen.console):
+    with ProgressDisplay({"": 10}, screen.console):
         assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_one_line_however_narrow_the_terminal(clock: Clock, width: int) -> None:
+    screen = Screen(width)
+    names = ["federated-dropout-of-a-long-name/seed-0", "fedavg/seed-0"]
+    with ProgressDisplay(dict.fromkeys(names, 1000), screen.console) as display:
+        for name in names:
+            observer = display.observer(name, 1000)
+            for number in range(1, 4):
+                clock.now += 30.0
+                observer.on_block(number - 1, 99, 100)
+                clock.now += 30.0
+                observer.on_round(record(number, accuracy=0.1234))
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
+    lines = [line for line in re.split(r"[\r\n]+", drawn) if line.strip()]
+    assert max(map(len, lines)) <= width
+    assert screen.file.getvalue().count("\x1b[1A") <= 1  # a second line would be drawn over at each refresh
+    last = lines[-1]
+    assert last.startswith("[2/2] fedavg/seed-0 ")
+    assert "3/1000 rounds" in last
+    assert last.rstrip().endswith(" left")
+    assert ("99/100 trained" in last) == (width == 140)
+    assert ("accuracy 12.3%" in last) == (width > 60)
+    assert ("4.5 kB" in last) == (width == 140)
+
+
+class TestLines:
+    """What a pipe or a log file gets."""
+
+    def test_a_line_every_few_seconds_and_one_at_the_end_of_each_run(self, clock: Clock) -> None:
+        written: list[tuple[float, str]] = []
+        plan = {"a/seed-0": 40, "b/seed-0": 40}
+        with ProgressLines(lambda: plan, lambda line: written.append((clock.now, line))) as display:
+            for name in plan:
+                observer = display.observer(name, 40)
+                for number in range(1, 41):
+                    clock.now += 0.25
+                    observer.on_block(number - 1, 5, 5)
+                    clock.now += 0.25
+                    observer.on_round(record(number, accuracy=0.5))
+        assert [line for _, line in written] == [
+            "[1/2] a/seed-0: 10/40 rounds, 5/5 trained, accuracy 50.0%, 15.0 kB, 0:00:35 left",
+            "[1/2] a/seed-0: 20/40 rounds, 5/5 trained, accuracy 50.0%, 30.0 kB, 0:00:30 left",
+            "[1/2] a/seed-0: 30/40 rounds, 5/5 trained, accuracy 50.0%, 45.0 kB, 0:00:25 left",
+            "a/seed-0: 40 rounds in 0:00:20, accuracy 50.0%, 60.0 kB, 0:00:20 left for 1 more",
+            "[2/2] b/seed-0: 10/40 rounds, 5/5 trained, accuracy 50.0%, 15.0 kB, 0:00:15 left",
+            "[2/2] b/seed-0: 20/40 rounds, 5/5 trained, accuracy 50.0%, 30.0 kB, 0:00:10 left",
+            "[2/2] b/seed-0: 30/40 rounds, 5/5 trained, accuracy 50.0%, 45.0 kB, 0:00:05 left",
+            "b/seed-0: 40 rounds in 0:00:20, accuracy 50.0%, 60.0 kB",
+        ]
+        times = [now for now, line in written if line.startswith("[")]
+        assert min(later - sooner for sooner, later in itertools.pairwise(times)) >= LINE_SECONDS
+
+    def test_a_quick_run_is_one_line(self, clock: Clock) -> None:
+        written: list[str] = []
+        observer = ProgressLines(lambda: {"": 2}, written.append).observer("digits", 2)
+        for number in (1, 2):
+            clock.now += 0.1
+            observer.on_round(record(number, accuracy=0.5))
+        assert written == ["digits: 2 rounds in 0:00:00, accuracy 50.0%, 3.0 kB"]
+
+    def test_runs_that_a_resume_skips_are_counted(self, clock: Clock) -> None:
+        written: list[str] = []
+        display = ProgressLines(lambda: {"a": 5, "b": 5, "c": 5}, written.append)
+        observer = display.observer("b", 5)
+        clock.now += 10.0
+        observer.on_round(record(1))
+        assert written == ["[2/3] b: 1/5 rounds, loss 0.5, 1.5 kB, 0:01:30 left"]
+
+
+def test_what_does_not_fit_is_left_out_by_rank() -> None:
+    parts = [Part(0, "12/20"), Part(3, "trained"), Part(1, "90%"), Part(2, "bytes")]
+    assert fitting(parts, 100) == "12/20  trained  90%  bytes"
+    assert fitting(parts, 17) == "12/20  90%  bytes"
+    assert fitting(parts, 16) == "12/20  90%"
+    assert fitting(parts, 8) == "12/20"
+    assert fitting(parts, 4) == ""

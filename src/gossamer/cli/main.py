@@ -1,6 +1,7 @@
 """The command line: ``gossamer run | resume | sweep | plot | coverage | describe | export | topology | doctor``.
 
-Results go to standard output, everything else to standard error; progress is drawn on a terminal only.
+Results go to standard output, everything else to standard error: progress is a bar on a terminal, else a line now and
+then.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from gossamer.cli.plug_ins import Trust, plug_ins
 from gossamer.errors import GossamerError, GossamerWarning
 
 if TYPE_CHECKING:
-    from gossamer.cli.progress import ProgressDisplay
     from gossamer.experiment import Hooks, Run
+    from gossamer.reports.progress import Display, Plan
+
+
+CLOSED_PIPE = 141  # exit code where whoever read the output is gone: 128 + SIGPIPE, as shells have it
 
 
 class Commands(TyperGroup):
@@ -99,6 +103,7 @@ def options(
     """Accept the options before a command."""
 
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings are shown all the same.")]
 Directories = Annotated[list[Path], typer.Argument(metavar="DIR", help="Run directories, or directories of runs.")]
 
 
@@ -112,6 +117,7 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Where to train; short for engine.name=NAME.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/<name>-<time>.")] = None,
+    quiet: Quiet = False,
     trust: Trust = False,
 ) -> None:
     """Run an experiment; the last line of the output is its directory."""
@@ -119,7 +125,7 @@ def run(
 
     changes = _changes(overrides, engine)
     with plug_ins(trust):
-        _follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: _num_runs(file, changes))
+        _follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: _plan(file, changes), quiet)
 
 
 @app.command()
@@ -136,6 +142,7 @@ def resume(
         bool,
         typer.Option("--restart", help="Train anew, and erase the log of, a run that cannot be continued."),
     ] = False,
+    quiet: Quiet = False,
     trust: Trust = False,
 ) -> None:
     """Continue a run from its last commit, or all unfinished runs of an experiment."""
@@ -147,7 +154,8 @@ def resume(
     with plug_ins(trust):
         _follow(
             lambda hooks: experiment.resume(directory, hooks, changes, restart),
-            lambda: _num_runs(whole) if os.path.exists(whole) else 1,
+            lambda: _plan(whole) if os.path.exists(whole) else {},
+            quiet,
         )
 
 
@@ -168,12 +176,13 @@ def sweep(
     parallel: Annotated[
         int | None, typer.Option(metavar="N", help="Maximum number of parallel runs; default: one for each CPU.")
     ] = None,
+    quiet: Quiet = False,
     trust: Trust = False,
 ) -> None:
     """Run every combination of settings with every seed; prints one table, and as its last line the directory."""
     from gossamer import sweep as sweeps
 
-    progress = (lambda row: typer.echo(sweeps.render([row]), err=True)) if sys.stderr.isatty() else lambda row: None
+    progress = (lambda row: None) if quiet else (lambda row: _to_stderr(sweeps.line(row)))
     with plug_ins(trust):
         found = sweeps.sweep(file, settings or (), sweeps.parse_seeds(seeds), engine, out, parallel, progress)
     typer.echo(sweeps.render(found.rows))
@@ -260,17 +269,23 @@ for command in (results.export,):
     app.command()(command)
 
 
-def _follow(start: Callable[[Hooks], Run], count_runs: Callable[[], int]) -> None:
-    """Start or resume runs with progress on a terminal, and print their directory."""
+def _follow(start: Callable[[Hooks], Run], plan: Callable[[], Plan], quiet: bool) -> None:
+    """Start or resume runs, show their progress, and print their directory.
+
+    Args:
+        plan: returns the runs that there are to be, see `gossamer.reports.progress.Plan`.
+        quiet: whether nothing but warnings is shown.
+    """
     from gossamer.experiment import Hooks
 
-    display: AbstractContextManager[ProgressDisplay | None] = nullcontext()
-    if sys.stderr.isatty():
+    display: AbstractContextManager[Display | None] = nullcontext()
+    if not quiet:
         from rich.console import Console
 
-        from gossamer.cli.progress import ProgressDisplay
+        from gossamer.cli.progress import ProgressDisplay, ProgressLines
 
-        display = ProgressDisplay(count_runs(), Console(stderr=True))
+        on_terminal = sys.stderr.isatty()
+        display = ProgressDisplay(plan(), Console(stderr=True)) if on_terminal else ProgressLines(plan, _to_stderr)
     with display as shown, _warnings_to(_to_stderr if shown is None else shown.print):
         finished = start(Hooks() if shown is None else Hooks(observer=shown.observer))
     typer.echo(finished.directory)
@@ -280,10 +295,12 @@ def _changes(overrides: list[str] | None, engine: str | None) -> list[str]:
     return [*(overrides or ()), *([f"engine.name={engine}"] if engine is not None else ())]
 
 
-def _num_runs(file: Path, overrides: list[str] | None = None) -> int:
+def _plan(file: Path, overrides: list[str] | None = None) -> Plan:
+    """Return the runs of an experiment's file."""
     from gossamer.config import loading
 
-    return len(loading.expand(loading.load(file, overrides or ())))
+    singles = loading.expand(loading.load(file, overrides or ()))
+    return {name: rounds if isinstance(rounds := one.get("rounds"), int) else 0 for name, one in singles.items()}
 
 
 def main() -> None:
@@ -293,6 +310,10 @@ def main() -> None:
             signal.signal(number, _interrupt)
     try:
         app(prog_name="gossamer")
+    except SystemExit as done:
+        if isinstance(done.__context__, BrokenPipeError):  # of which click and rich make the code 1
+            sys.exit(CLOSED_PIPE)
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

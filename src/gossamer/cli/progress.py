@@ -1,28 +1,57 @@
-"""Progress on a terminal: a bar over the rounds of the current run, and one line for every finished run.
+"""Progress: a bar over the rounds of the current run on a terminal, a line now and then in a pipe or a log file.
 
-It draws on every report of progress, never from a thread of its own, because engines fork workers meanwhile.
+Both draw on reports of progress, never from a thread of their own, because engines fork workers meanwhile.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from gossamer.reports.progress import RunObserver
+from gossamer.reports.progress import Display, Part, Plan, RunObserver, fitting
 
 REFRESH_SECONDS = 0.1
+LINE_SECONDS = 5.0  # least time between two lines
+MIN_BAR = 8  # columns
+TITLE_SHARE = 0.4  # of the columns, at most
 
 
-class ProgressDisplay:
-    """Draws one run's bar at a time; use it as a context manager around all of them."""
+class ProgressLines(Display):
+    """Prints a line every few seconds, and one at the end of each run: plain text, for pipes and log files."""
 
-    def __init__(self, num_runs: int, console: Console) -> None:
-        """Prepare the bars of `num_runs` runs on `console`."""
-        self._num_runs, self._index, self._drawn_at = num_runs, 0, 0.0
+    def __init__(self, plan: Callable[[], Plan], write: Callable[[str], None]) -> None:
+        """Prepare; `plan` is asked when the first run starts."""
+        super().__init__()
+        self._plan, self._write, self._written_at = plan, write, time.monotonic()
+
+    def observer(self, name: str, num_rounds: int) -> RunObserver:
+        """Start the next run, and return the observer that shows it."""
+        self.plan = self.plan or self._plan()
+        return super().observer(name, num_rounds)
+
+    def show(self, name: str, rounds: float, num_rounds: int, parts: Sequence[Part]) -> None:
+        """Write a line, unless the last one is fresh."""
+        if time.monotonic() - self._written_at >= LINE_SECONDS:
+            self.print(f"{self.title(name)}: {', '.join(part.text for part in parts)}")
+
+    def print(self, line: str) -> None:
+        """Write a line."""
+        self._written_at = time.monotonic()
+        self._write(line)
+
+
+class ProgressDisplay(Display):
+    """Draws one run's bar at a time on a terminal."""
+
+    def __init__(self, plan: Plan, console: Console) -> None:
+        """Prepare the bars of the runs of `plan` on `console`."""
+        super().__init__()
+        self.plan, self._drawn_at = plan, 0.0
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
@@ -34,7 +63,7 @@ class ProgressDisplay:
             transient=True,
             expand=True,
         )
-        self._bar = self._bars.add_task(self._title("preparing"), total=1, status="")
+        self._bar = self._bars.add_task(self.title("preparing"), total=1, status="")
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -47,26 +76,29 @@ class ProgressDisplay:
 
     def observer(self, name: str, num_rounds: int) -> RunObserver:
         """Start the next run's bar, and return the observer that fills it."""
-        self._show(description=self._title(name), total=num_rounds, completed=0, status="", force=True)
-        self._index += 1
-        return RunObserver(self, name, num_rounds)
+        made = super().observer(name, num_rounds)
+        self._show(description=self._fitting_title(name), total=num_rounds, completed=0, status="", force=True)
+        return made
 
-    def advance(self, rounds: float, status: str) -> None:
-        """Fill the bar up to `rounds`, the last of them in part, and show `status` beside it."""
-        self._show(completed=rounds, status=status)
+    def show(self, name: str, rounds: float, num_rounds: int, parts: Sequence[Part]) -> None:
+        """Fill the bar up to `rounds`, and show beside it as many of `parts` as there is room for."""
+        title = self._fitting_title(name)
+        room = self._bars.console.width - len(title) - MIN_BAR - 2
+        self._show(description=title, completed=rounds, status=fitting(parts, room))
 
     def print(self, line: str) -> None:
         """Print a line above the bar."""
         self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def finish(self, summary: str) -> None:
-        """Print the line of a finished run above the bar."""
-        self.print(summary)
-        if self._index < self._num_runs:
-            self._show(description=self._title("preparing"), completed=0, status="", force=True)
+    def end(self, summary: str, gained: float, seconds: float) -> None:
+        """Print the line of a run that has ended above the bar."""
+        super().end(summary, gained, seconds)
+        if self.index < len(self.plan):
+            self._show(description=self._fitting_title("preparing"), completed=0, status="", force=True)
 
-    def _title(self, text: str) -> str:
-        return f"[{self._index + 1}/{self._num_runs}] {text}" if self._num_runs > 1 else text
+    def _fitting_title(self, name: str) -> str:
+        title, most = self.title(name), max(MIN_BAR, int(TITLE_SHARE * self._bars.console.width))
+        return title if len(title) <= most else f"{title[: most - 1]}…"
 
     def _show(self, force: bool = False, **fields: Any) -> None:
         self._bars.update(self._bar, **fields)

@@ -1,0 +1,146 @@
+"""What went wrong in a run that diverged or learned nothing, and which entries of its configuration mend it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from gossamer.config.schema import Config
+from gossamer.engines.task import Task, Variant
+from gossamer.errors import GossamerError
+from gossamer.threads import one_thread
+
+LARGER, MUCH_LARGER = 10.0, 100.0  # gradients, where the Scaler may be the cause, and where it is likely to be
+GROWTH = 1.5  # of the training loss of a run that diverged
+FALL = 0.9  # of the training loss of a run in which something was learned
+HIGH = 1.25  # training loss, relative to that of equal probabilities, of a run whose steps were too long
+MANY_DROPPED = 0.1  # of all updates
+FEW_ROUNDS = 5  # in which a model may well learn nothing yet
+COLLAPSE = 0.5  # of the best accuracy, which a run that diverged is below at its end
+ACCURACIES = ("accuracy", "validation_accuracy")
+UNUSABLE = ("not finite", "too large")  # reasons for which an update is dropped, see `TrainReport`
+
+
+def scaler_gain(task: Task) -> float:
+    """Return how much larger the Scaler makes the first gradient of the smallest sub-model, at the initial model.
+
+    Without normalisation a factor of 1 / capacity at each layer multiplies up; in attention it also reaches what the
+    softmax compares, so that the gradient overflows. 1: there is no Scaler, or it cannot be told.
+    """
+    variant = task.variants[0]
+    if not task.scaler or variant.layout.d == task.workload.layout.d:
+        return 1.0
+    try:
+        with one_thread():
+            with_it, without = (_gradient_norm(task, variant, scale) for scale in (1.0 / variant.capacity, 1.0))
+    except (GossamerError, RuntimeError):  # an algorithm of which the model alone does not tell the loss
+        return 1.0
+    if not math.isfinite(with_it):
+        return math.inf
+    return with_it / without if without > 0 else 1.0
+
+
+def _gradient_norm(task: Task, variant: Variant, scale: float) -> float:
+    """Return the Euclidean norm of the gradient of a batch of the first client with data."""
+    workload = task.workload
+    x = workload.init(task.seed)
+    row = task.cut(variant, 0, order=task.cutter.order(x)).read(x, x.new_zeros(variant.layout.d))
+    positions = np.arange(min(task.batch_size, int(workload.num_samples[0])), dtype=np.int64)
+    batch = workload.batch(np.zeros(1, dtype=np.int64), positions[None])
+    params = {name: value.clone().requires_grad_() for name, value in variant.layout.views(row).items()}
+    merged = {name: value[0] for name, value in {**batch.samples, **batch.client}.items()}
+    loss = workload.loss(params, merged | {"scale": scale})
+    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    squares = [float(grad.double().square().sum()) for grad in grads if grad is not None]
+    return math.sqrt(math.fsum(squares)) if np.isfinite(squares).all() else math.inf
+
+
+def advice(config: Config, task: Task) -> str:
+    """Return what keeps updates usable: the Scaler's option, where it is likely to be the cause, the learning rate."""
+    clip = "set train.clip_norm" if config.train.clip_norm is None else "lower train.clip_norm"
+    slower = f"lower train.lr or {clip}"
+    gain = scaler_gain(task)
+    if gain < LARGER:
+        return slower
+    larger = "overflow" if math.isinf(gain) else f"are {gain:,.0f} times as large"
+    scaler = (
+        f"set submodel.scaler to false (by it the first gradients of capacity {task.variants[0].capacity:g} {larger})"
+    )
+    return f"{scaler}, or {slower}" if gain >= MUCH_LARGER else f"{slower}, or {scaler}"
+
+
+def diagnose(config: Config, task: Task, records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Return a sentence if the run diverged, or if it learned nothing; else nothing.
+
+    Args:
+        records: those of metrics.jsonl, with infinite numbers as such.
+    """
+    found = next(_divergence(records), None)
+    if found is not None:
+        return (f"the run diverged: {found}: {advice(config, task)}",)
+    stuck = _chance(task, records)
+    if stuck is None or len(records) < FEW_ROUNDS:
+        return ()
+    return (f"the run learned nothing in {len(records)} rounds: {stuck}: {_lever(config, task, records)}",)
+
+
+def _divergence(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what shows that a run diverged."""
+    losses = [math.nan if record["train_loss"] is None else record["train_loss"] for record in records]
+    broken = [number for number, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
+    if broken and broken[-1] == len(losses):
+        yield f"the training loss is not finite since round {_first_of_last(broken)}"
+    unusable = sum(record["dropped"].get(reason, 0) for record in records for reason in UNUSABLE)
+    total = unusable + sum(record["num_survivors"] for record in records)
+    if unusable and unusable >= MANY_DROPPED * total:
+        yield f"{unusable} of {total} updates were dropped, because they were not finite or far too large"
+    last = min(losses[-3:])
+    if len(losses) > 3 and losses[0] > 0 and last > GROWTH * losses[0]:
+        yield f"the training loss rose from {losses[0]:.3g} in round 1 to {losses[-1]:.3g} in round {len(losses)}"
+    for name in ACCURACIES:
+        values = [record[name] for record in records if record.get(name) is not None]
+        if len(values) > 3 and max(values[-3:]) < COLLAPSE * max(values):
+            yield f"{name} fell from {max(values):.1%} to {values[-1]:.1%}"
+
+
+def _first_of_last(rounds: Sequence[int]) -> int:
+    """Return where the last stretch of successive numbers begins."""
+    return next(end for end, before in zip(rounds[::-1], [*rounds[-2::-1], 0], strict=True) if before != end - 1)
+
+
+def _chance(task: Task, records: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return what shows that no model was better than a guess; None: one was, or it cannot be told."""
+    for name in ACCURACIES:
+        values = [record[name] for record in records if record.get(name) is not None]
+        guess = 1.0 / max(1, task.workload.num_labels)
+        if task.workload.num_labels > 1 and values and max(values) <= guess + min(0.5 * guess, 0.05):
+            return f"{name} was never above {max(values):.1%}, and guessing gives {guess:.1%}"
+    values = [record["bits_per_character"] for record in records if record.get("bits_per_character") is not None]
+    if values and min(values) >= records[-1].get("unigram_bits", 0.0):
+        return "no prediction was better than the frequencies of characters"
+    return None
+
+
+def _lever(config: Config, task: Task, records: Sequence[Mapping[str, Any]]) -> str:
+    """Return what to change where nothing was learned."""
+    guess = math.log(max(2, task.workload.num_labels))  # the loss of equal probabilities, and about that of a new model
+    losses = [record["train_loss"] for record in records if record["train_loss"] is not None]
+    lr = f"train.lr = {config.train.lr:g}"
+    if (
+        losses
+        and losses[-1] < FALL * min(losses[0], guess)
+        and config.submodel.scaler
+        and min(config.submodel.capacities) < 1
+    ):
+        return (
+            f"the training loss of sub-models fell from {losses[0]:.3g} to {losses[-1]:.3g}, but the whole model, and"
+            " sub-models without the Scaler, are what is evaluated: set submodel.scaler to false, or add capacity 1 to"
+            " submodel.capacities"
+        )
+    if losses and max(losses) > HIGH * guess:
+        return f"lower {lr} or set train.clip_norm, because the training loss rose to {max(losses):.3g} on the way"
+    return f"raise {lr}, or train for longer (rounds, train.epochs)"
