@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.errors import DataError
-from gossamer.options import parse_options
+from gossamer.options import parse_options, takes
 from gossamer.workloads.partitions import WHERE, IidOptions, Ints, PartialPartition, Partition
 
 INDICES, PARTIAL = "indices", "partial"
@@ -90,6 +90,7 @@ class FileOptions(IidOptions):
     partial: bool = False
 
 
+@takes(FileOptions)
 def file(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any) -> Partition:
     """Divide the samples as a file says.
 
