@@ -95,6 +95,16 @@ class TestBaselines:
         config = filled("all-smallest", submodel=LEVELS, workload=workload)
         assert config.workload["model"] == {"name": "mlp", "width": 0.25}
 
+    def test_low_rank_factors_have_a_share_of_the_rank(self) -> None:
+        """And the same factor before their product; the width of the base is everybody's."""
+        workload = {"model": "my:Own", "lora": {"rank": 6, "alpha": 12.0, "targets": ["*"]}}
+        config = filled("all-smallest", submodel=LEVELS, workload=workload)
+        assert config.workload["lora"] == {"rank": 1, "alpha": 2.0, "targets": ["*"], "train": []}
+        assert config.workload["model"] == "my:Own"
+        assert fill_in(config, resolve("algorithm", "all-smallest")).workload == config.workload
+        told = error_of("all-smallest", submodel=LEVELS, workload={"lora": {"rank": 0, "targets": ["*"]}})
+        assert "workload.lora.rank" in told
+
     def test_the_source_is_left_alone(self) -> None:
         config = configuration("all-smallest", submodel=LEVELS)
         before = config.model_dump()

@@ -44,6 +44,10 @@ def changed(workload: Any, seed: int = 1) -> dict[str, Tensor]:
     return workload.layout.views(workload.layout.flatten(workload.layout.views(row + noise)))
 
 
+def whole_half() -> dict[str, Any]:
+    return configure({"workload.model": HALF, "rounds": 1})
+
+
 class TestFrozen:
     @pytest.mark.parametrize(
         ("frozen", "expected"),
@@ -65,8 +69,11 @@ class TestFrozen:
         other = configure({"workload.model": HALF | {"freeze": True}, "rounds": 1})
         there = run(other, out=tmp_path / "b")
         assert digest(here.params) == digest(there.params)
-        kept = next(iter(events(here.directory, "variant")))
-        assert kept["bytes_up"] == 4 * (20 * 12 + 12 + 12 * 10 + 10 + 3 * 5 + 5)
+        costs, whole = (events(one.directory, "variant")[0] for one in (here, run(whole_half(), out=tmp_path / "c")))
+        assert costs["bytes_up"] == 4 * (20 * 12 + 12 + 12 * 10 + 10 + 3 * 5 + 5)
+        frozen = 4 * (64 * 20 + 20)  # held, but without a gradient, and nothing is saved below
+        assert whole["memory_bytes"] - costs["memory_bytes"] >= frozen
+        assert costs["memory_bytes"] > frozen + 2 * costs["bytes_up"]
 
     @pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "singly"])
     def test_of_a_declared_model(self, mode: dict[str, bool], tmp_path: Path) -> None:

@@ -26,10 +26,13 @@ from gossamer.config.rules import (
 from gossamer.config.schema import Config
 from gossamer.config.unused import unused_options
 from gossamer.errors import ConfigError, RegistryError, plugin_errors, require_attributes
+from gossamer.options import parse_options
 from gossamer.simulation.devices import DeviceShare
 from gossamer.submodel.strategies import find_strategy
+from gossamer.submodel.windows import window_length
 from gossamer.topology import Topology
 from gossamer.workloads.base import find_workload
+from gossamer.workloads.parts import LoRAOptions
 
 ENGINE = ("is_remote", "train", "exchange", "evaluate", "measure", "read", "write", "close")
 
@@ -181,18 +184,7 @@ def fill_in(config: Config, algorithm: Any) -> Config:
     if rule in ("smallest", "largest"):
         factor = min(sub.capacities) if rule == "smallest" else max(sub.capacities)
         changes |= {"capacities": [1.0], "shares": None}
-        if "model" in workload:
-            model = workload["model"] if isinstance(workload["model"], Mapping) else {"name": workload["model"]}
-            width = model.get("width", 1.0)
-            if isinstance(width, bool) or not isinstance(width, int | float):
-                raise ConfigError(
-                    f"workload.model.width = {width!r} is not a number: give a share in (0, 1], such as 0.5"
-                )
-            workload["model"] = {**model, "width": width * factor}
-        elif factor != 1.0:
-            raise ConfigError(
-                f"algorithm {name!r} scales workload.model.width, which workload {workload['name']!r} does not have"
-            )
+        workload = _of_capacity(workload, factor, name)
     if sub.scaler is None:
         changes["scaler"] = algorithm.traits.default_scaler
     if sub.mask_labels is None:
@@ -200,6 +192,30 @@ def fill_in(config: Config, algorithm: Any) -> Config:
     sections = {"submodel": sub.model_copy(update=changes), "workload": workload}
     sections |= {"devices": fill_in_devices(config, rule), "communication": fill_in_communication(config, algorithm)}
     return config.model_copy(update=sections)
+
+
+def _of_capacity(workload: dict[str, Any], factor: float, algorithm: str) -> dict[str, Any]:
+    """Return a workload whose whole model is what a capacity leaves: of low-rank factors if there are any, or of widths.
+
+    Raises:
+        ConfigError: there are neither, or these options are wrong.
+    """
+    if workload.get("lora"):
+        lora = parse_options(LoRAOptions, workload["lora"], "workload.lora")
+        rank = window_length(lora.rank, factor)
+        changed = {"rank": rank, "alpha": lora.alpha * rank / lora.rank}  # the factor before B A stays
+        return workload | {"lora": lora.model_copy(update=changed).model_dump(mode="json")}
+    if "model" in workload:
+        model = workload["model"] if isinstance(workload["model"], Mapping) else {"name": workload["model"]}
+        width = model.get("width", 1.0)
+        if isinstance(width, bool) or not isinstance(width, int | float):
+            raise ConfigError(f"workload.model.width = {width!r} is not a number: give a share in (0, 1], such as 0.5")
+        return workload | {"model": {**model, "width": width * factor}}
+    if factor != 1.0:
+        raise ConfigError(
+            f"algorithm {algorithm!r} scales workload.model.width, which workload {workload['name']!r} does not have"
+        )
+    return workload
 
 
 def fill_in_devices(config: Config, rule: str) -> list[DeviceShare] | None:

@@ -23,9 +23,10 @@ class VariantCosts:
         num_parameters: number of parameters of its sub-model.
         bytes_up, bytes_down: bytes that it sends and receives in a round.
         flops_per_sample: operations of one training sample, forward and backward.
-        memory_bytes: memory of training: parameters, gradients, what else the algorithm carries from step to step (such
-            as momentum), and what a batch saves for the backward pass, its own samples included. What a client received
-            becomes the parameters; a peer stores and receives whole models, see `counting.memory_bytes`.
+        memory_bytes: memory of training: parameters, constants beside them, gradients, what else the algorithm carries
+            from step to step (such as momentum), and what a batch saves for the backward pass, its own samples
+            included. What a client received becomes the parameters; a peer stores and receives whole models, see
+            `counting.memory_bytes`.
         uncounted: names of the operations that `flops_per_sample` leaves out, because no formula is known.
     """
 

@@ -83,6 +83,7 @@ def count_variants(
         scaler: whether a sub-model's activations are multiplied by 1 / capacity while training.
         bytes_per_number: bytes of a parameter.
     """
+    constant_bytes = sum(value.nbytes for value in workload.blueprint().constants.values())
     scales = [1.0 / variant.capacity if scaler else 1.0 for variant in variants]
     steps = {
         variant.capacity: count_step(workload, variant.layout, batch_size, scale, variant.algorithm)
@@ -104,7 +105,8 @@ def count_variants(
                 bytes_up=sent,
                 bytes_down=received * len(algorithm.traits.downlink) if algorithm.traits.downlink is not None else sent,
                 flops_per_sample=sum(steps[width].flops_per_sample * times for width, times in passes.items()),
-                memory_bytes=memory_bytes(
+                memory_bytes=constant_bytes
+                + memory_bytes(
                     algorithm, workload.layout, layout, sum(steps[w].saved_bytes for w in widest), bytes_per_number
                 ),
                 uncounted=tuple(sorted({name for width in passes for name in steps[width].uncounted})),
@@ -303,7 +305,7 @@ def count_step(
                 loss = workload.loss(given, merged | {"scale": scale})
             torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
 
-    counter, saved = FlopCounter(), SavedBytes(carry.values())
+    counter, saved = FlopCounter(), SavedBytes([*carry.values(), *workload.blueprint().constants.values()])
     step(counter, saved.watching())
     if counter.uncounted:
         counter = FlopCounter()
