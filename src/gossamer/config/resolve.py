@@ -195,7 +195,7 @@ def fill_in(config: Config, algorithm: Any) -> Config:
 
 
 def _of_capacity(workload: dict[str, Any], factor: float, algorithm: str) -> dict[str, Any]:
-    """Return a workload whose whole model is what a capacity leaves: of low-rank factors if there are any, or of widths.
+    """Return a workload whose whole model is what a capacity leaves, of its low-rank factors or of its widths.
 
     Raises:
         ConfigError: there are neither, or these options are wrong.
