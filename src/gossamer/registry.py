@@ -83,6 +83,11 @@ BUILTIN: dict[str, dict[str, str]] = {
         "cifar100": "gossamer.workloads.datasets:cifar100",
         "synthetic": "gossamer.workloads.datasets:synthetic",
         "spoken-digits": "gossamer.workloads.spoken:spoken_digits",
+        "image-folder": "gossamer.workloads.files:image_folder",
+        "table": "gossamer.workloads.files:table",
+        "arrays": "gossamer.workloads.files:arrays",
+        "hugging-face": "gossamer.workloads.files:hugging_face",
+        "leaf": "gossamer.workloads.leaf:leaf",
     },
     "text": {
         "shakespeare": "gossamer.workloads.texts:shakespeare",

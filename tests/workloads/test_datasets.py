@@ -210,7 +210,7 @@ def test_channels_that_come_last_are_refused() -> None:
     ],
 )
 def test_every_depth_becomes_eight_bits(pixels: np.ndarray, kind: str, mode: str, expected: list[int]) -> None:
-    decoded = datasets_hub._decode_image(encoded(pixels, kind), HubSource("a", "b", "c", "d", mode, 2), "row 0")
+    decoded = datasets_hub.decode_image(encoded(pixels, kind), mode, "row 0")
     assert decoded.dtype == np.uint8
     assert decoded[:, 0].tolist() == [expected] * {"L": 1, "RGB": 3}[mode]
 
@@ -218,7 +218,7 @@ def test_every_depth_becomes_eight_bits(pixels: np.ndarray, kind: str, mode: str
 @pytest.mark.parametrize("pixels", [np.ones((2, 2), dtype=np.float32), np.ones((2, 2), dtype=np.int32)])
 def test_depths_without_a_scale_are_refused(pixels: np.ndarray) -> None:
     with pytest.raises(DataError, match=r"row 0 is not an image \(its pixels are of mode '.', not of 8 or 16 bits\)"):
-        datasets_hub._decode_image(encoded(pixels, "TIFF"), TINY, "row 0")
+        datasets_hub.decode_image(encoded(pixels, "TIFF"), TINY.mode, "row 0")
 
 
 def test_a_file_named_datasets_beside_the_experiment(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ def _with_absolute_paths(config: Config) -> Config:
         """Return a plug-in's section with its path named from the root."""
         if not isinstance(spec, Mapping) or spec.get("name") not in registry.BUILTIN[kind]:
             return spec
-        return {**spec, "path": str(Path(spec["path"]).absolute())} if isinstance(spec.get("path"), str) else spec
+        given = {key: spec[key] for key in ("path", "test_path") if isinstance(spec.get(key), str)}
+        return {**spec, **{key: str(Path(path).absolute()) for key, path in given.items()}}
 
     section = "clients" if config.peers is None else "peers"
     population = config.population.model_copy(update={"partition": absolute("partition", config.population.partition)})

@@ -146,14 +146,21 @@ class ImageData:
                 f" {len(sizes)} classes or owners, is less than one image: raise it"
             )
         kept, out = torch.from_numpy(np.setdiff1d(np.arange(total), held_out)), torch.from_numpy(held_out)
-        return replace(
-            self,
-            train_images=take(self.train_images, kept),
-            train_labels=self.train_labels[kept],
-            test_images=take(self.train_images, out),
-            test_labels=self.train_labels[out],
-            owner=None if self.owner is None else self.owner[kept],
-        )
+        return replace(self, **self.split(kept, out))
+
+    def split(self, kept: Tensor, out: Tensor) -> dict[str, Any]:
+        """Return what changes where training images take the place of the test images.
+
+        Args:
+            kept, out: numbers of the training images that stay, and of the others, int64 [k].
+        """
+        return {
+            "train_images": take(self.train_images, kept),
+            "train_labels": self.train_labels[kept],
+            "test_images": take(self.train_images, out),
+            "test_labels": self.train_labels[out],
+            "owner": None if self.owner is None else self.owner[kept],
+        }
 
 
 def _check_unit(what: str, deviations: Sequence[float], of_training: Sequence[float]) -> None:

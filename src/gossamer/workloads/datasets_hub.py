@@ -198,7 +198,7 @@ def _decode(source: HubSource, table: Any, place: str) -> tuple[NDArray[np.uint8
     labels = _checked_labels(table[source.label_column].to_numpy(), source, place)
     images: NDArray[np.uint8] | None = None
     for row, cell in enumerate(table[source.image_column].to_pylist()):
-        pixels = _decode_image(cell, source, f"row {row} of column {source.image_column!r} of {place}")
+        pixels = decode_image(cell, source.mode, f"row {row} of column {source.image_column!r} of {place}")
         if images is None:
             images = np.empty((table.num_rows, *pixels.shape), dtype=np.uint8)
         if pixels.shape != images.shape[1:]:
@@ -225,10 +225,15 @@ def _checked_labels(values: Any, source: HubSource, place: str) -> NDArray[np.in
     return labels.astype(np.int64)
 
 
-def _decode_image(cell: Any, source: HubSource, place: str) -> NDArray[np.uint8]:
+def decode_image(cell: Any, mode: str, place: str, size: int | None = None) -> NDArray[np.uint8]:
     """Decode PNG, JPEG ... bytes, or a mapping that has them as ``"bytes"``, into uint8 [C, H, W].
 
     Pixels of 16 bits are scaled to 8.
+
+    Args:
+        mode: ``"L"`` (grey) or ``"RGB"``.
+        place: where it is found, for errors.
+        size: height and width to which it is resized; None: those that it has.
 
     Raises:
         DataError: they are missing or no image.
@@ -242,9 +247,8 @@ def _decode_image(cell: Any, source: HubSource, place: str) -> NDArray[np.uint8]
                 if opened.mode == "F" or (opened.mode == "I" and opened.format != "PNG"):
                     raise ValueError(f"its pixels are of mode {opened.mode!r}, not of 8 or 16 bits")
                 picture = Image.fromarray(np.rint(np.asarray(opened) / 257).astype(np.uint8))
-            pixels = np.asarray(picture if picture.mode == source.mode else picture.convert(source.mode))
+            picture = picture if picture.mode == mode else picture.convert(mode)
+            pixels = np.asarray(picture if size is None else picture.resize((size, size), Image.Resampling.BILINEAR))
     except Exception as error:  # PIL raises many kinds for broken bytes
-        raise DataError(
-            f"{place} is not an image ({_first_line(error)}): drop that row or fetch the file again"
-        ) from error
+        raise DataError(f"{place} is not an image ({_first_line(error)}): drop it or fetch the file again") from error
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

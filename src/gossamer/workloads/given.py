@@ -11,6 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,7 +21,7 @@ from gossamer.registry import OBJECT, importable_as
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.digests import digest_of
 from gossamer.workloads.given_data import KINDS, read_data
-from gossamer.workloads.given_partitions import INDICES, PARTIAL, read_lists
+from gossamer.workloads.given_partitions import INDICES, PARTIAL, read_file, read_lists
 from gossamer.workloads.partitions import Partition
 from gossamer.workloads.plugins import with_sizes
 
@@ -56,6 +57,9 @@ def given_model(model: Any) -> Given:
     if _is_named(model):
         return Given(model)
     if isinstance(model, nn.Module):
+        unsized = [name for name, one in model.named_parameters() if nn.parameter.is_lazy(one)]
+        if unsized:
+            raise ConfigError(f"model: parameter {unsized[0]!r} has no size before the first batch: give its size")
         digest = digest_of(_source_of(type(model)), str(model), dict(model.state_dict()))
         return _object("model", type(model).__name__, digest, lambda *sizes: _copy_of(model))
     if not callable(model):
@@ -104,7 +108,10 @@ def given_partition(partition: Any) -> tuple[Given, int | None]:
         DataError: it is something else.
     """
     if _is_named(partition):
-        return Given(partition), None
+        if isinstance(partition, str) or partition["name"] != "file" or "path" not in partition:
+            return Given(partition), None
+        path = Path(partition["path"])
+        return Given(partition), len(read_lists(str(path), read_file(path)).offsets) - 1
     if callable(partition):
         found = _importable(partition)
         return found or _object("partition", _name_of(partition), digest_of(_source_of(partition)), partition), None

@@ -24,7 +24,7 @@ LABEL_KEYS = ("label", "labels", "target", "fine_label", "y")
 NATIVE = (torch.uint8, torch.float32, torch.int64)
 
 
-def read_data(data: Any) -> ImageData:
+def read_data(data: Any, name: str = "given") -> ImageData:
     """Read labelled samples; torch data sets once from the first item to the last, to check them.
 
     Samples are tensors, arrays or images of PIL, all of one shape; labels are whole numbers from 0 on. Bytes are taken
@@ -36,6 +36,7 @@ def read_data(data: Any) -> ImageData:
         data: a torch data set of items (sample, label), or its arrays or tensors ``(x, y)``, of which `TEST_SHARE` of
             each class are taken for testing; a pair (train, test) or a mapping ``{"train": ..., "test": ...}`` of
             these; or ``(x_train, y_train, x_test, y_test)``.
+        name: name in messages.
 
     Raises:
         DataError: it is something else, or malformed.
@@ -43,14 +44,14 @@ def read_data(data: Any) -> ImageData:
     train, test = _splits(data)
     samples, labels = _read(train, "the training data")
     if test is None:
-        made = _made(samples, labels, samples, labels, _num_labels(train, labels, labels))
+        made = _made(name, samples, labels, samples, labels, _num_labels(train, labels, labels))
         try:
             held_out = made.hold_out(TEST_SHARE, 0)
         except DataError:
             raise DataError(f"{len(labels)} samples are too few to take some for testing: give (train, test)") from None
         return replace(held_out, mean=(), std=()) if samples.dtype == torch.uint8 else held_out
     test_samples, test_labels = _read(test, "the test data")
-    return _made(samples, labels, test_samples, test_labels, _num_labels(train, labels, test_labels))
+    return _made(name, samples, labels, test_samples, test_labels, _num_labels(train, labels, test_labels))
 
 
 def _splits(data: Any) -> tuple[Any, Any]:
@@ -123,12 +124,14 @@ def _num_labels(train: Any, labels: Tensor, test_labels: Tensor) -> int:
     return num_labels
 
 
-def _made(samples: Samples, labels: Tensor, test_samples: Samples, test_labels: Tensor, num_labels: int) -> ImageData:
+def _made(
+    name: str, samples: Samples, labels: Tensor, test_samples: Samples, test_labels: Tensor, num_labels: int
+) -> ImageData:
     kind = ImageData if samples.dim() == 4 and samples.dtype != torch.int64 else SampleData
     moments: dict[str, Any] = {}
     if samples.dtype == torch.float32:
         moments = {"mean": (0.0,) * samples.shape[1], "std": (1.0,) * samples.shape[1]}
-    return kind("given", samples, labels, test_samples, test_labels, num_labels, **moments)
+    return kind(name, samples, labels, test_samples, test_labels, num_labels, **moments)
 
 
 # ---- arrays

@@ -24,6 +24,7 @@ from gossamer.workloads.models import Fitting
 from gossamer.workloads.modules import TRIED, ModuleModel, seed_of, seeded
 from gossamer.workloads.parts import PartlyTrained
 from gossamer.workloads.plugins import Spec, with_sizes
+from gossamer.workloads.sample_data import OwnTestData
 from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, chunk_of, cross_entropies
 
 CACHED_IMAGES = 128  # images that are normalised at a time
@@ -133,14 +134,31 @@ class ImageClassification(Supervised):
         is_partial = len(self.partition.indices) < len(self.data.train_labels)
         self._held = torch.from_numpy(np.sort(self.partition.indices)) if is_partial else None
         self._histogram = counts.astype(np.int32).reshape(self.num_clients, self.num_labels)
-        self._label_sets = LabelSets.of(self._histogram) if self.options.local_evaluation else None
-        if self.options.local_evaluation and self._label_sets is None:
+        is_local = self.options.local_evaluation
+        self._client_of_test = self._find_owners() if is_local else None
+        self._label_sets = LabelSets.of(self._histogram) if is_local and self._client_of_test is None else None
+        if is_local and self._client_of_test is None and self._label_sets is None:
             self.warnings += (MANY_SETS,)
         if "statistics_chunk" in self.options.model_fields_set and not self.model.norms:
             self.warnings += (
                 "workload.statistics_chunk changes nothing, because the model has no BatchNorm: leave it out",
             )
         return torch.from_numpy(self._histogram > 0)
+
+    def _find_owners(self) -> Ints | None:
+        """Return the client of each test sample, -1 for none; None where clients are no owners of test samples."""
+        if not isinstance(self.data, OwnTestData):
+            return None
+        assert self.data.owner is not None
+        assert self.data.test_owner is not None
+        owners = self.data.owner.numpy()[self.partition.indices]
+        first = owners[self.partition.offsets[:-1]]
+        if not np.array_equal(owners, np.repeat(first, self.num_samples)) or len(set(first)) != len(first):
+            return None
+        client = np.full(int(max(owners.max(), self.data.test_owner.max())) + 1, -1)
+        client[first] = np.arange(self.num_clients)
+        found: Ints = client[self.data.test_owner.numpy()]
+        return found
 
     @property
     def num_statistics_chunks(self) -> int:  # type: ignore[override]
@@ -210,7 +228,8 @@ class ImageClassification(Supervised):
 
         Returns:
             ``"loss"``, ``"correct"``, ``"count"``: float64 [1]; with local evaluation also ``"tested"``: float64
-            [num_labels] and ``"local_correct"``: float64 [label sets, num_labels], see `LabelSets`.
+            [num_labels] and ``"local_correct"``: float64 [label sets, num_labels], see `LabelSets`; or
+            ``"own_tested"`` and ``"own_correct"``: float64 [num_clients], of each client's own test samples.
         """
         part = chunk_of(len(self.data.test_labels), self.num_evaluation_chunks, chunk)
         labels = self.data.test_labels[part]
@@ -223,7 +242,11 @@ class ImageClassification(Supervised):
             "count": torch.tensor(len(labels)),
         }
         arrays: Sums = {name: value.to(torch.float64).reshape(1).numpy() for name, value in sums.items()}
-        if self._label_sets is not None:
+        if self._client_of_test is not None:
+            client, right = self._client_of_test[part], (~beaten).all(dim=1).numpy()
+            arrays["own_tested"] = _count(client[client >= 0], self.num_clients)
+            arrays["own_correct"] = _count(client[(client >= 0) & right], self.num_clients)
+        elif self._label_sets is not None:
             arrays["tested"] = np.bincount(labels.numpy(), minlength=self.num_labels).astype(np.float64)
             arrays["local_correct"] = self._label_sets.correct(beaten, labels)
         return arrays
@@ -234,11 +257,21 @@ class ImageClassification(Supervised):
         Returns:
             ``accuracy`` and ``loss`` on the whole test data; with local evaluation also ``local_accuracy`` and
             ``worst_client_accuracy``, the mean and the least of the clients' accuracies on their own classes. These two
-            are left out where distinct label sets are too many, see `warnings`.
+            are left out where distinct label sets are too many, see `warnings`. Clients that are the owners of data
+            with test samples of each owner (`OwnTestData`) are tested on these, on all classes.
         """
         found = super().measured(sums)
-        if self._label_sets is not None:
+        local = np.zeros(0)
+        if self._client_of_test is not None:
+            held = sums["own_tested"] > 0
+            local = sums["own_correct"][held] / sums["own_tested"][held]
+        elif self._label_sets is not None:
             local = self._label_sets.accuracies(sums["local_correct"], sums["tested"])
-            if len(local):
-                found |= {"local_accuracy": float(local.mean()), "worst_client_accuracy": float(local.min())}
+        if len(local):
+            found |= {"local_accuracy": float(local.mean()), "worst_client_accuracy": float(local.min())}
         return found
+
+
+def _count(clients: Ints, num_clients: int) -> NDArray[np.float64]:
+    """Return how often each client occurs, [num_clients]."""
+    return np.bincount(clients, minlength=num_clients).astype(np.float64)

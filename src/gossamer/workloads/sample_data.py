@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gossamer.errors import DataError
 from gossamer.workloads.datasets import ImageData, require_tensors
@@ -36,3 +37,24 @@ class SampleData(ImageData):
 
     def _check_units(self, given_std: tuple[float, ...] | None) -> None:
         """Check nothing: features may be rare."""
+
+
+@dataclass(frozen=True, eq=False)
+class OwnTestData(SampleData):
+    """Samples whose owners have test samples of their own, on which local accuracy is measured; else as `SampleData`.
+
+    Attributes:
+        test_owner: int64 [N], owner of each test sample, by the same numbers as `owner`.
+    """
+
+    test_owner: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.owner is None or self.test_owner is None or self.test_owner.shape != self.test_labels.shape:
+            raise DataError(f"data set {self.name!r} has no owner for each sample: give owner and test_owner")
+
+    def split(self, kept: Tensor, out: Tensor) -> dict[str, Any]:
+        """Return what changes where training samples take the place of the test samples."""
+        assert self.owner is not None
+        return {**super().split(kept, out), "test_owner": self.owner[out]}

@@ -18,6 +18,7 @@ from torch import Tensor
 from gossamer import rng
 from gossamer.errors import DataError
 from gossamer.options import Options, parse_options
+from gossamer.registry import BUILTIN
 from gossamer.submodel.layout import Axes, Layout
 from gossamer.workloads.base import (
     Batch,
@@ -116,7 +117,8 @@ class Supervised(Workload):
         name, _, params = plug_in(self.model_kind, self.options.model, "workload.model")
         self.model = self.build_model(options, self._facts(), seed)
         self.layout = Layout.of(self.model.shapes, self._axes(whole_models))
-        if params.get("width", 1.0) != 1.0 and not self.layout.cut_axes:
+        is_built_in = name in BUILTIN[self.model_kind]
+        if params.get("width", 1.0) != 1.0 and is_built_in and not self.layout.cut_axes:
             self.warnings += (f"workload.model.width changes nothing, because model {name!r} has no hidden width",)
         own, model = type(self), self.model.traits
         self.traits = replace(
