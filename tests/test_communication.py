@@ -37,7 +37,7 @@ from gossamer.engines.training.compression import compress_, decoded_downlink
 from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError, GossamerWarning
 from slow import initial_model
-from slow_federated import Params, Sent, add, gradients_of, local_sgd, mean_change, window_of
+from slow_federated import Params, Sent, add, gradients_of, local_sgd, mean_change, train_round, window_of
 from slow_peers import decentralized
 from test_client_state import stored
 
@@ -240,6 +240,39 @@ def test_downlink_is_one_for_all(tmp_path: Path) -> None:
         assert float((view - views[name]).abs().max()) <= float(views[name].abs().max()) / 127 * (1 + 1e-5)
 
 
+EVERYBODY = {"clients": {"num": 4, "per_round": 4}, "rounds": 4}
+
+
+@EITHER
+def test_downlink_of_changes(tmp_path: Path, mode: dict[str, bool]) -> None:
+    """Clients start from what they know: the sum of the largest entries of the differences to it."""
+    config = configure(EVERYBODY | {"communication.downlink": TOP_K["uplink"]} | modes(**mode))
+    parts = build(parse(config))
+    model = {name: value.double() for name, value in initial_model(parts).items()}
+    known = model
+    for round in range(4):
+        sent = train_round(parts, round, known, local_sgd())
+        model = add((1.0, model), (1.0, mean_change(model, sent)[0]))
+        known = add((1.0, known), (1.0, top_k(add((1.0, model), (-1.0, known)), 0.05)))
+    done = run(config, out=tmp_path / "run")
+    assert relative_error(done.params, model) < 1e-5
+    plain = run(configure(EVERYBODY | modes(**mode)), out=tmp_path / "plain")
+    assert relative_error(plain.params, model) > 1e-2
+    size = make_codec(TOP_K["uplink"]).row_bytes(parts.workload.layout.num_parameters, 4)
+    assert done.metrics[-1]["total_bytes_down"] == 4 * 4 * size
+
+
+@pytest.mark.parametrize("span", ["train", "exchange", "commit"])
+def test_what_clients_know_is_resumed(tmp_path: Path, span: str) -> None:
+    config = configure(
+        EVERYBODY | {"communication": {"uplink": "int8", "downlink": {"name": "random-k", "share": 0.2}}}
+    )
+    whole = run(config, out=tmp_path / "whole")
+    with pytest.raises(Injected):
+        run(config, out=tmp_path / "part", hooks=failing(span, False, 2))
+    assert_same(resume(tmp_path / "part", overrides=["engine.workers=2"]), whole)
+
+
 def test_phases_have_residuals_of_their_own(tmp_path: Path) -> None:
     done = run(configure({"algorithm": "two_phases:FedLin", "communication": TOP_K}), out=tmp_path / "run")
     names = {path.name.partition(".")[0] for path in (done.directory / "clients").glob("*.rows")}
@@ -267,7 +300,22 @@ def test_without_codecs_nothing_changes(tmp_path: Path) -> None:
             {"communication": {"uplink": {"name": "random-k", "k": 3, "unbiased": True}, "error_feedback": True}},
             r"\(unbiased: false\)",
         ),
-        ({"communication": {"downlink": {"name": "top-k", "k": 3}}}, "downlink.name = 'top-k' is biased"),
+        (
+            {"communication": {"downlink": {"name": "top-k", "k": 3}}},
+            "downlink.name = 'top-k' is biased, .* but clients.per_round = 5 of 8 receive them: choose int8",
+        ),
+        (
+            mixed("fedrolex") | {"clients.per_round": 8, "communication": {"downlink": "sign"}},
+            r"but submodel.capacities = \[0.25, 0.5, 1.0\] receive parts of them",
+        ),
+        (
+            {
+                "clients.per_round": 8,
+                "communication": {"downlink": "sign"},
+                "device": {"availability": {"probability": 0.5}},
+            },
+            "is not always available",
+        ),
         (
             {"communication": TOP_K, "algorithm": "scaffold"},
             "'scaffold' does not go with communication, because the server's control variate must stay",

@@ -100,8 +100,7 @@ class Parts:
             store = ClientStore(directory / "clients", keep=self.config.checkpoint.keep)
             for name, width in self.task.stored_arrays.items():
                 store.declare(name, width)
-        state = self.algorithm.init(x[None])
-        return self.engine_class(self.task, state, store, setup), store
+        return self.engine_class(self.task, self.task.initial_state(x), store, setup), store
 
     def loop(self, engine: Engine, store: ClientStore | None, log: RunLog, checkpoints: Checkpoints) -> Loop:
         """Assemble the loop."""
@@ -161,7 +160,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
         flops = [variant.flops_per_sample for variant in planner.costs[0].variants]
         task = task.with_modes(modes_by_rule(task, flops, expected_participants(config, planner)))
     elif config.engine.modes == "measured":
-        task = task.with_modes(measured_modes(task, algorithm.init(workload.init(config.seed)[None])))
+        task = task.with_modes(measured_modes(task, task.initial_state(workload.init(config.seed))))
     else:
         check_modes(task, config.algorithm["name"])
     modes = [ModeOptions(capacity=one.capacity, **dict(one.mode)) for one in task.variants]

@@ -92,12 +92,18 @@ class Communication:
         uplink: codec of payloads that are averaged.
         error_feedback: whether clients add what was lost to the next payload (Karimireddy et al., arXiv 1901.09847;
             Stich et al., arXiv 1809.07599).
-        downlink: codec of what is received; unbiased.
+        downlink: codec of what is received: of the server's arrays if it is unbiased, otherwise of their changes since
+            what clients know.
     """
 
     uplink: BaseCodec | None = None
     error_feedback: bool = False
     downlink: BaseCodec | None = None
+
+    @property
+    def sends_changes(self) -> bool:
+        """Whether the server sends changes to what its clients know."""
+        return self.downlink is not None and not self.downlink.is_unbiased
 
 
 def uniform(rows: Tensor, purpose: str, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:

@@ -8,6 +8,7 @@ from gossamer.aggregate.codec_base import BaseCodec, Communication
 from gossamer.aggregate.codecs import Identity, make_codec
 from gossamer.config.schema import CommunicationOptions, Config
 from gossamer.errors import ConfigError
+from gossamer.simulation.devices import Availability
 from gossamer.submodel import Layout
 
 WHERE = "communication"
@@ -46,7 +47,7 @@ def fill_in_communication(config: Config, algorithm: Any) -> CommunicationOption
             f"{WHERE} is between clients and their server, but peers have none: leave it out, or choose algorithm"
             " 'choco-sgd', which compresses by its option compressor"
         )
-    _check_codecs(options, made)
+    _check_codecs(config, made)
     traits = algorithm.traits
     if traits.no_compression is not None:
         raise ConfigError(f"algorithm {name!r} does not go with {WHERE}, because {traits.no_compression}: leave it out")
@@ -58,7 +59,8 @@ def fill_in_communication(config: Config, algorithm: Any) -> CommunicationOption
     return filled
 
 
-def _check_codecs(options: CommunicationOptions, made: Communication) -> None:
+def _check_codecs(config: Config, made: Communication) -> None:
+    options = config.communication
     up, down = options.uplink["name"], options.downlink["name"]
     if made.error_feedback and made.uplink is None:
         raise ConfigError(
@@ -71,12 +73,24 @@ def _check_codecs(options: CommunicationOptions, made: Communication) -> None:
             " promises no contraction, so that residuals may grow: leave error_feedback out, or make the codec biased"
             f" ({'rounding: nearest' if up.startswith('int') else 'unbiased: false'})"
         )
-    if made.downlink is not None and not made.downlink.is_unbiased:
+    if made.sends_changes and (reason := _differ(config)) is not None:
         raise ConfigError(
-            f"{WHERE}.downlink.name = {down!r} is biased: what it loses could only be made up for by changes to what"
-            " every client knows, and clients that take part in some rounds do not know the same: choose int8, int4"
-            " with stochastic rounding, or quantise with unbiased: true"
+            f"{WHERE}.downlink.name = {down!r} is biased, so that the server must send changes to what all clients"
+            f" know, but {reason}: choose int8 or int4, whose rounding is stochastic, or quantise with unbiased: true"
         )
+
+
+def _differ(config: Config) -> str | None:
+    """Return why clients do not all know the same of the server's arrays; None: they do."""
+    clients = config.clients
+    assert clients is not None
+    if clients.per_round < clients.num:
+        return f"clients.per_round = {clients.per_round} of {clients.num} receive them"
+    if tuple(config.submodel.capacities) != (1.0,):
+        return f"submodel.capacities = {config.submodel.capacities} receive parts of them"
+    profiles = [config.device] if config.devices is None else [share.profile for share in config.devices]
+    away = next((profile.name for profile in profiles if profile.availability != Availability()), None)
+    return None if away is None else f"device {away!r} is not always available"
 
 
 def check_codecs(config: Config, layout: Layout, bytes_per_number: int) -> tuple[str, ...]:

@@ -249,8 +249,9 @@ class CommunicationOptions(Options):
         uplink: name and options of the codec of payloads that are averaged; each client has random numbers of its own.
         error_feedback: whether a client keeps what was lost and adds it to its next payload, as private state; None:
             where the codec is biased.
-        downlink: name and options of the codec of what participants receive, the same for all of a round; an unbiased
-            one, because who takes part in some rounds only does not know what others do.
+        downlink: name and options of the codec of what participants receive, the same for all of a round. An unbiased
+            one is applied to the model. A biased one is applied to the change since what clients know, so that all of
+            them must take part in every round, with the whole model.
     """
 
     uplink: Plugin = {"name": "none"}

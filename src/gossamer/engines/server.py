@@ -17,7 +17,8 @@ from gossamer.aggregate import Part, TreeSum, combine, others_median
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, Record
 from gossamer.engines.statistics import Statistics, name_of
-from gossamer.engines.task import WHOLE, Task, Variant
+from gossamer.engines.task import KNOWN, WHOLE, Task, Variant
+from gossamer.engines.training.compression import known_after
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.trainer import row_norms
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
@@ -131,8 +132,9 @@ class FederatedEngine(ABC):
                 inbox = combine(self._task.cutter.layout, algorithm.traits.uplink, parts, algorithm.traits.scalars)
                 apart = {"weights", *(name for name, kind in algorithm.traits.uplink.items() if kind == "rows")}
                 views = {n: value if value is None or n in apart else value[None] for n, value in inbox.items()}
-                updated = algorithm.update(self._state, views, self._task.workload.num_clients)
-                self.write(updated)
+                own = {name: value for name, value in self._state.items() if not name.startswith(KNOWN)}
+                self.write(algorithm.update(own, views, self._task.workload.num_clients))
+                self.write(known_after(self._task, self._state, plan.round, plan.phase))
         for block, finite in self._results:
             self._keep_private(plan, block, finite)
         self.is_whole = True

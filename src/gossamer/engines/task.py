@@ -20,6 +20,7 @@ from gossamer.topology import Topology
 from gossamer.workloads.base import Workload
 
 AS_IT_IS = Communication()
+KNOWN = "known."  # before the name of a server's array: what all clients know of it
 
 
 class VariantMode(Options):
@@ -213,6 +214,14 @@ class Task:
         """``{name: floats of a row}`` of all private arrays, of whatever phase."""
         names = {name: None for phase in (self, *self.phases) for name in phase.client_arrays}
         return {name: 1 if name in self.scalars else self.cutter.layout.d for name in names}
+
+    def initial_state(self, x: Tensor) -> Arrays:
+        """Return the server's arrays [1, d] from the initial model x [d], and what clients know of them."""
+        state = self.algorithm.init(x[None])
+        if not self.communication.sends_changes:
+            return state
+        sent = {name: None for phase in self.phases for name in phase.algorithm.traits.downlink or ()}
+        return state | {KNOWN + name: state[name].clone() for name in sent}
 
     def newcomers(self, x: Tensor) -> Arrays:
         """Return the private arrays of clients that never took part, see `Algorithm.init_client`."""

@@ -60,6 +60,10 @@ CASES: dict[str, dict[str, Any]] = {
     | {"communication": {"uplink": {"name": "top-k", "share": 0.05}, "downlink": "int8"}},
     "codecs of each client's own windows": mixed("federated-dropout", **SINGLY)
     | {"communication": {"uplink": {"name": "int4", "rounding": "nearest"}, "downlink": "int8"}},
+    "changes sent by the server": {
+        "clients": {"num": 4, "per_round": 4},
+        "communication": {"uplink": "sign", "downlink": {"name": "top-k", "share": 0.05}},
+    },
     "windows of each client's own": mixed("federated-dropout"),
     "private state": SCAFFOLD | {"clients.num": 4},
     "channels last": mixed("fedrolex", (0.5, 1.0), **SINGLY, channels_last=True) | CNN,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gossamer import rng
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.task import Task
+from gossamer.engines.task import KNOWN, Task
 from gossamer.engines.training.job import Job
 
 Rows = Tensor | list[Tensor]  # [s, d], or s tensors [1, d]
@@ -54,15 +55,34 @@ def compress_(task: Task, job: Job, payload: Mapping[str, Rows], residuals: Mapp
 
 
 def decoded_downlink(task: Task, state: Mapping[str, Tensor], names: Iterable[str], round: int, phase: int) -> Arrays:
-    """Return some of the server's arrays [1, d] as every participant of a phase decodes them."""
-    codec = task.communication.downlink
-    if codec is None:
+    """Return some of the server's arrays [1, d] as every participant of a phase has them, once decoded."""
+    if task.communication.downlink is None:
         return {name: state[name] for name in names}
-    layout, found = task.cutter.layout, Arrays()
-    codec, server = codec.of_shapes(layout.shapes), torch.zeros(1, dtype=torch.int64).numpy()
-    for name in names:
-        seed, rows = rng.stable_hash(task.seed, "downlink", name), state[name].clone()
-        real = layout.coordinates
-        rows[:, real] = codec.compress(rows[:, real], seed=seed, round=round, phase=phase, peers=server)
-        found[name] = rows
+    if task.communication.sends_changes:
+        return {name: state[KNOWN + name] for name in names}
+    return {name: _sent_by_server(task, name, state[name], round, phase) for name in names}
+
+
+def known_after(task: Task, state: Mapping[str, Tensor], round: int, phase: int) -> Arrays:
+    """Return what clients know once the server has sent, after a phase, by how much its arrays differ from that.
+
+    With x the server's array, ``known <- known + Q(x - known)``: what a codec loses stays in the difference.
+    """
+    if not task.communication.sends_changes:
+        return {}
+    names, found = task.phases[(phase + 1) % task.num_phases].algorithm.traits.downlink, Arrays()
+    for name in names or ():
+        known = state[KNOWN + name]
+        found[KNOWN + name] = known + _sent_by_server(task, name, state[name] - known, round, phase)
+    return found
+
+
+def _sent_by_server(task: Task, name: str, rows: Tensor, round: int, phase: int) -> Tensor:
+    """Return what a codec makes of an array [1, d] that goes to all clients."""
+    codec, layout, found = task.communication.downlink, task.cutter.layout, rows.clone()
+    assert codec is not None
+    seed, real = rng.stable_hash(task.seed, "downlink", name), layout.coordinates
+    found[:, real] = codec.of_shapes(layout.shapes).compress(
+        rows[:, real], seed=seed, round=round, phase=phase, peers=np.zeros(1, dtype=np.int64)
+    )
     return found
