@@ -40,11 +40,11 @@ class HetLoRA(FedAvg):
     """HetLoRA (Cho et al., arXiv 2401.06432): truncation, zero-padding, and the mean weighted by sparsity.
 
     The server pads every client's factors with zeros to the full rank and takes sum_k p_k A_k and sum_k p_k B_k over
-    *all* participants, so what few hold shrinks. p_k is proportional to ``||B_k A_k||_F``, of each weight that has
-    factors by itself, or, with ``weights="samples"``, to the client's weight (plain zero-padding). [M] Nobody's
-    coordinates keep their values, because zeros in both factors would have no gradient ever after; where all products
-    are 0, and for whatever else is trained, p_k follows the clients' weights. The paper's self-pruning of ranks is left
-    out: a client's rank is that of its capacity.
+    *all* participants, so rows and columns that few hold shrink from round to round. p_k is proportional to the
+    Frobenius norm of B_k A_k, of each weight that has factors by itself, or, with ``weights="samples"``, to the
+    client's weight (plain zero-padding). [M] Nobody's coordinates keep their values, because zeros in both factors
+    would have no gradient ever after; where all products are 0, and for whatever else is trained, p_k follows the
+    clients' weights. The paper's self-pruning of ranks is left out: a client's rank is that of its capacity.
     """
 
     class Options(BaseAlgorithm.Options):
@@ -105,11 +105,11 @@ class HetLoRA(FedAvg):
 class FlexLoRA(HetLoRA):
     """FlexLoRA (Bai et al., arXiv 2402.11505): the mean of the products, divided anew by its singular values.
 
-    The server takes W = sum_k p_k B_k A_k of each weight that has factors, p_k by the clients' weights, and
-    ``W = U S V^T``. The new B is U S and the new A is V^T, of as many columns and rows as the full rank; since these
-    are ordered by S, a client that gets the first r has the best factors of its rank (Eckart and Young). What is
-    trained besides is averaged. [M] Signs are such that the largest entry of a row of A is positive; where W has a
-    smaller rank, B is 0 and A keeps its rows.
+    The server takes W = sum_k p_k B_k A_k of each weight that has factors, p_k by the clients' weights, and W = U S V^T
+    . The new B is U S and the new A is V^T, of as many columns and rows as the full rank; since these are ordered by S,
+    a client that gets the first r has the best factors of its rank (Eckart and Young). Products of small clients lack
+    what they did not get, so that shrinks, too. What is trained besides is averaged. [M] Signs are such that the
+    largest entry of a row of A is positive; where W has a smaller rank, B is 0 and A keeps its rows.
     """
 
     class Options(BaseAlgorithm.Options):

@@ -21,6 +21,7 @@ from gossamer.workloads.modules import CLOSE, ModuleModel
 
 RANK_AXIS = "lora-rank"  # the axis of all factors, which a capacity below 1 cuts
 A, B = ".lora_A", ".lora_B"
+MOST_NAMED = 12  # names that an error lists
 Axis = tuple[AxisSpec, ...]
 
 
@@ -241,7 +242,8 @@ def matching(option: str, patterns: Iterable[str], names: Iterable[str]) -> set[
         those = {name for name in known if fnmatchcase(name, pattern)}
         if not those:
             close = nearest(pattern, known, cutoff=0.3)
-            raise ConfigError(f"{option}: {pattern!r} matches no parameter{close} (the model has: {', '.join(known)})")
+            some = ", ".join(sorted(known)[:MOST_NAMED]) + (", ..." if len(known) > MOST_NAMED else "")
+            raise ConfigError(f"{option}: {pattern!r} matches no parameter{close} (the model has: {some})")
         found |= those
     return found
 
