@@ -48,7 +48,7 @@ from gossamer.storage.runlog import (
     read_metrics,
     require_vacant,
 )
-from gossamer.storage.sinks import make_sinks
+from gossamer.storage.sinks import TrackedRun, make_sinks
 
 
 @dataclass(repr=False)
@@ -306,7 +306,8 @@ def _run_rounds(
     if latest is not None and is_finished:
         row = merged_model(latest.arrays["state.x"])
         return Run(directory, read_metrics(directory), parts.workload.params_of(row))
-    log.sinks = make_sinks(config.log.sinks, directory)
+    done = None if latest is None else latest.round
+    log.sinks = make_sinks(config.log.sinks, TrackedRun.of(directory, config.model_dump(mode="json"), done))
     engine_hooks = EngineHooks(lambda: stop() or hooks.is_ended(), log.log_event, stop.is_overdue)
     engine, store = parts.start_engine(directory, engine_hooks)
     with closing(engine):

@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from gossamer.errors import ConfigError, GossamerError, RegistryError, nearest, one_line, plugin_errors
@@ -285,6 +285,23 @@ def resolve(kind: str, name: str) -> Any:
     raise RegistryError(
         f"unknown {kind} {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give 'module:attribute')"
     )
+
+
+def import_optional(what: str, module: str) -> ModuleType:
+    """Import a module of a package that need not be there; if it is not an installed one, as plug-ins are.
+
+    Args:
+        what: what it is for, for the announcement, such as ``"tracker 'wandb'"``.
+
+    Raises:
+        ImportError: it is not there.
+        RegistryError: it is not installed, and the user's own modules may not be imported.
+    """
+    files = _files_of(module.partition(".")[0])
+    if files and not any(map(_is_installed, files)):
+        _require_trusted(what, module)
+        _announce(what, module)
+    return importlib.import_module(module)
 
 
 def load_object(target: str) -> Any:

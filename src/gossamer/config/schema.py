@@ -289,7 +289,7 @@ class LogOptions(Options):
     """Trackers besides the run directory's own logs.
 
     Attributes:
-        sinks: names of trackers: any of "tensorboard", "mlflow", "wandb".
+        sinks: names of trackers: any of "tensorboard", "mlflow", "wandb", see docs/trackers.md.
     """
 
     sinks: list[str] = []
