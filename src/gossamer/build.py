@@ -16,6 +16,7 @@ from gossamer.algorithms.base import Algorithm
 from gossamer.config import diagnosis
 from gossamer.config.communication import check_codecs
 from gossamer.config.inputs import configuration_inputs
+from gossamer.config.optimizers import require_moments
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks, EngineSetup
@@ -141,14 +142,11 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     check_sizes(config, algorithm, workload, is_remote=resolved.engine_class.is_remote)
     task = make_task(config, algorithm, resolved.topology, workload)
     dtype = workload.init(config.seed).dtype
-    if task.stored_arrays and dtype != torch.float32:
-        keeper = f"algorithm {config.algorithm['name']!r}" if algorithm.traits.client_arrays else "error feedback"
-        raise ConfigError(
-            f"{keeper} keeps private state in float32, but workload {config.workload['name']!r} trains in float64: set"
-            " workload.precision to single"
-        )
+    require_single_precision(config, task, dtype)
+    require_moments(config.algorithm["name"], task.variants[0].algorithm, workload.layout)
     planner = make_planner(config, task)
-    warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.batch_size)
+    warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.step_size)
+    warnings += accumulation_warnings(config, workload)
     warnings += check_codecs(config, workload.layout, dtype.itemsize)
     warnings += check_cuts(workload.layout, planner.costs[0].variants)
     if uncounted := sorted({name for costs in planner.costs for name in costs.uncounted}):
@@ -168,6 +166,41 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     return Parts(config, task, planner, resolved.engine_class, warnings)
 
 
+def require_single_precision(config: Config, task: Task, dtype: torch.dtype) -> None:
+    """Refuse a workload in double precision where something else is in single or half precision.
+
+    Raises:
+        ConfigError: clients keep private state, or the loss is to be computed in less.
+    """
+    if dtype == torch.float32:
+        return
+    where = f"but workload {config.workload['name']!r} trains in float64: set workload.precision to single"
+    if task.stored_arrays:
+        keeper = f"algorithm {config.algorithm['name']!r}" if task.client_arrays else "error feedback"
+        raise ConfigError(f"{keeper} keeps private state in float32, {where}")
+    if config.train.precision != "float32":
+        raise ConfigError(f"train.precision = {config.train.precision!r} is for float32, {where}")
+
+
+def accumulation_warnings(config: Config, workload: Workload) -> tuple[str, ...]:
+    """Return what is hardly meant about steps of several batches, a sentence each."""
+    train = config.train
+    if train.accumulate == 1:
+        return ()
+    if int(workload.num_samples.max()) <= train.batch_size:
+        largest = int(workload.num_samples.max())
+        return (
+            f"train.accumulate = {train.accumulate} changes nothing, because nobody has more than {largest} samples,"
+            f" one batch of train.batch_size = {train.batch_size}: leave it out, or correct it",
+        )
+    if not workload.traits.supports_padding:
+        return (
+            f"train.accumulate = {train.accumulate} differs from one batch of {train.step_size} samples, because the"
+            " model mixes the samples of a batch",
+        )
+    return ()
+
+
 def make_planner(config: Config, task: Task) -> Planner:
     """Return what plans the rounds of clients, or of peers."""
     train, clients, peers, sub = config.train, config.clients, config.peers, config.submodel
@@ -178,7 +211,8 @@ def make_planner(config: Config, task: Task) -> Planner:
         "num_samples": task.workload.num_samples,
         "capacities": capacities,
         "costs": count_costs(config, task, capacities),
-        **{name: vars(train)[name] for name in ("epochs", "steps", "batch_size", "lr", "schedule")},
+        "batch_size": train.step_size,
+        **{name: vars(train)[name] for name in ("epochs", "steps", "lr", "schedule")},
     }
     if peers is not None:
         assert task.topology is not None
@@ -230,7 +264,7 @@ def count_costs(config: Config, task: Task, capacities: Capacities) -> list[Cost
             task.workload,
             phase.algorithm,
             phase.variants,
-            batch_size=task.batch_size,
+            batch_size=min(config.train.batch_size, task.batch_size),
             scaler=task.scaler,
             bytes_per_number=task.workload.init(task.seed).itemsize,
         )
@@ -254,12 +288,12 @@ def check_sizes(config: Config, algorithm: Algorithm, workload: Workload, *, is_
     remedy = "take a smaller model, fewer peers or fewer engine.workers"
     require_memory(4 * d * rows + WORKER_BYTES * workers, what, remedy)
     longest = int(workload.num_samples.max())
-    per_epoch = -(-longest // train.batch_size)
+    per_epoch = -(-longest // train.step_size)
     steps = train.steps if train.steps is not None else (train.epochs or 1) * per_epoch
     given = f"train.steps = {train.steps}" if train.steps is not None else f"train.epochs = {train.epochs}"
     if steps >= MAX_STEPS:
         raise ConfigError(f"{given} asks for {steps:,} steps of a participant and round: give less than {MAX_STEPS:,}")
-    order = 8 * steps * min(train.batch_size, longest)
+    order = 8 * steps * min(train.step_size, longest)
     require_memory(order, f"{given}: the order of {steps:,} batches of samples", "take fewer steps a round")
 
 

@@ -60,6 +60,14 @@ BUILTIN: dict[str, dict[str, str]] = {
         "gasloc": "gossamer.algorithms.decentralized.outer:GASLoC",
         "noloco": "gossamer.algorithms.decentralized.outer:NoLoCo",
     },
+    "optimizer": {
+        "sgd": "gossamer.algorithms.optimizers:SGD",
+        "adam": "gossamer.algorithms.optimizers:Adam",
+        "adamw": "gossamer.algorithms.optimizers:AdamW",
+        "adagrad": "gossamer.algorithms.optimizers:Adagrad",
+        "rmsprop": "gossamer.algorithms.optimizers:RMSprop",
+        "muon": "gossamer.algorithms.optimizers:Muon",
+    },
     "strategy": {
         "rolling": "gossamer.submodel.strategies:rolling",
         "static": "gossamer.submodel.strategies:static",

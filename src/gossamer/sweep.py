@@ -17,8 +17,8 @@ from typing import Any
 
 from gossamer import experiment
 from gossamer.config import loading as configuration
+from gossamer.config.plugins import as_mapping
 from gossamer.config.resolve import resolve
-from gossamer.config.schema import as_mapping
 from gossamer.engines.stopping import stop_on_signals
 from gossamer.errors import ConfigError, GossamerError, Interrupted, aligned, storage_errors, warn
 from gossamer.registry import is_trusting, trusting

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from gossamer.algorithms.base import Algorithm
@@ -11,7 +12,8 @@ from gossamer.config.communication import make_communication
 from gossamer.config.loading import parse
 from gossamer.config.resolve import build_topology, make_algorithm, split
 from gossamer.config.schema import Config, ModeOptions
-from gossamer.engines.task import LocalSGD, Task, Variant, VariantMode
+from gossamer.engines.local_steps import LocalSteps, capacity_rates, require_matches
+from gossamer.engines.task import Task, Variant, VariantMode
 from gossamer.errors import ConfigError, plugin_errors
 from gossamer.submodel import Cutter, Layout
 from gossamer.submodel.strategies import find_strategy
@@ -44,10 +46,20 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
     assert sub.scaler is not None
     algorithm = algorithm.of_model(workload.layout)
     cutter = make_cutter(config, algorithm, workload.layout)
-    optimizer = LocalSGD(train.momentum, train.weight_decay, train.clip_norm)
     capacities, communication = sorted(sub.capacities), make_communication(config.communication)
+    rates = capacity_rates(train.lr_by_capacity, capacities)
+    require_matches(train.groups, workload.layout.names)
+    steps = LocalSteps(
+        clip_norm=train.clip_norm,
+        lr=train.lr,
+        groups=tuple(train.groups),
+        part_size=train.batch_size if train.accumulate > 1 else None,
+        precision=train.precision,
+        schedule=train.local_schedule,
+    )
+    steps_of = {capacity: replace(steps, capacity_lr=rates.get(capacity)) for capacity in capacities}
     bound = (
-        Variant.bind(index, capacity, algorithm, cutter, optimizer, mode, communication)
+        Variant.bind(index, capacity, algorithm, cutter, steps_of[capacity], mode, communication)
         for index, (capacity, mode) in enumerate(zip(capacities, pinned_modes(config, capacities), strict=True))
     )
     return Task(
@@ -55,7 +67,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
         algorithm=algorithm,
         cutter=cutter,
         variants=tuple(bound),
-        batch_size=min(train.batch_size, int(workload.num_samples.max())),  # what is beyond would be padding alone
+        batch_size=min(train.step_size, int(workload.num_samples.max())),  # what is beyond would be padding alone
         seed=config.seed,
         scaler=sub.scaler,
         count_labels=bool(sub.mask_labels) and workload.num_labels > 0,

@@ -27,8 +27,8 @@ from gossamer.submodel.windows import Window
 
 PLAIN = (
     *("fedavg", "fedrolex", "heterofl", "federated-dropout", "fjord", "all-smallest", "all-largest"),
-    *("hetlora", "flexlora", "fednova", "fedadam", "fedyogi", "fedadagrad"),
-    *("dsgd", "gossip-pga", "d2", "exact-diffusion", "push-sum", "choco-sgd", "dsgd-ceca"),
+    *("hetlora", "flexlora", "fednova", "fedadam", "fedyogi", "fedadagrad", "diloco"),
+    *("dsgd", "gossip-pga", "d2", "exact-diffusion", "push-sum", "choco-sgd", "dsgd-ceca", "gasloc", "noloco"),
 )
 SIZE = 16
 LAYOUT = Layout.of({"w": (SIZE,)}, {"w": ("a",)})
@@ -134,7 +134,7 @@ class TestLocalSteps:
             carry = algorithm.step(carry, start(seed), 0.3)
             assert torch.equal(carry["x"], parameter.detach())
 
-    @given(st.floats(0, 0.99), st.floats(0, 0.5), st.integers(1, 4))
+    @given(st.just(0.0) | st.floats(1e-9, 0.99), st.floats(0, 0.5), st.integers(1, 4))
     def test_are_coordinatewise(self, momentum: float, weight_decay: float, rows: int) -> None:
         """Called for each piece of a row, or for many rows, a step does the same."""
         algorithm = make(momentum=momentum, weight_decay=weight_decay)

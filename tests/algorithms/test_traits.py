@@ -13,7 +13,8 @@ from torch import Tensor
 
 from federation import configure
 from gossamer.aggregate.codecs import make_codec
-from gossamer.algorithms.base import Algorithm, find_algorithm
+from gossamer.algorithms.base import Algorithm
+from gossamer.algorithms.checks import find_algorithm
 from gossamer.algorithms.federated import FedAvg
 from gossamer.algorithms.traits import AlgorithmTraits
 from gossamer.config.loading import parse
@@ -192,9 +193,9 @@ class TestPlugIns:
     @pytest.mark.parametrize(
         ("found", "message"),
         [
-            (3, "is a int without traits, init, "),
-            (dict, "is a dict without traits, init, .*: derive it from gossamer.algorithms.base.Algorithm, or"),
-            (Mapped, "is a Mapped without traits, of_phase, of_model, of_capacity, "),
+            (3, "is a int without traits, optimizer, init, "),
+            (dict, "is a dict without traits, optimizer, init, .*: derive it from gossamer.algorithms.base.Algorithm"),
+            (Mapped, "is a Mapped without traits, optimizer, of_phase, of_model, of_capacity, takes_optimizer, "),
             (without("traits"), "is a Mine without traits: "),
             (without("update"), "is a Mine without update: "),
             (without("step", "end"), "is a Mine without step, end: "),

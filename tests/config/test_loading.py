@@ -88,7 +88,10 @@ class TestParse:
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"clients__per_round": 5}, "clients.per_round 5 exceeds clients.num 4: sample at most all of them"),
     ({"train__epochs": 1, "train__steps": 2}, "train.epochs = 1 contradicts train.steps = 2: give one of them"),
-    ({"train": 3}, "train = 3: give a mapping of keys to values (known here: batch_size, clip_norm, epochs, lr"),
+    (
+        {"train": 3},
+        "train = 3: give a mapping of keys to values (known here: accumulate, batch_size, clip_norm, epochs, ",
+    ),
     ({"train__schedule": 3}, "train.schedule = 3: give a mapping of keys to values (known here: factor, milestones"),
     ({"train__schedule": "cosin"}, "train.schedule.name = 'cosin': input should be 'constant', 'multistep' or"),
     (

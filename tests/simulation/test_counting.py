@@ -17,7 +17,8 @@ from gossamer.algorithms.decentralized.ceca import DSGDCECA
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.decentralized.tracking import DSGT
 from gossamer.algorithms.federated import FedAvg
-from gossamer.engines.task import LocalSGD, Variant, VariantMode
+from gossamer.engines.local_steps import LocalSteps
+from gossamer.engines.task import Variant, VariantMode
 from gossamer.errors import ConfigError
 from gossamer.experiment import run
 from gossamer.planning.assignment import assign_devices
@@ -63,7 +64,7 @@ class Talkative(FedAvg):
 
 
 def variants_of(algorithm: FedAvg, cutter: Cutter) -> list[Variant]:
-    return [Variant.bind(i, c, algorithm, cutter, LocalSGD(), VariantMode()) for i, c in enumerate(CAPACITIES)]
+    return [Variant.bind(i, c, algorithm, cutter, LocalSteps(), VariantMode()) for i, c in enumerate(CAPACITIES)]
 
 
 def costs_of(of: ImageClassification, variants: list[int], samples: list[int], **changes: Any) -> RoundCosts:

@@ -47,24 +47,27 @@ A round of one client, by hand; and what becomes of a misspelt trait:
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.algorithms.optimizers import NUM_STEPS, SGD, Optimizer
 from gossamer.algorithms.traits import AlgorithmTraits
-from gossamer.errors import ConfigError, require_attributes
-from gossamer.options import Options, check_traits, parse_options
-from gossamer.registry import resolve
+from gossamer.errors import ConfigError
+from gossamer.options import Options, parse_options
 from gossamer.submodel import Layout
 
 if TYPE_CHECKING:
     from gossamer.topology import Topology
 
 Arrays = dict[str, Tensor]
+Views = dict[str, Arrays]  # {parameter: {name: [s, *shape], or [s, 1] of scalars}}
 
 
 class Algorithm(Protocol):
@@ -80,9 +83,11 @@ class Algorithm(Protocol):
     Attributes:
         traits: what it can and cannot do. Those of the class are read when it is named; options may change some on an
             instance.
+        optimizer: what takes its local steps; None: they are its own.
     """
 
     traits: AlgorithmTraits
+    optimizer: Optimizer | None = None
 
     @abstractmethod
     def init(self, x: Tensor) -> Arrays:
@@ -104,7 +109,10 @@ class Algorithm(Protocol):
 
     @abstractmethod
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
-        """One local step. Coordinatewise: it is called per parameter, on tensors of any one shape."""
+        """One local step. Coordinatewise: it is called per parameter, on tensors [s, ...] of any one shape.
+
+        Arrays of one number a participant are [s, 1].
+        """
         ...
 
     @abstractmethod
@@ -145,6 +153,27 @@ class Algorithm(Protocol):
 
     def of_capacity(self, layout: Layout, capacity: float) -> Algorithm:
         """Return the algorithm as participants of a capacity run it; `layout` is that of the whole model."""
+        return self
+
+    @property
+    def takes_optimizer(self) -> bool:
+        """Whether `step` is that of an `Optimizer`, see `with_optimizer`."""
+        return False
+
+    def with_optimizer(self, optimizer: Optimizer, keeps_moments: bool) -> Algorithm:
+        """Return the algorithm with an optimizer of its local steps, where it `takes_optimizer`.
+
+        Args:
+            keeps_moments: whether participants keep the optimizer's moments from round to round.
+        """
+        return self
+
+    def of_parameter(self, name: str, shape: tuple[int, ...], weight_decay: float | None = None) -> Algorithm:
+        """Return the algorithm that takes the steps of one parameter of a (sub-)model, where it `takes_optimizer`.
+
+        Args:
+            weight_decay: that of the parameter; None: that of its optimizer.
+        """
         return self
 
     @property
@@ -206,7 +235,16 @@ class Algorithm(Protocol):
 
 
 class BaseAlgorithm(Algorithm):
-    """What `FedAvg` and the methods of peers share: options, and local steps of SGD."""
+    """What `FedAvg` and the methods of peers share: options, and local steps of an optimizer, SGD by default.
+
+    What an algorithm of your own adds to the gradient belongs into `gradient`, so that any optimizer goes with it; with
+    a `step` of its own none does. `begin` is to return `moments` besides, and `end` what is `private`, or `kept`.
+
+    Attributes:
+        optimizer: see `Optimizer`.
+        momentum, weight_decay: those of the optimizer; momentum of SGD only.
+        keeps_moments: whether participants keep the optimizer's moments from round to round.
+    """
 
     class Options(Options):
         """No options."""
@@ -215,28 +253,97 @@ class BaseAlgorithm(Algorithm):
         self.options: Any = parse_options(type(self).Options, options, "algorithm")
         require_no_momentum(type(self).__name__, self.traits, momentum)
         self.momentum, self.weight_decay = momentum, weight_decay
+        self.optimizer: Optimizer = SGD({"momentum": momentum})
+        self.keeps_moments = self.traits.downlink is None
 
     def init_client(self, x: Tensor) -> Arrays:
-        """Return nothing: participants keep no state of their own."""
-        return {}
+        """Return what newcomers keep: nothing but moments of the optimizer, if these are kept."""
+        return self.optimizer.init(x) if self.keeps_moments and self.traits.downlink is not None else {}
+
+    @property
+    def takes_optimizer(self) -> bool:
+        """Whether the step of this class is the algorithm's."""
+        return type(self).step is BaseAlgorithm.step
+
+    def with_optimizer(self, optimizer: Optimizer, keeps_moments: bool) -> Self:
+        """Return a copy with another optimizer, whose weight decay `weight_decay` is."""
+        bound = copy.copy(self)
+        bound.optimizer, bound.keeps_moments, bound.weight_decay = optimizer, keeps_moments, optimizer.weight_decay
+        if not keeps_moments:
+            return bound
+        counts = (NUM_STEPS,) if optimizer.traits.counts_steps else ()
+        kept = () if self.traits.downlink is None else (*optimizer.traits.moments, *counts)
+        bound.traits = replace(
+            self.traits,
+            scalars=(*self.traits.scalars, *counts),
+            client_arrays=(*self.traits.client_arrays, *kept),
+        )
+        return bound
+
+    def of_parameter(self, name: str, shape: tuple[int, ...], weight_decay: float | None = None) -> Self:
+        """Return a copy with the optimizer of a parameter; itself where that is the same."""
+        optimizer = self.optimizer.of_parameter(name, shape)
+        if weight_decay is None:
+            weight_decay = self.weight_decay if optimizer is self.optimizer else optimizer.weight_decay
+        if optimizer is self.optimizer and weight_decay == self.weight_decay:
+            return self
+        bound = copy.copy(self)
+        bound.optimizer, bound.weight_decay = optimizer, weight_decay
+        return bound
 
     @property
     def is_plain_sgd(self) -> bool:
         """Whether a step is that of SGD without momentum and weight decay, by the gradient of x itself."""
-        is_own = type(self).step is BaseAlgorithm.step and not self.traits.transforms_parameters
-        return is_own and not self.momentum and not self.weight_decay
+        is_own = self.takes_optimizer and not self.changes_gradients and not self.traits.transforms_parameters
+        return is_own and not self.weight_decay and isinstance(self.optimizer, SGD) and self.optimizer.is_plain
+
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether `gradient` does anything."""
+        return type(self).gradient is not BaseAlgorithm.gradient
+
+    def moments(self, x: Tensor, kept: Mapping[str, Tensor]) -> Arrays:
+        """Return the moments that a round begins with: copies of those that are kept, otherwise new ones.
+
+        Args:
+            x: the models, [s, d].
+            kept: state of peers, or private state of clients.
+        """
+        if not self.keeps_moments:
+            return self.optimizer.init(x)
+        return {name: kept[name].clone() for name in self.moment_names}
+
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """Names of all that the optimizer remembers."""
+        traits = self.optimizer.traits
+        return (*traits.moments, *((NUM_STEPS,) if traits.counts_steps else ()))
+
+    def private(self, carry: Mapping[str, Tensor]) -> Arrays:
+        """Return what a client keeps of its moments after a round."""
+        return {name: carry[name] for name in self.moment_names} if self.keeps_moments else {}
 
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
-        """One step of SGD, as `torch.optim.SGD` takes it with the same momentum and weight decay."""
-        grad = self.decayed(carry, grad)
-        if self.momentum:
-            grad = carry["momentum"].mul_(self.momentum).add_(grad)
-        carry["x"].sub_(grad, alpha=lr)
+        """One step of the optimizer along `gradient`."""
+        grad, lr = self.gradient(carry, grad), lr * self.optimizer.lr_factor
+        if self.weight_decay and self.optimizer.traits.decouples_weight_decay:
+            self.shrink_(carry, lr * self.weight_decay)
+        else:
+            grad = self.decayed(carry, grad)
+        self.optimizer.step(carry["x"], grad, carry, lr)
         return carry
+
+    def gradient(self, carry: Mapping[str, Tensor], grad: Tensor) -> Tensor:
+        """Return what the optimizer takes for the gradient at ``carry["x"]``, weight decay aside; coordinatewise."""
+        return grad
 
     def decayed(self, carry: Mapping[str, Tensor], grad: Tensor) -> Tensor:
         """Return the gradient with weight decay."""
         return grad.add(carry["x"], alpha=self.weight_decay) if self.weight_decay else grad
+
+    def shrink_(self, carry: Mapping[str, Tensor], share: float) -> None:
+        """Take a share of the weights away, which is decoupled weight decay."""
+        carry["x"].mul_(1 - share)
 
 
 def where_held(held: Tensor | None, new: Arrays, old: Mapping[str, Tensor]) -> Arrays:
@@ -246,39 +353,6 @@ def where_held(held: Tensor | None, new: Arrays, old: Mapping[str, Tensor]) -> A
         held: see `Algorithm.update`.
     """
     return new if held is None else {name: torch.where(held, value, old[name]) for name, value in new.items()}
-
-
-def require_algorithm(plugin: str, found: Any) -> None:
-    """Check the methods and the traits of the class of an algorithm, or of an instance.
-
-    Args:
-        plugin: what errors call it, such as ``"algorithm 'mine:MyAlgorithm'"``.
-
-    Raises:
-        ConfigError: it lacks a method, or its traits are missing or contradicted, see `check_traits`.
-    """
-    methods = [name for name in vars(Algorithm) if not name.startswith("_")]
-    require_attributes(plugin, found, ["traits", *methods], "derive it from gossamer.algorithms.base.Algorithm")
-    check_traits(plugin, found, AlgorithmTraits, Algorithm)
-
-
-def require_phases(plugin: str, algorithm: Algorithm) -> None:
-    """Check what an algorithm is in each phase of a round, where there are several.
-
-    Raises:
-        ConfigError: see `require_algorithm`; or a phase contradicts the traits of the whole.
-    """
-    traits = algorithm.traits
-    for phase in range(traits.num_phases if traits.num_phases > 1 else 0):
-        one, where = algorithm.of_phase(phase), f"phase {phase} of {plugin}"
-        require_algorithm(where, one)
-        if (one.traits.downlink is None) != (traits.downlink is None):
-            raise ConfigError(
-                f"{where} has downlink = {one.traits.downlink}, but the whole has {traits.downlink}: give names in"
-                " both, or None (peers) in both"
-            )
-        if unknown := sorted({*one.traits.client_arrays} - {*traits.client_arrays}):
-            raise ConfigError(f"{where} has client_arrays {unknown}, which the whole has not: add them to its traits")
 
 
 def require_no_momentum(plugin: str, traits: AlgorithmTraits, momentum: float) -> None:
@@ -294,16 +368,13 @@ def require_no_momentum(plugin: str, traits: AlgorithmTraits, momentum: float) -
         )
 
 
-def find_algorithm(name: str) -> type[Algorithm]:
-    """Return the class of an algorithm's name.
-
-    Raises:
-        RegistryError: the name is unknown.
-        ConfigError: see `require_algorithm`.
-    """
-    found: type[Algorithm] = resolve("algorithm", name)
-    require_algorithm(f"algorithm {name!r}", found)
-    return found
+def carry_views(layout: Layout, carry: Mapping[str, Tensor]) -> Views:
+    """Return views of what local steps work on, [s, d] or [s, 1] each, by parameter."""
+    views = {
+        name: dict.fromkeys(layout.names, value) if value.shape[1] == 1 else layout.views(value)
+        for name, value in carry.items()
+    }
+    return {parameter: {name: view[parameter] for name, view in views.items()} for parameter in layout.names}
 
 
 def given_to_loss(algorithm: Algorithm, x: Mapping[str, Tensor], carries: Mapping[str, Arrays]) -> Mapping[str, Tensor]:

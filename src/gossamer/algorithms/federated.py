@@ -38,15 +38,15 @@ class FedAvg(BaseAlgorithm):
         return {"x": x} | ({"velocity": torch.zeros_like(x)} if self.options.server_momentum else {})
 
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
-        """Return a copy of the model to train, and zero momentum if there is any."""
+        """Return a copy of the model to train, and moments: zero, or those that the client kept."""
         x = state["x"].clone()
-        return {"x": x} | ({"momentum": torch.zeros_like(x)} if self.momentum else {})
+        return {"x": x} | self.moments(x, client_state)
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
-        """Return by how much each model changed."""
-        return {"x": carry["x"].sub_(state["x"])}, {}
+        """Return by how much each model changed; moments that the client keeps."""
+        return {"x": carry["x"].sub_(state["x"])}, self.private(carry)
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Move the model by the mean change times ``server_lr``; what nobody held keeps its bits."""

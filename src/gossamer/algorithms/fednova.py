@@ -43,6 +43,7 @@ class FedNova(FedProx):
             "the mean number of local steps by which it scales the change is one number, and would differ from"
             " coordinate to coordinate where these have different holders"
         ),
+        sgd_only="the normaliser by which it divides a client's change is that of SGD at one learning rate",
     )
 
     def end(

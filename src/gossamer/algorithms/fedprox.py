@@ -16,7 +16,8 @@ class FedProx(FedAvg):
 
     `start` is the model that the client received, or its sub-model; the term is coordinatewise, so any window will do.
     Its gradient is added after clipping (``train.clip_norm`` bounds that of F_k alone) and before weight decay and
-    momentum. With mu = 0 it is FedAvg, bit for bit. Unequal work, which the paper allows, is planned elsewhere.
+    moments of the optimizer. With mu = 0 it is FedAvg, bit for bit. Unequal work, which the paper allows, is planned
+    elsewhere.
     """
 
     class Options(FedAvg.Options):
@@ -36,13 +37,10 @@ class FedProx(FedAvg):
         return carry | ({"start": state["x"].clone()} if self.options.mu else {})
 
     @property
-    def is_plain_sgd(self) -> bool:
-        """Whether a step is that of SGD without pull, momentum and weight decay."""
-        is_own = type(self).step is FedProx.step
-        return is_own and not self.options.mu and not self.momentum and not self.weight_decay
+    def changes_gradients(self) -> bool:
+        """Whether there is a pull."""
+        return self.options.mu > 0 or type(self).gradient is not FedProx.gradient
 
-    def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
-        """One step of SGD on the loss and the proximal term."""
-        if self.options.mu:
-            grad = grad.add(carry["x"] - carry["start"], alpha=self.options.mu)
-        return super().step(carry, grad, lr)
+    def gradient(self, carry: Mapping[str, Tensor], grad: Tensor) -> Tensor:
+        """Return the gradient of the loss and the proximal term."""
+        return grad.add(carry["x"] - carry["start"], alpha=self.options.mu) if self.options.mu else grad

@@ -101,12 +101,16 @@ class FIARSE(FedAvg):
         """Return the gradient with weight decay, which leaves masked weights alone."""
         return super().decayed({"x": masked(carry["x"], carry["threshold"])} if self.weight_decay else carry, grad)
 
+    def shrink_(self, carry: Mapping[str, Tensor], share: float) -> None:
+        """Take a share of the weights away that are not masked."""
+        carry["x"].sub_(masked(carry["x"], carry["threshold"]), alpha=share)
+
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
         """Return by how much each model changed, and 1 where the client got the weight, otherwise 0."""
         mask = (state["x"].abs() >= carry["threshold"]).to(state["x"])
-        return {"x": carry["x"].sub_(state["x"]), "mask": mask}, {}
+        return {"x": carry["x"].sub_(state["x"]), "mask": mask}, self.private(carry)
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Move every weight by the mean change of those that got it, times ``server_lr``."""

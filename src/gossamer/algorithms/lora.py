@@ -86,8 +86,8 @@ class HetLoRA(FedAvg):
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
-        """Return each trained model."""
-        return {"x": carry["x"]}, {}
+        """Return each trained model; moments that the client keeps."""
+        return {"x": carry["x"]}, self.private(carry)
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Return the mean of the clients' models, weighted as the class says."""

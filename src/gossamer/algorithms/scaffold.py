@@ -44,6 +44,7 @@ class Scaffold(BaseAlgorithm):
             " their changes"
         ),
         no_momentum="its control variates take a client's change for a sum of plain gradient steps",
+        sgd_only="its control variates take a client's change for a sum of plain gradient steps",
     )
 
     def init(self, x: Tensor) -> Arrays:

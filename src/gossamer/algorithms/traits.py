@@ -51,6 +51,8 @@ class AlgorithmTraits(Traits):
         stackable: whether participants may be trained several at a time.
         no_momentum: reason why ``train.momentum`` must be 0.
         no_compression: reason why a run's codecs, ``communication``, must be left out.
+        sgd_only: reason why local steps must be those of SGD, at the same learning rate for all parameters, capacities
+            and steps of a round.
 
         joint: of peers, whether the payloads "x" and "y" go through a joint mixing as a state [n, 2, d].
         lazy: of peers, whether (I + W) / 2 takes the place of each W.
@@ -83,6 +85,7 @@ class AlgorithmTraits(Traits):
     stackable: bool = True
     no_momentum: str | None = None
     no_compression: str | None = None
+    sgd_only: str | None = None
 
     joint: bool = False
     lazy: bool = False

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gossamer.config.schema import DIRECTORY_NAME, Config, as_mapping
+from gossamer.config.plugins import as_mapping
+from gossamer.config.schema import DIRECTORY_NAME, Config
 from gossamer.errors import ConfigError
 from gossamer.options import parse_options
 from gossamer.storage.strict_yaml import parse_yaml, read_yaml

@@ -9,14 +9,10 @@ from typing import Any
 
 from gossamer import registry
 from gossamer import topology as topologies
-from gossamer.algorithms.base import (
-    Algorithm,
-    find_algorithm,
-    require_algorithm,
-    require_no_momentum,
-    require_phases,
-)
+from gossamer.algorithms.base import Algorithm, require_no_momentum
+from gossamer.algorithms.checks import find_algorithm, require_algorithm, require_phases
 from gossamer.config.communication import fill_in_communication
+from gossamer.config.optimizers import make_optimizer, with_optimizer
 from gossamer.config.rules import (
     check_peers,
     require_importable,
@@ -93,12 +89,14 @@ def make_algorithm(config: Config) -> Algorithm:
     """
     name, options = split(config.algorithm)
     make: Any = find_algorithm(name)
+    given = make_optimizer(config)
     with plugin_errors(f"algorithm {name!r}"):
-        algorithm: Algorithm = make(options, momentum=config.train.momentum, weight_decay=config.train.weight_decay)
+        decay = given.optimizer.weight_decay
+        algorithm: Algorithm = make(options, momentum=given.momentum, weight_decay=decay)
     require_algorithm(f"algorithm {name!r}", algorithm)
     require_phases(f"algorithm {name!r}", algorithm)
-    require_no_momentum(f"algorithm {name!r}", algorithm.traits, config.train.momentum)
-    return algorithm
+    require_no_momentum(f"algorithm {name!r}", algorithm.traits, given.momentum)
+    return with_optimizer(config, algorithm, given)
 
 
 def build_topology(config: Config) -> Topology | None:
@@ -155,9 +153,8 @@ def fill_in(config: Config, algorithm: Any) -> Config:
     Raises:
         ConfigError: the algorithm contradicts the configuration.
     """
-    sub, rule = config.submodel, algorithm.traits.capacities
-    name = config.algorithm["name"]
-    fixed = algorithm.traits.strategy
+    sub, train, rule = config.submodel, config.train, algorithm.traits.capacities
+    name, fixed = config.algorithm["name"], algorithm.traits.strategy
     if fixed is not None and sub.strategy not in (None, fixed):
         raise ConfigError(
             f"submodel.strategy = {sub.strategy!r} contradicts algorithm {name!r}, which is {fixed!r} by definition:"
@@ -185,12 +182,14 @@ def fill_in(config: Config, algorithm: Any) -> Config:
     if rule in ("smallest", "largest"):
         factor = min(sub.capacities) if rule == "smallest" else max(sub.capacities)
         changes |= {"capacities": [1.0], "shares": None}
+        rates = [rate for capacity, rate in train.lr_by_capacity.items() if capacity == factor]
+        train = train.model_copy(update={"lr_by_capacity": {1.0: rates[0]} if rates else {}})
         workload = _of_capacity(workload, factor, name)
     if sub.scaler is None:
         changes["scaler"] = algorithm.traits.default_scaler
     if sub.mask_labels is None:
         changes["mask_labels"] = default_mask != "none"
-    sections = {"submodel": sub.model_copy(update=changes), "workload": workload}
+    sections = {"submodel": sub.model_copy(update=changes), "workload": workload, "train": train}
     sections |= {"devices": fill_in_devices(config, rule), "communication": fill_in_communication(config, algorithm)}
     return config.model_copy(update=sections)
 

@@ -8,34 +8,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from gossamer.config.plugins import Plugin
+from gossamer.config.train import TrainConfig
 from gossamer.engines.task import VariantMode
 from gossamer.errors import ConfigError
 from gossamer.options import Options
-from gossamer.planning.schedule import ScheduleOptions
 from gossamer.simulation.devices import DeviceProfile, DeviceShare, Profile, check_devices
 from gossamer.submodel.windows import check_capacity
 
 DIRECTORY_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 
 
-def as_mapping(value: Any) -> Any:
-    """Read a bare name as ``{"name": name}``; other values as they are."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _named(value: Any) -> Any:
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise ValueError("give a name, or a mapping with a name and options")
-    return dict(value)
-
-
 def default_workload(value: Any) -> Any:
     """Most workloads are image classification: its name may be left out."""
     return {"name": "image-classification", **value} if isinstance(value, Mapping) else value
-
-
-Plugin = Annotated[dict[str, Any], BeforeValidator(_named), BeforeValidator(as_mapping)]
-"""A plug-in: its name, or a mapping of ``name`` and the plug-in's own options."""
 
 
 class ModeOptions(VariantMode):
@@ -140,46 +126,6 @@ class PeersOptions(Options):
     merge_every: int | None = Field(default=None, ge=1)
     final_merge: bool = False
     quorum: float = Field(default=0.5, ge=0, le=1)
-
-
-class TrainConfig(Options):
-    """Local training: SGD with momentum and weight decay, for `epochs` or `steps`.
-
-    Attributes:
-        epochs: passes over a client's data in a round; 1 if neither this nor `steps` is given.
-        steps: steps of a client in a round, instead of epochs.
-        batch_size: samples of a step, or what is left of an epoch: all samples of a client that has fewer.
-        lr: learning rate of local steps, before the schedule.
-        momentum: share of its last step that a local step takes again, as `torch.optim.SGD` has it.
-        weight_decay: factor of the parameters that is added to their gradient.
-        clip_norm: largest Euclidean norm of a step's gradient, to which larger ones are scaled down; None: any.
-        schedule: name and options of how the learning rate changes over rounds.
-    """
-
-    epochs: int | None = Field(default=None, ge=1)
-    steps: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=10, ge=1)
-    lr: float = Field(gt=0)
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float | None = Field(default=None, gt=0)
-    schedule: Annotated[ScheduleOptions, BeforeValidator(as_mapping)] = ScheduleOptions()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_epoch(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("epochs") is None and data.get("steps") is None:
-            return {**data, "epochs": 1}
-        return data
-
-    @model_validator(mode="after")
-    def _not_both(self) -> TrainConfig:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError(
-                f"train.epochs = {self.epochs} contradicts train.steps = {self.steps}: give one of them, and leave the"
-                " other out or unset it by train.epochs=null or train.steps=null"
-            )
-        return self
 
 
 class SubmodelOptions(Options):

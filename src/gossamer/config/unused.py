@@ -22,6 +22,7 @@ def unused_options(config: Config, algorithm: Any, engine_class: Any) -> tuple[s
         config: resolved configuration.
     """
     rules = [*_of_submodels(config, algorithm), *_of_schedule(config), *_of_engine(config, engine_class)]
+    rules += _of_local_steps(config, algorithm)
     rules += _of_clients(config) if config.peers is None else _of_merges(config, algorithm)
     unused = [
         f"{option} = {value!r} changes nothing, because {reason}: leave it out, or correct it"
@@ -66,6 +67,19 @@ def _of_schedule(config: Config) -> Iterator[Rule]:
     yield f"{where}.factor", schedule.factor, 0.1, None if is_multistep else f"schedule {schedule.name!r} has no steps"
     in_full = "the first round has all of train.lr then" if schedule.warmup_rounds == 1 else None
     yield f"{where}.warmup_rounds", schedule.warmup_rounds, 0, in_full
+
+
+def _of_local_steps(config: Config, algorithm: Any) -> Iterator[Rule]:
+    """Yield rules on the optimizer of local steps."""
+    train, optimizer = config.train, algorithm.optimizer
+    is_bare = optimizer is None or not (optimizer.traits.moments or optimizer.traits.counts_steps)
+    nothing = f"optimizer {train.optimizer['name']!r} has no moments then" if is_bare else None
+    yield "train.optimizer.state", train.optimizer.get("state"), None, nothing
+    schedule = train.local_schedule
+    single = "a round has one local step" if train.steps == 1 else None
+    yield "train.local_schedule.name", schedule.name, "constant", single
+    in_full = "the first step has all of the learning rate then" if schedule.warmup_steps == 1 else None
+    yield "train.local_schedule.warmup_steps", schedule.warmup_steps, 0, in_full
 
 
 def _of_clients(config: Config) -> Iterator[Rule]:

@@ -20,7 +20,7 @@ from gossamer.engines.statistics import Statistics, name_of
 from gossamer.engines.task import KNOWN, WHOLE, Task, Variant
 from gossamer.engines.training.compression import known_after
 from gossamer.engines.training.job import BlockResult, Job
-from gossamer.engines.training.trainer import row_norms
+from gossamer.engines.training.rows import row_norms
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
 from gossamer.storage.client_store import ClientStore
 from gossamer.submodel import Cut

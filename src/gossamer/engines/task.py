@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gossamer.aggregate.codec_base import BaseCodec, Communication
 from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.engines.local_steps import LocalSteps, Stepper
 from gossamer.errors import ConfigError, one_line
 from gossamer.options import Options
 from gossamer.submodel import Cut, Cutter, Layout
@@ -54,20 +55,6 @@ class VariantMode(Options):
 
 
 @dataclass(frozen=True)
-class LocalSGD:
-    """The optimizer of local steps.
-
-    Attributes:
-        momentum, weight_decay: see `torch.optim.SGD`.
-        clip_norm: largest Euclidean norm of a step's gradient, or None.
-    """
-
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    clip_norm: float | None = None
-
-
-@dataclass(frozen=True)
 class Variant:
     """What a participant of one capacity holds, and how it is trained.
 
@@ -78,7 +65,8 @@ class Variant:
         layout: layout of its (sub-)model, the same in every round.
         working_layout: layout of rows while they are trained: `layout` in the mode's memory order.
         algorithm: algorithm of such participants.
-        optimizer: optimizer of their local steps.
+        local_steps: how their local steps are taken.
+        steppers: who takes those of each parameter.
         mode: mode of their training.
         shares_window: whether all of them have the same window in a round.
         uplink: ``{payload name: codec}`` of what the run compresses, bound to `layout`.
@@ -91,7 +79,8 @@ class Variant:
     layout: Layout
     working_layout: Layout
     algorithm: Algorithm
-    optimizer: LocalSGD
+    local_steps: LocalSteps
+    steppers: Mapping[str, Stepper]
     mode: VariantMode
     shares_window: bool
     uplink: Mapping[str, BaseCodec] = field(default_factory=dict)
@@ -104,12 +93,12 @@ class Variant:
         capacity: float,
         algorithm: Algorithm,
         cutter: Cutter,
-        optimizer: LocalSGD,
+        local_steps: LocalSteps,
         mode: VariantMode,
         communication: Communication = AS_IT_IS,
     ) -> Self:
         """Return the variant of a capacity of the model that `cutter` cuts."""
-        layout = cutter.sub_layout(capacity)
+        layout, bound = cutter.sub_layout(capacity), algorithm.of_capacity(cutter.layout, capacity)
         up, down = (
             codec and codec.of_shapes(layout.shapes) for codec in (communication.uplink, communication.downlink)
         )
@@ -119,8 +108,9 @@ class Variant:
             modules=tuple(dict.fromkeys(name.partition(".")[0] for name in layout.names)),
             layout=layout,
             working_layout=layout.as_channels_last if mode.channels_last else layout,
-            algorithm=algorithm.of_capacity(cutter.layout, capacity),
-            optimizer=optimizer,
+            algorithm=bound,
+            local_steps=local_steps,
+            steppers=local_steps.steppers(bound, layout),
             mode=mode,
             shares_window=cutter.shares_window(capacity),
             uplink={} if up is None else dict.fromkeys(algorithm.traits.compressible, up),
@@ -175,7 +165,7 @@ class Task:
     def variant(self, index: int) -> Variant:
         """Return a variant by its number; `WHOLE` is the whole model, which need not be among them."""
         if index == WHOLE:
-            return Variant.bind(WHOLE, 1.0, self.algorithm, self.cutter, LocalSGD(), VariantMode())
+            return Variant.bind(WHOLE, 1.0, self.algorithm, self.cutter, LocalSteps(), VariantMode())
         return self.variants[index]
 
     def cut(self, variant: Variant, round: int, client: int = 0, order: Mapping[str, Tensor] | None = None) -> Cut:
@@ -246,7 +236,7 @@ class Task:
 
     def _bound(self, algorithm: Algorithm, modes: Sequence[VariantMode]) -> Task:
         variants = tuple(
-            Variant.bind(one.index, one.capacity, algorithm, self.cutter, one.optimizer, mode, self.communication)
+            Variant.bind(one.index, one.capacity, algorithm, self.cutter, one.local_steps, mode, self.communication)
             for one, mode in zip(self.variants, modes, strict=True)
         )
         return replace(self, algorithm=algorithm, variants=variants)

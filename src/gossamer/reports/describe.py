@@ -29,6 +29,7 @@ from gossamer.topology.family import Family
 GENERAL = "general"  # the section of the keys that stand at the top of a configuration
 KEYS = {
     "algorithm": "algorithm",
+    "optimizer": "train.optimizer",
     "strategy": "submodel.strategy",
     "engine": "engine.name",
     "workload": "workload.name",

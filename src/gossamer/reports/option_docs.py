@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from gossamer.config.schema import as_mapping
+from gossamer.config.plugins import as_mapping
 
 ENTRY = re.compile(r" {0,4}(\w+(?:, \w+)*): (.*)")
 INLINE = re.compile(r"(?:Attributes: |^Options of [^;.]+; )(\w+: .+)", re.DOTALL)

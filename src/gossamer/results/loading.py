@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from gossamer.config.inputs import configuration_inputs, require_same
 from gossamer.config.loading import parse
+from gossamer.config.plugins import as_mapping
 from gossamer.config.resolve import make_algorithm, split
-from gossamer.config.schema import Config, as_mapping
+from gossamer.config.schema import Config
 from gossamer.engines.statistics import name_of, statistics_in
 from gossamer.engines.training.mixing import merged_model
 from gossamer.errors import CheckpointError, ConfigError, nearest, plugin_errors, warn

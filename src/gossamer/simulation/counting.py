@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gossamer.aggregate.codec_base import Codec
-from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss
+from gossamer.algorithms.base import Algorithm, Arrays, carry_views, given_to_loss
 from gossamer.simulation.costs import VariantCosts
 from gossamer.submodel import Layout
 from gossamer.submodel.tracing_rules import RULES
@@ -293,9 +293,9 @@ def count_step(
     dtype = workload.init(0).dtype
     own = {"x": torch.zeros(1, layout.d, dtype=dtype)}
     carry = own if algorithm is None else carried(algorithm, layout, dtype)
-    leaves = {name: view.requires_grad_() for name, view in layout.views(carry["x"][0]).items()}
-    views = {name: layout.views(value[0]) for name, value in carry.items()}
-    carries = {leaf: {name: view[leaf] for name, view in views.items()} for leaf in leaves}
+    views = carry_views(layout, carry)
+    carries = {leaf: {name: view[0] for name, view in own.items()} for leaf, own in views.items()}
+    leaves = {leaf: own["x"].requires_grad_() for leaf, own in carries.items()}
 
     def step(counter: FlopCounter, saved: AbstractContextManager[Any]) -> None:
         """Do the step."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm, Arrays, require_algorithm, require_phases
+from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.algorithms.checks import require_algorithm, require_phases
 from gossamer.submodel import Layout
 from gossamer.testing.requirements import random_rows, require, require_arrays, require_declared
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays, BaseAlgorithm, where_held
@@ -17,7 +16,7 @@ MAX_PEERS = 2_000  # of whose mixing eigenvalues are computed
 
 
 class PeerSGD(BaseAlgorithm):
-    """A method of peers without a server; derive your own from this one: SGD, with momentum that a peer keeps.
+    """A method of peers without a server; derive your own from this one: local steps, whose moments a peer keeps.
 
     In a round every peer calls `begin` on its rows of the state, `step` for each local step and `end`. The payloads are
     mixed by the round's W, and `update` makes the new state. ``state["x"]`` is always the model of each peer: where
@@ -28,17 +27,17 @@ class PeerSGD(BaseAlgorithm):
     traits = AlgorithmTraits(downlink=None)
 
     def init(self, x: Tensor) -> Arrays:
-        """Return the models, and zero momentum if there is any."""
-        return {"x": x} | ({"momentum": torch.zeros_like(x)} if self.momentum else {})
+        """Return the models, and moments of the optimizer if these are kept."""
+        return {"x": x} | (self.optimizer.init(x) if self.keeps_moments else {})
 
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
-        """Return copies of the model and of the momentum, [s, d] each; of others' scalars, [s, 1]."""
-        return {name: state[name].clone() for name in ("x", "momentum") if name in state}
+        """Return copies of the model and of moments, [s, d] each; of scalars, [s, 1]."""
+        return {"x": state["x"].clone()} | self.moments(state["x"], state)
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
-        """Return the models, to be mixed; the momentum, a state array of the peer that local work changes.
+        """Return the models, to be mixed; moments, state arrays of the peer that local work changes.
 
         A payload that has the name of a state array takes that array's place, so `update` does not see the old one; a
         payload with a name of its own has a buffer of its own. With 0 steps, right after `begin`, the peer idles, but
@@ -47,8 +46,9 @@ class PeerSGD(BaseAlgorithm):
         return {"x": carry["x"]}, self.kept(carry)
 
     def kept(self, carry: Arrays) -> Arrays:
-        """Return what of the carry is no payload."""
-        return {name: value for name, value in carry.items() if name not in self.traits.uplink}
+        """Return what of the carry is no payload, without moments that end with the round."""
+        dropped = {*self.traits.uplink, *(() if self.keeps_moments else self.moment_names)}
+        return {name: value for name, value in carry.items() if name not in dropped}
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Return the state arrays that change: what was mixed; what nobody near held stays as it is.

@@ -72,8 +72,8 @@ class ChocoSGD(PeerSGD):
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
-        """Return what is not known yet of the models; the models and their momentum."""
-        return {"q": carry["x"] - state["hat"]}, carry
+        """Return what is not known yet of the models; the models and their moments."""
+        return {"q": carry["x"] - state["hat"]}, self.kept(carry)
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Add what was learnt, and move towards the neighbours."""

@@ -27,6 +27,7 @@ class D2(PeerSGD):
         no_merge="its correction takes every mixing for the same W, and diverges if some are exact means",
         one_step_only="the correction removes the bias of single gradient steps only, not the drift of several",
         no_momentum="its correction takes the last step for a plain gradient step",
+        sgd_only="its correction takes the last step for a plain gradient step",
     )
 
     def init(self, x: Tensor) -> Arrays:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field
@@ -13,6 +13,7 @@ from torch import Tensor
 from gossamer import options
 from gossamer.algorithms.base import Arrays, where_held
 from gossamer.algorithms.decentralized.base import PeerSGD
+from gossamer.algorithms.optimizers import Optimizer
 from gossamer.errors import ConfigError
 
 
@@ -51,6 +52,19 @@ class DSGD(PeerSGD):
             if not momentum:
                 raise ConfigError("algorithm.mix_momentum = True, but train.momentum is 0: set it, or leave this out")
             self.traits = replace(self.traits, uplink={"x": "mean", "momentum": "mean"})
+
+    def with_optimizer(self, optimizer: Optimizer, keeps_moments: bool) -> Self:
+        """Return a copy with another optimizer.
+
+        Raises:
+            ConfigError: momentum is mixed, which it does not keep.
+        """
+        if self.options.mix_momentum and (optimizer.traits.moments != ("momentum",) or not keeps_moments):
+            raise ConfigError(
+                "algorithm.mix_momentum = True mixes the momentum that peers keep of SGD, which train.optimizer does"
+                " not: leave mix_momentum out, or take sgd with state: keep"
+            )
+        return super().with_optimizer(optimizer, keeps_moments)
 
     def init(self, x: Tensor) -> Arrays:
         """Return the models, with zero momentum and changes where these are needed."""
@@ -114,7 +128,13 @@ class QuasiGlobalMomentum(PeerSGD):
 
         mu: float | None = Field(default=None, ge=0, lt=1)
 
-    traits = replace(PeerSGD.traits, uplink={"half": "mean"}, scalars=("steps",), capacities="given")
+    traits = replace(
+        PeerSGD.traits,
+        uplink={"half": "mean"},
+        scalars=("steps",),
+        capacities="given",
+        sgd_only="its momentum is that of SGD, told from how far models moved",
+    )
 
     def __init__(self, options: Mapping[str, Any], *, momentum: float = 0.0, weight_decay: float = 0.0) -> None:
         super().__init__(options, momentum=momentum, weight_decay=weight_decay)

@@ -84,7 +84,7 @@ class NoLoCo(OuterPeers):
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
         """Return the models after local steps, to be mixed; what local steps keep. phi stays as it is."""
-        return {"theta": carry["x"]}, {name: value for name, value in carry.items() if name != "x"}
+        return {"theta": carry["x"]}, {name: value for name, value in self.kept(carry).items() if name != "x"}
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
         """Take the outer step towards the mixed models."""

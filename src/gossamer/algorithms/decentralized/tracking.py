@@ -31,6 +31,7 @@ class DSGT(PeerSGD):
         uplink={"x": "sum", "y": "sum"},
         whole_models_only="the trackers' sum must stay the sum of all gradients, coordinate by coordinate",
         no_momentum="its trackers follow plain gradients",
+        sgd_only="its trackers follow plain gradients",
     )
 
     def init(self, x: Tensor) -> Arrays:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,13 @@ from gossamer.workloads.base import Workload
 FETCH_BYTES = 64 << 20  # samples that are assembled in one go
 
 
+class Part(NamedTuple):
+    """A part of a batch, and its share of the samples: of one client, or [s]; None: the part is the whole."""
+
+    batch: dict[str, Any]
+    share: Tensor | None
+
+
 class Batches:
     """Assembles the batches of jobs of one task."""
 
@@ -27,8 +34,8 @@ class Batches:
         """Bind a task; once `stop` is true, `Interrupted` is raised instead of the next batch."""
         self._task, self._stop, self._sample_bytes = task, stop, sample_bytes(task.workload)
 
-    def of(self, job: Job, rows: slice, positions: NDArray[np.int64], *, one_by_one: bool) -> Iterator[dict[str, Any]]:
-        """Yield one merged batch per local step for the clients in `rows`; samples are fetched many steps at a time.
+    def of(self, job: Job, rows: slice, positions: NDArray[np.int64], *, one_by_one: bool) -> Iterator[list[Part]]:
+        """Yield the parts of one batch per local step for the clients in `rows`; samples are fetched many at a time.
 
         Tensors have a leading client dimension, unless a single client is trained (`one_by_one`).
         """
@@ -58,14 +65,28 @@ class Batches:
             if one_by_one:
                 samples = {key: value[0] for key, value in samples.items()}
                 merged |= {key: value[0] for key, value in constants.items()}
+            own = wanted[0] if one_by_one else wanted
             for step, length in enumerate(lengths):
                 if self._stop():
                     raise Interrupted("stopped between two steps")
-                part = slice(step * width, step * width + length)
+                low, part_size = step * width, variant.local_steps.part_size or length
+                parts = [(start, min(start + part_size, low + length)) for start in range(low, low + length, part_size)]
                 if keys is not None:
                     key = keys[:, first + step].to(mode.device)
                     merged["key"] = key[0] if one_by_one else key
-                yield merged | {key: v[part] if one_by_one else v[:, part] for key, v in samples.items()}
+                yield [
+                    Part(
+                        {key: value + number if key == "key" else value for key, value in merged.items()}
+                        | {key: v[begin:end] if one_by_one else v[:, begin:end] for key, v in samples.items()},
+                        None if len(parts) == 1 else share(own[..., begin:end], own[..., low : low + length]),
+                    )
+                    for number, (begin, end) in enumerate(parts)
+                ]
+
+
+def share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> Tensor:
+    """Return the share of the samples of a batch that are in a part of it; positions below 0 are padding."""
+    return torch.from_numpy(np.asarray((part >= 0).sum(axis=-1) / np.maximum((whole >= 0).sum(axis=-1), 1)))
 
 
 def step_keys(task: Task, job: Job, rows: slice, num_steps: int) -> Tensor:

@@ -12,8 +12,7 @@ from gossamer import rng
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.task import KNOWN, Task
 from gossamer.engines.training.job import Job
-
-Rows = Tensor | list[Tensor]  # [s, d], or s tensors [1, d]
+from gossamer.engines.training.rows import Rows
 
 
 def compress_(task: Task, job: Job, payload: Mapping[str, Rows], residuals: Mapping[str, Tensor]) -> Arrays:

@@ -17,7 +17,8 @@ from gossamer.engines.base import never
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.mixing import Mixer, column_sums, squared_distance
-from gossamer.engines.training.trainer import Trainer, row_norms, usable
+from gossamer.engines.training.rows import row_norms, usable
+from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block
 
 Message = dict[str, Any]

@@ -2,16 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.algorithms.base import Algorithm, Arrays, Views
+from gossamer.algorithms.optimizers import NUM_STEPS
+from gossamer.engines.local_steps import LocalSchedule, LocalSteps
+from gossamer.engines.task import Variant
+from gossamer.engines.training.batches import Part
+from gossamer.engines.training.rows import equal_runs
 from gossamer.workloads.base import Leaves
 
+Products = list[tuple[str, Tensor, Tensor]]
 
-def gradients(loss: Tensor, leaves: Leaves) -> tuple[Arrays, list[tuple[str, Tensor, Tensor]]]:
+
+class Stretch(NamedTuple):
+    """Rows, next to each other, that take the same number of steps, where that changes their learning rate."""
+
+    rows: slice
+    num_steps: int
+    views: Views
+
+    @classmethod
+    def of(cls, views: Views, steps: NDArray[np.int32], schedule: LocalSchedule) -> list[Self]:
+        """Return the stretches of the first rows, which take `steps` steps, of views of all."""
+        runs = equal_runs(steps) if schedule.depends_on_length else [(0, len(steps))]
+        return [
+            cls(
+                slice(low, high),
+                int(steps[low]),
+                {parameter: {name: view[low:high] for name, view in own.items()} for parameter, own in views.items()},
+            )
+            for low, high in runs
+        ]
+
+
+def differentiate(
+    loss: Callable[[dict[str, Any]], Tensor], parts: Sequence[Part], leaves: Leaves, local: LocalSteps, device: str
+) -> tuple[Tensor, Arrays, Products]:
+    """Differentiate a loss, part by part of a batch.
+
+    Args:
+        loss: callback that returns the loss of a part: a scalar, or one of each row.
+        device: device of the leaves.
+
+    Returns:
+        value of the loss; gradients and products, see `gradients`.
+    """
+    values, scale = list[Tensor](), local.loss_scale
+    total, products = Arrays(), Products()
+    for part in parts:
+        with local.autocast(device):
+            value = loss(part.batch)
+        if part.share is not None:
+            value = value * (part.share[: len(value)] if value.dim() else part.share).to(value)
+        summed = value.sum() if value.dim() else value
+        grads, products = gradients(summed * scale if scale != 1 else summed, leaves)
+        total = {name: total[name] + grad if name in total else grad for name, grad in grads.items()} or total
+        values.append(value.detach())
+    if scale != 1:
+        total = {name: grad / scale for name, grad in total.items()}
+    return sum(values[1:], values[0]), total, products
+
+
+def take_step(variant: Variant, stretches: Sequence[Stretch], grads: Arrays, lr: float, step: int) -> None:
+    """Take a local step, counted from 0, along gradients [s, *shape] of the rows of all stretches, or more rows."""
+    schedule = variant.local_steps.schedule
+    for rows, num_steps, views in stretches:
+        rate = lr if schedule.is_flat else lr * schedule.factor(step, num_steps)
+        own = next(iter(views.values()))
+        if NUM_STEPS in own:  # one array for all parameters
+            own[NUM_STEPS].add_(1)
+        for name, grad in grads.items():
+            algorithm, factor = variant.steppers[name]
+            step_in_place(algorithm, views[name], grad[rows], rate * factor)
+
+
+def gradients(loss: Tensor, leaves: Leaves) -> tuple[Arrays, Products]:
     """Differentiate `loss` by `leaves`.
 
     Returns:

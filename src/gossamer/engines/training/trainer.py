@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,30 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
-from gossamer.algorithms.base import Algorithm, Arrays, given_to_loss
+from gossamer.algorithms.base import Algorithm, Arrays, carry_views, given_to_loss
 from gossamer.engines.base import never
 from gossamer.engines.task import Task
 from gossamer.engines.training.batches import Batches, local_positions, on
-from gossamer.engines.training.compression import Rows, compress_, decoded_downlink
+from gossamer.engines.training.compression import compress_, decoded_downlink
 from gossamer.engines.training.job import BlockResult, Job
-from gossamer.engines.training.steps import add_product_, clip, clip_rows, gradients, step_in_place
+from gossamer.engines.training.rows import (
+    Rows,
+    chunks,
+    equal_runs,
+    numbers,
+    on_processor,
+    row_norms,
+    stack_rows,
+    usable,
+)
+from gossamer.engines.training.steps import (
+    Stretch,
+    add_product_,
+    clip,
+    clip_rows,
+    differentiate,
+    take_step,
+)
 from gossamer.submodel import Layout
 from gossamer.workloads.base import Leaves
 
@@ -96,6 +113,7 @@ class Trainer:
         """
         variant = self.task.variants[job.block.variant]
         algorithm, layout, working = variant.algorithm, variant.layout, variant.working_layout
+        lr = variant.local_steps.rate(job.lr)
         if working is not layout:
             rows = self._reordered({name: value.clone() for name, value in rows.items()}, layout, working)
         *ended, losses = self._train_locally(job, rows, {})
@@ -108,7 +126,7 @@ class Trainer:
         if not all(finite):
             lost = ~torch.tensor(finite)
             own = {name: value[lost] for name, value in rows.items()}
-            idle = algorithm.end(own, {}, algorithm.begin(own, {}), 0, job.lr)
+            idle = algorithm.end(own, {}, algorithm.begin(own, {}), 0, lr)
             for arrays, instead in zip((payload, site), idle, strict=True):
                 for name, value in arrays.items():
                     value[lost] = instead[name]
@@ -203,30 +221,35 @@ class Trainer:
         self, job: Job, received: list[Arrays], positions: NDArray[np.int64], client_state: Arrays
     ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
         variant = self.task.variants[job.block.variant]
-        algorithm, layout, clip_norm = variant.algorithm, variant.working_layout, variant.optimizer.clip_norm
+        algorithm, layout, local = variant.algorithm, variant.working_layout, variant.local_steps
+        lr = local.rate(job.lr)
         payload: dict[str, list[Tensor]] = defaultdict(list)
         private: dict[str, list[Tensor]] = defaultdict(list)
         losses = []
         for i in range(len(job.client)):
             mine = {name: rows[i : i + 1] for name, rows in client_state.items()}
             carry = algorithm.begin(received[i], mine)
-            views = {name: layout.views(value[0]) for name, value in carry.items()}
-            trained = {name: view.detach().requires_grad_() for name, view in views["x"].items()}
+            num_steps, rows = int(job.steps[i]), carry_views(layout, carry)
+            stretch = [Stretch(slice(0, 1), num_steps, rows)]
+            carries = {parameter: {name: view[0] for name, view in views.items()} for parameter, views in rows.items()}
+            trained = {name: views["x"].detach().requires_grad_() for name, views in carries.items()}
             leaves = Leaves(trained, factored=self._factored)
-            carries = {parameter: {name: view[parameter] for name, view in views.items()} for parameter in leaves}
             values = []
-            for step, batch in enumerate(self._batches.of(job, slice(i, i + 1), positions, one_by_one=True)):
-                value = self._loss(job, i, step, given_to_loss(algorithm, leaves.params, carries), batch)
-                grads, factors = gradients(value, leaves)
-                if clip_norm is not None:
-                    grads = clip(grads, clip_norm)
-                for name, grad in grads.items():
-                    step_in_place(algorithm, carries[name], grad, job.lr)
+            for step, parts in enumerate(self._batches.of(job, slice(i, i + 1), positions, one_by_one=True)):
+
+                def loss(batch: dict[str, Any], row: int = i, step: int = step) -> Tensor:
+                    """Return the loss of a batch."""
+                    return self._loss(job, row, step, given_to_loss(algorithm, leaves.params, carries), batch)  # noqa: B023
+
+                value, grads, factors = differentiate(loss, parts, leaves, local, variant.mode.device)
+                if local.clip_norm is not None:
+                    grads = clip(grads, local.clip_norm)
+                grads = {name: grad[None] for name, grad in grads.items()}
+                take_step(variant, stretch, grads, lr, step)
                 for name, left, right in factors:
-                    add_product_(views["x"][name], left, right, -job.lr)
-                values.append(value.detach())
-            num_steps = int(job.steps[i])
-            ended = algorithm.end(received[i], mine, carry, num_steps, job.lr)
+                    add_product_(carries[name]["x"], left, right, -lr)
+                values.append(value)
+            ended = algorithm.end(received[i], mine, carry, num_steps, lr)
             for lists, arrays in zip((payload, private), ended, strict=True):
                 for name, row in arrays.items():
                     lists[name].append(row)
@@ -250,7 +273,8 @@ class Trainer:
         self, job: Job, rows: Arrays, positions: NDArray[np.int64], client_state: Arrays
     ) -> tuple[dict[str, Rows], dict[str, Rows], list[float]]:
         variant, s = self.task.variants[job.block.variant], len(job.client)
-        algorithm, layout, clip_norm = variant.algorithm, variant.working_layout, variant.optimizer.clip_norm
+        algorithm, layout, local = variant.algorithm, variant.working_layout, variant.local_steps
+        lr = local.rate(job.lr)
         if s == 1:  # a ghost: kernels of one row may round differently from those of two
             job = job._replace(client=job.client.repeat(2), weight=job.weight.repeat(2), steps=job.steps.repeat(2))
             positions = positions.repeat(2, axis=0)
@@ -258,28 +282,30 @@ class Trainer:
                 {name: value.repeat(2, 1) for name, value in arrays.items()} for arrays in (rows, client_state)
             )
         carry = algorithm.begin(rows, client_state)
-        views = {name: layout.views(value) for name, value in carry.items()}
-        loss, leaves, active = carry["x"].new_zeros(len(job.client)), Leaves({}), 0
-        carries, trained = dict[str, Arrays](), dict[str, Arrays]()
-        for step, batch in enumerate(self._batches.of(job, slice(0, len(job.client)), positions, one_by_one=False)):
+        views = carry_views(layout, carry)
+        total, leaves, active = carry["x"].new_zeros(len(job.client)), Leaves({}), 0
+        carries, stretches = dict[str, Arrays](), list[Stretch]()
+
+        def loss(batch: dict[str, Any]) -> Tensor:
+            """Return the losses of a batch."""
+            return self._losses(given_to_loss(algorithm, leaves.params, carries), batch)
+
+        for step, parts in enumerate(self._batches.of(job, slice(0, len(job.client)), positions, one_by_one=False)):
             count = int(np.count_nonzero(job.steps > step))
             if count != active:
                 active = count
-                num_rows = max(active, 2)
-                leaves = self._stacked_leaves(views["x"], slice(0, num_rows))
-                carries = {param: {name: view[param][:num_rows] for name, view in views.items()} for param in leaves}
-                trained = {param: {name: rows[:active] for name, rows in carries[param].items()} for param in leaves}
-            values = self._losses(given_to_loss(algorithm, leaves.params, carries), batch)
-            grads, factors = gradients(values.sum(), leaves)
-            if clip_norm is not None:
-                grads = clip_rows(grads, clip_norm)
-            for name, grad in grads.items():
-                step_in_place(algorithm, trained[name], grad[:active], job.lr)
+                carries = {p: {name: view[: max(active, 2)] for name, view in views[p].items()} for p in views}
+                leaves = self._stacked_leaves({name: arrays["x"] for name, arrays in carries.items()})
+                stretches = Stretch.of(views, job.steps[:active], local.schedule)
+            values, grads, factors = differentiate(loss, parts, leaves, local, variant.mode.device)
+            if local.clip_norm is not None:
+                grads = clip_rows(grads, local.clip_norm)
+            take_step(variant, stretches, grads, lr, step)
             for name, left, right in factors:
-                add_product_(views["x"][name], left, right, -job.lr, active)
-            loss[:active] += values.detach()[:active]
-        payload, private = end_rows(algorithm, rows, client_state, carry, job)
-        mean_loss = loss / torch.from_numpy(job.steps).to(loss)
+                add_product_(views[name]["x"], left, right, -lr, active)
+            total[:active] += values[:active]
+        payload, private = end_rows(algorithm, rows, client_state, carry, job, lr)
+        mean_loss = total / torch.from_numpy(job.steps).to(total)
         own = slice(0, s)
         return (
             {name: value[own] for name, value in payload.items()},
@@ -287,9 +313,9 @@ class Trainer:
             numbers(mean_loss[own]),
         )
 
-    def _stacked_leaves(self, x: Arrays, rows: slice) -> Leaves:
-        """Return the parameters of some rows, which share the memory of `x`."""
-        trained = {name: view[rows].detach().requires_grad_() for name, view in x.items()}
+    def _stacked_leaves(self, x: Arrays) -> Leaves:
+        """Return parameters that share the memory of `x`."""
+        trained = {name: view.detach().requires_grad_() for name, view in x.items()}
         return Leaves(trained, factored=self._factored and self.task.workload.traits.stacks_natively)
 
     def _losses(self, params: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
@@ -304,7 +330,7 @@ class Trainer:
 
 
 def end_rows(
-    algorithm: Algorithm, rows: Arrays, client_state: Arrays, carry: Arrays, job: Job
+    algorithm: Algorithm, rows: Arrays, client_state: Arrays, carry: Arrays, job: Job, lr: float
 ) -> tuple[Arrays, Arrays]:
     """Call `end` once for every run of clients with equal step counts."""
     pieces = []
@@ -312,7 +338,7 @@ def end_rows(
         received, private, trained = (
             {name: value[low:high] for name, value in arrays.items()} for arrays in (rows, client_state, carry)
         )
-        pieces.append(algorithm.end(received, private, trained, int(job.steps[low]), job.lr))
+        pieces.append(algorithm.end(received, private, trained, int(job.steps[low]), lr))
     if len(pieces) == 1:
         return pieces[0]
     payload = {name: torch.cat([piece[0][name] for piece in pieces]) for name in pieces[0][0]}
@@ -325,62 +351,4 @@ def may_leave_products(task: Task) -> bool:
     leave = task.workload.traits.leaves_products and (
         algorithm.traits.leaves_products or not algorithm.traits.has_local_loss
     )
-    return leave and algorithm.is_plain_sgd and all(one.optimizer.clip_norm is None for one in task.variants)
-
-
-def numbers(values: Tensor) -> Any:
-    """Return a number, or a list of them."""
-    return values.tolist()
-
-
-def on_processor(arrays: Mapping[str, Rows]) -> dict[str, Rows]:
-    """Return rows in this process's own memory."""
-    return {
-        name: rows.cpu() if isinstance(rows, Tensor) else [row.cpu() for row in rows] for name, rows in arrays.items()
-    }
-
-
-def equal_runs(steps: NDArray[np.int32]) -> list[tuple[int, int]]:
-    """Return the ``[low, high)`` runs of equal values."""
-    edges = [0, *(np.flatnonzero(np.diff(steps)) + 1).tolist(), len(steps)]
-    return list(itertools.pairwise(edges))
-
-
-def chunks(rows: Rows) -> list[tuple[slice, Tensor]]:
-    """Return the tensors [k, d] that `rows` consists of, each with its rows."""
-    if isinstance(rows, Tensor):
-        return [(slice(0, len(rows)), rows)]
-    return [(slice(i, i + 1), row) for i, row in enumerate(rows)]
-
-
-def row_norms(payload: Mapping[str, Rows]) -> list[float]:
-    """Return the Euclidean norm of all that each participant has in `payload`, NaN where not all of it is finite.
-
-    A sum of squares shows every NaN and infinity at memory speed; only where it is not finite are the values looked at
-    one by one, because large finite values may overflow it.
-    """
-    found = []
-    for rows in payload.values():
-        present = rows if isinstance(rows, Tensor) else [row for one in rows for row in one]
-        norm = torch.linalg.vector_norm
-        quick = norm(rows, dim=1) if isinstance(rows, Tensor) else torch.stack([norm(row) for row in present])
-        norms = zip(quick.tolist(), present, strict=True)
-        found.append([value if math.isfinite(value) else _large_norm(row) for value, row in norms])
-    return [math.hypot(*parts) for parts in zip(*found, strict=True)]
-
-
-def _large_norm(row: Tensor) -> float:
-    largest = float(row.abs().max())
-    return largest * float(torch.linalg.vector_norm(row.double() / largest)) if math.isfinite(largest) else math.nan
-
-
-def usable(norms: Iterable[float], bounds: Iterable[float]) -> list[bool]:
-    """Say whose norm is finite and within its bound."""
-    return [math.isfinite(norm) and norm <= bound for norm, bound in zip(norms, bounds, strict=False)]
-
-
-def stack_rows(rows: list[Tensor]) -> Tensor:
-    """Return rows [1, d] as [s, d], without a copy where they are one and the same."""
-    if all(row is rows[0] for row in rows):
-        return rows[0].expand(len(rows), -1)
-    return torch.cat(rows)
+    return leave and algorithm.is_plain_sgd and all(one.local_steps.leaves_products for one in task.variants)
