@@ -21,6 +21,7 @@ from gossamer.submodel import Layout
 from gossamer.testing import check_workload
 from gossamer.workloads.base import ForwardContext
 from gossamer.workloads.images import ImageClassification
+from gossamer.workloads.models import LARGE_WEIGHT
 from gossamer.workloads.parts import LoRAOptions, PartlyTrained
 from gossamer.workloads.transformer import Transformer
 
@@ -161,6 +162,20 @@ class TestLoRA:
         assert torch.allclose(stacked[0], model.apply(params, x), atol=1e-6)
         assert list(model.whole(params)) == list(inner.shapes)
 
+    @pytest.mark.parametrize("number", [3, 10])
+    def test_built_in_models(self, number: int) -> None:
+        """Large weights are multiplied another way in batches of ten."""
+        data = {"dataset": {**DATA, "shape": [1, 28, 28]}}
+        for model, hidden in (({"name": "mlp", "hidden": [700]}, "hidden0"), ({"name": "cnn", "width": 0.7}, "hidden")):
+            lora = {"rank": 2, "targets": [hidden], "train": ["output.*"]}
+            workload, plain = classification(model, lora=lora, **data), classification(model, **data)
+            params, x = changed(workload), torch.randn(number, 1, 28, 28)
+            merged = workload.params_of(workload.layout.flatten(params))
+            found, expected = workload.model.apply(params, x), plain.model.apply(merged, x)
+            assert merged[f"{hidden}.weight"].numel() >= LARGE_WEIGHT
+            assert relative_error({"x": found}, {"x": expected}) < 2e-6
+            assert relative_error({"x": workload.model.apply(start(workload), x)}, {"x": expected}) > 1e-2
+
     def test_flops_by_hand(self) -> None:
         """Beside x W^T: two thin products there, and gradients by A, by B and by the hidden x A^T; none by W."""
         lora = {"rank": 3, "targets": ["1", "3"]}
@@ -197,7 +212,7 @@ class TestLoRA:
         with pytest.raises(ConfigError, match=r"frozen = \['embed.\*'\] says nothing beside workload.lora"):
             classification("user_modules:Tokens", lora=LORA, frozen=["embed.*"])
         with pytest.raises(ConfigError, match="needs a model whose linear layers"):
-            classification(MLP, lora={"rank": 2, "targets": ["output"]})
+            classification("softmax", lora={"rank": 2, "targets": ["output"]})
 
     def test_keeps_its_contract(self) -> None:
         workload = classification("user_modules:Tokens", whole_models=False, lora=LORA)

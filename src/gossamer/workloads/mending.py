@@ -62,6 +62,11 @@ class Mending(TorchFunctionMode):
         output, factors = F.linear(self.scaled(input, weight, 1), weight, bias), self._factors_of(weight)
         return output if factors is None else output + F.linear(F.linear(input, factors[0]), factors[1])
 
+    def addmm(self, input: Tensor, mat1: Tensor, mat2: Tensor, **scalars: Any) -> Tensor:
+        """Add low-rank factors of the left matrix, as which built-in models may take a weight."""
+        output, factors = torch.addmm(input, mat1, mat2, **scalars), self._factors_of(mat1)
+        return output if factors is None else output + factors[1] @ (factors[0] @ mat2)
+
     def embedding(self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **named: Any) -> Any:
         """Add low-rank factors."""
         output, factors = F.embedding(input, weight, padding_idx, *rest, **named), self._factors_of(weight)
@@ -236,6 +241,7 @@ def _transposed_convolution(function: Callable[..., Tensor]) -> Callable[..., Te
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
 _MENDED: dict[Any, Callable[..., Any]] = {
     F.linear: Mending.linear,
+    torch.addmm: Mending.addmm,
     F.embedding: Mending.embedding,
     F.multi_head_attention_forward: Mending.attend,
     F.scaled_dot_product_attention: Mending.attend_scaled,

@@ -223,7 +223,7 @@ class MLP(ImageModel):
     """Perceptron with ReLU; two hidden layers of 200 on 28 x 28 are the "2NN" of McMahan et al. (arXiv 1602.05629)."""
 
     Options = MLPOptions
-    traits = ModelTraits(stacks_natively=True)
+    traits = ModelTraits(stacks_natively=True, adaptable=True)
     takes_any_shape = True
 
     def declare(self, options: MLPOptions, input_shape: tuple[int, ...], num_labels: int) -> None:
@@ -250,6 +250,8 @@ class CNN(ImageModel):
 
     1,663,370 parameters on 1 x 28 x 28 with 10 classes.
     """
+
+    traits = ModelTraits(adaptable=True)
 
     def declare(self, options: ModelOptions, input_shape: tuple[int, ...], num_labels: int) -> None:
         """Declare ``conv0``, ``conv1``, ``hidden`` and ``output``.

@@ -209,8 +209,8 @@ class PartlyTrained(WithConstants):
         if not isinstance(self._model, ModuleModel):
             if not self._model.traits.adaptable:
                 raise ConfigError(
-                    f"workload.lora needs a model whose linear layers call F.linear: a module of your own or the"
-                    f" transformer, not {type(self._model).__name__}"
+                    "workload.lora needs a model whose linear layers call F.linear: a module of your own or the"
+                    f" transformer, mlp or cnn, not {type(self._model).__name__}"
                 )
             return
         start, module = self.init(source), self._model

@@ -48,8 +48,8 @@ class ModelTraits(Traits):
     """What a model can and cannot do; see `WorkloadTraits` for what a workload takes over from its model.
 
     Attributes:
-        adaptable: whether ``F.linear`` and ``F.embedding`` are called with the parameters themselves, so that low-rank
-            factors can stand beside these.
+        adaptable: whether ``F.linear``, ``F.embedding`` and ``torch.addmm`` (as its left matrix) are called with the
+            parameters themselves wherever one participant is trained alone, so that low-rank factors can stand beside.
     """
 
     supports_stacking: bool = True
