@@ -84,6 +84,16 @@ def test_from_the_first_call_on(
     assert not (tmp_path / "run").exists() or Checkpoints(tmp_path / "run/checkpoints").latest() is not None
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_that_is_no_exception(tmp_path: Path, plug_in: Any, workers: int) -> None:
+    """Of a class that a plug-in derives from BaseException."""
+    path = plug_in("end", 0)
+    source = path.read_text().replace("KeyError(name)", "Stop(name)")
+    path.write_text(source + "\nclass Stop(BaseException): ...\n")
+    with pytest.raises(GossamerError, match=r"fails? with Stop: end \(.*line 11\)|failed with Stop: end \(.*line 11\)"):
+        run(configure("Clients", CLIENTS, {"workers": workers}), out=tmp_path / "run")
+
+
 @pytest.mark.parametrize(("workers", "part"), [(0, "Clients"), (1, "Clients"), (0, "Work")])
 def test_in_the_second_round(tmp_path: Path, plug_in: Any, workers: int, part: str) -> None:
     assert_resumable(tmp_path / "run", plug_in, {"workers": workers}, part)

@@ -112,16 +112,18 @@ def one_line(error: BaseException, frame: traceback.FrameSummary | None = None) 
 
 @contextmanager
 def plugin_errors(plugin: str) -> Iterator[None]:
-    """Convert any error but gossamer's own, and exits, raised within the block, to a `ConfigError` that names `plugin`.
+    """Convert any error but gossamer's own, raised within the block, to a `ConfigError` that names `plugin`.
+
+    So are exits, and whatever else a plug-in derives from `BaseException`; an interrupt stays one.
 
     Raises:
         ConfigError: the plug-in raised another error.
     """
     try:
         yield
-    except GossamerError:
+    except (GossamerError, KeyboardInterrupt, GeneratorExit):
         raise
-    except (Exception, SystemExit) as error:  # as argparse raises
+    except BaseException as error:  # also exits, as argparse raises
         raise ConfigError(f"{plugin} fails with {one_line(error)}: correct it, or name another one") from error
 
 

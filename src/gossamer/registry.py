@@ -221,9 +221,9 @@ def errors_of_plug_ins() -> Iterator[None]:
     """
     try:
         yield
-    except GossamerError:
+    except (GossamerError, KeyboardInterrupt, GeneratorExit):
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             for file in (frame.filename, *map(str, Path(frame.filename).parents)):
                 if file in _LOADED:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from gossamer.errors import ConfigError, DataError
+from gossamer.errors import ConfigError, DataError, GossamerWarning
 from gossamer.reports.curves import Curve, SingleRun, find_runs, group, summarize
 
 
@@ -50,6 +50,14 @@ class TestRunsFound:
         curves = curves_of(write_experiment(tmp_path / "exp", ["zeta", "alpha"], [0, 1, 2]))
         assert labels(curves) == ["zeta", "alpha"]
         assert [[run.config["seed"] for run in curve.runs] for curve in curves] == [[0, 1, 2], [0, 1, 2]]
+
+    def test_a_run_without_rounds_is_left_out_with_a_warning(self, tmp_path: Path) -> None:
+        experiment = write_experiment(tmp_path / "exp", ["fedavg"], [0, 1])
+        (experiment / "fedavg" / "seed-1" / "metrics.jsonl").write_text("")
+        with pytest.warns(GossamerWarning, match=r"^no round is logged yet in .*seed-1: left out$") as told:
+            runs = find_runs([experiment])
+        assert len(told) == 1
+        assert [run.config["seed"] for run in runs] == [0]
 
     def test_a_run_given_twice_counts_once(self, tmp_path: Path) -> None:
         experiment = write_experiment(tmp_path / "exp", ["fedavg"], [0, 1])

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from gossamer import topology
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, GossamerWarning
 from gossamer.topology import networks
 
 FOLDER = Path(__file__).parents[2] / "topologies"
@@ -53,6 +53,16 @@ class TestGraphs:
         assert mixing.send_ranks(0) == [1]
         with pytest.raises(ConfigError, match=r"the weights of column 1 sum to 1.75, not 1"):
             topology.build("file", graph=graph, weights="given")
+
+    def test_attributes_that_are_not_read_are_told(self, recwarn: pytest.WarningsRecorder) -> None:
+        graph = networkx.Graph()
+        graph.add_edge("a", "b", strength=1.0, relation="peer")
+        topology.build("file", graph=graph)
+        assert not len(recwarn)  # nobody would take these for links
+        graph.add_edge("b", "c", rtt=0.1, link_capacity=3, strength=1.0)
+        read = "latency_seconds, bandwidth_bytes_per_second, weight$"
+        with pytest.warns(GossamerWarning, match=rf"edges have rtt, link_capacity, which change nothing: .* {read}"):
+            topology.build("file", graph=graph)
 
     def test_links_follow_their_edges(self) -> None:
         graph = networkx.Graph()

@@ -206,7 +206,7 @@ class CommunicationOptions(Options):
 
 
 class EvaluationOptions(Options):
-    """When and what to evaluate.
+    """When and what to evaluate, on the test data, or on the training data that `workload.validation` holds out.
 
     Attributes:
         every: rounds between evaluations of the whole model; of peers: of their mean, the merged model.

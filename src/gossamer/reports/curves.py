@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, warn
 from gossamer.round_record import numbers
 from gossamer.storage.runlog import (
     CONFIG,
@@ -137,6 +137,9 @@ def find_runs(directories: Sequence[str | Path]) -> list[SingleRun]:
         raise ConfigError(
             f"no round is logged yet in {', '.join(map(str, directories))}: wait until a round is finished"
         )
+    empty = [str(run.directory) for run in runs.values() if not run.records]
+    if empty:
+        warn([f"no round is logged yet in {', '.join(empty)}: left out"])
     return logged
 
 

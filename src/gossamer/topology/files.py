@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import ConfigDict, model_validator
 
-from gossamer.errors import ConfigError, nearest
+from gossamer.errors import ConfigError, nearest, warn
 from gossamer.topology.base import Floats, Integers, Stochasticity
 from gossamer.topology.edgelists import read_edges
 from gossamer.topology.family import Family, Schedule, TopologyOptions, static
@@ -19,6 +20,10 @@ from gossamer.topology.weights import fastest, is_connected, metropolis
 
 LINK_RANGES = {"latency_seconds": (0.0, 1e9), "bandwidth_bytes_per_second": (1e-3, 1e18)}
 KNOWN = (*LINK_RANGES, "weight")
+OF_LINKS = {
+    *("rtt", "ping", "time", "ms", "distance", "dist", "length", "km"),
+    *("capacity", "throughput", "speed", "rate", "bps", "bw", "cost", "loss"),
+}  # words in names of attributes that are meant for links, but not read
 GRAPHML = (".graphml", ".xml")
 
 
@@ -147,6 +152,10 @@ def _check_attributes(where: str, edges: list[Any], weights: str | None) -> None
             raise ConfigError(
                 f"{where}: the attribute {name!r} of edges has no effect{near} (known: {', '.join(KNOWN)}): rename it"
             )
+    unread = [name for name in names if name not in KNOWN and {*re.split(r"[\W_\d]+", name.lower())} & OF_LINKS]
+    if unread:
+        read = ", ".join(KNOWN)
+        warn([f"{where}: edges have {', '.join(unread)}, which change nothing: what is read of an edge is {read}"])
     if weights is None and "weight" in names:
         raise ConfigError(
             f"{where} has edges with weights: set weights to 'given' to mix by them, or to 'metropolis' to compute"

@@ -325,7 +325,7 @@ def _work(
         try:
             with memory_errors():
                 reply = handler(json.loads(message))
-        except Exception as error:
+        except BaseException as error:  # the parent heeds signals, so that none of them is an interrupt
             is_ours = isinstance(error, GossamerError)
             told = str(error) if is_ours else one_line(error)
             reply = {"error": told, "gossamer": is_ours, "traceback": traceback.format_exc()}
