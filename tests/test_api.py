@@ -385,11 +385,27 @@ def test_a_script_without_a_guard_a_thread_and_a_running_loop(tmp_path: Path) ->
     assert read_config(tmp_path / "runs" / "thread")["workload"]["model"]["name"] == "object:Net"
 
 
-def test_ray_refuses_what_its_actors_cannot_import(tmp_path: Path) -> None:
+def test_ray_refuses_what_its_actors_cannot_import(
+    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match=r"model 'object:Net' is an object .* put it into a file, such as mine\.py"):
         run(tmp_path / "run", model=Net((1, 8, 8), 10), engine={"name": "ray"})
     with pytest.raises(ConfigError, match=r"partition 'object:partition' is an object .* into a JSON file"):
         run(tmp_path / "run", model=Net, partition=FULL, engine={"name": "ray"})
+    monkeypatch.setattr(samples, "SMALL_BYTES", 100)
+    with pytest.raises(ConfigError, match="data 'object:data' are read while training from an object of this process"):
+        run(tmp_path / "run", model=Net, data=pairs(data), engine={"name": "ray"})
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("one_ray")
+def test_ray_trains_what_can_be_imported_on_data_in_memory(tmp_path: Path, data: ImageData) -> None:
+    """Arrays go to the actors through Ray's object store, a class of a module by its name, lists in a file."""
+    (tmp_path / "parts.json").write_text(json.dumps(FULL))
+    parts = {"name": "file", "path": str(tmp_path / "parts.json")}
+    objects: dict[str, Any] = {"model": Net, "data": pairs(data), "partition": parts}
+    ray = BASE["engine"] | {"name": "ray", "workers": 2}
+    assert_same(run(tmp_path / "local", **objects), run(tmp_path / "ray", **objects, engine=ray))
 
 
 def test_a_stop_that_was_asked_for_is_no_end(tmp_path: Path) -> None:

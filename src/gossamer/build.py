@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from gossamer.planning.assignment import Capacities, assign_devices, devices_of_
 from gossamer.planning.base import Planner
 from gossamer.planning.clients import ClientPlanner
 from gossamer.planning.peers import PeerPlanner
-from gossamer.registry import resolve_function
+from gossamer.registry import OBJECT, resolve_function
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.simulation.costs import Costs
 from gossamer.simulation.counting import count_variants
@@ -39,6 +40,7 @@ from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
 from gossamer.task import load_workload, make_task
 from gossamer.workloads.base import Workload
+from gossamer.workloads.datasets import ImageData
 
 MAX_STEPS = 1 << 31  # of a participant in a round, which plans count in 32 bits
 WORKER_BYTES = 10_000_000  # of a process of its own, at least
@@ -139,6 +141,8 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     resolved = resolve(config) if isinstance(config, Config) else config
     config, algorithm = resolved.config, resolved.algorithm
     workload = load_workload(config, data)
+    if resolved.engine_class.is_remote:
+        require_loadable(config, workload)
     check_sizes(config, algorithm, workload, is_remote=resolved.engine_class.is_remote)
     task = make_task(config, algorithm, resolved.topology, workload)
     dtype = workload.init(config.seed).dtype
@@ -199,6 +203,22 @@ def accumulation_warnings(config: Config, workload: Workload) -> tuple[str, ...]
             " model mixes the samples of a batch",
         )
     return ()
+
+
+def require_loadable(config: Config, workload: Workload) -> None:
+    """Refuse, on an engine whose processes load data of their own, data that are read from an object of this process.
+
+    Raises:
+        ConfigError: they are.
+    """
+    found, spec = vars(workload).get("data"), config.workload.get("dataset")
+    name = spec.get("name") if isinstance(spec, Mapping) else spec
+    if isinstance(found, ImageData) and found.is_lazy and isinstance(name, str) and name.startswith(OBJECT):
+        raise ConfigError(
+            f"data {name!r} are read while training from an object of this process, which the processes of engine"
+            f" {config.engine.name!r} cannot import: name data in files, such as data={{'name': 'arrays', 'path':"
+            " ...}}, or a function of a module that returns an ImageData"
+        )
 
 
 def make_planner(config: Config, task: Task) -> Planner:

@@ -24,6 +24,7 @@ from torch import Tensor
 from gossamer.engines.base import Record
 from gossamer.errors import EngineError
 from gossamer.registry import load_object
+from gossamer.workloads.datasets import ImageData
 
 
 def make_actor(cls: type, *arguments: Any, num_gpus: int = 0) -> Callable[[], Any]:
@@ -68,13 +69,14 @@ def put_data(workload: Any) -> list[Any]:
 
     Returns:
         [a reference]: in a list, for an actor to fetch when it can; [] if its class does not take ``data``, or its
-        data are no dataclass that other processes can import: then every actor loads its own.
+        data are no dataclass that other processes can import, or are read while training: then every actor loads its
+        own.
     """
     if "data" not in inspect.signature(type(workload)).parameters:
         return []
     data = workload.data
     has_name = type(data).__module__ != "__main__" and "<locals>" not in type(data).__qualname__
-    if not (dataclasses.is_dataclass(data) and has_name):
+    if not (dataclasses.is_dataclass(data) and has_name) or (isinstance(data, ImageData) and data.is_lazy):
         return []
     import ray
 
