@@ -87,6 +87,7 @@ def slow_feedback(config: dict[str, Any], *, feeds_back: bool) -> tuple[Params, 
     return model, lost
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @pytest.mark.parametrize("feeds_back", [True, False])
 def test_slow_version(tmp_path: Path, mode: dict[str, bool], feeds_back: bool) -> None:
@@ -137,6 +138,7 @@ def test_nothing_is_lost_for_good(
         assert torch.allclose(sent[client] + row, updates[client], atol=1e-5)
 
 
+@pytest.mark.sweep(keep=0.34, at_least=3)
 @EITHER
 @pytest.mark.parametrize("communication", [TOP_K, NEAREST, LOW_RANK], ids=lambda given: given["uplink"]["name"])
 def test_workers_and_blocks_change_no_bits(
@@ -164,6 +166,7 @@ def test_channels_last_sends_the_same_entries(tmp_path: Path) -> None:
     assert relative_error(last.params, plain.params) < 1e-3
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize(("span", "started"), [("train", False), ("exchange", False), ("commit", True)])
 def test_resumed(tmp_path: Path, span: str, started: bool) -> None:
     config = compressing(TOP_K | {"downlink": "int8"}, **STACKED)
@@ -176,6 +179,7 @@ def test_resumed(tmp_path: Path, span: str, started: bool) -> None:
     assert all(torch.equal(rows[client], expected[client]) for client in rows)
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("communication", [TOP_K, RANDOM_K, LOW_RANK], ids=lambda given: given["uplink"]["name"])
 def test_residuals_of_the_dropped_stay(tmp_path: Path, communication: dict[str, Any]) -> None:
     """Updates that are not finite are dropped, even where the codec would have sent finite entries only."""
@@ -262,6 +266,7 @@ def test_downlink_of_changes(tmp_path: Path, mode: dict[str, bool]) -> None:
     assert done.metrics[-1]["total_bytes_down"] == 4 * 4 * size
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("span", ["train", "exchange", "commit"])
 def test_what_clients_know_is_resumed(tmp_path: Path, span: str) -> None:
     config = configure(

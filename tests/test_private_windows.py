@@ -54,6 +54,7 @@ def slow_keeping(parts: Parts) -> tuple[Params, dict[int, tuple[Params, int]]]:
     return model, kept
 
 
+@pytest.mark.sweep(keep=0.5)
 @MODES
 @pytest.mark.parametrize("strategy", ["rolling", "random"])
 def test_slow_version(tmp_path: Path, mode: dict[str, bool], strategy: str) -> None:
@@ -75,6 +76,7 @@ def test_slow_version(tmp_path: Path, mode: dict[str, bool], strategy: str) -> N
     assert outside > 0
 
 
+@pytest.mark.sweep(keep=0.34, at_least=3)
 @MODES
 @STRATEGIES
 def test_workers_and_blocks_change_no_bits(tmp_path: Path, mode: dict[str, bool], strategy: str) -> None:
@@ -94,6 +96,7 @@ def assert_same_rows(directory: Path, other: Path) -> None:
         assert all(torch.equal(found[client], expected[client]) for client in found)
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize(("span", "started"), [("train", False), ("exchange", False), ("commit", True)])
 def test_resumed(tmp_path: Path, span: str, started: bool) -> None:
     config = keeping()
