@@ -38,7 +38,7 @@ from gossamer.simulation.devices import DeviceShare
 from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
-from gossamer.task import load_workload, make_task
+from gossamer.task import load_workload, make_task, on_device
 from gossamer.workloads.base import Workload
 from gossamer.workloads.datasets import ImageData
 
@@ -122,6 +122,7 @@ class Parts:
                 evaluate_variants=self.task.capacities if config.evaluation.by_capacity else (),
                 commit_every_seconds=config.checkpoint.every_seconds,
                 evaluate_peers=config.evaluation.num_peers,
+                stop=config.stop,
             ),
             warnings=self.warnings,
             advice=lambda: diagnosis.advice(config, self.task),
@@ -160,13 +161,15 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
         )
     if config.engine.modes == "auto":
         flops = [variant.flops_per_sample for variant in planner.costs[0].variants]
-        task = task.with_modes(modes_by_rule(task, flops, expected_participants(config, planner)))
+        modes = modes_by_rule(task, flops, expected_participants(config, planner))
+        task = task.with_modes(on_device(modes, config.engine.device))
     elif config.engine.modes == "measured":
-        task = task.with_modes(measured_modes(task, task.initial_state(workload.init(config.seed))))
+        found = measured_modes(task, task.initial_state(workload.init(config.seed)))
+        task = task.with_modes(on_device(found, config.engine.device))
     else:
         check_modes(task, config.algorithm["name"])
-    modes = [ModeOptions(capacity=one.capacity, **dict(one.mode)) for one in task.variants]
-    config = config.model_copy(update={"engine": config.engine.model_copy(update={"modes": modes})})
+    pinned = [ModeOptions(capacity=one.capacity, **dict(one.mode)) for one in task.variants]
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"modes": pinned})})
     return Parts(config, task, planner, resolved.engine_class, warnings)
 
 

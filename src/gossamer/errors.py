@@ -91,13 +91,6 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def aligned(rows: Iterable[Iterable[str]]) -> str:
-    """Return rows of cells as lines with aligned columns."""
-    cells = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
-
-
 def one_line(error: BaseException, frame: traceback.FrameSummary | None = None) -> str:
     """Return an error's type, message, file and line, such as ``KeyError: 'x' (a.py, line 3)``.
 

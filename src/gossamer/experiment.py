@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
 from gossamer.config.diagnosis import diagnose
-from gossamer.config.inputs import MOVABLE, configuration_inputs, require_same
+from gossamer.config.inputs import END, MOVABLE, configuration_inputs, require_end, require_same
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.engines.base import EngineHooks
 from gossamer.engines.stopping import StopRequest, stop_on_signals
@@ -34,9 +34,9 @@ from gossamer.profiling.spans import Spans
 from gossamer.registry import errors_of_plug_ins, trusting
 from gossamer.results.description import describe_model
 from gossamer.round_record import Observer
-from gossamer.storage.checkpoint import Checkpoint, Checkpoints
+from gossamer.storage.checkpoint import Checkpoint, Checkpoints, commits_in
 from gossamer.storage.disk import DirectoryLock
-from gossamer.storage.experiment_file import hold_experiment, read_experiment
+from gossamer.storage.experiment_file import hold_experiment, read_experiment, replace_experiment
 from gossamer.storage.model_file import DESCRIPTION
 from gossamer.storage.runlog import (
     CHECKPOINTS,
@@ -60,12 +60,14 @@ class Run:
         metrics: one dict a round; of several runs, all of them, each with its ``"run"`` (sub-directory).
         params: ``{name: tensor}`` of the final global model; of several runs, those of the first.
         runs: the single runs, in order.
+        stop_reason: why the run ended before its last round, as its configuration's ``stop`` says; "": it did not.
     """
 
     directory: Path
     metrics: list[dict[str, Any]]
     params: dict[str, Tensor]
     runs: list[Run] = field(default_factory=list)
+    stop_reason: str = ""
 
     def __repr__(self) -> str:
         """Return three lines: directory; rounds and last metrics; size of the model and number of runs."""
@@ -157,7 +159,8 @@ def resume(
     Args:
         directory: of the run or the experiment.
         hooks: see `Hooks`.
-        overrides: ``key=value`` strings, for this time; the keys are those of `MOVABLE`, which change no bits.
+        overrides: ``key=value`` strings. The keys are those of `MOVABLE`, for this time, and ``rounds``, from now on,
+            if nothing depends on the number of rounds: the bits are those of a run that had as many from its start.
         restart: whether to erase the log of a run that cannot be continued, and to train it anew.
         trust: see `run`.
 
@@ -167,17 +170,32 @@ def resume(
     """
     directory = Path(directory)
     for override in overrides:
-        if override.partition("=")[0] not in MOVABLE:
-            raise ConfigError(
-                f"override {override!r}: a run that has begun can only change {', '.join(MOVABLE)}: start another run"
-            )
+        if override.partition("=")[0] not in (*MOVABLE, END):
+            known = ", ".join((*MOVABLE, END))
+            raise ConfigError(f"override {override!r}: a run that has begun can only change {known}: start another run")
     with trusting(trust), errors_of_plug_ins(), stop_on_signals() as stop:
         singles: Mapping[str, Mapping[str, Any]] = {"": {}}
         if os.path.exists(directory / EXPERIMENT):
-            singles = configuration.expand(read_experiment(directory))
+            singles = configuration.expand(_move_end_of_all(directory, overrides))
         else:
             read_config(directory)  # says so where this is no run directory
         return _run_all(directory, singles, hooks or Hooks(), stop, {}, overrides, restart)
+
+
+def _move_end_of_all(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the configuration of an experiment, with another number of rounds if `overrides` have one."""
+    data, ends = read_experiment(directory), [one for one in overrides if one.partition("=")[0] == END]
+    if not ends:
+        return data
+    if own := [name for name, method in (data.get("methods") or {}).items() if END in method]:
+        raise ConfigError(f"override {ends[0]!r}: methods.{own[0]} has rounds of its own: resume its runs one by one")
+    moved = configuration.load(data, ends)
+    for name in configuration.expand(moved):
+        if (directory / name / CONFIG).exists():
+            commits = commits_in(directory / name / CHECKPOINTS)
+            require_end(read_config(directory / name), moved[END], commits[0][0][0] if commits else 0)
+    replace_experiment(directory, moved)
+    return moved
 
 
 def _run_all(
@@ -273,6 +291,7 @@ def _continue(
             log.check(None if latest is None else latest.logs)
             if latest is not None:
                 require_same(latest.inputs, inputs)
+                require_end(written, config.rounds, latest.round)
                 parts = prepare()
                 require_same(latest.inputs, parts.inputs | inputs)
         except CheckpointError as error:
@@ -283,7 +302,11 @@ def _continue(
             checkpoints.clear()
             log.erase()
         parts = parts or prepare()
+        if config.rounds != written[END]:
+            log.write_config(written | {END: config.rounds})
         _warn(name, parts)
+        if config.engine.device != written["engine"].get("device"):
+            warn([f"engine.device = {config.engine.device!r} changes the last bits from here on"], name)
         checkpoints.inputs = parts.inputs | inputs
         return _run_rounds(parts, directory, log, checkpoints, latest, name, hooks, stop)
 
@@ -300,12 +323,12 @@ def _run_rounds(
 ) -> Run:
     """Start the engine, and run what is left from `latest` on."""
     config = parts.config
-    is_finished = latest is not None and latest.round >= config.rounds
+    is_finished = latest is not None and (latest.round >= config.rounds or bool(latest.progress.get("stop_reason")))
     if not (is_finished and (directory / DESCRIPTION).exists()):
         describe_model(directory, parts.workload)
     if latest is not None and is_finished:
-        row = merged_model(latest.arrays["state.x"])
-        return Run(directory, read_metrics(directory), parts.workload.params_of(row))
+        row, reason = merged_model(latest.arrays["state.x"]), latest.progress.get("stop_reason", "")
+        return Run(directory, read_metrics(directory), parts.workload.params_of(row), stop_reason=reason)
     done = None if latest is None else latest.round
     log.sinks = make_sinks(config.log.sinks, TrackedRun.of(directory, config.model_dump(mode="json"), done))
     engine_hooks = EngineHooks(lambda: stop() or hooks.is_ended(), log.log_event, stop.is_overdue)
@@ -331,9 +354,9 @@ def _run_rounds(
             for note in vars(error).get("__notes__", ()):  # the traceback of a worker
                 log.log_event("worker-failed", message=str(error), traceback=note)
             raise
-        row = merged_model(engine.read()["x"])
+        row, reason = merged_model(engine.read()["x"]), loop.progress.stop_reason
     told = diagnose(config, parts.task, read_metrics(directory))
     for message in told:
         log.log_event("warning", message=message)
     warn(told, name)
-    return Run(directory, read_metrics(directory), parts.workload.params_of(row))
+    return Run(directory, read_metrics(directory), parts.workload.params_of(row), stop_reason=reason)

@@ -15,6 +15,7 @@ from gossamer.errors import ConfigError
 from gossamer.plan import RoundPlan, TrainReport
 
 Record = dict[str, Any]
+LOWER = ("loss", "bits", "distance", "gap", "norm", "error", "perplexity", "seconds", "bytes", "flops", "rmse")
 
 
 class Observer(Protocol):
@@ -40,6 +41,8 @@ class Progress:
         wall_seconds: since the run began, without the time between interruption and resumption.
         simulated_seconds, total_bytes_up, total_bytes_down, total_client_flops, total_samples: of the rounds that are
             done.
+        best_value, num_stale: best value of the metric that the run watches, if any, and evaluations since then.
+        stop_reason: why the run has ended before its last round; "": it has not.
     """
 
     round: int = 0
@@ -51,6 +54,9 @@ class Progress:
     total_bytes_down: int = 0
     total_client_flops: float = 0.0
     total_samples: float = 0.0
+    best_value: float | None = None
+    num_stale: int = 0
+    stop_reason: str = ""
 
     @property
     def address(self) -> tuple[int, int]:
@@ -81,6 +87,11 @@ def numbers(record: Mapping[str, Any], separator: str) -> Iterator[tuple[str, fl
             yield from ((f"{key}{separator}{name}", number) for name, number in numbers(value, separator))
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             yield key, float(value)
+
+
+def lower_is_better(metric: str) -> bool:
+    """Say whether smaller values of a metric are better, by its name."""
+    return any(word in metric for word in LOWER)
 
 
 def describe_done(round: int, phase: int) -> str:
@@ -176,6 +187,14 @@ def phase_record(plan: RoundPlan, costs: RoundCosts, outcome: Outcome, seconds: 
         "dropped": dict(+outcome.dropped),
         "lr": plan.lr,
         "train_loss": as_json(outcome.train_loss),
+    }
+
+
+def divided(whole: Mapping[str, float], by_capacity: Mapping[float, Mapping[str, float]]) -> Record:
+    """Return the metrics of each capacity under the names of those of the `whole` model; {} of no capacities."""
+    return {
+        f"{name}_by_capacity": {f"{c:g}": metrics[name] for c, metrics in by_capacity.items() if name in metrics}
+        for name in (whole if by_capacity else ())
     }
 
 

@@ -19,6 +19,7 @@ from gossamer.engines.task import WHOLE
 from gossamer.errors import EngineError, GossamerError, Interrupted, QuorumError, StateLost
 from gossamer.plan import STOPPED
 from gossamer.planning.base import Planner, TimedPlan
+from gossamer.planning.stopping import StopOptions, watch
 from gossamer.profiling.spans import Spans
 from gossamer.registry import errors_of_plug_ins
 from gossamer.round_record import Observer, Outcome, Progress
@@ -41,6 +42,7 @@ class LoopOptions:
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         evaluate_variants: capacities of the variants to evaluate besides the whole model; () for none.
         evaluate_peers: peers whose own models are evaluated.
+        stop: when to end before the last round.
         commit_every_seconds: least time between commits; 0 commits after every phase.
     """
 
@@ -50,6 +52,7 @@ class LoopOptions:
     evaluate_variants: tuple[float, ...]
     commit_every_seconds: float
     evaluate_peers: int = 0
+    stop: StopOptions | None = None
 
 
 @dataclass
@@ -112,8 +115,7 @@ class Loop:
             except StateLost as error:
                 if self.engine.hooks.stop_requested():
                     raise self._stopped() from None
-                losses = losses + 1 if self.committed == lost_at else 1
-                lost_at = self.committed
+                losses, lost_at = (losses + 1 if self.committed == lost_at else 1), self.committed
                 if losses > MAX_LOSSES:
                     raise
                 self._go_back(error, losses)
@@ -131,7 +133,7 @@ class Loop:
 
     def _run_rounds(self) -> None:
         self._committed_at = time.monotonic()
-        while self.progress.round < self.options.num_rounds:
+        while self.progress.round < self.options.num_rounds and not self.progress.stop_reason:
             try:
                 with errors_of_plug_ins():
                     self._round()
@@ -159,6 +161,7 @@ class Loop:
         tokens, spent = self.workload.traits.tokens_per_sample, self.spans.take()
         record = round_record.round_record(self.progress, done, seconds, spent, metrics, tokens)
         self.log.log_metrics(record)
+        watch(self.options.stop, self.options.evaluate_every, self.progress, record, self.log.log_event)
         if self.observer is not None:
             self.observer.on_round(record)
 
@@ -172,8 +175,7 @@ class Loop:
             self.engine.exchange(plan)
         for reason, clients in timed.late.items():
             if len(clients):
-                listed = clients[:MAX_LISTED].tolist()
-                where = self._address(plan.round, plan.phase)
+                where, listed = self._address(plan.round, plan.phase), clients[:MAX_LISTED].tolist()
                 self.log.log_event("dropped", **where, reason=reason, num_clients=len(clients), clients=listed)
         self._count_time()
         seconds = time.perf_counter() - began
@@ -220,18 +222,17 @@ class Loop:
         if num_left < needed:
             committed = self.progress.address if self.engine.is_whole else self.committed
             where, counts = self._address(timed.plan.round, timed.plan.phase), (num_left, timed.num_expected, needed)
-            section = self.planner.section
-            raise QuorumError(round_record.describe_quorum(where, counts, what, section, remedy(), committed))
+            parts = where, counts, what, self.planner.section, remedy(), committed
+            raise QuorumError(round_record.describe_quorum(*parts))
 
     def _evaluate(self, round: int) -> Record:
-        whole, divided = self.workload.metrics(self.engine.evaluate(WHOLE, round)), Record()
+        whole = self.workload.metrics(self.engine.evaluate(WHOLE, round))
         by_capacity = {
             capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(index, round))
             for index, capacity in enumerate(self.options.evaluate_variants)
         }
-        for name in whole if by_capacity else ():
-            divided[f"{name}_by_capacity"] = {f"{c:g}": m[name] for c, m in by_capacity.items() if name in m}
-        return round_record.merged(whole, divided, self.engine.measure(self.options.evaluate_peers))
+        peers = self.engine.measure(self.options.evaluate_peers)
+        return round_record.merged(whole, round_record.divided(whole, by_capacity), peers)
 
     def _commit(self, *, if_due: bool = False) -> None:
         is_due = time.monotonic() - self._committed_at >= self.options.commit_every_seconds

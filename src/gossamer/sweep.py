@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,15 @@ from gossamer.config import loading as configuration
 from gossamer.config.plugins import as_mapping
 from gossamer.config.resolve import resolve
 from gossamer.engines.stopping import stop_on_signals
-from gossamer.errors import ConfigError, GossamerError, Interrupted, aligned, storage_errors, warn
+from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors, warn
 from gossamer.registry import is_trusting, trusting
+from gossamer.reports import summary
 from gossamer.reports.curves import find_runs, group, main_metric
+from gossamer.round_record import lower_is_better
 from gossamer.storage.experiment_file import hold_experiment
 from gossamer.storage.runlog import CONFIG, new_directory
 from gossamer.storage.strict_yaml import parse_yaml
+from gossamer.storage.tables import aligned, as_csv
 
 Row = dict[str, Any]
 """One run: its method (if there are any) and overrides, seed, metric, final, best, seconds, directory, error."""
@@ -43,11 +44,13 @@ class Sweep:
         directory: holds one directory a run, the table as results.json and results.csv, and the figure.
         rows: one a run, in the order of the grid.
         figure: the curves; None if no run has logged any.
+        labels: ``{name of a method: what it is called}``.
     """
 
     directory: Path
     rows: list[Row]
     figure: Path | None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def _run_grid(
             _write(directory, list(rows.values()))
             on_row(rows[name])
         _write(directory, list(rows.values()))
-        return Sweep(directory, list(rows.values()), _draw(directory, grid.labels))
+        return Sweep(directory, list(rows.values()), _draw(directory, grid.labels), grid.labels)
 
 
 def require_all_done(found: Sweep) -> None:
@@ -280,7 +283,7 @@ def run_one(message: str) -> str:
 
 def _summary(metrics: Sequence[Mapping[str, Any]]) -> Row:
     metric = main_metric({name for record in metrics for name in record})
-    best = min if metric == "train_loss" else max
+    best = min if lower_is_better(metric) else max
     values = [record[metric] for record in metrics if record.get(metric) is not None]
     if not values:
         return {"seconds": metrics[-1]["wall_seconds"]}
@@ -296,14 +299,11 @@ def _sentence(error: Exception) -> str:
 
 
 def _write(directory: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
     names = columns(rows)
-    table.writerow(names)
-    table.writerows([["" if row.get(name) is None else _text(row[name]) for name in names] for row in rows])
+    cells = [["" if row.get(name) is None else _text(row[name]) for name in names] for row in rows]
     with storage_errors(directory):
         (directory / RESULTS).write_text(json.dumps(rows, indent=1) + "\n")
-        (directory / TABLE).write_text(text.getvalue())
+        (directory / TABLE).write_text(as_csv([names, *cells]))
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -322,6 +322,15 @@ def render(rows: Sequence[Row]) -> str:
 def line(row: Row) -> str:
     """Return a row as one line: what was chosen, how it ended."""
     return ", ".join(f"{name} {_cell(value)}" for name, value in row.items() if value is not None)
+
+
+def summarize(found: Sweep) -> str:
+    """Return a table of a row for each method or combination, and one of the runs that failed or were stopped."""
+    failed = [row for row in found.rows if row.get("error")]
+    parts = [render(failed)] if failed else []
+    with suppress(ConfigError):  # no run has logged a round
+        parts.insert(0, summary.render([found.directory], labels=found.labels))
+    return "\n\n".join(parts)
 
 
 def _cell(value: Any) -> str:

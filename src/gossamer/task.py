@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +97,7 @@ def pinned_modes(config: Config, capacities: list[float]) -> list[VariantMode]:
     """
     given = config.engine.modes
     if isinstance(given, str):
-        return [VariantMode()] * len(capacities)
+        return on_device([VariantMode()] * len(capacities), config.engine.device)
     if isinstance(given, VariantMode):
         given = [ModeOptions(capacity=capacity, **given.model_dump()) for capacity in capacities]
     by_capacity = {mode.capacity: mode for mode in given}
@@ -106,7 +106,13 @@ def pinned_modes(config: Config, capacities: list[float]) -> list[VariantMode]:
             f"engine.modes names capacities {sorted(mode.capacity for mode in given)} but the run has {capacities}:"
             " name each once, or set engine.modes to auto"
         )
-    return [VariantMode(**by_capacity[capacity].model_dump(exclude={"capacity"})) for capacity in capacities]
+    modes = [VariantMode(**by_capacity[capacity].model_dump(exclude={"capacity"})) for capacity in capacities]
+    return on_device(modes, config.engine.device)
+
+
+def on_device(modes: Iterable[VariantMode], device: str | None) -> list[VariantMode]:
+    """Return modes with a device in the place of theirs; None: as they are."""
+    return list(modes) if device is None else [mode.model_copy(update={"device": device}) for mode in modes]
 
 
 def load_workload(config: Config, data: Any = None) -> Workload:

@@ -46,7 +46,7 @@ def run(source, overrides, out, hooks):
     for number in (1, 2) if observer is not None else ():
         observer.on_block(number - 1, 3, 3)
         observer.on_round({"round": number, "accuracy": 0.25 * number, "total_bytes_up": 500, "total_bytes_down": 500})
-    return types.SimpleNamespace(directory="some/run")
+    return types.SimpleNamespace(directory="some/run", runs=[], stop_reason="", metrics=[])
 fake.Hooks, fake.run = Hooks, run
 sys.modules["gossamer.experiment"] = fake
 config = sys.modules["gossamer.config.loading"] = types.ModuleType("gossamer.config.loading")
@@ -71,7 +71,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     def called(*arguments: Any) -> SimpleNamespace:
         made.append(arguments)
-        return SimpleNamespace(directory=Path("some/run"))
+        return SimpleNamespace(directory=Path("some/run"), runs=[], stop_reason="", metrics=[])
 
     monkeypatch.setattr(experiment, "run", called)
     monkeypatch.setattr(experiment, "resume", called)
@@ -247,9 +247,25 @@ class TestHelp:
     def test_commands_and_nothing_else(self) -> None:
         done = invoke("--help")
         assert done.exit_code == 0
-        commands = ["run", "resume", "sweep", "plot", "coverage", "describe", "doctor", "export", "topology"]
+        commands = [
+            "run",
+            "resume",
+            "sweep",
+            "plot",
+            "coverage",
+            "describe",
+            "doctor",
+            "export",
+            "runs",
+            "table",
+            "topology",
+        ]
         assert re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE) == commands
-        assert "completion" not in done.stdout
+        assert "--install-completion" in done.stdout
+
+    @pytest.mark.parametrize("command", ["", "run", "resume", "sweep", "export", "topology show"])
+    def test_every_command_takes_h(self, command: str) -> None:
+        assert invoke(*command.split(), "-h").stdout == invoke(*command.split(), "--help").stdout
 
     def test_nothing_heavy_is_loaded(self) -> None:
         program = f"""

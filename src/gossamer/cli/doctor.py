@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gossamer import memory, registry
-from gossamer.errors import aligned
 from gossamer.memory import machine_memory, number_in
+from gossamer.storage.tables import aligned
 
 REQUIRED = (
     *("gossamer", "torch", "numpy", "scipy", "networkx", "ray", "grpcio", "protobuf", "pydantic", "PyYAML", "typer"),

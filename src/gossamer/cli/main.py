@@ -77,8 +77,8 @@ def _warnings_to(write: Callable[[str], None]) -> Iterator[None]:
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Train one model over many machines that do not share their data.",
 )
@@ -104,6 +104,9 @@ def options(
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings are shown all the same.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Where gradients are computed, such as cuda; for engine.device=NAME.")
+]
 Directories = Annotated[list[Path], typer.Argument(metavar="DIR", help="Run directories, or directories of runs.")]
 
 
@@ -116,6 +119,7 @@ def run(
     engine: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where to train; short for engine.name=NAME.")
     ] = None,
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/<name>-<time>.")] = None,
     quiet: Quiet = False,
     trust: Trust = False,
@@ -123,7 +127,7 @@ def run(
     """Run an experiment; the last line of the output is its directory."""
     from gossamer import experiment
 
-    changes = _changes(overrides, engine)
+    changes = _changes(overrides, engine, device)
     with plug_ins(trust):
         _follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: _plan(file, changes), quiet)
 
@@ -133,11 +137,12 @@ def resume(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run or an experiment that was stopped.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Engine entries to replace, such as engine.workers=4."),
+        typer.Argument(metavar="KEY=VALUE", help="Engine entries to replace, or rounds=400."),
     ] = None,
     engine: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where to train from now on; short for engine.name=NAME.")
     ] = None,
+    device: Device = None,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Train anew, and erase the log of, a run that cannot be continued."),
@@ -149,7 +154,7 @@ def resume(
     from gossamer import experiment
     from gossamer.storage.runlog import EXPERIMENT
 
-    changes = _changes(overrides, engine)
+    changes = _changes(overrides, engine, device)
     whole = directory / EXPERIMENT
     with plug_ins(trust):
         _follow(
@@ -172,6 +177,7 @@ def sweep(
     engine: Annotated[
         str, typer.Option(metavar="NAME", help="ray: in parallel, one CPU a run; local: one after another.")
     ] = "ray",
+    device: Device = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Directory of new or unfinished runs.")] = None,
     parallel: Annotated[
         int | None, typer.Option(metavar="N", help="Maximum number of parallel runs; default: one for each CPU.")
@@ -184,8 +190,10 @@ def sweep(
 
     progress = (lambda row: None) if quiet else (lambda row: _to_stderr(sweeps.line(row)))
     with plug_ins(trust):
-        found = sweeps.sweep(file, settings or (), sweeps.parse_seeds(seeds), engine, out, parallel, progress)
-    typer.echo(sweeps.render(found.rows))
+        found = sweeps.sweep(
+            file, _changes(settings, None, device), sweeps.parse_seeds(seeds), engine, out, parallel, progress
+        )
+    typer.echo(sweeps.summarize(found))
     typer.echo(found.directory)
     sweeps.require_all_done(found)
 
@@ -265,7 +273,7 @@ def doctor(
     typer.echo(render(examine(), as_json))
 
 
-for command in (results.export,):
+for command in (results.export, results.runs, results.table):
     app.command()(command)
 
 
@@ -288,11 +296,20 @@ def _follow(start: Callable[[Hooks], Run], plan: Callable[[], Plan], quiet: bool
         display = ProgressDisplay(plan(), Console(stderr=True)) if on_terminal else ProgressLines(plan, _to_stderr)
     with display as shown, _warnings_to(_to_stderr if shown is None else shown.print):
         finished = start(Hooks() if shown is None else Hooks(observer=shown.observer))
+    for one in finished.runs or [finished]:
+        if one.stop_reason:
+            name = f"{one.directory.relative_to(finished.directory)}: " if finished.runs else ""
+            typer.echo(f"{name}ended after round {len(one.metrics)}: {one.stop_reason}", err=True)
+    if finished.runs:
+        from gossamer.reports import summary
+
+        typer.echo(summary.render([finished.directory]))
     typer.echo(finished.directory)
 
 
-def _changes(overrides: list[str] | None, engine: str | None) -> list[str]:
-    return [*(overrides or ()), *([f"engine.name={engine}"] if engine is not None else ())]
+def _changes(overrides: list[str] | None, engine: str | None, device: str | None) -> list[str]:
+    given = {"engine.name": engine, "engine.device": device}
+    return [*(overrides or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)]
 
 
 def _plan(file: Path, overrides: list[str] | None = None) -> Plan:

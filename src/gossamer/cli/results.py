@@ -1,4 +1,4 @@
-"""Commands that read what runs left: ``gossamer export``."""
+"""Commands that read what runs left: ``gossamer export | runs | table``."""
 
 from __future__ import annotations
 
@@ -30,3 +30,30 @@ def export(
     with plug_ins(trust):
         loaded = load(directory, run=run, trust=trust)
         typer.echo(write(loaded, output, capacity=capacity, peer=peer, force=force))
+
+
+def runs(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of runs.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the runs below a directory: running, finished, stopped or damaged, how far, and what they reached."""
+    from gossamer.reports import listing
+
+    typer.echo(listing.render(listing.list_runs(directory), as_json))
+
+
+def table(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="Run directories, or directories of runs.")],
+    format: Annotated[str, typer.Option(metavar="NAME", help="text, csv, markdown or latex.")] = "text",
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Key of the records, such as accuracy_peers.min; default: accuracy."),
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(metavar="VALUE", help="Also show the rounds and simulated seconds to this value.")
+    ] = None,
+) -> None:
+    """Compare methods, a row each: mean and deviation over seeds of what they reached, and what that took."""
+    from gossamer.reports import summary
+
+    typer.echo(summary.render(directories, format, metric, target))

@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gossamer.errors import CheckpointError
+from gossamer.errors import CheckpointError, ConfigError
+from gossamer.planning.schedule import FOLLOW_END
 
-# Where a run that has begun may go on: what changes no bits.
-MOVABLE = tuple(f"engine.{key}" for key in ("name", "workers", "block_size", "address", "straggler_seconds"))
+# Where a run that has begun may go on: what changes no bits, but for the device, which changes the last ones.
+MOVABLE = tuple(f"engine.{key}" for key in ("name", "workers", "block_size", "device", "address", "straggler_seconds"))
+END = "rounds"  # may be changed, too, where nothing depends on it
 CHANGED = {
     "data": "the data, or their partition, are not those that the run was committed with: restore them",
     "topology": "the topology's file is not the one that the run was committed with: restore it",
@@ -17,11 +19,41 @@ CHANGED = {
 
 
 def configuration_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the results depend on in a resolved configuration, as JSON values: all but `MOVABLE`."""
+    """Return what the results depend on in a resolved configuration, as JSON values: all but `MOVABLE`.
+
+    The number of rounds is among them only where what is done in a round depends on it, see `why_end_is_fixed`.
+    """
     plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
     if isinstance(engine := plain.get("engine"), dict):
         plain["engine"] = {key: value for key, value in engine.items() if f"engine.{key}" not in MOVABLE}
+    if why_end_is_fixed(plain) is None:
+        plain.pop(END, None)
     return plain
+
+
+def why_end_is_fixed(config: Mapping[str, Any]) -> str | None:
+    """Return why a run of a resolved configuration cannot go on longer; None: it can."""
+    schedule = config.get("train", {}).get("schedule", {}).get("name")
+    if schedule in FOLLOW_END:
+        return f"train.schedule {schedule!r} goes by the number of rounds"
+    if (config.get("peers") or {}).get("final_merge"):
+        return "peers.final_merge merges in the last round"
+    return None
+
+
+def require_end(config: Mapping[str, Any], rounds: int, done: int) -> None:
+    """Check that a run of a resolved configuration can end after `rounds`, of which `done` are done.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if rounds < done:
+        raise ConfigError(f"rounds = {rounds}, but {done} rounds are done: give {done} or more")
+    reason = why_end_is_fixed(config)
+    if reason is not None and rounds != config[END]:
+        raise ConfigError(
+            f"rounds = {rounds}, but the run was begun for {config[END]}, and {reason}: start another run of {rounds}"
+        )
 
 
 def require_same(committed: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -34,13 +66,16 @@ def require_same(committed: Mapping[str, Any], found: Mapping[str, Any]) -> None
         CheckpointError: one of them differs.
     """
     for name, value in found.items():
-        difference = _first_difference(committed.get(name), value)
+        before = committed.get(name)
+        if name == "configuration" and isinstance(before, Mapping):
+            before, value = configuration_inputs(before), configuration_inputs(value)
+        difference = _first_difference(before, value)
         if difference is not None and name in CHANGED:
             raise CheckpointError(CHANGED[name])
         if difference is not None:
-            key, before, now = difference
+            key, then, now = difference
             raise CheckpointError(
-                f"config.yaml says {key} = {now}, but the run was committed with {before}: restore that entry"
+                f"config.yaml says {key} = {now}, but the run was committed with {then}: restore that entry"
             )
 
 

@@ -77,6 +77,11 @@ def check_peers(config: Config, algorithm: Any, topology: Topology) -> tuple[str
             f"algorithm {name!r} does not go with peers.{given}, because {no_merge}: leave it out; the merged model is"
             " evaluated anyway"
         )
+    if config.stop is not None and peers is not None and peers.final_merge:
+        raise ConfigError(
+            f"peers.final_merge = True merges in round {config.rounds}, but stop may end the run before it: leave one"
+            " of them out"
+        )
     profiles = [config.device] if config.devices is None else [share.profile for share in config.devices]
     away = next((profile.name for profile in profiles if profile.availability != Availability()), None)
     if away is not None:

@@ -10,9 +10,10 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gossamer.config.plugins import Plugin
 from gossamer.config.train import TrainConfig
-from gossamer.engines.task import VariantMode
+from gossamer.engines.task import Device, VariantMode
 from gossamer.errors import ConfigError
 from gossamer.options import Options
+from gossamer.planning.stopping import StopOptions
 from gossamer.simulation.devices import DeviceProfile, DeviceShare, Profile, check_devices
 from gossamer.submodel.windows import check_capacity
 
@@ -44,6 +45,8 @@ class EngineOptions(Options):
         modes: mode of each capacity, or one mode for all; "auto": by a rule of shapes and numbers, see `modes_by_rule`;
             "measured": the quickest, as measured when the run starts, which may differ from run to run, and with it the
             last bits.
+        device: device of the gradients of all capacities, such as "cuda", in the place of those of `modes`; changes the
+            last bits. None: those of `modes`.
         address: address of a Ray cluster, "auto" for the one on this machine; None: the run starts its own.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least. Of a
@@ -54,6 +57,7 @@ class EngineOptions(Options):
     workers: int | Literal["auto"] = "auto"
     block_size: int | Literal["auto"] = "auto"
     modes: list[ModeOptions] | VariantMode | Literal["auto", "measured"] = "auto"
+    device: Device | None = None
     address: str | None = None
     straggler_seconds: float | None = Field(default=None, gt=0)
 
@@ -257,6 +261,7 @@ class Config(Options):
         submodel: sub-models of clients, or peers, of unequal size.
         aggregation: which updates may be averaged.
         evaluation: when and what to evaluate.
+        stop: when to end before the last round.
         checkpoint: when to commit.
         device: profile of every participant's device: the name of one that ships here, the path of a YAML file, or its
             own keys.
@@ -279,6 +284,7 @@ class Config(Options):
     aggregation: AggregationOptions = AggregationOptions()
     communication: CommunicationOptions = CommunicationOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
+    stop: StopOptions | None = None
     checkpoint: CheckpointOptions = CheckpointOptions()
     device: Profile = DeviceProfile()
     devices: list[DeviceShare] | None = None

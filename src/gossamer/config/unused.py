@@ -23,6 +23,7 @@ def unused_options(config: Config, algorithm: Any, engine_class: Any) -> tuple[s
     """
     rules = [*_of_submodels(config, algorithm), *_of_schedule(config), *_of_engine(config, engine_class)]
     rules += _of_local_steps(config, algorithm)
+    rules += _of_stop(config)
     rules += _of_clients(config) if config.peers is None else _of_merges(config, algorithm)
     unused = [
         f"{option} = {value!r} changes nothing, because {reason}: leave it out, or correct it"
@@ -80,6 +81,14 @@ def _of_local_steps(config: Config, algorithm: Any) -> Iterator[Rule]:
     yield "train.local_schedule.name", schedule.name, "constant", single
     in_full = "the first step has all of the learning rate then" if schedule.warmup_steps == 1 else None
     yield "train.local_schedule.warmup_steps", schedule.warmup_steps, 0, in_full
+
+
+def _of_stop(config: Config) -> Iterator[Rule]:
+    """Yield rules on the end before the last round."""
+    stop, number = config.stop, config.rounds // config.evaluation.every
+    if stop is not None:
+        few = f"the run has {number} evaluations" if stop.patience is not None and stop.patience >= number else None
+        yield "stop.patience", stop.patience, None, few
 
 
 def _of_clients(config: Config) -> Iterator[Rule]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Self
+from typing import Annotated, Self
 
 import torch
-from pydantic import field_validator
+from pydantic import AfterValidator
 from torch import Tensor
 
 from gossamer.aggregate.codec_base import BaseCodec, Communication
@@ -24,6 +24,22 @@ AS_IT_IS = Communication()
 KNOWN = "known."  # before the name of a server's array: what all clients know of it
 
 
+def checked_device(value: str) -> str:
+    """Return the name of a device.
+
+    Raises:
+        ValueError: it is none of torch's.
+    """
+    try:
+        torch.device(value)
+    except RuntimeError:
+        raise ValueError("give a device as torch names it, such as cpu or cuda") from None
+    return value
+
+
+Device = Annotated[str, AfterValidator(checked_device)]
+
+
 class VariantMode(Options):
     """How participants of one variant are trained. Resolved once, because each field changes bits.
 
@@ -37,16 +53,7 @@ class VariantMode(Options):
     stacked: bool = False
     channels_last: bool = False
     padding: bool = False
-    device: str = "cpu"
-
-    @field_validator("device")
-    @classmethod
-    def _is_a_device(cls, value: str) -> str:
-        try:
-            torch.device(value)
-        except RuntimeError:
-            raise ValueError("give a device as torch names it, such as cpu or cuda") from None
-        return value
+    device: Device = "cpu"
 
     @property
     def is_on_gpu(self) -> bool:

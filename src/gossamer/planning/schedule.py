@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from gossamer.options import Options
 
+FOLLOW_END = ("cosine",)  # schedules that go by the number of rounds
+
 
 class ScheduleOptions(Options):
     """Learning rate over rounds.

@@ -52,6 +52,7 @@ EVENTS = {
     "retry": "Work that another Ray actor does again, because the first one failed or is late.",
     "actor-replaced": "A Ray actor that is lost, and for which another one is started.",
     "worker-replaced": "A process of the local engine that died or hangs, and for which another one is started.",
+    "ended": "The run ended before its last round, as `stop` says.",
     "worker-failed": "The traceback of a worker whose error ended the run.",
     "state-lost": "The engine has lost the state, and the run goes back to its last commit.",
     "checkpoint-damaged": "A commit that is damaged, so that the one before it is used.",

@@ -13,9 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gossamer.errors import aligned, storage_errors
+from gossamer.errors import storage_errors
 from gossamer.reports.describe import GENERAL, KEYS, Entry, entry, kinds, names
 from gossamer.reports.option_docs import Option
+from gossamer.storage.tables import aligned
 
 COLUMNS = 100
 HEAD = """\

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gossamer.errors import ConfigError, aligned
+from gossamer.errors import ConfigError
 from gossamer.simulation.costs import VariantCosts
+from gossamer.storage.tables import aligned
 from gossamer.submodel import Layout
 
 

@@ -257,6 +257,29 @@ def read_latest(directory: Path, on_damaged: Callable[[Path], None] = lambda pat
     return None
 
 
+def peek(directory: Path) -> tuple[int, dict[str, Any]]:
+    """Return the rounds that are done at the newest commit, and its progress, without reading its arrays.
+
+    Args:
+        directory: that of `Checkpoints`; where it has no commit, no round is done.
+
+    Raises:
+        CheckpointError: it is damaged, as far as manifest and sizes tell.
+    """
+    for _, _, path in commits_in(directory):
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            is_whole = manifest.pop("sha256") == digest_of_json(manifest)
+            sizes = {name: (path / name).stat().st_size for name in manifest["files"]}
+            progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+            if is_whole and all(size == manifest["files"][name]["bytes"] for name, size in sizes.items()):
+                return int(manifest["round"]), dict(progress)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            pass
+        raise CheckpointError(f"checkpoint {str(path)!r} is damaged")
+    return 0, {}
+
+
 def _remove(path: Path) -> None:
     """Delete a commit; renamed first, so that an interrupted deletion leaves no part of it under a commit's name."""
     doomed = path.with_name(f".deleting-{path.name}")

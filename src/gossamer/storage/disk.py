@@ -65,6 +65,19 @@ def lock(path: Path) -> int | None:
     return descriptor
 
 
+def is_locked(directory: Path) -> bool:
+    """Say whether another process has locked a directory; nothing is created. See `DirectoryLock`."""
+    if not os.access(directory / LOCK, os.W_OK):
+        return False
+    try:
+        descriptor = lock(directory / LOCK)
+    except BlockingIOError:
+        return True
+    if descriptor is not None:
+        os.close(descriptor)
+    return False
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file under another name, sync it, and rename it.
 

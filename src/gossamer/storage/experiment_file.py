@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def hold_experiment(directory: Path, config: Mapping[str, Any] | None = None) ->
         held.close()
         raise
     return held
+
+
+def replace_experiment(directory: Path, config: Mapping[str, Any]) -> None:
+    """Replace the configuration that the runs in `directory` are expanded from.
+
+    Raises:
+        ConfigError: another process has the directory locked.
+        StorageError: the disk refuses a write.
+    """
+    with closing(DirectoryLock(directory)):
+        write_atomically(directory / EXPERIMENT, _with_digest(yaml.safe_dump(dict(config), sort_keys=False)))
 
 
 def read_experiment(directory: Path) -> dict[str, Any]:

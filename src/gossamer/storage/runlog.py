@@ -120,6 +120,14 @@ class RunLog:
             raise
         return log
 
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Replace config.yaml, at once.
+
+        Raises:
+            StorageError: the disk refuses a write.
+        """
+        write_atomically(self.directory / CONFIG, dump_yaml(dict(config)))
+
     def _open_logs(self) -> None:
         for name in LOGS:
             self._logs[name] = LogFile(self.directory / name)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from gossamer.errors import ConfigError, aligned
+from gossamer.errors import ConfigError
 from gossamer.registry import names, resolve
+from gossamer.storage.tables import aligned
 from gossamer.topology.consensus import TOLERANCE, measure
 from gossamer.topology.topology import Topology
 
