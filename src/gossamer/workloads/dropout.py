@@ -52,7 +52,9 @@ class Dropout:
             num_dims: leading dimensions whose elements are dropped as a whole; None: all of them.
         """
         kept = self._kept(x, p, num_dims)
-        return x if kept is None else torch.where(kept, x * (1 / (1 - p) if p < 1 else 0.0), 0.0)
+        if kept is None:
+            return x
+        return x * kept.to(x.dtype).mul_(1 / (1 - p) if p < 1 else 0.0)  # many times as fast as torch.where
 
     def alpha(self, x: Tensor, p: float, num_dims: int | None = None) -> Tensor:
         """Set a share p to SELU's floor, and keep mean and variance, as `torch.nn.functional.alpha_dropout` does."""
