@@ -17,7 +17,8 @@ from typing import Any
 from torch import nn
 
 from gossamer.errors import ConfigError, DataError
-from gossamer.registry import OBJECT, importable_as
+from gossamer.registry import OBJECT
+from gossamer.registry.origins import importable_as
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.digests import digest_of
 from gossamer.workloads.given_data import KINDS, read_data

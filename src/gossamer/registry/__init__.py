@@ -10,13 +10,7 @@ that are not installed, such as files in the working folder. Nothing is imported
 
 from __future__ import annotations
 
-import functools
 import importlib
-import importlib.util
-import inspect
-import operator
-import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +22,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from gossamer.errors import ConfigError, GossamerError, RegistryError, nearest, one_line, plugin_errors
+from gossamer.registry.origins import defined_as, files_of, is_installed
 
 BUILTIN: dict[str, dict[str, str]] = {
     "algorithm": {
@@ -281,7 +276,7 @@ def resolve(kind: str, name: str) -> Any:
         _require_trusted(f"{kind} {name!r}", module)
         _announce(f"{kind} {name!r}", module)
         found = _load(kind, name, name)
-        defined = _defined_as(found) if callable(found) else None
+        defined = defined_as(found) if callable(found) else None
         if defined is not None and defined not in builtin.values():
             _require_trusted(f"{kind} {name!r}", defined.partition(":")[0])
         return found
@@ -305,8 +300,8 @@ def import_optional(what: str, module: str) -> ModuleType:
         ImportError: it is not there.
         RegistryError: it is not installed, and the user's own modules may not be imported.
     """
-    files = _files_of(module.partition(".")[0])
-    if files and not any(map(_is_installed, files)):
+    files = files_of(module.partition(".")[0])
+    if files and not any(map(is_installed, files)):
         _require_trusted(what, module)
         _announce(what, module)
     return importlib.import_module(module)
@@ -338,11 +333,11 @@ def _require_trusted(plugin: str, module: str) -> None:
         RegistryError: it may not.
     """
     policy, top = _POLICY.get(), module.partition(".")[0]
-    files = _files_of(top)
+    files = files_of(top)
     if policy.all or _is_declared(top):
         return
     where = "of Python's library" if files == [] else f"in {files[0] if files else top!r}"
-    if files is not None and (not files or top == "gossamer" or any(map(_is_installed, files))):
+    if files is not None and (not files or top == "gossamer" or any(map(is_installed, files))):
         raise RegistryError(
             f"{plugin} names code {where}, which is no plug-in of gossamer: if you trust the file that names it, say so"
             " with --trust (in Python: trust=True)"
@@ -353,63 +348,13 @@ def _require_trusted(plugin: str, module: str) -> None:
 
 def _announce(plugin: str, module: str) -> None:
     top = module.partition(".")[0]
-    files = _files_of(top)
+    files = files_of(top)
     _LOADED.update((file, top) for file in files or () if top != "gossamer")
     if files is not None:  # else the import fails
         _POLICY.get().announce(module, f"{plugin}: importing {module!r}" + (f" from {files[0]!r}" if files else ""))
-
-
-def _files_of(top: str) -> list[str] | None:
-    """Return where a package lies, without importing it: [] within Python's library, None nowhere."""
-    if top in sys.stdlib_module_names:
-        return []
-    try:
-        spec = importlib.util.find_spec(top)
-    except ValueError:  # a module without a spec, such as a script
-        return [str(vars(sys.modules[top]).get("__file__"))] if top in sys.modules else None
-    if spec is None:
-        return None
-    return [*([spec.origin] if spec.origin else []), *(spec.submodule_search_locations or [])]
-
-
-def _is_installed(file: str) -> bool:
-    """Say whether a file belongs to Python's library or to an installed package."""
-    path, known = Path(file).resolve(), sysconfig.get_paths()
-    roots = [known[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    is_packaged = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
-    return is_packaged or any(path.is_relative_to(Path(root).resolve()) for root in roots)
 
 
 def _is_declared(top: str) -> bool:
     """Say whether a package declares an entry point for gossamer."""
     points = (point for kind in BUILTIN for point in entry_points(group=f"gossamer.{kind}"))
     return any(point.value.partition(":")[0].partition(".")[0] == top for point in points)
-
-
-def importable_as(found: Any) -> str | None:
-    """Return ``module:name`` of a class or a function that other processes can import; None: they cannot."""
-    if not (isinstance(found, type) or inspect.isroutine(found)):
-        return None
-    name = _defined_as(found)
-    module = None if name is None else sys.modules[name.partition(":")[0]]
-    return name if module is not None and module.__name__ != "__main__" and module.__spec__ is not None else None
-
-
-def _defined_as(found: Any) -> str | None:
-    """Return ``module:name`` of a function or a class, or of the class of anything else.
-
-    None: it was made at run time, so that its module does not have it under its name.
-    """
-    if isinstance(found, functools.partial):
-        return _defined_as(found.func)
-    if inspect.ismethod(found):
-        return _defined_as(found.__func__)
-    defined = found if inspect.isroutine(found) or isinstance(found, type) else type(found)
-    module = (defined.__module__ if hasattr(defined, "__module__") else None) or "builtins"
-    if not inspect.isbuiltin(defined) and not hasattr(defined, "__objclass__"):
-        try:
-            if operator.attrgetter(defined.__qualname__)(sys.modules.get(module)) is not defined:
-                return None
-        except AttributeError:
-            return None
-    return f"{module}:{defined.__qualname__}"
