@@ -156,3 +156,5 @@ def test_federations(algorithm: str, tmp_path: Path) -> None:
 def test_windows_are_prefixes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="which is 'static' by definition"):
         run(configure(TOKENS | {"algorithm": "flexlora", "submodel.strategy": "random"}), out=tmp_path / "a")
+    with pytest.raises(ConfigError, match="clients send their factors"):
+        run(configure(TOKENS | {"algorithm": "flexlora", "communication": {"uplink": "int8"}}), out=tmp_path / "b")

@@ -62,6 +62,7 @@ class HetLoRA(FedAvg):
         strategy="static",
         capacities="given",
         no_offsets="clients hold the first rows and columns of the factors",
+        no_compression="clients send their factors, and not changes of them that could be averaged",
     )
     _factors: tuple[Factors, ...] = ()
 
