@@ -6,6 +6,7 @@ The clock starts at the call of `gossamer.run`, with imports done and data in me
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ def configuration(options: Options, own: argparse.Namespace) -> dict[str, Any]:
             "partition": "gossamer_round:in_order",
             "sampler": "gossamer_round:first_clients" if own.same_clients else "uniform",
         },
-        "train": {"epochs": 1, "batch_size": options.batch_size, "lr": LEARNING_RATE},
+        "train": {"epochs": 1, "batch_size": options.batch_size, "lr": own.lr, "optimizer": json.loads(own.optimizer)},
         "evaluation": {"every": options.total_rounds + 1},
         "checkpoint": {"every_seconds": 600},
         "engine": {"workers": own.workers},
@@ -93,6 +94,8 @@ def main() -> None:
     parser = make_parser("FedAvg by gossamer.")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--same-clients", action="store_true", help="sample clients 0..per_round-1 in every round")
+    parser.add_argument("--optimizer", default='"sgd"', help="train.optimizer, as JSON")
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE)
     options, own = read_options(parser)
     sys.modules.setdefault("gossamer_round", sys.modules["__main__"])
     _data.append(make_data(options.clients, options.samples, options.seed))

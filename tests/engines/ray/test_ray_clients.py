@@ -70,6 +70,8 @@ CASES: dict[str, dict[str, Any]] = {
     "a plug-in found by path": {"workload.name": "recording:Recording", "algorithm": "counting:Counting"},
     "scalars of a plug-in": {"algorithm": "tallying:Tallying"},
     "private state of windows": mixed("keeping:Keeping", **STACKED) | {"submodel.strategy": "random"},
+    "moments of windows": mixed("fedrolex", **STACKED)
+    | {"train.optimizer": {"name": "adamw", "state": "keep"}, "train.lr": 0.01},
     "two phases, private state": {"algorithm": "two_phases:FedLin"},
     "two phases, rolling": mixed("two_phases:MimeLite", **STACKED),
     "one too large": {

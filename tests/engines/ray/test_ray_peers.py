@@ -37,6 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "codecs": {"algorithm": {"name": "choco-sgd", "compressor": {"name": "random-k", "share": 0.2}}},
     "scalars": {"algorithm": "push-sum", "peers.topology": {"name": "el-local", "degree": 2, "averaging": "sender"}},
+    "moments": {"train.optimizer": "adamw", "train.lr": 0.01},
     "two rows a peer": {"algorithm": "dsgd-ceca", "peers.num": 11, "peers.topology": "ceca"},
     "windows of three widths": {"submodel": {"capacities": list(LEVELS), "strategy": "rolling"}}
     | modes(LEVELS, **STACKED),
