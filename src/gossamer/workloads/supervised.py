@@ -287,6 +287,8 @@ class Supervised(Workload):
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     """Return losses [...] of logits [..., num_labels]: F.cross_entropy, which under vmap is made of slow parts."""
+    if logits.dtype.itemsize < 4:  # train.precision is half
+        logits = logits.float()
     return -F.log_softmax(logits, dim=-1).gather(-1, labels[..., None]).squeeze(-1)
 
 

@@ -59,6 +59,8 @@ def differentiate(
     for part in parts:
         with local.autocast(device):
             value = loss(part.batch)
+        if value.dtype in (torch.bfloat16, torch.float16):  # whose sums would be coarse
+            value = value.float()
         if part.share is not None:
             value = value * (part.share[: len(value)] if value.dim() else part.share).to(value)
         summed = value.sum() if value.dim() else value
