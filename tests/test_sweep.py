@@ -25,7 +25,7 @@ from gossamer.errors import ConfigError, GossamerError, Interrupted
 from gossamer.reports.curves import find_runs, group
 from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.runlog import read_config, read_metrics
-from gossamer.sweep import STOPPED, columns, make_grid, parse_seeds, render, require_all_done, sweep
+from gossamer.sweep import STOPPED, columns, line, make_grid, parse_seeds, render, require_all_done, sweep
 
 DATA: dict[str, Any] = {
     "name": "tiny",
@@ -188,6 +188,7 @@ def test_columns_of_rows_that_differ() -> None:
         "1              0",
         '{"name": "b"}  0     0.5    x',
     ]
+    assert line(rows[1]) == 'a {"name": "b"}, seed 0, final 0.5, error x'
 
 
 @pytest.fixture

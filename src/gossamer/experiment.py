@@ -355,8 +355,9 @@ def _run_rounds(
                 log.log_event("worker-failed", message=str(error), traceback=note)
             raise
         row, reason = merged_model(engine.read()["x"]), loop.progress.stop_reason
-    told = diagnose(config, parts.task, read_metrics(directory))
+    metrics = read_metrics(directory)
+    told = diagnose(config, parts.task, metrics)
     for message in told:
         log.log_event("warning", message=message)
     warn(told, name)
-    return Run(directory, read_metrics(directory), parts.workload.params_of(row), stop_reason=reason)
+    return Run(directory, metrics, parts.workload.params_of(row), stop_reason=reason)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -62,6 +65,30 @@ def invoke(*arguments: Any) -> Any:
 def python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **options)
+
+
+def on_terminal(program: str, columns: int) -> tuple[str, str]:
+    """Return the standard output of ``run e.yaml odd``, and what a terminal of so many columns gets."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "run", "e.yaml", "odd"],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        text=True,
+        env=environment | {"TERM": "xterm"},
+    ) as process:
+        os.close(theirs)
+        stdout, _ = process.communicate(timeout=60)
+    drawn = b""
+    try:
+        while chunk := os.read(ours, 65536):
+            drawn += chunk
+    except OSError:  # how Linux says that nobody writes any more
+        pass
+    os.close(ours)
+    return stdout, drawn.decode()
 
 
 @pytest.fixture
@@ -288,28 +315,22 @@ class TestStreams:
         assert (done.returncode, done.stdout, done.stderr) == (0, "some/run\n", "warning: odd\n")
 
     def test_a_terminal_gets_progress_on_standard_error(self) -> None:
-        ours, theirs = pty.openpty()
-        with subprocess.Popen(
-            [sys.executable, "-c", FAKE + MAIN, "run", "e.yaml", "odd"],
-            stdout=subprocess.PIPE,
-            stderr=theirs,
-            text=True,
-            env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
-        ) as process:
-            os.close(theirs)
-            stdout, _ = process.communicate(timeout=60)
-        drawn = b""
-        try:
-            while chunk := os.read(ours, 65536):
-                drawn += chunk
-        except OSError:  # how Linux says that nobody writes any more
-            pass
-        os.close(ours)
+        stdout, text = on_terminal(FAKE + MAIN, 100)
         assert stdout == "some/run\n"
-        text = drawn.decode()
         assert "digits: 2 rounds in 0:00:00, accuracy 50.0%, 1.0 kB" in text
         assert "3/3 trained" in text
         assert text.count("warning: odd\r\n") == 1
+
+    @pytest.mark.parametrize("columns", [60, 80])
+    def test_a_narrow_terminal_has_one_line(self, columns: int) -> None:
+        often = "import gossamer.cli.progress\ngossamer.cli.progress.REFRESH_SECONDS = 0\n"
+        program = FAKE.replace('"digits", 2', '"digits-with-a-name-that-is-long", 2') + often + MAIN
+        _, text = on_terminal(program, columns)
+        lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
+        bars = [line for line in lines if "━" in line and "rounds" in line]
+        assert len(bars) > 2
+        assert max(map(len, bars)) <= columns
+        assert text.count("\x1b[1A") <= 1  # which would go up to a second line
 
     def test_what_changes_nothing_is_told_once_a_method(self, tmp_path: Path) -> None:
         methods = {"wide": {"train.lr": 0.2}, "moved": {"submodel.stride": 3}}

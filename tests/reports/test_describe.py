@@ -166,12 +166,17 @@ class TestPlugIns:
             """Divide (Nobody, 2020)."""
 
         def plain(labels: Any, size: float = 2.0) -> None:
-            """Divide."""
+            """Divide.
+
+            Args:
+                labels: the classes.
+                size: how much.
+            """
 
         assert [one.name for one in of_object("partition", "x", stated).options] == ["a"]
         assert of_object("partition", "x", stated).source == "Nobody, 2020"
         (only,) = of_object("partition", "x", plain).options
-        assert (only.name, only.default) == ("size", "2")
+        assert (only.name, only.default, only.about) == ("size", "2", "how much.")
 
     def test_sources_are_those_of_the_base_class_where_there_are_none(self) -> None:
         assert entry("algorithm", "fedyogi").source == "Reddi et al., arXiv 2003.00295, Algorithm 2"

@@ -248,6 +248,22 @@ def test_runs_of_an_experiment_are_named_by_method_and_seed(calls: Calls, tmp_pa
     assert (single.experiment, single.group, single.name) == ("one", "alone", "alone")
 
 
+def test_a_run_that_is_resumed_goes_on_as_the_same(calls: Calls, tmp_path: Path) -> None:
+    config: dict[str, Any] = {
+        "rounds": 3,
+        "workload": {"name": "consensus"},
+        "peers": {"num": 3, "topology": "ring"},
+        "train": {"lr": 0.1, "steps": 1},
+        "engine": {"workers": 0},
+        "log": {"sinks": ["wandb", "mlflow"]},
+    }
+    gossamer.run(config, out=tmp_path / "out", on_round=lambda record: True)
+    gossamer.resume(tmp_path / "out")
+    assert [given["id"] for name, given in calls if name == "init"] == [None, "run1"]
+    assert [given["run_id"] for name, given in calls if name == "start_run"] == [None, "run1"]
+    assert [given["step"] for name, given in calls if name == "log"] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("module", FAKES)
 def test_a_missing_tracker_says_what_to_install(monkeypatch: pytest.MonkeyPatch, module: str, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, module, None)

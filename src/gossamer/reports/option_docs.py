@@ -64,13 +64,13 @@ def _options(model: type[BaseModel], prefix: str) -> Iterator[Option]:
 
 
 def attributes(doc: str) -> dict[str, str]:
-    """Return ``{name: text}`` of the "Attributes" of a docstring without indentation."""
+    """Return ``{name: text}`` of the "Attributes", or else "Args", of a docstring without indentation."""
     found: dict[str, str] = {}
     inline = INLINE.search(doc.split("\n\n")[0])
     if inline is not None:
         parts = (part.partition(": ") for part in re.split(r"; (?=\w+: )", " ".join(inline[1].split())))
         return {name: text for name, _, text in parts}
-    _, _, block = doc.partition("Attributes:\n")
+    block = next((doc.partition(title)[2] for title in ("Attributes:\n", "Args:\n") if title in doc), "")
     names: list[str] = []
     for line in block.splitlines():
         if line and not line.startswith(" "):
