@@ -109,6 +109,7 @@ class TestRecords:
         told = self.diagnose(*({"train_loss": loss, "accuracy": 0.1} for loss in losses))
         assert told.startswith("the run diverged: the training loss is not finite since round 4: lower")
         assert self.diagnose(*({"train_loss": loss} for loss in losses[:3])) == ""
+        assert "not finite since round 1: " in self.diagnose(*[{"train_loss": None}] * 3)
 
     def test_dropped_updates(self) -> None:
         lost = {"dropped": {"not finite": 1, "too large": 1, "late": 9}, "num_survivors": 2}

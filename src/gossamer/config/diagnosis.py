@@ -91,9 +91,9 @@ def diagnose(config: Config, task: Task, records: Sequence[Mapping[str, Any]]) -
 def _divergence(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield what shows that a run diverged."""
     losses = [math.nan if record["train_loss"] is None else record["train_loss"] for record in records]
-    broken = [number for number, loss in enumerate(losses, start=1) if not math.isfinite(loss)]
-    if broken and broken[-1] == len(losses):
-        yield f"the training loss is not finite since round {_first_of_last(broken)}"
+    last_finite = max((number for number, loss in enumerate(losses, start=1) if math.isfinite(loss)), default=0)
+    if last_finite < len(losses):
+        yield f"the training loss is not finite since round {last_finite + 1}"
     unusable = sum(record["dropped"].get(reason, 0) for record in records for reason in UNUSABLE)
     total = unusable + sum(record["num_survivors"] for record in records)
     if unusable and unusable >= MANY_DROPPED * total:
@@ -105,11 +105,6 @@ def _divergence(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         values = [record[name] for record in records if record.get(name) is not None]
         if len(values) > 3 and max(values[-3:]) < COLLAPSE * max(values):
             yield f"{name} fell from {max(values):.1%} to {values[-1]:.1%}"
-
-
-def _first_of_last(rounds: Sequence[int]) -> int:
-    """Return where the last stretch of successive numbers begins."""
-    return next(end for end, before in zip(rounds[::-1], [*rounds[-2::-1], 0], strict=True) if before != end - 1)
 
 
 def _chance(task: Task, records: Sequence[Mapping[str, Any]]) -> str | None:

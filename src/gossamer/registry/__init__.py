@@ -24,6 +24,12 @@ from typing import Any
 from gossamer.errors import ConfigError, GossamerError, RegistryError, nearest, one_line, plugin_errors
 from gossamer.registry.origins import defined_as, files_of, is_installed
 
+
+def _same(module: str, names: str) -> dict[str, str]:
+    """Return the entries of names, in one text, whose attributes are called alike."""
+    return {name: f"{module}:{name.replace('-', '_')}" for name in names.split()}
+
+
 BUILTIN: dict[str, dict[str, str]] = {
     "algorithm": {
         "fedavg": "gossamer.algorithms.federated:FedAvg",
@@ -79,12 +85,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "consensus": "gossamer.workloads.consensus:Consensus",
     },
     "dataset": {
-        "digits": "gossamer.workloads.datasets:digits",
-        "mnist": "gossamer.workloads.datasets:mnist",
-        "fashion-mnist": "gossamer.workloads.datasets:fashion_mnist",
-        "cifar10": "gossamer.workloads.datasets:cifar10",
-        "cifar100": "gossamer.workloads.datasets:cifar100",
-        "synthetic": "gossamer.workloads.datasets:synthetic",
+        **_same("gossamer.workloads.datasets", "digits mnist fashion-mnist cifar10 cifar100 synthetic"),
         "spoken-digits": "gossamer.workloads.spoken:spoken_digits",
         "image-folder": "gossamer.workloads.files:image_folder",
         "table": "gossamer.workloads.files:table",
@@ -112,32 +113,15 @@ BUILTIN: dict[str, dict[str, str]] = {
         "file": "gossamer.workloads.given_partitions:file",
     },
     "topology": {
-        "ring": "gossamer.topology.classic:ring",
-        "grid": "gossamer.topology.classic:grid",
-        "torus": "gossamer.topology.classic:torus",
-        "hypercube": "gossamer.topology.classic:hypercube",
-        "star": "gossamer.topology.classic:star",
-        "complete": "gossamer.topology.classic:complete",
-        "static-exp": "gossamer.topology.classic:static_exp",
-        "one-peer-exp": "gossamer.topology.onepeer:one_peer_exp",
-        "random-match": "gossamer.topology.onepeer:random_match",
-        "half-random": "gossamer.topology.randomgraphs:half_random",
-        "erdos-renyi": "gossamer.topology.randomgraphs:erdos_renyi",
-        "geometric": "gossamer.topology.randomgraphs:geometric",
-        "random-regular": "gossamer.topology.randomgraphs:random_regular",
-        "small-world": "gossamer.topology.randomgraphs:small_world",
-        "d-equistatic": "gossamer.topology.equitopo:d_equistatic",
-        "u-equistatic": "gossamer.topology.equitopo:u_equistatic",
-        "od-equidyn": "gossamer.topology.equitopo:od_equidyn",
-        "ou-equidyn": "gossamer.topology.equitopo:ou_equidyn",
-        "od-equidyn-complete": "gossamer.topology.equitopo:od_equidyn_complete",
-        "ou-equidyn-complete": "gossamer.topology.equitopo:ou_equidyn_complete",
+        **_same("gossamer.topology.classic", "ring grid torus hypercube star complete static-exp"),
+        **_same("gossamer.topology.onepeer", "one-peer-exp random-match"),
+        **_same("gossamer.topology.randomgraphs", "half-random erdos-renyi geometric random-regular small-world"),
+        **_same("gossamer.topology.equitopo", "d-equistatic u-equistatic od-equidyn ou-equidyn"),
+        **_same("gossamer.topology.equitopo", "od-equidyn-complete ou-equidyn-complete"),
         "hyper-hypercube": "gossamer.topology.finite:hyper_hypercube_family",
         "simple-base": "gossamer.topology.finite:simple_base_family",
         "base": "gossamer.topology.finite:base_family",
-        "ceca": "gossamer.topology.onepeer:ceca",
-        "el-oracle": "gossamer.topology.onepeer:el_oracle",
-        "el-local": "gossamer.topology.onepeer:el_local",
+        **_same("gossamer.topology.onepeer", "ceca el-oracle el-local"),
         "file": "gossamer.topology.files:file",
     },
     "sampler": {"uniform": "gossamer.planning.clients:uniform"},
