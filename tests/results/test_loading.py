@@ -77,6 +77,14 @@ def peers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("runs") / "peers", changes)
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods with two seeds."""
+    methods = {"small": {"train": {"lr": 0.01}}, "large": {}}
+    changes = {"rounds": 1, "methods": methods, "seeds": [0, 1], "workload.model": "softmax"}
+    return trained(tmp_path_factory.mktemp("runs") / "several", changes)
+
+
 class TestModels:
     def test_a_plain_module_gives_the_logged_accuracy(self, resnet: Path) -> None:
         with without_data():
@@ -277,14 +285,6 @@ class TestUnfinishedRuns:
 
 
 class TestSeveralRuns:
-    @staticmethod
-    @pytest.fixture(scope="module")
-    def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """Two methods with two seeds."""
-        methods = {"small": {"train": {"lr": 0.01}}, "large": {}}
-        changes = {"rounds": 1, "methods": methods, "seeds": [0, 1], "workload.model": "softmax"}
-        return trained(tmp_path_factory.mktemp("runs") / "several", changes)
-
     def test_by_name(self, several: Path) -> None:
         run = gossamer.load(several, run="small/seed-1")
         assert (run.config["seed"], run.config["train"]["lr"]) == (1, 0.01)

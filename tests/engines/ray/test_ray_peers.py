@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from federation import LEVELS, STACKED, Injected, assert_same, events, failing, modes
-from gossamer import resume, run
+from gossamer import load, resume, run
 from gossamer.engines.ray.peers import RayPeerEngine
 from gossamer.experiment import Hooks
 from gossamer.plan import RoundPlan
@@ -44,6 +45,15 @@ CASES: dict[str, dict[str, Any]] = {
     "two phases": {"algorithm": "two_phases:TwoGossips", "peers.topology": "base", "train.steps": 1},
     "a payload of its own": {"algorithm": "quasi-global-momentum", "train.momentum": 0.9, "peers.topology": "base"},
 }
+
+
+def test_moments_of_batch_norm_are_committed(tmp_path: Path) -> None:
+    changes = {"workload.model": {"name": "user_modules:ResNet", "width": 4}, "rounds": 1, "peers.num": 4}
+    for name, engine in (("local", {}), ("ray", RAY | {"engine.workers": 2})):
+        run(decentralized(changes | {"train.steps": 1} | engine), out=tmp_path / name)
+    local, remote = (load(tmp_path / name).state_dict(peer=1) for name in ("local", "ray"))
+    assert "bn1.running_var" in local
+    assert all(torch.equal(value, remote[name]) for name, value in local.items())
 
 
 def own_actors() -> list[int]:
