@@ -101,7 +101,7 @@ class Peers:
 
     def distance(self) -> float:
         """Return how far peers are from their mean."""
-        return float(self.engine.measure(0)["consensus_distance"])
+        return float(self.engine.measure(self.parts.planner.own_models(0, 0))["consensus_distance"])
 
 
 def seconds_of(way: Callable[[], object]) -> float:

@@ -291,7 +291,8 @@ class TestCommits:
         workload = build(parse(configure())).workload
         assert digest(workload.layout.views(latest.arrays["state.x"][0])) == digest(done.params)
         last = {name: done.metrics[-1][name] for name in ("round", "wall_seconds", *COSTS)}
-        assert latest.progress == last | {"phase": 0, "phases": []}
+        unstopped = {"best_value": None, "num_stale": 0, "stop_reason": ""}
+        assert latest.progress == last | unstopped | {"phase": 0, "phases": []}
         assert latest.logs["metrics.jsonl"].num_bytes == (done.directory / "metrics.jsonl").stat().st_size
 
     def test_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,15 @@ class Parts:
                 store.declare(name, width)
         return self.engine_class(self.task, self.task.initial_state(x), store, setup), store
 
+    @property
+    def _own_models(self) -> tuple[int, int]:
+        """Participants whose own models are evaluated, and local steps after which they are once more."""
+        evaluation = self.config.evaluation
+        if self.config.clients is None:
+            return evaluation.num_peers, 0
+        has_own = self.task.personal or evaluation.fine_tune_steps
+        return evaluation.num_clients if has_own else 0, evaluation.fine_tune_steps
+
     def loop(self, engine: Engine, store: ClientStore | None, log: RunLog, checkpoints: Checkpoints) -> Loop:
         """Assemble the loop."""
         config = self.config
@@ -121,7 +130,7 @@ class Parts:
                 evaluate_every=config.evaluation.every,
                 evaluate_variants=self.task.capacities if config.evaluation.by_capacity else (),
                 commit_every_seconds=config.checkpoint.every_seconds,
-                evaluate_peers=config.evaluation.num_peers,
+                evaluate_own=self._own_models,
                 stop=config.stop,
             ),
             warnings=self.warnings,

@@ -41,7 +41,7 @@ class LoopOptions:
         quorum: least share of the updates that a round waits for which must be in time and usable.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         evaluate_variants: capacities of the variants to evaluate besides the whole model; () for none.
-        evaluate_peers: peers whose own models are evaluated.
+        evaluate_own: participants whose own models are evaluated, and local steps, see `Planner.own_models`.
         stop: when to end before the last round.
         commit_every_seconds: least time between commits; 0 commits after every phase.
     """
@@ -51,7 +51,7 @@ class LoopOptions:
     evaluate_every: int
     evaluate_variants: tuple[float, ...]
     commit_every_seconds: float
-    evaluate_peers: int = 0
+    evaluate_own: tuple[int, int] = (0, 0)
     stop: StopOptions | None = None
 
 
@@ -231,8 +231,8 @@ class Loop:
             capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(index, round))
             for index, capacity in enumerate(self.options.evaluate_variants)
         }
-        peers = self.engine.measure(self.options.evaluate_peers)
-        return round_record.merged(whole, round_record.divided(whole, by_capacity), peers)
+        own = self.engine.measure(self.planner.own_models(round, *self.options.evaluate_own))
+        return round_record.merged(whole, round_record.divided(whole, by_capacity), own)
 
     def _commit(self, *, if_due: bool = False) -> None:
         is_due = time.monotonic() - self._committed_at >= self.options.commit_every_seconds

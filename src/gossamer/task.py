@@ -10,6 +10,7 @@ from typing import Any
 from gossamer.algorithms.base import Algorithm
 from gossamer.config.communication import make_communication
 from gossamer.config.loading import parse
+from gossamer.config.personal import personal_parameters
 from gossamer.config.resolve import build_topology, make_algorithm, split
 from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.local_steps import LocalSteps, capacity_rates, require_matches
@@ -57,9 +58,10 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
         precision=train.precision,
         schedule=train.local_schedule,
     )
+    personal = frozenset(personal_parameters(config, algorithm, workload))
     steps_of = {capacity: replace(steps, capacity_lr=rates.get(capacity)) for capacity in capacities}
     bound = (
-        Variant.bind(index, capacity, algorithm, cutter, steps_of[capacity], mode, communication)
+        Variant.bind(index, capacity, algorithm, cutter, steps_of[capacity], mode, communication, personal)
         for index, (capacity, mode) in enumerate(zip(capacities, pinned_modes(config, capacities), strict=True))
     )
     return Task(
@@ -74,6 +76,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
         topology=topology,
         max_update_norm_ratio=config.aggregation.max_update_norm_ratio,
         communication=communication,
+        personal=personal,
     )
 
 

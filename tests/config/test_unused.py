@@ -60,7 +60,7 @@ def warnings_of(population: Mapping[str, Any], changes: Mapping[str, Any]) -> tu
         ),
         (CLIENTS, {"train.schedule.warmup_rounds": 1}, "train.schedule.warmup_rounds = 1", "all of train.lr"),
         (CLIENTS, {"clients.per_round": 8, "clients.over_selection": 2}, "clients.over_selection = 2.0", "all clients"),
-        (CLIENTS, {"evaluation.num_peers": 3}, "evaluation.num_peers = 3", "no models of their own"),
+        (CLIENTS, {"evaluation.num_peers": 3}, "evaluation.num_peers = 3", "there are no peers"),
         (CLIENTS, {"engine.address": "auto"}, "engine.address = 'auto'", "engine 'local' runs on this machine alone"),
         (PEERS, {"engine": {"straggler_seconds": 3, "workers": 0}}, "engine.straggler_seconds = 3.0", "no worker"),
         (PEERS, {"submodel.stride": 3}, "submodel.stride = 3", WHOLE),

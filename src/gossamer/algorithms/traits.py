@@ -43,6 +43,9 @@ class AlgorithmTraits(Traits):
         default_scaler: ``submodel.scaler`` likewise.
         full_size: whether everybody holds the whole model, whatever the capacity.
         whole_models_only: reason why sub-models cannot be trained.
+        personal: what clients keep: what ``clients.personal`` names, if anything ("none"), what it must name ("given"),
+            or the BatchNorm layers ("norms").
+        personal_first: share of the local steps that train the personal parameters alone; the rest train the others.
         no_offsets: reason why windows cannot be moved by ``submodel.offsets``.
 
         has_local_loss: whether local steps have a loss of the algorithm's own, `Algorithm.local_loss`.
@@ -77,6 +80,8 @@ class AlgorithmTraits(Traits):
     default_scaler: bool = True
     full_size: bool = False
     whole_models_only: str | None = None
+    personal: Literal["none", "given", "norms"] = "none"
+    personal_first: float = 0.0
     no_offsets: str | None = None
 
     has_local_loss: bool = False

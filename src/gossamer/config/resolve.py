@@ -13,6 +13,7 @@ from gossamer.algorithms.base import Algorithm, require_no_momentum
 from gossamer.algorithms.checks import find_algorithm, require_algorithm, require_phases
 from gossamer.config.communication import fill_in_communication
 from gossamer.config.optimizers import make_optimizer, with_optimizer
+from gossamer.config.personal import require_personal
 from gossamer.config.rules import (
     check_peers,
     require_importable,
@@ -60,6 +61,7 @@ def resolve(config: Config) -> Resolved:
     """
     algorithm = make_algorithm(config)
     require_population(config, algorithm)
+    require_personal(config, algorithm)
     filled = fill_in(config, algorithm)
     engine_class = registry.resolve("engine", filled.engine.name)
     require_attributes(f"engine {filled.engine.name!r}", engine_class, ENGINE)

@@ -90,6 +90,8 @@ class ClientsOptions(Options):
         deadline_seconds: simulated seconds after which a round ends; who would take longer does not train. None: never.
         over_selection: factor by which more than `per_round` clients are chosen (rounded up), of whom the first
             `per_round` to finish in simulated time take part.
+        personal: patterns of the names of parameters that stay with the client, such as ``["head.*"]``: they are
+            trained, but neither sent nor averaged.
     """
 
     num: int = Field(ge=1)
@@ -100,6 +102,7 @@ class ClientsOptions(Options):
     quorum: float = Field(default=0.5, ge=0, le=1)
     deadline_seconds: float | None = Field(default=None, gt=0)
     over_selection: float = Field(default=1.0, ge=1)
+    personal: list[str] = []
 
     @model_validator(mode="after")
     def _enough(self) -> ClientsOptions:
@@ -216,11 +219,15 @@ class EvaluationOptions(Options):
         every: rounds between evaluations of the whole model; of peers: of their mean, the merged model.
         by_capacity: evaluate every sub-model size too.
         num_peers: peers whose own models are evaluated too, evenly spaced; no more than there are.
+        num_clients: clients, likewise, whose own models are evaluated where they keep parameters or are fine-tuned.
+        fine_tune_steps: local steps after which the models of these clients are evaluated again, and then forgotten.
     """
 
     every: int = Field(default=1, ge=1)
     by_capacity: bool = False
     num_peers: int = Field(default=8, ge=0)
+    num_clients: int = Field(default=8, ge=1)
+    fine_tune_steps: int = Field(default=0, ge=0)
 
 
 class CheckpointOptions(Options):

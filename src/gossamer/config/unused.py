@@ -24,7 +24,7 @@ def unused_options(config: Config, algorithm: Any, engine_class: Any) -> tuple[s
     rules = [*_of_submodels(config, algorithm), *_of_schedule(config), *_of_engine(config, engine_class)]
     rules += _of_local_steps(config, algorithm)
     rules += _of_stop(config)
-    rules += _of_clients(config) if config.peers is None else _of_merges(config, algorithm)
+    rules += _of_clients(config, algorithm) if config.peers is None else _of_merges(config, algorithm)
     unused = [
         f"{option} = {value!r} changes nothing, because {reason}: leave it out, or correct it"
         for option, value, left_out, reason in rules
@@ -91,13 +91,16 @@ def _of_stop(config: Config) -> Iterator[Rule]:
         yield "stop.patience", stop.patience, None, few
 
 
-def _of_clients(config: Config) -> Iterator[Rule]:
-    """Yield rules on who is chosen."""
+def _of_clients(config: Config, algorithm: Any) -> Iterator[Rule]:
+    """Yield rules on who is chosen, and whose models are evaluated."""
     clients = config.clients
     assert clients is not None
     everybody = f"clients.per_round = {clients.num} are all clients" if clients.per_round == clients.num else None
     yield "clients.over_selection", clients.over_selection, 1.0, everybody
-    yield "evaluation.num_peers", config.evaluation.num_peers, 8, "clients keep no models of their own"
+    yield "evaluation.num_peers", config.evaluation.num_peers, 8, "there are no peers, but clients"
+    keep = clients.personal or algorithm.traits.personal != "none" or config.evaluation.fine_tune_steps
+    alone = None if keep else "clients keep no parameters, and are not fine-tuned"
+    yield "evaluation.num_clients", config.evaluation.num_clients, 8, alone
 
 
 def _of_merges(config: Config, algorithm: Any) -> Iterator[Rule]:
@@ -105,6 +108,8 @@ def _of_merges(config: Config, algorithm: Any) -> Iterator[Rule]:
     peers, own, rounds = config.peers, algorithm.traits.merge_every, config.rounds
     assert peers is not None
     every = peers.merge_every or own
+    yield "evaluation.num_clients", config.evaluation.num_clients, 8, "there are no clients, but peers"
+    yield "evaluation.fine_tune_steps", config.evaluation.fine_tune_steps, 0, "peers are evaluated as they are"
     period = config.algorithm.get("period") if own is not None else None
     replaced = None if peers.merge_every is None else f"peers.merge_every = {peers.merge_every} takes its place"
     early = f"the run ends after {rounds} rounds" if every is not None and every > rounds else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
@@ -108,11 +109,12 @@ class Engine(Protocol):
         """Evaluate the model (`WHOLE`), or its sub-model of a variant, on the test data; of peers: their mean."""
         ...
 
-    def measure(self, num_peers: int) -> Record:
-        """Return what else there is to log of the state: of peers, how far apart they are and how each one does.
+    def measure(self, plan: RoundPlan) -> Record:
+        """Return what else there is to log of the state: how participants do by themselves; how far apart peers are.
 
         Args:
-            num_peers: number of peers whose own models are evaluated.
+            plan: participants whose own models are evaluated; `steps` are those of another evaluation, after local
+                steps, 0 for none.
         """
         ...
 
@@ -127,3 +129,12 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop workers and free memory."""
         ...
+
+
+def spread(found: Sequence[Mapping[str, float]], suffix: str) -> Record:
+    """Return mean, min and max of each metric over those that have it, under its name and a suffix."""
+    record: Record = {}
+    for name in dict.fromkeys(name for metrics in found for name in metrics):
+        values = [metrics[name] for metrics in found if name in metrics]
+        record[f"{name}{suffix}"] = {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}
+    return record

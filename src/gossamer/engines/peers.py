@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gossamer.aggregate import others_median
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import EngineSetup, Record
+from gossamer.engines.base import EngineSetup, Record, spread
 from gossamer.engines.statistics import Statistics, name_of
 from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.batches import sample_bytes
@@ -103,21 +103,20 @@ class PeerEngine(ABC):
             self._statistics.begin(round)
         return self._evaluate([MERGED], variant, round)[0]
 
-    def measure(self, num_peers: int) -> Record:
+    def measure(self, plan: RoundPlan) -> Record:
         """Return how far peers are from their mean, and what they reach by themselves.
 
         ``consensus_distance`` is the root mean square distance from the mean, ``sqrt(1/n sum_i |x_i - mean|^2)``;
-        ``<metric>_peers`` holds mean, min and max over `num_peers` evenly spaced peers.
+        ``<metric>_peers`` holds mean, min and max over the plan's peers.
         """
         workload = self._task.workload
         record: Record = {"consensus_distance": float(np.sqrt(self._distance() / self._num_peers))}
         if workload.traits.has_peer_metrics:
             record = merged(record, workload.peer_metrics(self.read()["x"]))
-        count = min(num_peers, self._num_peers)
-        if not count:
+        chosen = np.sort(plan.client).tolist()
+        if not chosen:
             return record
-        chosen = (np.arange(count) * self._num_peers // count).tolist()
-        return merged(record, _spread([workload.metrics(sums) for sums in self._evaluate(chosen, WHOLE, 0)]))
+        return merged(record, spread([workload.metrics(sums) for sums in self._evaluate(chosen, WHOLE, 0)], "_peers"))
 
     def _distance(self) -> float:
         """Take the mean of all peers' models, once after each exchange; return the squared distances from it."""
@@ -210,12 +209,3 @@ def _added_up(chunks: list[list[Mapping[str, Any]]], num_models: int) -> list[Su
     """Add up the sums of each model, in the order of the chunks."""
     arrays = [[{name: np.array(v, dtype=np.float64) for name, v in one.items()} for one in chunk] for chunk in chunks]
     return [add_sums([chunk[number] for chunk in arrays]) for number in range(num_models)]
-
-
-def _spread(found: list[dict[str, float]]) -> Record:
-    """Return mean, min and max of each metric over several peers."""
-    record: Record = {}
-    for name in found[0]:
-        values = [metrics[name] for metrics in found]
-        record[f"{name}_peers"] = {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}
-    return record

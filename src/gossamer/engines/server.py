@@ -16,6 +16,7 @@ from torch import Tensor
 from gossamer.aggregate import Part, TreeSum, combine, others_median
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, Record
+from gossamer.engines.client_models import ClientModels
 from gossamer.engines.statistics import Statistics, name_of
 from gossamer.engines.task import KNOWN, WHOLE, Task, Variant
 from gossamer.engines.training.compression import known_after
@@ -162,9 +163,12 @@ class FederatedEngine(ABC):
             self._map_chunks({"kind": "evaluate", "statistics": listed} | where, workload.num_evaluation_chunks)
         )
 
-    def measure(self, num_peers: int) -> Record:
-        """Return nothing: a server's model is all there is."""
-        return {}
+    def measure(self, plan: RoundPlan) -> Record:
+        """Return what clients reach by themselves, see `ClientModels`; nothing where they have nothing of their own."""
+        if not self._task.personal and not plan.steps.any():
+            return {}
+        self._phase = self._task.phases[-1]
+        return ClientModels(self._phase, self._state, self._order).measure(plan, self._client_state)
 
     def read(self) -> Arrays:
         """Return copies of the state arrays [1, d], of the last round's order of channels as ``order.<axis>``, and

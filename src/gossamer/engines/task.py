@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Self
@@ -20,6 +21,8 @@ from gossamer.submodel import Cut, Cutter, Layout
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload
 
+PERSONAL = "personal"
+"""Name of the private array of personal parameters, in the width of the model: NaN where a client has none yet."""
 AS_IT_IS = Communication()
 KNOWN = "known."  # before the name of a server's array: what all clients know of it
 
@@ -78,6 +81,7 @@ class Variant:
         shares_window: whether all of them have the same window in a round.
         uplink: ``{payload name: codec}`` of what the run compresses, bound to `layout`.
         downlink: codec of what they receive, likewise; None: it is not compressed.
+        personal: names of the parameters that stay with the client.
     """
 
     index: int
@@ -92,6 +96,7 @@ class Variant:
     shares_window: bool
     uplink: Mapping[str, BaseCodec] = field(default_factory=dict)
     downlink: BaseCodec | None = None
+    personal: frozenset[str] = frozenset()
 
     @classmethod
     def bind(
@@ -103,12 +108,12 @@ class Variant:
         local_steps: LocalSteps,
         mode: VariantMode,
         communication: Communication = AS_IT_IS,
+        personal: frozenset[str] = frozenset(),
     ) -> Self:
         """Return the variant of a capacity of the model that `cutter` cuts."""
         layout, bound = cutter.sub_layout(capacity), algorithm.of_capacity(cutter.layout, capacity)
-        up, down = (
-            codec and codec.of_shapes(layout.shapes) for codec in (communication.uplink, communication.downlink)
-        )
+        shapes = tuple(shape for name, shape in zip(layout.names, layout.shapes, strict=True) if name not in personal)
+        up, down = (codec and codec.of_shapes(shapes) for codec in (communication.uplink, communication.downlink))
         return cls(
             index=index,
             capacity=capacity,
@@ -122,7 +127,42 @@ class Variant:
             shares_window=cutter.shares_window(capacity),
             uplink={} if up is None else dict.fromkeys(algorithm.traits.compressible, up),
             downlink=down,
+            personal=personal,
         )
+
+    @cached_property
+    def personal_mask(self) -> Tensor:
+        """The personal coordinates, bool [d_sub]."""
+        return self.layout.mask(self.personal)
+
+    @cached_property
+    def sent_coordinates(self) -> slice | Tensor:
+        """Where what is sent lies in a row, without padding: all of it, or int64 [num_sent]."""
+        real = self.layout.coordinates
+        if not self.personal:
+            return real
+        every = torch.arange(self.layout.d)[real]
+        return every[~self.personal_mask[every]]
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether what a local step does depends on how many of them there are."""
+        return self.local_steps.schedule.depends_on_length or self._personal_first > 0
+
+    @property
+    def _personal_first(self) -> float:
+        return self.algorithm.traits.personal_first
+
+    def is_trained(self, name: str, step: int, num_steps: int) -> bool:
+        """Whether a local step, counted from 0, of several trains a parameter."""
+        share = self._personal_first
+        return not share or (step < math.floor(share * num_steps)) == (name in self.personal)
+
+    @property
+    def num_sent(self) -> int:
+        """Number of parameters that are sent."""
+        sent = self.sent_coordinates
+        return self.layout.num_parameters if isinstance(sent, slice) else len(sent)
 
 
 WHOLE = -1  # index of the whole model among the variants
@@ -144,6 +184,7 @@ class Task:
         max_update_norm_ratio: see `gossamer.config.schema.AggregationOptions`.
         communication: codecs between clients and their server.
         phase: number of the phase whose task it is, see `phases`.
+        personal: names of the parameters that stay with the clients.
     """
 
     workload: Workload
@@ -158,6 +199,7 @@ class Task:
     max_update_norm_ratio: float | None = None
     communication: Communication = AS_IT_IS
     phase: int = 0
+    personal: frozenset[str] = frozenset()
 
     @property
     def capacities(self) -> tuple[float, ...]:
@@ -183,6 +225,11 @@ class Task:
         """Return the same task, trained in other modes."""
         return self._bound(self.algorithm, modes)
 
+    def with_personal(self, names: Iterable[str]) -> Task:
+        """Return the same task, in which the parameters of these names stay with the clients."""
+        modes = [one.mode for one in self.variants]
+        return replace(self, personal=frozenset(names))._bound(self.algorithm, modes)
+
     @property
     def num_phases(self) -> int:
         """Phases of a round."""
@@ -191,7 +238,8 @@ class Task:
     @property
     def client_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that a client keeps from round to round."""
-        return (*self.algorithm.traits.client_arrays, *self.residuals.values())
+        own = (PERSONAL,) if self.personal else ()
+        return (*self.algorithm.traits.client_arrays, *self.residuals.values(), *own)
 
     @property
     def residuals(self) -> dict[str, str]:
@@ -222,7 +270,8 @@ class Task:
 
     def newcomers(self, x: Tensor) -> Arrays:
         """Return the private arrays of clients that never took part, see `Algorithm.init_client`."""
-        return self.algorithm.init_client(x) | {name: torch.zeros_like(x) for name in self.residuals.values()}
+        own = {PERSONAL: torch.full_like(x, torch.nan)} if self.personal else {}
+        return self.algorithm.init_client(x) | {name: torch.zeros_like(x) for name in self.residuals.values()} | own
 
     @property
     def is_stackable(self) -> bool:
@@ -243,7 +292,16 @@ class Task:
 
     def _bound(self, algorithm: Algorithm, modes: Sequence[VariantMode]) -> Task:
         variants = tuple(
-            Variant.bind(one.index, one.capacity, algorithm, self.cutter, one.local_steps, mode, self.communication)
+            Variant.bind(
+                one.index,
+                one.capacity,
+                algorithm,
+                self.cutter,
+                one.local_steps,
+                mode,
+                self.communication,
+                self.personal,
+            )
             for one, mode in zip(self.variants, modes, strict=True)
         )
         return replace(self, algorithm=algorithm, variants=variants)

@@ -79,6 +79,26 @@ class Planner(ABC):
         """Return one plan alone."""
         return self.phases(round, now)[phase].plan
 
+    def own_models(self, round: int, count: int, num_steps: int = 0) -> RoundPlan:
+        """Return a plan of evenly spaced participants whose own models are evaluated, after `num_steps` steps, too.
+
+        Its phase follows those of the round, so that its random numbers are others.
+        """
+        n = len(self.num_samples)
+        count = min(count, n)
+        chosen = np.arange(count, dtype=np.int64) * n // max(count, 1)
+        variant = self.capacities.variants(chosen, round)
+        order = np.argsort(variant, kind="stable")
+        return RoundPlan(
+            round=round,
+            phase=len(self.costs),
+            client=chosen[order],
+            weight=np.ones(count),
+            steps=np.full(count, num_steps, dtype=np.int32),
+            variant=variant[order],
+            lr=self.learning_rate(round),
+        )
+
     def learning_rate(self, round: int) -> float:
         """Return the local learning rate of a round."""
         return learning_rate(self.lr, self.schedule, round, self.num_rounds)

@@ -62,6 +62,10 @@ class Holding(Protocol):
         """Codecs by payload, of those that the run compresses."""
 
     @property
+    def num_sent(self) -> int:
+        """Number of parameters that are sent and received."""
+
+    @property
     def downlink(self) -> Codec | None:
         """Codec of what is received; None: it is not compressed."""
 
@@ -92,9 +96,9 @@ def count_variants(
     found = []
     for variant in variants:
         capacity, layout, down = variant.capacity, variant.layout, variant.downlink
-        size = layout.num_parameters * bytes_per_number
-        sent = sent_bytes(algorithm, layout.num_parameters, bytes_per_number, variant.uplink)
-        received = size if down is None else down.row_bytes(layout.num_parameters, bytes_per_number)
+        size = variant.num_sent * bytes_per_number
+        sent = sent_bytes(algorithm, variant.num_sent, bytes_per_number, variant.uplink)
+        received = size if down is None else down.row_bytes(variant.num_sent, bytes_per_number)
         passes = algorithm.mean_passes(list(steps), capacity)
         # At worst a step goes through the whole sub-model and then, if it makes two passes, through the next smaller.
         widest = sorted(passes, reverse=True)[: 1 if sum(passes.values()) < 1.5 else 2]

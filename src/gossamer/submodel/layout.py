@@ -7,7 +7,7 @@ the few floats between parameters are always zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -130,6 +130,13 @@ class Layout:
             return slice(None)
         spans = zip(self.offsets, self.shapes, strict=True)
         return torch.cat([torch.arange(start, start + math.prod(shape)) for start, shape in spans])
+
+    def mask(self, names: Collection[str]) -> Tensor:
+        """Return which coordinates belong to the parameters of these names, bool [d]."""
+        found = torch.zeros(self.d, dtype=torch.bool)
+        for name, start, shape in zip(self.names, self.offsets, self.shapes, strict=True):
+            found[start : start + math.prod(shape)] = name in names
+        return found
 
     @cached_property
     def widths(self) -> dict[str, int]:

@@ -56,7 +56,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gossamer.errors import ConfigError, require_attributes
 from gossamer.options import check_traits
@@ -67,50 +66,6 @@ from gossamer.workloads.traits import ModelTraits, WorkloadTraits
 
 Params = Mapping[str, Tensor]
 Sums = dict[str, NDArray[np.float64]]
-
-
-class Product(NamedTuple):
-    """The gradient of a linear layer by its weight, in two factors: that by its output, and its input.
-
-    Attributes:
-        weight: name of the parameter, [o, i] or [s, o, i].
-        output: where the gradient by the output arrives.
-        input: [b, i] or [s, b, i].
-        is_transposed: whether the output is [..., b, o], rather than [..., o, b].
-    """
-
-    weight: str
-    output: GradientEdge
-    input: Tensor
-    is_transposed: bool
-
-
-class Leaves(dict[str, Tensor]):
-    """The parameters that are being trained; where they are `factored`, the gradient of a weight need not be made.
-
-    A layer may then keep a weight out of the graph and leave a `Product` instead, which is added to whatever else that
-    weight's gradient is.
-    """
-
-    def __init__(self, params: Mapping[str, Tensor], *, factored: bool = False) -> None:
-        """Take the parameters, each of which requires a gradient."""
-        super().__init__(params)
-        self.factored = factored
-        self._products: list[Product] = []
-
-    @property
-    def params(self) -> dict[str, Tensor]:
-        """What a loss is given: these where it may leave products, otherwise a plain dict."""
-        return self if self.factored else dict(self)
-
-    def leave_product(self, weight: str, output: Tensor, input: Tensor, *, is_transposed: bool) -> None:
-        """Note what a layer made of its input, before anything overwrites it; `output` is no view. See `Product`."""
-        self._products.append(Product(weight, get_gradient_edge(output), input.detach(), is_transposed))
-
-    def take_products(self) -> list[Product]:
-        """Return the products left since the last call."""
-        taken, self._products = self._products, []
-        return taken
 
 
 class Batch(NamedTuple):
@@ -159,6 +114,7 @@ class Workload(Protocol):
         num_clients: registered clients.
         num_samples: int64 [num_clients], training samples of each client, all >= 1.
         num_labels: entries of the ``"label"`` axis, 0 if there is none.
+        norms: names of the BatchNorm layers that are trained.
         num_statistics_chunks: fixed pieces into which the training data is divided for `statistics`; 0: none needed.
         num_evaluation_chunks: fixed pieces into which the test data is divided for `evaluate`.
         warnings: what is allowed, but hardly meant, a sentence each; logged when the run starts.
@@ -169,6 +125,7 @@ class Workload(Protocol):
     num_clients: int
     num_samples: NDArray[np.int64]
     num_labels: int = 0
+    norms: tuple[str, ...] = ()
     num_statistics_chunks: int = 0
     num_evaluation_chunks: int = 1
     warnings: tuple[str, ...] = ()
@@ -225,6 +182,17 @@ class Workload(Protocol):
     def metrics(self, sums: Sums) -> dict[str, float]:
         """Turn added-up sums into metrics such as ``{"accuracy": ..., "loss": ...}``."""
         ...
+
+    def client_statistics(self, params: Params, client: int) -> dict[str, Tensor]:
+        """Return what `statistics` does, over one client's own training data."""
+        return {}
+
+    def client_metrics(self, sums: Sums, client: int) -> dict[str, float]:
+        """Turn added-up sums of a client's own model into metrics of that client's share of the test data.
+
+        By default these are the metrics of all test data.
+        """
+        return self.metrics(sums)
 
     def params_of(self, row: Tensor) -> dict[str, Tensor]:
         """Return the whole model of a flat row [d]: what is trained, as views, and whatever is constant beside it."""
@@ -339,8 +307,8 @@ class WithConstants:
 
 
 METHODS = (
-    "init", "digest", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics", "params_of", "blueprint",
-    "build_model", "warnings_of"
+    "init", "digest", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics", "client_statistics",
+    "client_metrics", "params_of", "blueprint", "build_model", "warnings_of"
 )  # fmt: skip
 ATTRIBUTES = (
     "layout", "num_clients", "num_samples", "num_labels", "num_statistics_chunks", "num_evaluation_chunks", "warnings"

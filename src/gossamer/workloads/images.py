@@ -218,6 +218,15 @@ class ImageClassification(Supervised):
             self.model.apply(params, self._forward_only(self.data.train_images[rows]), ForwardContext(record=sums))
         return sums
 
+    @torch.no_grad()
+    def client_statistics(self, params: Params, client: int) -> dict[str, Tensor]:
+        """Return what `statistics` does, over the training data of one client, all of them normalised together."""
+        own = self.partition.of_client(client)
+        sums: dict[str, Tensor] = {}
+        images = self._forward_only(self.data.train_images[torch.from_numpy(own)])
+        self.model.apply(params, images, ForwardContext(record=sums))
+        return sums
+
     def _forward_only(self, images: Tensor) -> Tensor:
         """Return normalised images in the memory format in which convolutions are quicker without gradients."""
         return self._normalised(images, channels_last=self.traits.has_images)
@@ -260,16 +269,29 @@ class ImageClassification(Supervised):
             are left out where distinct label sets are too many, see `warnings`. Clients that are the owners of data
             with test samples of each owner (`OwnTestData`) are tested on these, on all classes.
         """
-        found = super().measured(sums)
-        local = np.zeros(0)
-        if self._client_of_test is not None:
-            held = sums["own_tested"] > 0
-            local = sums["own_correct"][held] / sums["own_tested"][held]
-        elif self._label_sets is not None:
-            local = self._label_sets.accuracies(sums["local_correct"], sums["tested"])
+        found, local = super().measured(sums), self._accuracies(sums)
         if len(local):
             found |= {"local_accuracy": float(local.mean()), "worst_client_accuracy": float(local.min())}
         return found
+
+    def measured_of(self, sums: Sums, client: int) -> dict[str, float]:
+        """Return the accuracy of a client on its own classes, or its own test samples; where there are none, nothing.
+
+        Without local evaluation it is the accuracy on all of the test data.
+        """
+        if not self.options.local_evaluation:
+            return {"accuracy": super().measured(sums)["accuracy"]}
+        found = self._accuracies(sums, slice(client, client + 1))
+        return {"accuracy": float(found[0])} if len(found) else {}
+
+    def _accuracies(self, sums: Sums, clients: slice = slice(None)) -> NDArray[np.float64]:
+        """Return the accuracies of clients on their own share of the test data, of those that have some."""
+        if self._client_of_test is not None:
+            tested = sums["own_tested"][clients]
+            return np.asarray(sums["own_correct"][clients][tested > 0] / tested[tested > 0])
+        if self._label_sets is None:
+            return np.zeros(0)
+        return self._label_sets.accuracies(sums["local_correct"], sums["tested"], clients)
 
 
 def _count(clients: Ints, num_clients: int) -> NDArray[np.float64]:

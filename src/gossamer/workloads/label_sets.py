@@ -88,18 +88,21 @@ class LabelSets:
             counts.append((right.T @ of_class) * sets)
         return np.asarray(torch.cat(counts).numpy(), dtype=np.float64)
 
-    def accuracies(self, correct: NDArray[np.float64], tested: NDArray[np.float64]) -> NDArray[np.float64]:
+    def accuracies(
+        self, correct: NDArray[np.float64], tested: NDArray[np.float64], clients: slice = slice(None)
+    ) -> NDArray[np.float64]:
         """Return the accuracy of every client, its classes weighted by their share of its training samples.
 
         Args:
             correct: float64 [sets, num_labels], sums of `correct`.
             tested: float64 [num_labels], test samples of each class; a class without any is left out.
+            clients: those that are asked for.
 
         Returns:
             float64 [clients that hold a tested class].
         """
         by_class = correct / np.maximum(tested, 1)
-        weight = self.histogram * (tested > 0)
+        weight = self.histogram[clients] * (tested > 0)
         total = weight.sum(axis=1)
-        hits = np.einsum("nk,nk->n", weight, by_class[self.set_of_client])
+        hits = np.einsum("nk,nk->n", weight, by_class[self.set_of_client[clients]])
         return np.asarray(hits[total > 0] / total[total > 0], dtype=np.float64)

@@ -23,8 +23,9 @@ from gossamer.memory import require_memory
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
-from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, Leaves, Model
+from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, Model
 from gossamer.workloads.dropout import Dropout
+from gossamer.workloads.leaves import Leaves
 from gossamer.workloads.traits import ModelTraits
 
 WHERE = "workload.model"

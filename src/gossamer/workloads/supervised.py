@@ -116,6 +116,7 @@ class Supervised(Workload):
         self.num_samples = self.partition.num_samples
         name, _, params = plug_in(self.model_kind, self.options.model, "workload.model")
         self.model = self.build_model(options, self._facts(), seed)
+        self.norms = tuple(self.model.norms)
         self.layout = Layout.of(self.model.shapes, self._axes(whole_models))
         is_built_in = name in BUILTIN[self.model_kind]
         if params.get("width", 1.0) != 1.0 and is_built_in and not self.layout.cut_axes:
@@ -278,6 +279,15 @@ class Supervised(Workload):
         """Turn added-up sums into metrics, see `measured`, whose names say where it is not the test data."""
         prefix = "" if self.options.validation is None else "validation_"
         return {prefix + name: value for name, value in self.measured(sums).items()}
+
+    def client_metrics(self, sums: Sums, client: int) -> dict[str, float]:
+        """Turn added-up sums of a client's own model into its metrics, named as `metrics` are."""
+        prefix = "" if self.options.validation is None else "validation_"
+        return {prefix + name: value for name, value in self.measured_of(sums, client).items()}
+
+    def measured_of(self, sums: Sums, client: int) -> dict[str, float]:
+        """Return the metrics of one client's share of the test data, by default of all."""
+        return self.measured(sums)
 
     def measured(self, sums: Sums) -> dict[str, float]:
         """Return ``accuracy`` and ``loss`` on the whole test data, given ``"loss"``, ``"correct"`` and ``"count"``."""

@@ -53,12 +53,12 @@ class NextCharacter(Supervised):
 
     def _prepare(self) -> tuple[Ints, int, Ints | None]:
         self._input_size = context = self.options.context
-        self._train, owner = _tiled([self.data.encode(text) for text in self.data.train], context)
+        self._train, self._train_owner = _tiled([self.data.encode(text) for text in self.data.train], context)
         self._test, self._test_owner = _tiled([self.data.encode(text) for text in self.data.test], context)
         self._unigram_bits = unigram_bits(self._train[:, 1:], self._test[:, 1:], self.num_labels)
         self._num_test = len(self._test)
         self.traits = replace(self.traits, tokens_per_sample=context)
-        return owner, len(self.data.owners), owner
+        return self._train_owner, len(self.data.owners), self._train_owner
 
     def _facts(self) -> dict[str, Any]:
         return super()._facts() | {"vocabulary": self.data.vocabulary}
@@ -122,6 +122,18 @@ class NextCharacter(Supervised):
             "worst_client_bits_per_character": float(local.max()),
             "unigram_bits": self._unigram_bits,
         }
+
+    def measured_of(self, sums: Sums, client: int) -> dict[str, float]:
+        """Return accuracy and bits per character on the test texts of the owners whose windows a client trains on.
+
+        Owners count by their share of the client's training windows.
+        """
+        own = self.partition.of_client(client)
+        share = np.bincount(self._train_owner[own], minlength=len(self.data.owners)) / len(own)
+        tested = sums["count"] > 0
+        share, count = share[tested] / share[tested].sum(), sums["count"][tested]
+        found = {name: float(share @ (sums[name][tested] / count)) for name in ("correct", "loss")}
+        return {"accuracy": found["correct"], "bits_per_character": found["loss"] / math.log(2)}
 
 
 def unigram_bits(train: Tensor, test: Tensor, num_labels: int) -> float:

@@ -85,7 +85,7 @@ def drive(parts: Parts, workers: int = 0, block_size: int | None = None) -> Outc
             losses.append(dict(sorted(found.items())))
         state = {name: value.clone() for name, value in engine.read().items()}
         sums = {name: value.tolist() for name, value in engine.evaluate(WHOLE, 0).items()}
-        return Outcome(state, losses, engine.measure(3), sums)
+        return Outcome(state, losses, engine.measure(parts.planner.own_models(0, 3)), sums)
     finally:
         engine.close()
 
@@ -277,12 +277,16 @@ class TestMeasures:
     def test_number_of_peers(self) -> None:
         parts = built({"rounds": 1, "peers.num": 4})
         engine = LocalPeerEngine(parts.task, parts.workload.init(0), EngineSetup(workers=0))
-        assert list(engine.measure(0)) == ["consensus_distance"]
-        assert engine.measure(0)["consensus_distance"] < 1e-6
+
+        def measured(count: int) -> dict[str, Any]:
+            return engine.measure(parts.planner.own_models(0, count))
+
+        assert list(measured(0)) == ["consensus_distance"]
+        assert measured(0)["consensus_distance"] < 1e-6
         list(engine.train(parts.planner.plan(0)))
         engine.exchange(parts.planner.plan(0))
-        assert engine.measure(4) == engine.measure(400)
-        assert engine.measure(4)["loss_peers"]["min"] < engine.measure(4)["loss_peers"]["max"]
+        assert measured(4) == measured(400)
+        assert measured(4)["loss_peers"]["min"] < measured(4)["loss_peers"]["max"]
         engine.close()
 
     def test_what_a_workload_measures_itself(self, tmp_path: Path) -> None:

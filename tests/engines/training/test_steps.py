@@ -19,8 +19,8 @@ from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.training.steps import add_product_, gradients
 from gossamer.engines.training.trainer import may_leave_products
-from gossamer.workloads.base import Leaves
 from gossamer.workloads.images import ImageClassification
+from gossamer.workloads.leaves import Leaves
 
 
 @given(

@@ -30,7 +30,7 @@ def compress_(task: Task, job: Job, payload: Mapping[str, Rows], residuals: Mapp
         The new residuals, under the same names.
     """
     variant, kept = task.variants[job.block.variant], Arrays()
-    layout, working, real = variant.layout, variant.working_layout, variant.layout.coordinates
+    layout, working, real = variant.layout, variant.working_layout, variant.sent_coordinates
     for name, codec in variant.uplink.items():
         residual = residuals.get(task.residuals.get(name, ""))
         seed, lost = rng.stable_hash(task.seed, "uplink", name), []

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gossamer.algorithms.base import Algorithm, Arrays, Views
 from gossamer.algorithms.optimizers import NUM_STEPS
-from gossamer.engines.local_steps import LocalSchedule, LocalSteps
+from gossamer.engines.local_steps import LocalSteps
 from gossamer.engines.task import Variant
 from gossamer.engines.training.batches import Part
 from gossamer.engines.training.rows import equal_runs
-from gossamer.workloads.base import Leaves
+from gossamer.workloads.leaves import Leaves
 
 Products = list[tuple[str, Tensor, Tensor]]
 
@@ -29,9 +29,13 @@ class Stretch(NamedTuple):
     views: Views
 
     @classmethod
-    def of(cls, views: Views, steps: NDArray[np.int32], schedule: LocalSchedule) -> list[Self]:
-        """Return the stretches of the first rows, which take `steps` steps, of views of all."""
-        runs = equal_runs(steps) if schedule.depends_on_length else [(0, len(steps))]
+    def of(cls, views: Views, steps: NDArray[np.int32], *, by_length: bool) -> list[Self]:
+        """Return the stretches of the first rows, which take `steps` steps, of views of all.
+
+        Args:
+            by_length: whether the number of steps changes something; otherwise all rows are one stretch.
+        """
+        runs = equal_runs(steps) if by_length else [(0, len(steps))]
         return [
             cls(
                 slice(low, high),
@@ -81,6 +85,8 @@ def take_step(variant: Variant, stretches: Sequence[Stretch], grads: Arrays, lr:
         if NUM_STEPS in own:  # one array for all parameters
             own[NUM_STEPS].add_(1)
         for name, grad in grads.items():
+            if not variant.is_trained(name, step, num_steps):
+                continue
             algorithm, factor = variant.steppers[name]
             step_in_place(algorithm, views[name], grad[rows], rate * factor)
 

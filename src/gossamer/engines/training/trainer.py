@@ -17,10 +17,11 @@ from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
 from gossamer.algorithms.base import Algorithm, Arrays, carry_views, given_to_loss
 from gossamer.engines.base import never
-from gossamer.engines.task import Task
+from gossamer.engines.task import PERSONAL, Task
 from gossamer.engines.training.batches import Batches, local_positions, on
 from gossamer.engines.training.compression import compress_, decoded_downlink
 from gossamer.engines.training.job import BlockResult, Job
+from gossamer.engines.training.personal import leave_out_, own_part, with_own
 from gossamer.engines.training.rows import (
     Rows,
     chunks,
@@ -40,7 +41,7 @@ from gossamer.engines.training.steps import (
     take_step,
 )
 from gossamer.submodel import Layout
-from gossamer.workloads.base import Leaves
+from gossamer.workloads.leaves import Leaves
 
 
 class Trainer:
@@ -80,7 +81,11 @@ class Trainer:
         client_state = {name: rows for name, rows in client_state.items() if name not in residuals}
         if working is not layout:
             client_state = self._reordered({n: rows.clone() for n, rows in client_state.items()}, layout, working)
+        if variant.personal:
+            received = with_own(received, client_state.pop(PERSONAL), variant.personal_mask)
         payload, private, losses = self._train_locally(job, received, client_state)
+        if variant.personal:
+            leave_out_(payload, self._scalars, variant.personal_mask)
         lost = compress_(self.task, job, payload, residuals)
         norms = row_norms(payload)
         finite = usable(norms, itertools.repeat(math.inf if job.max_norm is None else job.max_norm))
@@ -249,8 +254,9 @@ class Trainer:
                 for name, left, right in factors:
                     add_product_(carries[name]["x"], left, right, -lr)
                 values.append(value)
-            ended = algorithm.end(received[i], mine, carry, num_steps, lr)
-            for lists, arrays in zip((payload, private), ended, strict=True):
+            own = own_part(variant, carry["x"])
+            sent, kept = algorithm.end(received[i], mine, carry, num_steps, lr)
+            for lists, arrays in ((payload, sent), (private, kept | own)):
                 for name, row in arrays.items():
                     lists[name].append(row)
             losses.append(numbers(torch.stack(values).sum()) / num_steps)
@@ -296,7 +302,7 @@ class Trainer:
                 active = count
                 carries = {p: {name: view[: max(active, 2)] for name, view in views[p].items()} for p in views}
                 leaves = self._stacked_leaves({name: arrays["x"] for name, arrays in carries.items()})
-                stretches = Stretch.of(views, job.steps[:active], local.schedule)
+                stretches = Stretch.of(views, job.steps[:active], by_length=variant.depends_on_length)
             values, grads, factors = differentiate(loss, parts, leaves, local, variant.mode.device)
             if local.clip_norm is not None:
                 grads = clip_rows(grads, local.clip_norm)
@@ -304,7 +310,9 @@ class Trainer:
             for name, left, right in factors:
                 add_product_(views[name]["x"], left, right, -lr, active)
             total[:active] += values[:active]
+        kept = own_part(variant, carry["x"])
         payload, private = end_rows(algorithm, rows, client_state, carry, job, lr)
+        private |= kept
         mean_loss = total / torch.from_numpy(job.steps).to(total)
         own = slice(0, s)
         return (

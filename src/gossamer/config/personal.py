@@ -1,0 +1,63 @@
+"""Which parameters stay with the clients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gossamer.config.schema import Config
+from gossamer.errors import ConfigError
+from gossamer.workloads.base import Workload
+from gossamer.workloads.parts import matching
+
+WHERE = "clients.personal"
+
+
+def require_personal(config: Config, algorithm: Any) -> None:
+    """Check what can be checked of personal parameters without the model.
+
+    Raises:
+        ConfigError: the algorithm needs some and there are none, or it does not go with them.
+    """
+    name, traits = config.algorithm["name"], algorithm.traits
+    given = config.clients.personal if config.clients is not None else []
+    if traits.personal == "given" and not given:
+        raise ConfigError(
+            f"algorithm {name!r} keeps layers with the clients, but {WHERE} names none: give patterns of their"
+            ' parameters, such as ["head.*"]'
+        )
+    if traits.personal == "norms" and given:
+        raise ConfigError(
+            f"algorithm {name!r} keeps the BatchNorm layers with the clients: leave {WHERE} = {given} out, or choose"
+            " 'fedper'"
+        )
+    shaped = {payload: kind for payload, kind in traits.uplink.items() if payload not in traits.scalars}
+    if (given or traits.personal != "none") and (shaped != {"x": "mean"} or traits.num_phases > 1):
+        raise ConfigError(
+            f"algorithm {name!r} does not go with {WHERE}, because clients send more than the mean of their changes:"
+            " leave it out, or choose fedavg, fedprox or the like"
+        )
+
+
+def personal_parameters(config: Config, algorithm: Any, workload: Workload) -> tuple[str, ...]:
+    """Return the names of the parameters that stay with the clients.
+
+    Raises:
+        ConfigError: a pattern matches nothing, or everything would stay.
+    """
+    if config.clients is None:
+        return ()
+    layout, name = workload.layout, config.algorithm["name"]
+    patterns, where = config.clients.personal, WHERE
+    if algorithm.traits.personal == "norms":
+        patterns, where = [f"{layer}.*" for layer in workload.norms], f"algorithm {name!r}"
+        if not patterns:
+            raise ConfigError(
+                f"{where} keeps BatchNorm layers with the clients, and the model has none that are trained: choose"
+                " another model, or 'fedper'"
+            )
+    found = matching(where, patterns, layout.names)
+    if len(found) == len(layout.names):
+        raise ConfigError(
+            f"{where} keeps all parameters with the clients, so that nothing is learnt together: keep fewer"
+        )
+    return tuple(name for name in layout.names if name in found)
