@@ -117,7 +117,7 @@ class TestRefusals:
             ({"clients.sampler": "math:pi"}, "sampler 'math:pi' is a float: give a function"),
             ({"clients.partition": "math:pi"}, "partition 'math:pi' is a float: give a function"),
             ({"workload.dataset": "math:pi"}, "dataset 'math:pi' is a float: give a function"),
-            ({"workload": "builtins:dict"}, "workload 'builtins:dict' is a dict without traits, optimizer, init, "),
+            ({"workload": "builtins:dict"}, "workload 'builtins:dict' is a dict without traits, init, "),
             ({"workload": "json:loads"}, "workload {'name': 'json:loads'} on partition 'iid' fails with TypeError"),
             ({"workload": "builtins:print"}, "'num_clients' is an invalid keyword argument for print()"),
             ({"workload.dataset": "json:loads"}, "'json:loads'"),

@@ -264,7 +264,7 @@ class Unfinished(FedLin):
     [
         ("ForPeers", "phase 0 of algorithm 'test_phases:ForPeers' has downlink = None, but the whole has"),
         ("Undeclared", "phase 0 of algorithm 'test_phases:Undeclared' has client_arrays .'gradient'., which the whole"),
-        ("Unfinished", "phase 0 of algorithm 'test_phases:Unfinished' is a object without traits, init,"),
+        ("Unfinished", "phase 0 of algorithm 'test_phases:Unfinished' is a object without traits, optimizer, init,"),
     ],
 )
 def test_phases_that_contradict_the_whole(name: str, message: str) -> None:
