@@ -123,6 +123,7 @@ class TestRecords:
         assert self.diagnose(*({"accuracy": value} for value in [*values, 0.5])) == ""
 
     def test_few_rounds_tell_nothing(self) -> None:
+        assert self.diagnose() == ""
         chance = {"accuracy": 0.1}
         assert self.diagnose(*[chance] * 4) == ""
         assert self.diagnose(*[chance] * 5).startswith("the run learned nothing")

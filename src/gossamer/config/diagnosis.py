@@ -11,7 +11,6 @@ import torch
 
 from gossamer.config.schema import Config
 from gossamer.engines.task import Task, Variant
-from gossamer.errors import GossamerError
 from gossamer.threads import one_thread
 
 LARGER, MUCH_LARGER = 10.0, 100.0  # gradients, where the Scaler may be the cause, and where it is likely to be
@@ -37,7 +36,7 @@ def scaler_gain(task: Task) -> float:
     try:
         with one_thread():
             with_it, without = (_gradient_norm(task, variant, scale) for scale in (1.0 / variant.capacity, 1.0))
-    except (GossamerError, RuntimeError):  # an algorithm of which the model alone does not tell the loss
+    except Exception:  # a workload that cannot be asked outside of training: what is to be told matters more
         return 1.0
     if not math.isfinite(with_it):
         return math.inf
@@ -79,6 +78,8 @@ def diagnose(config: Config, task: Task, records: Sequence[Mapping[str, Any]]) -
     Args:
         records: those of metrics.jsonl, with infinite numbers as such.
     """
+    if not records:
+        return ()
     found = next(_divergence(records), None)
     if found is not None:
         return (f"the run diverged: {found}: {advice(config, task)}",)
