@@ -337,6 +337,20 @@ class TestCallbacks:
         assert "test: 2 rounds in 0:00:0" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_a_number_of_clients_who_all_take_part(tmp_path: Path) -> None:
+    one = run(tmp_path / "one", clients={"num": 8, "per_round": 8})
+    assert_same(one, run(tmp_path / "other", clients=8))
+
+
+def test_peers_may_end_a_run(tmp_path: Path) -> None:
+    setting: dict[str, Any] = {"peers": {"num": 4, "topology": "ring"}, "train": {"lr": 0.1}, "data": "digits"}
+    setting |= {"model": nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), "engine": {"workers": 0}}
+    whole = gossamer.run(rounds=2, out=tmp_path / "whole", **setting)
+    short = gossamer.run(rounds=2, out=tmp_path / "short", on_round=lambda record: True, **setting)
+    assert [len(one.metrics) for one in (whole, short)] == [2, 1]
+    assert_same(whole, gossamer.resume(short.directory, model=setting["model"]))
+
+
 def test_an_unknown_section_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown key 'round'; did you mean 'rounds'"):
         run(tmp_path / "run", round=3)

@@ -56,12 +56,14 @@ def run(
             run is committed first.
         progress: whether a line of standard output says how far it is; None: in a notebook.
         sections: sections of the configuration, such as ``rounds=10, clients={"num": 20, "per_round": 5}``; they are
-            merged into `source`.
+            merged into `source`. A bare number of clients means that all of them take part in every round.
 
     Raises:
         GossamerError: its message says what is wrong and what to do; work done is committed.
     """
     objects: dict[str, Any] = {}
+    if isinstance(num := sections.get("clients"), int) and not isinstance(num, bool):
+        sections["clients"] = {"num": num, "per_round": num}
     if source is None or sections or any(one is not None for one in (model, data, partition)):
         source = configuration.merge(configuration.load({} if source is None else source), sections)
         objects = _put_in(source, model, data, partition)
