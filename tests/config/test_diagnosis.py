@@ -80,7 +80,10 @@ class TestRealRuns:
         with pytest.raises(QuorumError) as refused:
             gossamer.run(config, out=tmp_path / "lost", trust=True)
         told = str(refused.value)
-        assert ": set submodel.scaler to false (by it the first gradients of capacity 0.125 " in told
+        assert (
+            ": set submodel.scaler to false (trial steps of capacity 0.125 diverge with the Scaler and not without)"
+            in told
+        )
         assert ", or lower train.lr or set train.clip_norm, or lower clients.quorum; round " in told
         without = config | {"submodel": config["submodel"] | {"scaler": False}}
         assert len(gossamer.run(without | {"rounds": 3}, out=tmp_path / "kept", trust=True).metrics) == 3
@@ -145,17 +148,20 @@ class TestRecords:
 
 
 class TestScaler:
-    def test_the_gain_is_that_of_the_gradient(self) -> None:
-        """A deep perceptron's output layer meets activations that are scaled once a layer."""
-        deep = {"dataset": {"name": "digits", "limit": 200}, "model": {"name": "mlp", "hidden": [64] * 4}}
-        parts = build(parse(DIGITS | {"workload": deep, "algorithm": "heterofl", "submodel": {"capacities": [0.125]}}))
-        gain = diagnosis.scaler_gain(parts.task)
-        assert 8 < gain < 8**4
-        assert "the first gradients of capacity 0.125 are" in diagnosis.advice(parts.config, parts.task)
+    DEEP = {"dataset": {"name": "digits", "limit": 200}, "model": {"name": "mlp", "hidden": [64] * 3}}
+
+    @pytest.mark.parametrize(("lr", "expected"), [(0.3, False), (1.0, True), (30.0, False)])
+    def test_it_is_blamed_where_the_same_steps_are_stable_without_it(self, lr: float, expected: bool) -> None:
+        """Not where all is well, nor where steps are too long anyway."""
+        more = {"workload": self.DEEP, "algorithm": "heterofl", "submodel": {"capacities": [0.125]}}
+        parts = build(parse(DIGITS | more | {"train": {"lr": lr, "batch_size": 25}}))
+        assert diagnosis.scaler_diverges(parts.task, lr) is expected
+        told = "set submodel.scaler to false (trial steps of capacity 0.125 diverge with the Scaler and not without)"
+        assert diagnosis.advice(parts.config, parts.task).startswith(told) is expected
 
     def test_whole_models_have_none(self) -> None:
         parts = build(parse(DIGITS))
-        assert diagnosis.scaler_gain(parts.task) == 1.0
+        assert not diagnosis.scaler_diverges(parts.task, 1e10)
         assert diagnosis.advice(parts.config, parts.task) == "lower train.lr or set train.clip_norm"
 
     def test_clipped_gradients(self) -> None:
@@ -165,5 +171,7 @@ class TestScaler:
 
 def test_torch_keeps_its_threads() -> None:
     before = torch.get_num_threads()
-    diagnosis.scaler_gain(build(parse(DIGITS | {"algorithm": "heterofl", "submodel": {"capacities": [0.5]}})).task)
+    diagnosis.scaler_diverges(
+        build(parse(DIGITS | {"algorithm": "heterofl", "submodel": {"capacities": [0.5]}})).task, 0.1
+    )
     assert torch.get_num_threads() == before

@@ -13,7 +13,8 @@ from gossamer.config.schema import Config
 from gossamer.engines.task import Task, Variant
 from gossamer.threads import one_thread
 
-LARGER, MUCH_LARGER = 10.0, 100.0  # gradients, where the Scaler may be the cause, and where it is likely to be
+TRIAL_STEPS = 30
+DIVERGED, STABLE = 1e2, 2.0  # largest loss of trial steps, relative to their first, that means so
 GROWTH = 1.5  # of the training loss of a run that diverged
 FALL = 0.9  # of the training loss of a run in which something was learned
 HIGH = 1.25  # training loss, relative to that of equal probabilities, of a run whose steps were too long
@@ -24,52 +25,53 @@ ACCURACIES = ("accuracy", "validation_accuracy")
 UNUSABLE = ("not finite", "too large")  # reasons for which an update is dropped, see `TrainReport`
 
 
-def scaler_gain(task: Task) -> float:
-    """Return how much larger the Scaler makes the first gradient of the smallest sub-model, at the initial model.
+def scaler_diverges(task: Task, lr: float) -> bool:
+    """Say whether trial steps of the smallest sub-model diverge with the Scaler, and do not without it.
 
-    Without normalisation a factor of 1 / capacity at each layer multiplies up; in attention it also reaches what the
-    softmax compares, so that the gradient overflows. 1: there is no Scaler, or it cannot be told.
+    Without normalisation its factors of 1 / capacity multiply up from layer to layer, and in attention they reach what
+    the softmax compares. The steps are plain SGD from the initial model on the data of the first client.
     """
     variant = task.variants[0]
     if not task.scaler or variant.layout.d == task.workload.layout.d:
-        return 1.0
+        return False
     try:
         with one_thread():
-            with_it, without = (_gradient_norm(task, variant, scale) for scale in (1.0 / variant.capacity, 1.0))
+            with_it, without = (_growth(task, variant, scale, lr) for scale in (1.0 / variant.capacity, 1.0))
     except Exception:  # a workload that cannot be asked outside of training: what is to be told matters more
-        return 1.0
-    if not math.isfinite(with_it):
-        return math.inf
-    return with_it / without if without > 0 else 1.0
+        return False
+    return with_it > DIVERGED and without < STABLE
 
 
-def _gradient_norm(task: Task, variant: Variant, scale: float) -> float:
-    """Return the Euclidean norm of the gradient of a batch of the first client with data."""
+def _growth(task: Task, variant: Variant, scale: float, lr: float) -> float:
+    """Return the largest loss on the way, relative to the first one; infinite where one is not finite."""
     workload = task.workload
-    x = workload.init(task.seed)
+    x, number = workload.init(task.seed), int(workload.num_samples[0])
     row = task.cut(variant, 0, order=task.cutter.order(x)).read(x, x.new_zeros(variant.layout.d))
-    positions = np.arange(min(task.batch_size, int(workload.num_samples[0])), dtype=np.int64)
-    batch = workload.batch(np.zeros(1, dtype=np.int64), positions[None])
     params = {name: value.clone().requires_grad_() for name, value in variant.layout.views(row).items()}
-    merged = {name: value[0] for name, value in {**batch.samples, **batch.client}.items()}
-    loss = workload.loss(params, merged | {"scale": scale})
-    grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-    squares = [float(grad.double().square().sum()) for grad in grads if grad is not None]
-    return math.sqrt(math.fsum(squares)) if np.isfinite(squares).all() else math.inf
+    losses = []
+    for step in range(TRIAL_STEPS):
+        positions = (step * task.batch_size + np.arange(min(task.batch_size, number), dtype=np.int64)) % number
+        batch = workload.batch(np.zeros(1, dtype=np.int64), positions[None])
+        merged = {name: value[0] for name, value in {**batch.samples, **batch.client}.items()}
+        loss = workload.loss(params, merged | {"scale": scale})
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            return math.inf
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        with torch.no_grad():
+            for value, grad in zip(params.values(), grads, strict=True):
+                value.sub_(torch.zeros_like(value) if grad is None else grad, alpha=lr)
+    return max(losses) / losses[0]
 
 
 def advice(config: Config, task: Task) -> str:
-    """Return what keeps updates usable: the Scaler's option, where it is likely to be the cause, the learning rate."""
+    """Return what keeps updates usable: the Scaler's option, where it is the likely cause, and the learning rate."""
     clip = "set train.clip_norm" if config.train.clip_norm is None else "lower train.clip_norm"
     slower = f"lower train.lr or {clip}"
-    gain = scaler_gain(task)
-    if gain < LARGER:
+    if not scaler_diverges(task, config.train.lr):
         return slower
-    larger = "overflow" if math.isinf(gain) else f"are {gain:,.0f} times as large"
-    scaler = (
-        f"set submodel.scaler to false (by it the first gradients of capacity {task.variants[0].capacity:g} {larger})"
-    )
-    return f"{scaler}, or {slower}" if gain >= MUCH_LARGER else f"{slower}, or {scaler}"
+    steps = f"trial steps of capacity {task.variants[0].capacity:g} diverge with the Scaler and not without"
+    return f"set submodel.scaler to false ({steps}), or {slower}"
 
 
 def diagnose(config: Config, task: Task, records: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
