@@ -192,7 +192,7 @@ def require_single_precision(config: Config, task: Task, dtype: torch.dtype) -> 
         return
     where = f"but workload {config.workload['name']!r} trains in float64: set workload.precision to single"
     if task.stored_arrays:
-        keeper = f"algorithm {config.algorithm['name']!r}" if task.client_arrays else "error feedback"
+        keeper = f"algorithm {config.algorithm['name']!r}" if task.algorithm.traits.client_arrays else "error feedback"
         raise ConfigError(f"{keeper} keeps private state in float32, {where}")
     if config.train.precision != "float32":
         raise ConfigError(f"train.precision = {config.train.precision!r} is for float32, {where}")
