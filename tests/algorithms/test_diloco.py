@@ -11,10 +11,14 @@ import torch
 
 from federation import LEVELS, SINGLY, STACKED, assert_same, configure, mixed, modes, relative_error
 from gossamer import run
+from gossamer.algorithms.diloco import divided
 from gossamer.build import Parts, build
 from gossamer.config.loading import parse
 from gossamer.errors import ConfigError
-from slow_federated import UNEQUAL, Params, Sent, add, local_sgd, mean_change, slow_federation
+from gossamer.experiment import resume
+from gossamer.submodel import Layout
+from slow import initial_model
+from slow_federated import UNEQUAL, Params, Sent, add, gradients_of, local_sgd, mean_change, slow_federation
 
 EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
 
@@ -86,3 +90,71 @@ def test_options_are_checked() -> None:
     for name, value in (("outer_lr", 0), ("outer_momentum", 1.0), ("lr", 1)):
         with pytest.raises(ConfigError, match=name):
             build(parse(configure({"algorithm": {"name": "diloco", name: value}})))
+
+
+class SlowStreaming:
+    """Workers that keep their models, and exchange a fragment at a time."""
+
+    def __init__(self, parts: Parts, fragments: list[list[str]], outer_lr: float, mu: float, alpha: float) -> None:
+        self.parts, self.fragments, self.outer_lr, self.mu, self.alpha = parts, fragments, outer_lr, mu, alpha
+
+    def run(self) -> Params:
+        """Return the server's model after all rounds."""
+        phi = {name: value.double() for name, value in initial_model(self.parts).items()}
+        velocity, theta, last = add((0.0, phi)), dict[int, Params](), list[str]()
+        for round in range(self.parts.config.rounds):
+            for phase, fragment in enumerate(self.fragments):
+                plan, sent = self.parts.planner.plan(round, phase=phase), []
+                for client, weight in zip(plan.client.tolist(), plan.weight.tolist(), strict=True):
+                    own = theta.get(client, phi)
+                    own = {n: self.alpha * v + (1 - self.alpha) * phi[n] if n in last else v for n, v in own.items()}
+                    gradients = gradients_of(self.parts, round, client, 1.0, phase)
+                    theta[client] = add((1.0, own), (1.0, local_sgd()(client, own, gradients, plan.lr)))
+                    sent.append((weight, theta[client]))
+                for name in fragment:
+                    change = sum(weight * model[name] for weight, model in sent) / sum(w for w, _ in sent) - phi[name]
+                    velocity[name] = self.mu * velocity[name] + change
+                    phi[name] = phi[name] + self.outer_lr * (change + self.mu * velocity[name])
+                last = fragment
+        return phi
+
+
+STREAMING = {"name": "streaming-diloco", "fragments": 3, "outer_lr": 0.6, "outer_momentum": 0.7, "alpha": 0.4}
+
+
+class TestStreaming:
+    @EITHER
+    def test_slow_version(self, tmp_path: Path, mode: dict[str, bool]) -> None:
+        config = configure({"algorithm": STREAMING, "clients.per_round": 8} | modes(**mode))
+        parts = build(parse(config))
+        fragments = divided(parts.workload.layout, 3)
+        assert [name for names in fragments for name in names] == list(parts.workload.layout.names)
+        found = run(config, out=tmp_path / "run")
+        assert relative_error(found.params, SlowStreaming(parts, fragments, 0.6, 0.7, 0.4).run()) < 1e-5
+
+    def test_a_round_sends_the_model_once(self, tmp_path: Path) -> None:
+        streaming, plain = (
+            run(configure({"algorithm": one, "clients.per_round": 8}), out=tmp_path / str(n)).metrics[-1]
+            for n, one in enumerate((STREAMING, "diloco"))
+        )
+        for name in ("total_bytes_up", "total_bytes_down"):
+            assert streaming[name] == plain[name]
+        assert streaming["total_samples"] == 3 * plain["total_samples"]
+
+    def test_workers_and_resuming_between_phases(self, tmp_path: Path) -> None:
+        changes = {"algorithm": STREAMING, "train.optimizer": {"name": "adamw", "state": "keep"}, "train.lr": 0.01}
+        changes |= {"communication.uplink": "int4"}
+        alone = run(configure(changes), out=tmp_path / "alone")
+        assert_same(alone, run(configure(changes | {"engine.workers": 2}), out=tmp_path / "two"))
+        run(configure(changes), out=tmp_path / "stopped", on_round=lambda record: record["round"] == 1)
+        assert_same(alone, resume(tmp_path / "stopped"))
+
+    @pytest.mark.parametrize("count", [2, 3, 4])
+    def test_fragments(self, count: int) -> None:
+        layout = Layout.of({"a": (4,), "b": (1000,), "c": (3,), "d": (3,)}, dict.fromkeys("abcd", (None,)))
+        found = divided(layout, count)
+        assert len(found) == count
+        assert all(found)
+        assert [name for names in found for name in names] == list("abcd")
+        with pytest.raises(ConfigError, match=r"algorithm\.fragments = 5, but the model has 4 parameters only"):
+            divided(layout, 5)

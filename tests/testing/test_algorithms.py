@@ -22,12 +22,15 @@ from gossamer.algorithms.fedprox import FedProx
 from gossamer.algorithms.scaffold import Scaffold
 from gossamer.registry import BUILTIN, resolve
 from gossamer.testing import check_algorithm
+from gossamer.testing.algorithms import SMALL
 
 
 @pytest.mark.parametrize("name", BUILTIN["algorithm"])
 def test_what_ships(name: str) -> None:
     momentum = 0.9 if name == "quasi-global-momentum" else 0.0
-    check_algorithm(resolve("algorithm", name)({}, momentum=momentum))
+    options = {"fragments": 2} if name == "streaming-diloco" else {}
+    algorithm = resolve("algorithm", name)(options, momentum=momentum)
+    check_algorithm(algorithm.of_model(SMALL) if options else algorithm)
 
 
 @pytest.mark.parametrize(

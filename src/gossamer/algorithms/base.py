@@ -49,7 +49,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -150,6 +150,10 @@ class Algorithm(Protocol):
             ConfigError: it is not for such models.
         """
         return self
+
+    def sent(self, names: Sequence[str]) -> Collection[str]:
+        """Return which of the model's parameters travel, of the payloads that have its shape; by default all."""
+        return names
 
     def of_capacity(self, layout: Layout, capacity: float) -> Algorithm:
         """Return the algorithm as participants of a capacity run it; `layout` is that of the whole model."""

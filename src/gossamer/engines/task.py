@@ -82,6 +82,7 @@ class Variant:
         uplink: ``{payload name: codec}`` of what the run compresses, bound to `layout`.
         downlink: codec of what they receive, likewise; None: it is not compressed.
         personal: names of the parameters that stay with the client.
+        unsent: those, and what the algorithm does not send in this phase.
     """
 
     index: int
@@ -97,6 +98,7 @@ class Variant:
     uplink: Mapping[str, BaseCodec] = field(default_factory=dict)
     downlink: BaseCodec | None = None
     personal: frozenset[str] = frozenset()
+    unsent: frozenset[str] = frozenset()
 
     @classmethod
     def bind(
@@ -112,7 +114,8 @@ class Variant:
     ) -> Self:
         """Return the variant of a capacity of the model that `cutter` cuts."""
         layout, bound = cutter.sub_layout(capacity), algorithm.of_capacity(cutter.layout, capacity)
-        shapes = tuple(shape for name, shape in zip(layout.names, layout.shapes, strict=True) if name not in personal)
+        unsent = personal | (frozenset(layout.names) - frozenset(bound.sent(layout.names)))
+        shapes = tuple(shape for name, shape in zip(layout.names, layout.shapes, strict=True) if name not in unsent)
         up, down = (codec and codec.of_shapes(shapes) for codec in (communication.uplink, communication.downlink))
         return cls(
             index=index,
@@ -128,7 +131,13 @@ class Variant:
             uplink={} if up is None else dict.fromkeys(algorithm.traits.compressible, up),
             downlink=down,
             personal=personal,
+            unsent=unsent,
         )
+
+    @cached_property
+    def unsent_mask(self) -> Tensor:
+        """The coordinates that are not sent, bool [d_sub]."""
+        return self.layout.mask(self.unsent)
 
     @cached_property
     def personal_mask(self) -> Tensor:
@@ -139,10 +148,10 @@ class Variant:
     def sent_coordinates(self) -> slice | Tensor:
         """Where what is sent lies in a row, without padding: all of it, or int64 [num_sent]."""
         real = self.layout.coordinates
-        if not self.personal:
+        if not self.unsent:
             return real
         every = torch.arange(self.layout.d)[real]
-        return every[~self.personal_mask[every]]
+        return every[~self.unsent_mask[every]]
 
     @property
     def depends_on_length(self) -> bool:

@@ -50,6 +50,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "fedrep": "gossamer.algorithms.personal:FedRep",
         "fedbn": "gossamer.algorithms.personal:FedBN",
         "diloco": "gossamer.algorithms.diloco:DiLoCo",
+        "streaming-diloco": "gossamer.algorithms.diloco:StreamingDiLoCo",
         "all-smallest": "gossamer.algorithms.federated:AllSmallest",
         "all-largest": "gossamer.algorithms.federated:AllLargest",
         "dsgd": "gossamer.algorithms.decentralized.dsgd:DSGD",

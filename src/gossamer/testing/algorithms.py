@@ -25,7 +25,7 @@ def check_algorithm(algorithm: Algorithm, layout: Layout = SMALL) -> None:
     """Check an algorithm against `gossamer.algorithms.base.Algorithm`, or `PeerAlgorithm` if its downlink is None.
 
     Args:
-        algorithm: the algorithm, made with any options.
+        algorithm: the algorithm, made with any options; one that needs the model, bound to `layout` by its `of_model`.
         layout: layout of the models that it is tried on.
 
     Raises:

@@ -84,8 +84,8 @@ class Trainer:
         if variant.personal:
             received = with_own(received, client_state.pop(PERSONAL), variant.personal_mask)
         payload, private, losses = self._train_locally(job, received, client_state)
-        if variant.personal:
-            leave_out_(payload, self._scalars, variant.personal_mask)
+        if variant.unsent:
+            leave_out_(payload, self._scalars, variant.unsent_mask)
         lost = compress_(self.task, job, payload, residuals)
         norms = row_norms(payload)
         finite = usable(norms, itertools.repeat(math.inf if job.max_norm is None else job.max_norm))
