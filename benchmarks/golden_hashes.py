@@ -3,7 +3,9 @@
 FedAvg, FedRolex, SCAFFOLD and FIARSE by clients; DSGD, DSGT, push-sum and CHOCO-SGD by peers. A hash covers the names
 and bytes of the final model and every metric but those of clocks. Prints one JSON object; with --compare FILE it exits
 with 1 where a hash differs from that of an earlier output. With --by-rule modes are not pinned but left to the rule,
-and the examples of the README run, too: `golden_hashes.py --by-rule --workers 1 2 3 --repeats 2`.
+and the examples of the README run, too: `golden_hashes.py --by-rule --workers 1 2 3 --repeats 2`. With --training the
+runs are those of optimizers, parts of models, codecs and outer steps; with --kill each is also killed after its second
+round by SIGKILL, on the local engine, and resumed: `golden_hashes.py --training --kill --workers 1 2 4`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +26,7 @@ import torch
 import yaml
 
 import gossamer
+from gossamer.config.loading import with_value
 
 CLOCKS = ("wall_seconds", "round_seconds", "phase_seconds")
 LEVELS = [0.25, 0.5, 1.0]
@@ -77,6 +82,38 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+MOMENTS = {"train.optimizer": {"name": "adamw", "state": "keep"}, "train.lr": 0.01}
+DROPOUT = {"name": "mlp", "hidden": [32], "dropout": 0.3}
+LORA = {"rank": 4, "targets": ["hidden0"], "train": ["output.*"]}
+RESNET = {"name": "preact-resnet18", "width": 0.0625}
+RING = {"name": "gasloc", "gamma": 0.5}
+
+
+def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with entries at dotted keys replaced."""
+    for key, value in changes.items():
+        config = with_value(config, key.split("."), value)
+    return config
+
+
+TRAINING: dict[str, dict[str, Any]] = {
+    "adamw, kept": changed(federated("fedrolex", LEVELS, True), MOMENTS),
+    "adamw, kept by peers": changed(decentralized("dsgd", "od-equidyn", IMAGES), MOMENTS),
+    "muon": changed(federated("fedavg", [1.0], False), {"train.optimizer": "muon", "train.lr": 0.02}),
+    "lora by capacity": changed(federated("heterofl", LEVELS, False), {"workload.lora": LORA}),
+    "flexlora": changed(federated("flexlora", LEVELS, False), {"workload.lora": LORA}),
+    "dropout": changed(federated("fedrolex", LEVELS, True), {"workload.model": DROPOUT}),
+    "fedbn": changed(federated("fedbn", [1.0], False), {"workload.model": RESNET, "evaluation.num_clients": 2}),
+    "top-k with error feedback": changed(
+        federated("fedrolex", LEVELS, True), {"communication.uplink": {"name": "top-k", "share": 0.05}}
+    ),
+    "diloco": changed(federated("diloco", [1.0], True), MOMENTS),
+    "streaming-diloco": changed(federated("streaming-diloco", [1.0], True), MOMENTS),
+    "gasloc": changed(decentralized(RING, "ring", IMAGES), MOMENTS),
+    "noloco": changed(decentralized("noloco", "random-match", IMAGES), MOMENTS),
+}
+
+
 def by_rule() -> dict[str, dict[str, Any]]:
     """Return all experiments, those of the README included, with modes left to the rule."""
     quickstart = yaml.safe_load((Path(__file__).parent.parent / "experiments/quickstart/config.yaml").read_text())
@@ -113,13 +150,31 @@ def digest(run: gossamer.Run) -> str:
     return found.hexdigest()
 
 
-def measure(runs: Mapping[str, dict[str, Any]], engine: str, workers: int) -> dict[str, str]:
-    """Run all on an engine and return their digests."""
+def kill(record: Mapping[str, Any]) -> None:
+    """Kill this process once two rounds are done."""
+    if record["round"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resumed(config: dict[str, Any], directory: Path) -> gossamer.Run:
+    """Run in a process that is killed amid, and resume here."""
+    pid = os.fork()
+    if not pid:
+        gossamer.run(config | {"checkpoint": {"every_seconds": 0}}, out=directory, on_round=kill)
+        os._exit(1)
+    if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGKILL:
+        raise SystemExit(f"{directory}: the run was not killed")
+    return gossamer.resume(directory)
+
+
+def measure(runs: Mapping[str, dict[str, Any]], engine: str, workers: int, killed: bool = False) -> dict[str, str]:
+    """Run all on an engine, killed and resumed or not, and return their digests."""
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         for number, (name, config) in enumerate(runs.items()):
             config = config | {"engine": config["engine"] | {"name": engine, "workers": workers}}
-            found[name] = digest(gossamer.run(config, out=Path(directory) / str(number)))
+            where = Path(directory) / str(number)
+            found[name] = digest(resumed(config, where) if killed else gossamer.run(config, out=where))
     return found
 
 
@@ -130,20 +185,27 @@ def main() -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--repeats", type=int, default=1, help="runs of each on each engine and number of workers")
     parser.add_argument("--by-rule", action="store_true", help="leave modes to the rule; the README's examples, too")
+    parser.add_argument(
+        "--training", action="store_true", help="runs of optimizers, parts of models, codecs, outer steps"
+    )
+    parser.add_argument("--kill", action="store_true", help="also kill and resume each, on the local engine")
     parser.add_argument("--compare", type=Path, help="an earlier output")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    runs, ways = by_rule() if given.by_rule else RUNS, dict[str, tuple[str, int]]()
+    runs, ways = TRAINING if given.training else by_rule() if given.by_rule else RUNS, dict[str, tuple[str, int]]()
     for engine, workers, number in product(given.engines, given.workers, range(given.repeats)):
         is_only = len(given.workers) == given.repeats == 1
         ways[engine if is_only else f"{engine}, {workers} workers, run {number + 1}"] = engine, workers
-    hashes: Mapping[str, Mapping[str, str]] = {name: measure(runs, *way) for name, way in ways.items()}
+    hashes: dict[str, Mapping[str, str]] = {}
+    if given.kill:  # first, because Ray's threads do not go with forks
+        hashes["local, killed"] = measure(runs, "local", given.workers[0], killed=True)
+    hashes |= {name: measure(runs, *way) for name, way in ways.items()}
     engines_equal = len({json.dumps(one, sort_keys=True) for one in hashes.values()}) == 1
     report: dict[str, Any] = {"hashes": hashes, "engines_equal": engines_equal}
     if given.compare is not None:
         before = json.loads(given.compare.read_text())["hashes"]
         report["differ"] = [
-            f"{engine}/{name}" for engine in hashes for name in RUNS if hashes[engine][name] != before[engine][name]
+            f"{engine}/{name}" for engine in before for name in runs if hashes[engine][name] != before[engine][name]
         ]
     print(json.dumps(report))
     return 0 if engines_equal and not report.get("differ") else 1

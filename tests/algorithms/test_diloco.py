@@ -18,12 +18,23 @@ from gossamer.errors import ConfigError
 from gossamer.experiment import resume
 from gossamer.submodel import Layout
 from slow import initial_model
-from slow_federated import UNEQUAL, Params, Sent, add, gradients_of, local_sgd, mean_change, slow_federation
+from slow_federated import (
+    UNEQUAL,
+    Gradient,
+    Local,
+    Params,
+    Sent,
+    add,
+    gradients_of,
+    local_sgd,
+    mean_change,
+    slow_federation,
+)
 
 EITHER = pytest.mark.parametrize("mode", [STACKED, SINGLY], ids=["stacked", "one-by-one"])
 
 
-def slow_diloco(parts: Parts, outer_lr: float, mu: float, nesterov: bool = True) -> Params:
+def slow_diloco(parts: Parts, outer_lr: float, mu: float, nesterov: bool = True, inner: Local | None = None) -> Params:
     """Run the outer optimizer of the paper's code: torch's SGD with Nesterov momentum on the negative mean change.
 
     Coordinates that nobody held are left out, momentum included.
@@ -46,7 +57,7 @@ def slow_diloco(parts: Parts, outer_lr: float, mu: float, nesterov: bool = True)
             velocity[key][here] = optimizer.state[leaf]["momentum_buffer"]
         return new
 
-    return slow_federation(parts, local_sgd(), server)
+    return slow_federation(parts, inner or local_sgd(), server)
 
 
 @pytest.mark.sweep(keep=0.5)
@@ -61,6 +72,36 @@ def test_is_torch_outside(tmp_path: Path, mode: dict[str, bool], nesterov: bool,
     config = configure(algorithm | {"algorithm": options} | modes(levels, **mode) | UNEQUAL)
     found = run(config, out=tmp_path / "run").params
     assert relative_error(found, slow_diloco(build(parse(config)), 0.6, 0.8, nesterov)) < 1e-5
+
+
+def local_adamw(lr: float) -> Local:
+    """Return torch's AdamW, whose moments each client keeps from round to round."""
+    kept: dict[int, list[dict[str, torch.Tensor]]] = {}
+
+    def train(client: int, start: Params, gradients: Sequence[Gradient], rate: float) -> Params:
+        """Take the steps of a client."""
+        leaves = {name: value.clone().requires_grad_() for name, value in start.items()}
+        optimizer = torch.optim.AdamW(leaves.values(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+        for leaf, state in zip(leaves.values(), kept.get(client, []), strict=False):
+            optimizer.state[leaf] = state
+        for gradient in gradients:
+            for name, grad in gradient({name: leaf.detach() for name, leaf in leaves.items()}).items():
+                leaves[name].grad = grad
+            optimizer.step()
+        kept[client] = [optimizer.state[leaf] for leaf in leaves.values()]
+        return {name: leaf.detach() - start[name] for name, leaf in leaves.items()}
+
+    return train
+
+
+@EITHER
+def test_adamw_inside(tmp_path: Path, mode: dict[str, bool]) -> None:
+    """The paper's algorithm: AdamW inside, whose moments stay with the worker, Nesterov momentum outside."""
+    inner = {"name": "adamw", "betas": [0.9, 0.95], "weight_decay": 0.1, "state": "keep"}
+    changes = {"algorithm": "diloco", "train.optimizer": inner, "train.lr": 0.01, "rounds": 4}
+    config = configure(changes | modes(**mode) | UNEQUAL)
+    found = run(config, out=tmp_path / "run").params
+    assert relative_error(found, slow_diloco(build(parse(config)), 0.7, 0.9, inner=local_adamw(0.01))) < 1e-5
 
 
 def test_plain_one_is_fedavg(tmp_path: Path) -> None:
