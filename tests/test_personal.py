@@ -145,7 +145,10 @@ def test_fine_tuning(tmp_path: Path, mode: dict[str, bool]) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"clients.personal": ["ouput.*"]}, r"clients.personal: 'ouput.\*' matches no parameter.*the model has"),
+        (
+            {"clients.personal": ["ouput.*"]},
+            r"clients.personal: 'ouput.\*' matches no trained parameter.*the model has",
+        ),
         ({"clients.personal": ["*"]}, "keeps all parameters with the clients, so that nothing is learnt together"),
         ({"algorithm": "fedper"}, "'fedper' keeps layers with the clients, but clients.personal names none"),
         ({"algorithm": "fedbn"}, "'fedbn' keeps BatchNorm layers .* the model has none"),

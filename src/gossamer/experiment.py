@@ -291,7 +291,7 @@ def _continue(
             log.check(None if latest is None else latest.logs)
             if latest is not None:
                 require_same(latest.inputs, inputs)
-                require_end(written, config.rounds, latest.round)
+                require_end(written, config.rounds, latest.round, latest.progress.get("stop_reason", ""))
                 parts = prepare()
                 require_same(latest.inputs, parts.inputs | inputs)
         except CheckpointError as error:

@@ -41,14 +41,22 @@ def why_end_is_fixed(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def require_end(config: Mapping[str, Any], rounds: int, done: int) -> None:
+def require_end(config: Mapping[str, Any], rounds: int, done: int, stop_reason: str = "") -> None:
     """Check that a run of a resolved configuration can end after `rounds`, of which `done` are done.
+
+    Args:
+        stop_reason: why it has ended already, by ``stop``.
 
     Raises:
         ConfigError: it cannot.
     """
     if rounds < done:
         raise ConfigError(f"rounds = {rounds}, but {done} rounds are done: give {done} or more")
+    if stop_reason and rounds != config[END]:
+        raise ConfigError(
+            f"rounds = {rounds} changes nothing, because the run has ended after {done} rounds: {stop_reason}: leave it"
+            " out, or start another run without stop"
+        )
     reason = why_end_is_fixed(config)
     if reason is not None and rounds != config[END]:
         raise ConfigError(

@@ -55,7 +55,7 @@ def personal_parameters(config: Config, algorithm: Any, workload: Workload) -> t
                 f"{where} keeps BatchNorm layers with the clients, and the model has none that are trained: choose"
                 " another model, or 'fedper'"
             )
-    found = matching(where, patterns, layout.names)
+    found = matching(where, patterns, layout.names, "trained parameter")
     if len(found) == len(layout.names):
         raise ConfigError(
             f"{where} keeps all parameters with the clients, so that nothing is learnt together: keep fewer"

@@ -152,7 +152,7 @@ def require_matches(groups: Sequence[ParameterGroup], names: tuple[str, ...]) ->
     for number, group in enumerate(groups):
         if not any(fnmatchcase(name, group.match) for name in names):
             raise ConfigError(
-                f"train.groups[{number}].match = {group.match!r} is the name of no parameter"
+                f"train.groups[{number}].match = {group.match!r} is the name of no trained parameter"
                 f"{nearest(group.match.replace('*', ''), names, cutoff=0.3)} (known: {', '.join(names[:MOST_NAMED])}"
                 f"{', ...' if len(names) > MOST_NAMED else ''})"
             )

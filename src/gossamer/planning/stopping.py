@@ -78,10 +78,18 @@ def watch(
     if is_known and options.target is not None and sign * value >= sign * options.target:
         progress.stop_reason = f"{name} {value:.6g} reached stop.target = {options.target:g}"
     elif options.patience is not None and progress.num_stale >= options.patience:
-        kept = "has no value" if progress.best_value is None else f"stayed at {progress.best_value:.6g} at best"
-        progress.stop_reason = f"{name} {kept} for stop.patience = {options.patience} evaluations"
+        progress.stop_reason = f"{name} {_standstill(options, progress)}"
     if progress.stop_reason:
         on_event("ended", round=progress.round, reason=progress.stop_reason)
+
+
+def _standstill(options: StopOptions, progress: Progress) -> str:
+    """Say since when a metric got no better."""
+    patience = f"for stop.patience = {options.patience} evaluations"
+    if progress.best_value is None:
+        return f"has no value {patience}"
+    enough = f" by more than stop.min_delta = {options.min_delta:g}" if options.min_delta else ""
+    return f"got no better than {progress.best_value:.6g}{enough} {patience}"
 
 
 def _flat(record: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

@@ -54,7 +54,9 @@ def list_runs(directory: str | Path) -> list[ListedRun]:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise ConfigError(f"no directory {str(directory)!r}: name one that 'gossamer run' made")
+        raise ConfigError(
+            f"no directory {str(directory)!r}: name one below which there are runs, as in: gossamer runs ."
+        )
     return [_look_at(path, str(path.relative_to(directory))) for path in run_directories(directory)]
 
 

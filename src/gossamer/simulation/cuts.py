@@ -27,8 +27,8 @@ def check_cuts(layout: Layout, costs: Sequence[VariantCosts]) -> tuple[str, ...]
     if all(number == whole for number in left.values()):
         raise ConfigError(
             f"submodel.capacities = {sorted({one.capacity for one in costs})} cut nothing of this model, none of whose"
-            f" dimensions can be cut: everybody would train all {whole:,} parameters; set submodel.capacities to [1.0],"
-            " or choose another model"
+            f" dimensions can be cut so far: everybody would train all {whole:,} parameters; set submodel.capacities to"
+            " [1.0], or choose a wider model (of low-rank factors, a higher workload.lora.rank)"
         )
     if all(number / whole <= (1 + capacity) / 2 for capacity, number in left.items()):
         return ()

@@ -79,23 +79,27 @@ class Partition:
             raise DataError(
                 f"partition {name!r} uses sample {outside[0]}, which is outside 0 .. {total - 1}: correct it"
             )
-        used = np.bincount(self.indices, minlength=total)
-        wrong = np.flatnonzero((used > 1) if self.is_partial else (used != 1))
-        if len(wrong):
-            raise DataError(
-                f"partition {name!r} uses sample {wrong[0]} {used[wrong[0]]} times: use each of {total} samples once"
-                + ("" if used[wrong[0]] else ", or say that the partition is partial, where it may be so")
-            )
-        if self.offsets[0] != 0 or self.offsets[-1] != len(self.indices):
-            raise DataError(
-                f"partition {name!r} has offsets from {self.offsets[0]} to {self.offsets[-1]}:"
-                f" let them run from 0 to {len(self.indices)}"
-            )
         smallest = int(np.argmin(self.num_samples))
         if self.num_samples[smallest] < min_samples:
             raise DataError(
                 f"partition {name!r} gives client {smallest} {self.num_samples[smallest]} samples, fewer than"
                 f" {min_samples}: lower the number of clients or min_samples, or choose a less skewed partition"
+            )
+        used = np.bincount(self.indices, minlength=total)
+        wrong = np.flatnonzero((used > 1) if self.is_partial else (used != 1))
+        if len(wrong):
+            raise DataError(
+                f"partition {name!r} uses sample {wrong[0]} {used[wrong[0]]} times: use each of {total} samples once"
+                + (
+                    ""
+                    if used[wrong[0]]
+                    else ', or say that some are left out, by partial: true of partition file, or {"indices": ..., "partial": True}'
+                )
+            )
+        if self.offsets[0] != 0 or self.offsets[-1] != len(self.indices):
+            raise DataError(
+                f"partition {name!r} has offsets from {self.offsets[0]} to {self.offsets[-1]}:"
+                f" let them run from 0 to {len(self.indices)}"
             )
         return self
 

@@ -231,8 +231,8 @@ def layer_of(weight: str) -> str:
     return weight.removesuffix(".weight")
 
 
-def matching(option: str, patterns: Iterable[str], names: Iterable[str]) -> set[str]:
-    """Return the names that patterns of `fnmatch` match.
+def matching(option: str, patterns: Iterable[str], names: Iterable[str], what: str = "parameter") -> set[str]:
+    """Return the names that patterns of `fnmatch` match; `what` errors call them.
 
     Raises:
         ConfigError: a pattern matches none.
@@ -243,7 +243,7 @@ def matching(option: str, patterns: Iterable[str], names: Iterable[str]) -> set[
         if not those:
             close = nearest(pattern, known, cutoff=0.3)
             some = ", ".join(sorted(known)[:MOST_NAMED]) + (", ..." if len(known) > MOST_NAMED else "")
-            raise ConfigError(f"{option}: {pattern!r} matches no parameter{close} (the model has: {some})")
+            raise ConfigError(f"{option}: {pattern!r} matches no {what}{close} (the model has: {some})")
         found |= those
     return found
 
