@@ -312,7 +312,14 @@ def _unit(axis: XAxis, largest: float) -> tuple[float, str]:
 
 
 def _format_axes(ax: Axes, metric: str, panel: PanelOptions) -> None:
-    from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import (
+        EngFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        PercentFormatter,
+        StrMethodFormatter,
+    )
 
     label = METRIC_LABELS.get(metric, metric.replace("_by_capacity.", " at capacity ").replace("_", " "))
     label = label[0].upper() + label[1:]
@@ -330,6 +337,10 @@ def _format_axes(ax: Axes, metric: str, panel: PanelOptions) -> None:
     ax.margins(x=0.02)
     if panel.log_x:
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter(NullFormatter())  # labels between the decades would overlap
+        if ax.dataLim.x1 < 100 * ax.dataLim.x0:  # few decades to be labelled
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     elif panel.x == "round":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 

@@ -88,13 +88,10 @@ class Partition:
         used = np.bincount(self.indices, minlength=total)
         wrong = np.flatnonzero((used > 1) if self.is_partial else (used != 1))
         if len(wrong):
+            left_out = 'say that some are left out, by partial: true of "file", or {"indices": ..., "partial": True}'
             raise DataError(
                 f"partition {name!r} uses sample {wrong[0]} {used[wrong[0]]} times: use each of {total} samples once"
-                + (
-                    ""
-                    if used[wrong[0]]
-                    else ', or say that some are left out, by partial: true of partition file, or {"indices": ..., "partial": True}'
-                )
+                + ("" if used[wrong[0]] else f", or {left_out}")
             )
         if self.offsets[0] != 0 or self.offsets[-1] != len(self.indices):
             raise DataError(

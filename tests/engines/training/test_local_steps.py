@@ -147,11 +147,11 @@ def test_all_at_once_on_any_number_of_workers(tmp_path: Path, workers: int) -> N
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"train.groups": [{"match": "head.*", "lr": 0.1}]},
-        "train.groups[0].match = 'head.*' is the name of no parameter; did you mean 'hidden0.bias'? (known: hidden0.",
+        "train.groups[0].match = 'head.*' is the name of no trained parameter; did you mean 'hidden0.bias'? (known: ",
     ),
     (
         {"train.groups": [{"match": "outptu.bias", "lr": 0.1}]},
-        "is the name of no parameter; did you mean 'output.bias'? (known: ",
+        "is the name of no trained parameter; did you mean 'output.bias'? (known: ",
     ),
     (
         {"train.groups": [{"match": "*", "lr": 0.1}, {"match": "*.bias", "lr": 0.1}]},
