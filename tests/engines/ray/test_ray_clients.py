@@ -109,7 +109,7 @@ def on_ray(config: Mapping[str, Any], workers: int = 2, **engine: Any) -> dict[s
     return dict(config) | {"engine": config["engine"] | {"name": "ray", "workers": workers, **engine}}
 
 
-@pytest.mark.sweep(keep=0.3)
+@pytest.mark.sweep(keep=0.2)
 @SHARED
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("is_own", [False, True], ids=["object store", "shared memory"])
@@ -303,7 +303,7 @@ class TestInterrupted:
 @pytest.mark.parametrize("name", ["raylet", "gcs_server"])
 def test_a_daemon_that_dies_is_one_sentence(tmp_path: Path, name: str) -> None:
     config = configure({"rounds": 100_000, "evaluation": {"every": 1000}, "checkpoint.every_seconds": 1000})
-    process = gossamer("run", write(tmp_path, on_ray(config)), "--out", tmp_path / "run")
+    process = gossamer("run", write(tmp_path, on_ray(config)), "--quiet", "--out", tmp_path / "run")
     wait_for(lambda: process.poll() is not None or len(list_metrics(tmp_path / "run")) >= 3, 120)
     of_driver = rf"\d+ \({name}\) \w {process.pid} "
     stats = {path: path.read_text(errors="replace") for path in Path("/proc").glob("[0-9]*/stat") if path.exists()}
