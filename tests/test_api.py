@@ -241,7 +241,7 @@ class TestPartitions:
             ([*FULL[:7], [7, 0]], "uses sample 0 2 times: use each of 150 samples once"),
             (
                 [*FULL[:7], []],
-                "uses sample 7 0 times: use each of 150 samples once, or say that .* is partial",
+                "uses sample 7 0 times: use each of 150 samples once, or say that some are left out",
             ),
             ({"indices": [*FULL[:7], []], "partial": True}, "gives client 7 0 samples, fewer than 1"),
             ({"indices": [*FULL[:7], [7, 0]], "partial": True}, "uses sample 0 2 times"),

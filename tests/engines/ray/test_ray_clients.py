@@ -109,7 +109,7 @@ def on_ray(config: Mapping[str, Any], workers: int = 2, **engine: Any) -> dict[s
     return dict(config) | {"engine": config["engine"] | {"name": "ray", "workers": workers, **engine}}
 
 
-@pytest.mark.sweep(keep=0.2)
+@pytest.mark.sweep(keep=0.1)
 @SHARED
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("is_own", [False, True], ids=["object store", "shared memory"])
@@ -172,7 +172,7 @@ def test_gpus_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run(on_ray(config), out=tmp_path / "clients")
 
 
-@pytest.mark.sweep(keep=0.3)
+@pytest.mark.sweep(keep=0.2)
 @SHARED
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("kind", GOLDEN)
@@ -183,7 +183,7 @@ def test_the_number_of_actors_changes_no_bits(tmp_path: Path, kind: str, workers
     assert digest(run(other, out=tmp_path / "seed").params) != digest(here.params)
 
 
-@pytest.mark.sweep(keep=0.5)
+@pytest.mark.sweep(keep=0.25)
 @SHARED
 @pytest.mark.parametrize("case", ["rolling", "private state"])
 @pytest.mark.parametrize("engines", [("local", "ray"), ("ray", "local")], ids=" then ".join)

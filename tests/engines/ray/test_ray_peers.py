@@ -95,7 +95,7 @@ class Strike:
                 os.kill(self.fired[0], self._number)
 
 
-@pytest.mark.sweep(keep=0.4)
+@pytest.mark.sweep(keep=0.25)
 @pytest.mark.parametrize("case", CASES)
 def test_bits_of_the_local_engine(tmp_path: Path, case: str) -> None:
     changes = CASES[case]
