@@ -153,7 +153,9 @@ def test_fine_tuning(tmp_path: Path, mode: dict[str, bool]) -> None:
         ({"algorithm": "fedper"}, "'fedper' keeps layers with the clients, but clients.personal names none"),
         ({"algorithm": "fedbn"}, "'fedbn' keeps BatchNorm layers .* the model has none"),
         ({"algorithm": "fedbn", "clients.personal": ["output.*"]}, "'fedbn' keeps the BatchNorm layers .* leave"),
-        ({"algorithm": "scaffold", "clients.personal": ["output.*"]}, "clients send more than the mean"),
+        ({"algorithm": "scaffold", "clients.personal": ["output.*"]}, "clients send more than one mean"),
+        (PERSONAL | {"communication.downlink": "int8"}, r"downlink compresses whole models, but 'output\.bias' is"),
+        ({"algorithm": "streaming-diloco", "communication.downlink": "int8"}, "downlink compresses whole models"),
         ({"algorithm": {"name": "fedrep", "head_share": 1}, "clients.personal": ["output.*"]}, "head_share"),
     ],
 )

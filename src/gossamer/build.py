@@ -15,7 +15,7 @@ import torch
 
 from gossamer.algorithms.base import Algorithm
 from gossamer.config import diagnosis
-from gossamer.config.communication import check_codecs
+from gossamer.config.communication import check_codecs, require_whole_downlink
 from gossamer.config.inputs import configuration_inputs
 from gossamer.config.optimizers import require_moments
 from gossamer.config.resolve import Resolved, resolve
@@ -161,6 +161,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     planner = make_planner(config, task)
     warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.step_size)
     warnings += accumulation_warnings(config, workload)
+    require_whole_downlink(task)
     warnings += check_codecs(config, workload.layout, dtype.itemsize)
     warnings += check_cuts(workload.layout, planner.costs[0].variants)
     if uncounted := sorted({name for costs in planner.costs for name in costs.uncounted}):

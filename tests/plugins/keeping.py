@@ -20,17 +20,21 @@ class Keeping(FedAvg):
     traits = replace(FedAvg.traits, client_arrays=("velocity", "steps"), scalars=("steps",))
 
     def init_client(self, x: Tensor) -> Arrays:
+        """Return the momentum and the steps of newcomers."""
         return {"velocity": torch.full_like(x, NEWCOMER), "steps": x.new_zeros(len(x), 1)}
 
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
+        """Return a copy of the model, and the momentum that was kept."""
         return {"x": state["x"].clone(), "velocity": client_state["velocity"] / (1 + client_state["steps"] / 10)}
 
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
+        """One step along the momentum."""
         carry["x"].sub_(carry["velocity"].mul_(DECAY).add_(grad), alpha=lr)
         return carry
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
     ) -> tuple[Arrays, Arrays]:
+        """Return the change; the momentum, and one more round's steps."""
         kept = {"velocity": carry["velocity"].clone(), "steps": client_state["steps"] + steps}
         return {"x": carry["x"] - state["x"]}, kept

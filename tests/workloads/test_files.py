@@ -140,6 +140,7 @@ class TestTable:
         [
             ("height,label\n1,a\nx,b\n", r"line 3 of .* has 'x' in the column 'height': give numbers alone"),
             ("height,label\n1,a\n1\n", "line 3 of .* has 1 values for 2 columns"),
+            ("height;label\n1;a\n", "has one column, 'height;label': separate columns by commas"),
             ("height,class\n1,a\n", r"has the columns \['height', 'class'\] and 1 rows: give the name of its column"),
             ("label\na\n", "has no column besides 'label'"),
             ("height,label\nnan,a\n2,b\n", "not finite"),

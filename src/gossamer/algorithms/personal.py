@@ -23,7 +23,8 @@ class FedPer(FedAvg):
 class FedRep(FedPer):
     """FedRep (Collins et al., arXiv 2102.07078): the first local steps train the personal layers, then the others.
 
-    The paper trains the personal head for several epochs and the shared layers for one.
+    The paper trains the personal head for several epochs and the shared layers for one. Optimizers that correct for
+    their first steps, such as AdamW, count the steps of both parts together.
     """
 
     class Options(FedPer.Options):

@@ -7,6 +7,7 @@ from typing import Any
 from gossamer.aggregate.codec_base import BaseCodec, Communication
 from gossamer.aggregate.codecs import Identity, make_codec
 from gossamer.config.schema import CommunicationOptions, Config
+from gossamer.engines.task import Task
 from gossamer.errors import ConfigError
 from gossamer.simulation.devices import Availability
 from gossamer.submodel import Layout
@@ -113,6 +114,20 @@ def check_codecs(config: Config, layout: Layout, bytes_per_number: int) -> tuple
             f" it loses is lost for good: set {WHERE}.error_feedback to true unless that is meant"
         )
     return tuple(found)
+
+
+def require_whole_downlink(task: Task) -> None:
+    """Check that a codec of what the server sends acts on what participants receive.
+
+    Raises:
+        ConfigError: it would act on parameters that are not sent, and its bytes would be those of the others.
+    """
+    unsent = sorted({name for phase in task.phases for variant in phase.variants for name in variant.unsent})
+    if task.communication.downlink is not None and unsent:
+        raise ConfigError(
+            f"{WHERE}.downlink compresses whole models, but {unsent[0]!r} is not sent in every phase: leave it out, or"
+            " send all parameters (no clients.personal, or another algorithm)"
+        )
 
 
 def _of_codec(where: str, codec: BaseCodec, d: int, bytes_per_number: int) -> list[str]:

@@ -33,7 +33,7 @@ def require_personal(config: Config, algorithm: Any) -> None:
     shaped = {payload: kind for payload, kind in traits.uplink.items() if payload not in traits.scalars}
     if (given or traits.personal != "none") and (shaped != {"x": "mean"} or traits.num_phases > 1):
         raise ConfigError(
-            f"algorithm {name!r} does not go with {WHERE}, because clients send more than the mean of their changes:"
+            f"algorithm {name!r} does not go with {WHERE}, because clients send more than one mean of their changes:"
             " leave it out, or choose fedavg, fedprox or the like"
         )
 

@@ -47,7 +47,7 @@ class ClientModels:
         """
         found: dict[str, list[dict[str, float]]] = {"personal": [], "fine_tuned": []}
         with one_thread():
-            for row in np.lexsort((plan.client,)).tolist():
+            for row in np.argsort(plan.client).tolist():
                 here = slice(row, row + 1)
                 job = Job(
                     plan.round,

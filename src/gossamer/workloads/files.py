@@ -207,7 +207,9 @@ def _read_table(path: str, label: str) -> tuple[list[str], Tensor, list[str]]:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise DataError(f"cannot read the table {path!r} ({reason}): correct {WHERE}.path") from None
     if len(rows) < 2 or label not in rows[0]:
-        columns = rows[0] if rows else []
+        columns, given = (rows[0], rows[0][0]) if rows and rows[0] else ([], "")
+        if len(columns) == 1 and any(mark in given for mark in ";\t"):
+            raise DataError(f"the table {path!r} has one column, {given!r}: separate columns by commas")
         raise DataError(f"the table {path!r} has the columns {columns} and {max(0, len(rows) - 1)} rows: give the name"
                         f" of its column of classes in {WHERE}.label, not {label!r}")  # fmt: skip
     column, names = rows[0].index(label), [name for name in rows[0] if name != label]
