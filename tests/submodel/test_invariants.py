@@ -16,7 +16,7 @@ from gossamer.registry import BUILTIN, resolve
 from gossamer.submodel import Cutter, Layout
 from gossamer.workloads.models import CNN
 from gossamer.workloads.resnet import PreActResNet18
-from gossamer.workloads.transformer import Transformer
+from gossamer.workloads.transformer import TextClassifier, Transformer
 
 STRATEGIES = sorted(BUILTIN["strategy"])
 CAPACITIES = (0.25, 0.5, 1.0)
@@ -35,6 +35,7 @@ def models() -> dict[str, tuple[Any, Tensor]]:
         "transformer by heads": (Transformer(6, NUM_LABELS, **SMALL), characters),
         "transformer inside heads": (Transformer(6, NUM_LABELS, cut="head-dim", **SMALL), characters),
         "transformer with its stream": (Transformer(6, NUM_LABELS, cut_stream=True, **SMALL), characters),
+        "classifier of texts": (TextClassifier((6,), NUM_LABELS, NUM_LABELS, cut_stream=True, **SMALL), characters),
     }
 
 

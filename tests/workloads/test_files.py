@@ -224,6 +224,24 @@ def save_leaf(root: Path, users: dict[str, tuple[Any, Any]]) -> None:
         (root / split / "all_data.json").write_text(json.dumps(text))
 
 
+def tweets(user: str, *texts: str) -> list[list[str]]:
+    """Return samples as LEAF's ``data/sent140/preprocess`` writes them: a row of Sentiment140 without its polarity."""
+    when, number = "Mon Apr 06 22:19:45 PDT 2009", 1467810369
+    return [[str(number + i), when, "NO_QUERY", user, text, "training"] for i, text in enumerate(texts)]
+
+
+class Counting(nn.Module):
+    """A bag of words, whose parameter `num_tokens` is filled in."""
+
+    def __init__(self, num_tokens: int, num_classes: int) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(num_tokens, num_classes, mode="sum")
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.bag(x)
+        return logits
+
+
 class TestLeaf:
     def test_each_client_has_its_own_test_data(self, tmp_path: Path) -> None:
         """Client 1 is tested on its own four samples, of which a model that always says 0 gets one right."""
@@ -256,10 +274,35 @@ class TestLeaf:
         run = train({"name": "leaf", "path": str(tmp_path)}, tmp_path / "run", model=model, clients=clients)
         assert len(run.metrics) == 2
 
+    def test_words_of_tweets(self, tmp_path: Path) -> None:
+        """Tokens: 2 is ``!`` (four times), 3 and 4 are the words that occur twice; ``go`` is beyond the five."""
+        users = {"bob": (tweets("bob", "Good good! go"), [1]), "al": (tweets("al", "it's !!! it's bad"), [0])}
+        save_leaf(tmp_path, users)
+        data = leaf({"path": str(tmp_path), "max_words": 5, "num_tokens": 5})
+        assert isinstance(data.train_images, Tensor)
+        assert data.train_images.tolist() == [[4, 2, 2, 2, 4], [3, 3, 2, 1, 0]]
+        assert (data.train_labels.tolist(), data.num_labels, data.num_tokens) == ([0, 1], 2, 5)
+        save_leaf(tmp_path / "raw", {"al": (tweets("al", "a", "b", "c"), ["0", 2, 4])})
+        assert leaf({"path": str(tmp_path / "raw")}).train_labels.tolist() == [0, 0, 1]
+
+    @pytest.mark.parametrize("model", ["transformer", Counting])
+    def test_tweets_are_learnt(self, tmp_path: Path, model: Any) -> None:
+        happy, sad = ("so good", "what a good day", "good!"), ("so bad", "what a bad day", "bad!")
+        save_leaf(tmp_path / "tweets", {user: (tweets(user, *happy, *sad), [1, 1, 1, 0, 0, 0]) for user in "abc"})
+        if model == "transformer":
+            model = {"name": "transformer", "stream": 8, "num_heads": 2, "num_blocks": 1, "hidden": 8}
+        run = train({"name": "leaf", "path": str(tmp_path / "tweets"), "max_words": 6}, tmp_path / "run", model=model,
+                    clients={"num": 3, "per_round": 3, "partition": "natural-id"}, rounds=20, algorithm="fedavg",
+                    train={"lr": 0.3, "batch_size": 6}, evaluation={"every": 20})  # fmt: skip
+        assert run.metrics[-1]["local_accuracy"] == 1.0
+        assert run.params[next(name for name in run.params if name in ("embedding.weight", "bag.weight"))].shape[0] == 9
+
     @pytest.mark.parametrize(
         ("users", "sentence"),
         [
-            ({"a": ([["id", "a tweet"]], [1])}, "such as the words of Sent140"),
+            ({"a": ([["id", "a tweet"]], [1])}, "nor texts as of Shakespeare or Sent140"),
+            ({"a": ([*tweets("a", "fine"), [7] * 6], [1, 0])}, r"the sample \[7, .*, whose entry 4 is no text"),
+            ({"a": (tweets("a", "fine"), [3])}, "the label 3 of a tweet: give 0 or 1"),
             ({"a": (["ß"], ["a"])}, "another letter than LEAF's 80"),
             ({"a": ([[1.0]], [1, 2])}, "has 1 samples but 2 labels"),
         ],
@@ -280,5 +323,10 @@ def test_images_of_a_model_that_needs_them(tmp_path: Path) -> None:
         train(features, tmp_path / "a", model="cnn")
     with pytest.raises(ConfigError, match="'crop-flip' is for images"):
         train(features, tmp_path / "b", workload={"augment": "crop-flip"})
-    with pytest.raises(ConfigError, match="takes no samples of whole numbers"):
-        train((np.zeros((20, 3), np.int64), np.arange(20) % 2), tmp_path / "c")
+    tokens = (np.ones((20, 3), np.int64), np.arange(20) % 2)
+    with pytest.raises(ConfigError, match="takes no samples of whole numbers: take transformer"):
+        train(tokens, tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"'transformer' is for tokens, .* shape \(3,\) are none"):
+        train(features, tmp_path / "d", model="transformer")
+    with pytest.raises(ConfigError, match="num_tokens = 1, but the data have 2 tokens: raise it"):
+        train(tokens, tmp_path / "e", model={"name": "transformer", "num_tokens": 1})

@@ -18,7 +18,7 @@ from gossamer.submodel import Cut, Cutter, Dim, Layout
 from gossamer.submodel.layout import LABEL_AXIS
 from gossamer.workloads.base import ForwardContext
 from gossamer.workloads.models import CNN
-from gossamer.workloads.transformer import Transformer
+from gossamer.workloads.transformer import TextClassifier, Transformer, TransformerBlocks
 
 CONTEXT, NUM_LABELS = 7, 5
 SMALL = {"stream": 8, "num_heads": 2, "hidden": 12}
@@ -53,8 +53,9 @@ def characters(*lead: int, seed: int = 0, length: int = CONTEXT) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).integers(NUM_LABELS, size=(*lead, length)))
 
 
-def plain_logits(model: Transformer, params: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Return what a stack of `torch.nn.TransformerEncoderLayer` makes of the same parameters."""
+def plain_logits(model: TransformerBlocks, params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Return what a stack of `torch.nn.TransformerEncoderLayer` makes of the same parameters, at every place."""
+    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1]) if model.is_causal else None
     stream = params["embedding.weight"][x] + params["positions.weight"][: x.shape[1]]
     size = stream.shape[-1]
     for block in model.blocks:
@@ -72,7 +73,7 @@ def plain_logits(model: Transformer, params: dict[str, Tensor], x: Tensor) -> Te
         layer.load_state_dict(
             fused | {f"{theirs}.{kind}": params[f"{block}.{mine}.{kind}"] for (theirs, mine), kind in pairs}
         )
-        stream = layer(stream, src_mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]), is_causal=True)
+        stream = layer(stream, src_mask=mask, is_causal=model.is_causal)
     stream = nn.functional.layer_norm(stream, (size,), params["norm.weight"], params["norm.bias"])
     output = params.get("output.weight", params["embedding.weight"])
     return stream @ output.T + params.get("output.bias", 0.0)
@@ -88,6 +89,16 @@ def test_it_is_pytorchs_encoder_with_a_causal_mask(tied: bool, length: int) -> N
     assert logits.shape == (3, length, NUM_LABELS)
     assert torch.allclose(logits, plain_logits(model, params, x), atol=1e-5)
     assert ("output.weight" in params) == (not tied)
+
+
+@pytest.mark.parametrize("cut", ["heads", "head-dim"])
+def test_a_classifier_is_pytorchs_encoder_averaged(cut: str) -> None:
+    model = TextClassifier((CONTEXT,), 3, NUM_LABELS, cut=cut, **SMALL)
+    params = layout_of(model).views(row_of(model))
+    x = characters(4)
+    assert torch.allclose(model.apply(params, x), plain_logits(model, params, x).mean(1), atol=1e-5)
+    dims = dict(zip(layout_of(model).names, layout_of(model).axes, strict=True))
+    assert (dims["embedding.weight"], dims["output.weight"]) == ((Dim(None),) * 2, (Dim(LABEL_AXIS), Dim(None)))
 
 
 @given(st.integers(0, CONTEXT - 2), st.integers(0, 99))

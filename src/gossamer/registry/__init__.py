@@ -106,6 +106,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "mlp": "gossamer.workloads.models:MLP",
         "cnn": "gossamer.workloads.models:CNN",
         "preact-resnet18": "gossamer.workloads.resnet:PreActResNet18",
+        "transformer": "gossamer.workloads.transformer:TextClassifier",
     },
     "text-model": {"transformer": "gossamer.workloads.transformer:Transformer"},
     "partition": {

@@ -35,7 +35,7 @@ KEYS = {
     "workload": "workload.name",
     "dataset": "workload.dataset, of images",
     "text": "workload.dataset, of next-character",
-    "model": "workload.model, of images",
+    "model": "workload.model, of images and other samples",
     "text-model": "workload.model, of next-character",
     "partition": "clients.partition or peers.partition",
     "topology": "peers.topology",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from gossamer import rng
 from gossamer.errors import ConfigError
 from gossamer.submodel.layout import Axes
 from gossamer.workloads.augment import crop_flip
-from gossamer.workloads.base import ForwardContext, Model, Params, Sums
+from gossamer.workloads.base import ForwardContext, Model, Params, Sums, require_model
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by
 from gossamer.workloads.models import Fitting
@@ -27,6 +28,7 @@ from gossamer.workloads.plugins import Spec, with_sizes
 from gossamer.workloads.sample_data import OwnTestData
 from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, chunk_of, cross_entropies
 
+NUM_TOKENS = "num_tokens"  # parameter of models that take the size of the vocabulary
 CACHED_IMAGES = 128  # images that are normalised at a time
 MANY_SETS = (
     "local_accuracy and worst_client_accuracy are not measured: the clients' distinct sets of classes, times the number"
@@ -39,7 +41,8 @@ class ImageOptions(SupervisedOptions):
 
     Attributes:
         model: a `torch.nn.Module` class of your own is a model, too, see `gossamer.workloads.modules.ModuleModel`. It
-            is called with the shape of a sample and the number of classes, see `with_sizes`.
+            is called with the shape of a sample and the number of classes, see `with_sizes`; where samples are tokens
+            and it has a parameter `num_tokens` without a default, that is the size of the vocabulary.
         augment: ``"none"`` or ``"crop-flip"``.
         statistics_chunk: most samples by whose moments a static-BatchNorm pass normalises at a time.
         local_evaluation: whether each client's accuracy on its own classes is measured.
@@ -80,6 +83,7 @@ class ImageClassification(Supervised):
     def _make_model(
         cls, function: Callable[..., Any], params: Mapping[str, Any], size: Any, facts: Mapping[str, Any], seed: int
     ) -> Model:
+        params = {**params, **_vocabulary_size(function, params, facts)}
         function, source = with_sizes(function, params), partial(rng.generator, seed, "init-model")
         with (
             seeded(seed_of(source())),
@@ -91,7 +95,11 @@ class ImageClassification(Supervised):
             few = torch.tensor(facts["tokens"]) if "tokens" in facts else None
             return ModuleModel(build, size, facts["num_labels"], seed=seed_of(source()), samples=few)
         if "tokens" in facts and not isinstance(model, ModuleModel):
-            raise ConfigError("workload.model takes no samples of whole numbers: give a module of your own")
+            require_model("workload.model", model)
+            if not model.traits.takes_tokens:
+                raise ConfigError(
+                    "workload.model takes no samples of whole numbers: take transformer, or a module of your own"
+                )
         if isinstance(model, ModuleModel):
             model.reseed(source())
         return model
@@ -107,7 +115,9 @@ class ImageClassification(Supervised):
 
     def _facts(self) -> dict[str, Any]:
         found = super()._facts() | {"mean": list(self.data.mean), "std": list(self.data.std)}
-        return found | ({"tokens": self.data.train_images[:TRIED].tolist()} if self._has_tokens else {})
+        if self._has_tokens:
+            found |= {"tokens": self.data.train_images[:TRIED].tolist(), NUM_TOKENS: self.data.num_tokens}
+        return found
 
     @torch.no_grad()
     def warnings_of(self, batch_size: int) -> tuple[str, ...]:
@@ -292,6 +302,26 @@ class ImageClassification(Supervised):
         if self._label_sets is None:
             return np.zeros(0)
         return self._label_sets.accuracies(sums["local_correct"], sums["tested"], clients)
+
+
+def _vocabulary_size(
+    function: Callable[..., Any], params: Mapping[str, Any], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the argument `num_tokens` of a model that takes it and was not given it, where samples are tokens.
+
+    Raises:
+        ConfigError: it was given, but is too small.
+    """
+    known = facts.get(NUM_TOKENS)
+    given = params.get(NUM_TOKENS)
+    if known is not None and isinstance(given, int) and given < known:
+        raise ConfigError(f"workload.model.{NUM_TOKENS} = {given}, but the data have {known} tokens: raise it")
+    try:
+        parameter = inspect.signature(function).parameters.get(NUM_TOKENS)
+    except ValueError:  # some built-in types have no signature
+        return {}
+    is_open = parameter is not None and parameter.default in (inspect.Parameter.empty, None)
+    return {NUM_TOKENS: known} if is_open and NUM_TOKENS not in params and known is not None else {}
 
 
 def _count(clients: Ints, num_clients: int) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gossamer.errors import DataError
 from gossamer.workloads.datasets import ImageData, require_tensors
+from gossamer.workloads.samples import pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,15 @@ class SampleData(ImageData):
 
     def _check_units(self, given_std: tuple[float, ...] | None) -> None:
         """Check nothing: features may be rare."""
+
+    @cached_property
+    def num_tokens(self) -> int | None:
+        """One more than the largest of samples that are whole numbers; None where others, or some are below 0."""
+        if self.train_images.dtype != torch.int64:
+            return None
+        ends = [piece.aminmax() for split in (self.train_images, self.test_images) for piece in pieces(split)]
+        is_counted = all(int(end.min) >= 0 for end in ends)
+        return 1 + max(int(end.max) for end in ends) if is_counted else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,6 +50,7 @@ class ModelTraits(Traits):
     Attributes:
         adaptable: whether ``F.linear``, ``F.embedding`` and ``torch.addmm`` (as its left matrix) are called with the
             parameters themselves wherever one participant is trained alone, so that low-rank factors can stand beside.
+        takes_tokens: whether samples may be whole numbers, int64 [b, length]; others are float32.
     """
 
     supports_stacking: bool = True
@@ -57,3 +58,4 @@ class ModelTraits(Traits):
     has_images: bool = False
     uses_key: bool = False
     adaptable: bool = False
+    takes_tokens: bool = False

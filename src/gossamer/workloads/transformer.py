@@ -1,4 +1,4 @@
-"""A small causal transformer as pure functions of named parameters, cut by whole heads or inside every head.
+"""Small transformers as pure functions of named parameters, cut by whole heads or inside every head.
 
 Which dimensions a capacity below 1 shortens:
 
@@ -8,23 +8,25 @@ Which dimensions a capacity below 1 shortens:
 - the hidden width of every feed-forward layer, an axis of its own.
 - ``cut_stream=True``: also the residual stream, one axis for embedding, positions, normalisations and projections.
 
-Characters and positions are never cut. With a whole stream, a sub-model computes what the full model would compute with
-all other channels set to zero.
+Characters, words and positions are never cut. With a whole stream, a sub-model computes what the full model would
+compute with all other channels set to zero.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gossamer.errors import ConfigError
 from gossamer.options import parse_options
-from gossamer.submodel.layout import LABEL_AXIS, Dim
+from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
 from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.dropout import Dropout
@@ -34,8 +36,8 @@ from gossamer.workloads.traits import ModelTraits
 STREAM = "stream"
 
 
-class TransformerOptions(ModelOptions):
-    """Options of `Transformer`; `width` (in (0, 1]) makes a model of its own with the shapes of such a sub-model.
+class BlockOptions(ModelOptions):
+    """Options of every transformer; `width` (in (0, 1]) makes a model of its own with the shapes of such a sub-model.
 
     Attributes:
         stream: channels of the residual stream; a head has ``stream / num_heads`` of them.
@@ -44,7 +46,6 @@ class TransformerOptions(ModelOptions):
         hidden: hidden units of each feed-forward layer.
         cut: whether a capacity drops whole heads or channels of every head.
         cut_stream: whether a capacity cuts the residual stream, too.
-        tied: whether the output layer is the embedding; it has no bias then.
         dropout: share of what enters the stream, and of the shares of attention, that is dropped while training.
     """
 
@@ -54,11 +55,10 @@ class TransformerOptions(ModelOptions):
     hidden: int = Field(256, ge=1)
     cut: Literal["heads", "head-dim"] = "heads"
     cut_stream: bool = False
-    tied: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
 
     @model_validator(mode="after")
-    def _divisible(self) -> TransformerOptions:
+    def _divisible(self) -> BlockOptions:
         if self.stream % self.num_heads:
             raise ValueError(
                 f"stream {self.stream} cannot be divided among num_heads {self.num_heads}: make it a multiple of them"
@@ -66,10 +66,16 @@ class TransformerOptions(ModelOptions):
         return self
 
 
-class Transformer(DeclaredModel):
-    """Causal transformer with pre-normalisation (Vaswani et al., arXiv 1706.03762; Radford et al., 2019).
+class TransformerOptions(BlockOptions):
+    """Options of `Transformer`. Attributes: tied: whether the output layer is the embedding; it has no bias then."""
 
-    Characters and learned positions are embedded; every block adds multi-head attention to the stream, then a
+    tied: bool = False
+
+
+class TransformerBlocks(DeclaredModel):
+    """Base of transformers with pre-normalisation.
+
+    Tokens and learned positions are embedded; every block adds multi-head attention to the stream, then a
     perceptron with GELU, each of the normalised stream; a normalisation and a linear layer end it. Dropout stands where
     GPT-2 has it: after the embedding, in the shares of attention, and on what every layer adds to the stream.
 
@@ -77,25 +83,24 @@ class Transformer(DeclaredModel):
     sum over a share of the channels is about as large as the whole one.
 
     Attributes:
+        is_causal: whether a place attends to itself and those before it alone.
         blocks: names of the blocks.
         head_dim: channels of a head; the softmax's scale is ``head_dim ** -0.5``, of every sub-model, too.
     """
 
-    Options = TransformerOptions
+    Options: ClassVar[type[BlockOptions]] = BlockOptions
+    is_causal: ClassVar[bool] = True
 
-    def __init__(self, context: int, num_labels: int, **params: Any) -> None:
-        """Declare the parameters.
+    def _declare(self, length: int, num_tokens: int, token_axis: str | None, options: BlockOptions) -> None:
+        """Declare all parameters but those of an output layer.
 
         Args:
-            context: most characters in a row.
-            num_labels: characters of the vocabulary.
-            params: see `TransformerOptions`.
-
-        Raises:
-            ConfigError: an unknown or wrong option.
+            length: most tokens in a row.
+            num_tokens: characters or words of the vocabulary.
+            token_axis: axis of the embedding's first dimension.
+            options: of the model.
         """
-        super().__init__()
-        self.options = options = parse_options(TransformerOptions, params, WHERE)
+        self.options = options
         self.traits = ModelTraits(uses_key=options.dropout > 0, adaptable=True)
         self.blocks = tuple(f"block{i}" for i in range(options.num_blocks))
         self.head_dim, self.num_heads = options.stream // options.num_heads, options.num_heads
@@ -107,8 +112,9 @@ class Transformer(DeclaredModel):
         size, axis = (
             (window_length(options.stream, options.width), STREAM) if options.cut_stream else (options.stream, None)
         )
-        self.add("embedding", (num_labels, size), (LABEL_AXIS, axis), bias=False)
-        self.add("positions", (context, size), (None, axis), bias=False)
+        self.stream: tuple[int, AxisSpec] = (size, axis)
+        self.add("embedding", (num_tokens, size), (token_axis, axis), bias=False)
+        self.add("positions", (length, size), (None, axis), bias=False)
         for block in self.blocks:
             self.add(f"{block}.norm0", (size,), (axis,))
             self._add_attention(block, size, axis)
@@ -116,8 +122,6 @@ class Transformer(DeclaredModel):
             self.add(f"{block}.expand", (hidden, size), (f"{block}.hidden", axis))
             self.add(f"{block}.contract", (size, hidden), (axis, f"{block}.hidden"))
         self.add("norm", (size,), (axis,))
-        if not options.tied:
-            self.add("output", (num_labels, size), (LABEL_AXIS, axis))
 
     def _add_attention(self, block: str, size: int, axis: str | None) -> None:
         """Declare the four projections; their inner dimension runs over heads, and in each over its channels."""
@@ -131,14 +135,8 @@ class Transformer(DeclaredModel):
         self.add(f"{block}.value", (inner, size), (mixed, axis))
         self.add(f"{block}.project", (size, inner), (axis, mixed))
 
-    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
-        """Return logits of the next character at every place, float32 [b, n, num_labels].
-
-        Args:
-            params: parameters of the model or of a sub-model.
-            x: int64 [b, n], n at most the context; place i depends on the characters 0 .. i alone.
-            context: only its scale and key matter, as there is no BatchNorm.
-        """
+    def _encoded(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext) -> Tensor:
+        """Return what an output layer is given of every place of x, float32 [b, n, stream]."""
         scale, p, dropout = context.scale, self.options.dropout, Dropout(context.key)
         wide = scale if self.options.cut_stream else 1.0
         stream = F.embedding(x, params["embedding.weight"]) + params["positions.weight"][: x.shape[-1]]
@@ -149,13 +147,12 @@ class Transformer(DeclaredModel):
             normal = rescale(_normalised(params, f"{block}.norm1", stream), wide)
             hidden = rescale(F.gelu(_linear(params, f"{block}.expand", normal)), scale)
             stream = stream + dropout(_linear(params, f"{block}.contract", hidden), p)
-        normal = rescale(_normalised(params, "norm", stream), wide)
-        return F.linear(normal, params["embedding.weight"]) if self.options.tied else _linear(params, "output", normal)
+        return rescale(_normalised(params, "norm", stream), wide)
 
     def _attention(
         self, params: Mapping[str, Tensor], block: str, x: Tensor, scale: float | Tensor, dropout: Dropout
     ) -> Tensor:
-        """Return what causal attention adds to the stream.
+        """Return what attention adds to the stream.
 
         Written with plain products, which `torch.vmap` and the counting of FLOPs understand.
 
@@ -172,9 +169,88 @@ class Transformer(DeclaredModel):
         if self.options.cut == "head-dim":
             query = rescale(query, scale)
         scores = (query * (1 / math.sqrt(self.head_dim))) @ key.transpose(-1, -2)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        mixed = dropout(scores.masked_fill(future, -torch.inf).softmax(-1), self.options.dropout) @ value
+        if self.is_causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        mixed = dropout(scores.softmax(-1), self.options.dropout) @ value
         return _linear(params, f"{block}.project", rescale(mixed.transpose(-3, -2).flatten(-2), scale))
+
+
+class Transformer(TransformerBlocks):
+    """Causal transformer with pre-normalisation (Vaswani et al., arXiv 1706.03762; Radford et al., 2019).
+
+    It predicts the next character at every place, see `TransformerBlocks`.
+    """
+
+    Options = TransformerOptions
+
+    def __init__(self, context: int, num_labels: int, **params: Any) -> None:
+        """Declare the parameters.
+
+        Args:
+            context: most characters in a row.
+            num_labels: characters of the vocabulary.
+            params: see `TransformerOptions`.
+
+        Raises:
+            ConfigError: an unknown or wrong option.
+        """
+        super().__init__()
+        options = parse_options(TransformerOptions, params, WHERE)
+        self._declare(context, num_labels, LABEL_AXIS, options)
+        self.is_tied = options.tied
+        if not options.tied:
+            self.add("output", (num_labels, self.stream[0]), (LABEL_AXIS, self.stream[1]))
+
+    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
+        """Return logits of the next character at every place, float32 [b, n, num_labels].
+
+        Args:
+            params: parameters of the model or of a sub-model.
+            x: int64 [b, n], n at most the context; place i depends on the characters 0 .. i alone.
+            context: only its scale and key matter, as there is no BatchNorm.
+        """
+        normal = self._encoded(params, x, context)
+        return F.linear(normal, params["embedding.weight"]) if self.is_tied else _linear(params, "output", normal)
+
+
+class TextClassifier(TransformerBlocks):
+    """Classifier of texts of words or other tokens, by a transformer (Vaswani et al., arXiv 1706.03762).
+
+    What `TransformerBlocks` make of all places is averaged and goes into a linear layer. Padding is a token like
+    others, as in LEAF's own models.
+    """
+
+    is_causal = False
+
+    def __init__(
+        self, input_shape: tuple[int, ...], num_labels: int, num_tokens: int | None = None, **params: Any
+    ) -> None:
+        """Declare the parameters.
+
+        Args:
+            input_shape: length of a sample.
+            num_labels: number of classes.
+            num_tokens: size of the vocabulary; None: samples are no tokens.
+            params: see `BlockOptions`.
+
+        Raises:
+            ConfigError: an unknown or wrong option, or samples that are no tokens.
+        """
+        super().__init__()
+        if num_tokens is None or len(input_shape) != 1:
+            raise ConfigError(
+                f"{WHERE} 'transformer' is for tokens, whole numbers from 0 on [length], but samples of the shape"
+                f" {input_shape} are none: take another model"
+            )
+        options = parse_options(BlockOptions, params, WHERE)
+        self._declare(input_shape[0], num_tokens, None, options)
+        self.traits = replace(self.traits, takes_tokens=True)
+        self.add("output", (num_labels, self.stream[0]), (LABEL_AXIS, self.stream[1]))
+
+    def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
+        """Return logits float32 [b, num_labels] of tokens int64 [b, length], see `gossamer.workloads.base.Model`."""
+        return _linear(params, "output", self._encoded(params, x, context).mean(-2))
 
 
 def _linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
