@@ -22,7 +22,8 @@ NOWHERE = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "ray", "grpc", 
 ADAPTERS = {
     "engines/ray": {"ray"},
     "engines/collective": {"torch.distributed"},
-}  # the one package that each of these may be imported in
+    "distributed": {"torch.distributed"},
+}  # the packages that each of these may be imported in
 # Where they are used, these are imported inside a function, so that a short command does not pay for them.
 LAZY = {
     "ray",

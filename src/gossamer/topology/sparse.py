@@ -232,8 +232,8 @@ class Joint(Streaming):
         return "x" if self.bit else "y"
 
     @property
-    def _weights(self) -> tuple[float, float]:
-        """Weights of the message in x and in y."""
+    def message_weights(self) -> tuple[float, float]:
+        """Weights of the message in the receiver's x and y; its own rows have the rest to 1."""
         share = 2 * self.m + 1
         return (0.5, (self.m + 1) / share) if self.bit else (self.m / share, 0.5)
 
@@ -253,7 +253,7 @@ class Joint(Streaming):
     def edges(self) -> Edges:
         """Return n edges, one from each peer."""
         receiver = np.arange(self.n)
-        return sorted_edges(receiver, (receiver - self.offset) % self.n, np.full(self.n, self._weights[0]))
+        return sorted_edges(receiver, (receiver - self.offset) % self.n, np.full(self.n, self.message_weights[0]))
 
     def recv_ranks(self, i: int) -> list[int]:
         """Return i - offset."""
@@ -267,7 +267,7 @@ class Joint(Streaming):
         """Return W on the rows, float64 [2n, 2n]; see `Mixing.dense`."""
         self._require_small("a dense matrix")
         peers, rows = np.arange(self.n), np.arange(2 * self.n)
-        to_x, to_y = self._weights
+        to_x, to_y = self.message_weights
         matrix = np.zeros((2 * self.n, 2 * self.n))
         sent = 2 * ((peers - self.offset) % self.n) + (1 - self.bit)
         matrix[rows, rows] = np.tile([1.0 - to_x, 1.0 - to_y], self.n)
@@ -298,7 +298,7 @@ class Joint(Streaming):
         sent = sites[:, 1 - self.bit]
         for start, stop in row_blocks(x, lo, hi):
             for a, b, source in arrivals(self.n, self.offset, start, stop):
-                for row, weight in enumerate(self._weights):
+                for row, weight in enumerate(self.message_weights):
                     received = sent[source : source + b - a]
                     torch.lerp(sites[a:b, row], received, weight, out=mixed[a - lo : b - lo, row])
 

@@ -44,11 +44,14 @@ class DSGT(PeerSGD):
 
     def step(self, carry: Arrays, grad: Tensor, lr: float) -> Arrays:
         """Correct the tracker, and step along it."""
-        grad = self.decayed(carry, grad)
-        carry["y"].add_(grad).sub_(carry["gradient"])
-        carry["gradient"].copy_(grad)
+        self.track(carry, self.decayed(carry, grad))
         carry["x"].sub_(carry["y"], alpha=lr)
         return carry
+
+    def track(self, carry: Mapping[str, Tensor], grad: Tensor) -> None:
+        """Correct the tracker in place by how the gradient changed; coordinatewise."""
+        carry["y"].add_(grad).sub_(carry["gradient"])
+        carry["gradient"].copy_(grad)
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float

@@ -1,0 +1,74 @@
+"""Runs checks on several real ranks: ``python launch.py SIZE FOLDER MODULE``; the environment is that of torchrun.
+
+Ranks are forked from one process that has imported torch, because imports are most of what starting costs. Each writes
+FOLDER/RANK.json: ``{name of a check: what went wrong, or ""}``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+HERE = Path(__file__).parent
+
+
+def become_rank(rank: int, size: int, ports: list[int]) -> None:
+    """Set what torchrun sets; PORTS are those of further groups, one after another."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(ports[0]),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        PORTS=",".join(map(str, ports[1:])),
+    )
+
+
+def run_checks(rank: int, folder: Path, module: str) -> None:
+    """Run all checks of a module in their order, and write down what went wrong."""
+    found: dict[str, str] = {}
+    checks = importlib.import_module(module)
+    for name in [name for name in vars(checks) if name.startswith("check_")]:
+        try:
+            vars(checks)[name](rank)
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+        (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def main() -> None:
+    """Start the ranks and wait for them."""
+    size, folder, module = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    sys.path[:0] = [str(HERE), str(HERE.parent / "algorithms" / "decentralized")]
+    torch.set_num_threads(1)
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
+    for name in ("gossamer.distributed", "scipy.sparse.csgraph", "networkx", "torch.nn.parallel", "torch._dynamo"):
+        importlib.import_module(name)  # which every rank would do anew
+    ranks = []
+    for rank in range(size):
+        process = os.fork()
+        if process == 0:
+            code = 1
+            try:
+                become_rank(rank, size, [store.port for store in stores])
+                run_checks(rank, folder, module)
+                code = 0
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        ranks.append(process)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) != 0 for process in ranks))
+
+
+if __name__ == "__main__":
+    main()
