@@ -199,7 +199,7 @@ class TestArrays:
         assert in_pieces != (mean, std)  # so that this is another way
 
 
-def test_a_hugging_face_data_set(tmp_path: Path) -> None:
+def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     source = np.random.default_rng(0)
@@ -214,6 +214,11 @@ def test_a_hugging_face_data_set(tmp_path: Path) -> None:
         hugging_face({"path": str(tmp_path / "saved"), "sample": "y", "label": "label"})
     with pytest.raises(DataError, match="cannot read the data set"):
         hugging_face({"path": str(tmp_path)})
+    saved = {"name": "hugging-face", "path": str(tmp_path / "saved"), "sample": "x", "label": "label"}
+    whole = train(saved, tmp_path / "whole")
+    monkeypatch.setattr(samples, "SMALL_BYTES", 100)
+    assert hugging_face({name: value for name, value in saved.items() if name != "name"}).is_lazy
+    assert_same(whole, train(saved, tmp_path / "lazily"))
 
 
 def save_leaf(root: Path, users: dict[str, tuple[Any, Any]]) -> None:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from gossamer.errors import DataError, plugin_errors
 from gossamer.options import Options, parse_options, takes
+from gossamer.workloads import parquet
 from gossamer.workloads import samples as lazy
 from gossamer.workloads.datasets import WHERE, ImageData
 from gossamer.workloads.datasets_hub import decode_image
 from gossamer.workloads.given_data import TEST_SHARE, read_data
 from gossamer.workloads.sample_data import SampleData
-from gossamer.workloads.samples import LazySamples, Samples
+from gossamer.workloads.samples import LazySamples, Samples, moments_in_pieces
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 NAMES = ("x_train", "y_train", "x_test", "y_test")
@@ -155,9 +156,10 @@ class TableOptions(Options):
     """Options of `table`.
 
     Attributes:
-        path: CSV file with the names of the columns in its first line.
+        path: CSV file with the names of the columns in its first line; or a parquet file or a folder of them, whose row
+            groups are read while training if they are large.
         label: column of the classes, numbers or names; all others are features, numbers.
-        test_path: CSV file of the test data; None: `test_share` of each class is taken out of `path`.
+        test_path: such a file of the test data; None: `test_share` of each class is taken out of `path`.
         test_share: that share.
     """
 
@@ -169,37 +171,51 @@ class TableOptions(Options):
 
 @takes(TableOptions)
 def table(options: Mapping[str, Any]) -> ImageData:
-    """Rows of a CSV table, whose features are standardised by their moments in the training data.
+    """Rows of a table, CSV or parquet, whose features are standardised by their moments in the training data.
+
+    Of a large parquet table, a process keeps the last four row groups in memory: a batch is read the more quickly, the
+    fewer row groups its rows lie in, so let those of a client lie together, as with a partition by ranges of rows.
 
     Args:
         options: see `TableOptions`.
 
     Raises:
         ConfigError: an unknown or wrong option.
-        DataError: the file is missing, or a value is no number.
+        DataError: a file is missing, or a value is no number.
     """
     chosen = parse_options(TableOptions, options, WHERE)
-    names, features, given = _read_table(chosen.path, chosen.label)
-    test, test_given = features, given
+    names, features, given, rows = _read_table(chosen.path, chosen.label)
+    test, test_given, test_rows = features, given, rows
     if chosen.test_path is not None:
-        test_names, test, test_given = _read_table(chosen.test_path, chosen.label)
+        test_names, test, test_given, test_rows = _read_table(chosen.test_path, chosen.label)
         if test_names != names:
             raise DataError(f"{chosen.test_path!r} has the columns {test_names}, but {chosen.path!r} {names}")
-    classes = sorted(set(given), key=lambda name: (not name.lstrip("-").isdecimal(), len(name), name))
-    numbers = {name: number for number, name in enumerate(classes)}
+    classes = sorted(given, key=lambda name: (not name.lstrip("-").isdecimal(), len(name), name))
     if strangers := sorted(set(test_given) - set(classes)):
         raise DataError(f"{chosen.test_path!r} has a class {strangers[0]!r}, which the training data lack: take it out")
-    labels, test_labels = (torch.tensor([numbers[name] for name in one]) for one in (given, test_given))
-    data = SampleData(Path(chosen.path).stem, features, labels, test, test_labels, len(classes))
-    return data if chosen.test_path is not None else replace(data.hold_out(chosen.test_share, 0), mean=(), std=())
+    labels, test_labels = (
+        torch.tensor([classes.index(name) for name in one])[torch.from_numpy(of_row)]
+        for one, of_row in ((given, rows), (test_given, test_rows))
+    )
+    mean, std = (0.0,) * len(names), (1.0,) * len(names)  # until it is known which rows are for training
+    data: ImageData = SampleData(Path(chosen.path).stem, features, labels, test, test_labels, len(classes), mean, std)
+    data = data if chosen.test_path is not None else data.hold_out(chosen.test_share, 0)
+    moments = moments_in_pieces(data.train_images) if _is_parquet(chosen.path) else ((), ())
+    return replace(data, mean=moments[0], std=moments[1])
 
 
-def _read_table(path: str, label: str) -> tuple[list[str], Tensor, list[str]]:
-    """Return the names of the features, these, float32 [N, features], and the classes.
+def _is_parquet(path: str) -> bool:
+    return path.endswith(parquet.SUFFIX) or Path(path).is_dir()
+
+
+def _read_table(path: str, label: str) -> tuple[list[str], Samples, list[str], NDArray[np.int64]]:
+    """Return the names of the features, these, float32 [N, features], the classes, and the number of each row's.
 
     Raises:
         DataError: the file is malformed.
     """
+    if _is_parquet(path):
+        return parquet.read_parquet(path, label)
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
@@ -227,7 +243,8 @@ def _read_table(path: str, label: str) -> tuple[list[str], Tensor, list[str]]:
                 ) from None
     if not names:
         raise DataError(f"the table {path!r} has no column besides {label!r}: add features")
-    return names, torch.from_numpy(features), [row[column].strip() for row in rows[1:]]
+    classes, of_row = np.unique([row[column].strip() for row in rows[1:]], return_inverse=True)
+    return names, torch.from_numpy(features), classes.tolist(), of_row
 
 
 class ArraysOptions(Options):

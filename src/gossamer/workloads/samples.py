@@ -115,7 +115,13 @@ def channel_moments(samples: Samples) -> tuple[tuple[float, ...], tuple[float, .
         each = [torch.var_mean(_channel(samples, c).to(torch.float64), correction=0) for c in range(samples.shape[1])]
         variance, mean = (torch.stack(list(values)) for values in zip(*each, strict=True))
     else:
-        variance, mean = _moments_of_pieces(samples)
+        return moments_in_pieces(samples)
+    return tuple(map(float, mean)), tuple(float(one) or 1.0 for one in variance.sqrt())
+
+
+def moments_in_pieces(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return what `channel_moments` does of floats, always in pieces: the same bits in memory or read while needed."""
+    variance, mean = _moments_of_pieces(samples)
     return tuple(map(float, mean)), tuple(float(one) or 1.0 for one in variance.sqrt())
 
 
