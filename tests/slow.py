@@ -36,8 +36,9 @@ def sample_order(parts: Parts, round: int, client: int, phase: int = 0) -> list[
 def training_samples(parts: Parts, numbers: list[int]) -> tuple[Tensor, Tensor]:
     """Return normalised images [b, channels, height, width] and labels [b]."""
     data = parts.workload.data
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
-    return (data.train_images[numbers].float() - mean) / std, data.train_labels[numbers]
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (data.mean, data.std))
+    images = (data.train_images[numbers].double() - mean) / std
+    return images.to(parts.workload.dtype), data.train_labels[numbers]
 
 
 def evaluation_samples(parts: Parts) -> tuple[Tensor, Tensor]:

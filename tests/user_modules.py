@@ -268,6 +268,25 @@ class FixedNorm(nn.Module):
         return self.output(F.relu(self.after(x)))
 
 
+class Normed(nn.Sequential):
+    """A perceptron with BatchNorm."""
+
+    def __init__(self, input_shape: Shape, num_labels: int, momentum: float | None = 0.1) -> None:
+        norm = nn.BatchNorm1d(8, momentum=momentum)
+        super().__init__(nn.Flatten(), nn.Linear(math.prod(input_shape), 8), norm, nn.ReLU(), nn.Linear(8, num_labels))
+
+
+class SingleConstant(nn.Linear):
+    """Multiplies by a tensor that is neither parameter nor buffer, so that it stays in single precision."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__(math.prod(input_shape), num_labels)
+        self.matrix = torch.eye(num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1)) @ self.matrix
+
+
 class Tokens(nn.Module):
     """An embedding of grey values, PyTorch's own attention, and a head."""
 

@@ -100,7 +100,7 @@ class Parts:
             return self.engine_class.of_peers(self.task, x, setup), None
         store = None
         if self.task.stored_arrays:
-            store = ClientStore(directory / "clients", keep=self.config.checkpoint.keep)
+            store = ClientStore(directory / "clients", keep=self.config.checkpoint.keep, dtype=x.dtype)
             for name, width in self.task.stored_arrays.items():
                 store.declare(name, width)
         return self.engine_class(self.task, self.task.initial_state(x), store, setup), store
@@ -156,7 +156,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     check_sizes(config, algorithm, workload, is_remote=resolved.engine_class.is_remote)
     task = make_task(config, algorithm, resolved.topology, workload)
     dtype = workload.init(config.seed).dtype
-    require_single_precision(config, task, dtype)
+    require_precision(config, dtype)
     require_moments(config.algorithm["name"], task.variants[0].algorithm, workload.layout)
     planner = make_planner(config, task)
     warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.step_size)
@@ -183,20 +183,23 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     return Parts(config, task, planner, resolved.engine_class, warnings)
 
 
-def require_single_precision(config: Config, task: Task, dtype: torch.dtype) -> None:
-    """Refuse a workload in double precision where something else is in single or half precision.
+def require_precision(config: Config, dtype: torch.dtype) -> None:
+    """Refuse a workload whose parameters, of `dtype`, do not go with the precision of training.
 
     Raises:
-        ConfigError: clients keep private state, or the loss is to be computed in less.
+        ConfigError: it trains in float64 where the loss is to be computed in less, or in float32 where it may not.
     """
-    if dtype == torch.float32:
-        return
-    where = f"but workload {config.workload['name']!r} trains in float64: set workload.precision to single"
-    if task.stored_arrays:
-        keeper = f"algorithm {config.algorithm['name']!r}" if task.algorithm.traits.client_arrays else "error feedback"
-        raise ConfigError(f"{keeper} keeps private state in float32, {where}")
-    if config.train.precision != "float32":
-        raise ConfigError(f"train.precision = {config.train.precision!r} is for float32, {where}")
+    name, precision = config.workload["name"], config.train.precision
+    if precision == "float64" and dtype != torch.float64:
+        raise ConfigError(
+            f"train.precision = 'float64', but workload {name!r} trains in {str(dtype).removeprefix('torch.')}: set"
+            " workload.precision to double if it has that option, or give its class an argument dtype and use it"
+        )
+    if precision not in ("float32", "float64") and dtype == torch.float64:
+        raise ConfigError(
+            f"train.precision = {precision!r} is for float32, but workload {name!r} trains in float64: set"
+            " workload.precision to single"
+        )
 
 
 def accumulation_warnings(config: Config, workload: Workload) -> tuple[str, ...]:
@@ -319,7 +322,8 @@ def check_sizes(config: Config, algorithm: Algorithm, workload: Workload, *, is_
     whose = f"{num_rows:,} peers" if num_rows > 1 else "the model"
     what = f"training {whose} of {d:,} parameters in {max(1, workers)} process{'es' if workers > 1 else ''}"
     remedy = "take a smaller model, fewer peers or fewer engine.workers"
-    require_memory(4 * d * rows + WORKER_BYTES * workers, what, remedy)
+    number_bytes = 8 if train.precision == "float64" else 4
+    require_memory(number_bytes * d * rows + WORKER_BYTES * workers, what, remedy)
     longest = int(workload.num_samples.max())
     per_epoch = -(-longest // train.step_size)
     steps = train.steps if train.steps is not None else (train.epochs or 1) * per_epoch

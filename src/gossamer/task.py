@@ -13,7 +13,7 @@ from gossamer.config.loading import parse
 from gossamer.config.personal import personal_parameters
 from gossamer.config.resolve import build_topology, make_algorithm, split
 from gossamer.config.schema import Config, ModeOptions
-from gossamer.engines.local_steps import LocalSteps, capacity_rates, require_matches
+from gossamer.engines.local_steps import LocalSteps, capacity_rates, require_matches, torch_dtype
 from gossamer.engines.task import Task, Variant, VariantMode
 from gossamer.errors import ConfigError, plugin_errors
 from gossamer.submodel import Cutter, Layout
@@ -129,6 +129,9 @@ def load_workload(config: Config, data: Any = None) -> Workload:
     given: dict[str, Any] = {} if data is None else {"data": data}
     if "whole_models" in inspect.signature(make).parameters:
         given["whole_models"] = tuple(config.submodel.capacities) == (1.0,) and not config.submodel.mask_labels
+    precision = config.train.precision
+    if precision == "float64" and "dtype" in inspect.signature(make).parameters:
+        given["dtype"] = torch_dtype(precision)
     with plugin_errors(f"workload {config.workload} on partition {partition['name']!r}"):
         workload = make(options, num_clients=config.population.num, partition=partition, seed=config.seed, **given)
     require_workload(f"workload {name!r}", workload)

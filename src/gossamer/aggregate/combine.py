@@ -21,7 +21,7 @@ class Part:
         cut: their windows.
         sums: ``{name: tensor [d_sub]}``, [1] of scalars; weighted where the uplink says "mean".
         weight: their total weight.
-        label_weights: float32 [num_labels], the same per label, or None where labels are not told apart.
+        label_weights: [num_labels], the same per label, or None where labels are not told apart.
         rows: ``{name: every participant's tensor [d_sub]}`` where the uplink says "rows"; they are not weighted.
         weights: weight of each of them.
     """
@@ -55,8 +55,8 @@ def combine(
         if name in scalars:
             inbox[name] = _combine_scalar(name, kind, parts)
         elif kind == "rows":
-            inbox[name] = _padded_rows(layout, name, parts)
-            inbox["weights"] = torch.tensor([weight for part in parts for weight in part.weights])
+            inbox[name] = rows = _padded_rows(layout, name, parts)
+            inbox["weights"] = torch.tensor([weight for part in parts for weight in part.weights], dtype=rows.dtype)
         elif kind == "sum":
             total = parts[0].sums[name].new_zeros(layout.d)
             for part in parts:

@@ -59,7 +59,8 @@ class SelectiveMean:
         self._numerator = torch.zeros(layout.d, dtype=dtype)
         self._sums = layout.views(self._numerator)
         self._counts = {
-            name: torch.zeros(shape) for name, shape in zip(layout.names, count_shapes(layout), strict=True)
+            name: torch.zeros(shape, dtype=dtype)
+            for name, shape in zip(layout.names, count_shapes(layout), strict=True)
         }
 
     def add(self, cut: Cut, weighted_sum: Tensor, weight: float, label_weights: Tensor | None = None) -> None:
@@ -67,7 +68,7 @@ class SelectiveMean:
 
         Args:
             weight: their total weight.
-            label_weights: float32 [num_labels], their total weight per label, or None.
+            label_weights: [num_labels], their total weight per label, or None.
         """
         cut.add_(self._numerator, weighted_sum)
         self._count(cut, weight, label_weights)

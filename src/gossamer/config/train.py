@@ -31,7 +31,9 @@ class TrainConfig(Options):
             every round; clients, unless told otherwise) or "keep" (every participant keeps its own; peers).
         groups: parameters, by patterns of their names, with a learning rate or a weight decay of their own.
         clip_norm: largest Euclidean norm of a step's gradient, to which larger ones are scaled down; None: any.
-        precision: type of numbers within the loss (`torch.autocast`); parameters and gradients stay float32.
+        precision: type of numbers: float64 for all of them (parameters, samples in a batch, gradients, moments, sums,
+            what is sent, kept and evaluated); bfloat16 or float16 within the loss alone (`torch.autocast`), while
+            parameters and gradients stay float32.
         schedule: name and options of how the learning rate changes over rounds.
         local_schedule: name and options of how it changes over the steps of a round.
     """

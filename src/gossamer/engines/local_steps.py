@@ -17,7 +17,7 @@ from gossamer.errors import ConfigError, nearest
 from gossamer.options import Options
 from gossamer.submodel import Layout
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
 MOST_NAMED = 20  # parameters, in an error
 LOSS_SCALE = 1024.0  # by which losses in float16 are multiplied, so that small gradients are not 0
 
@@ -93,7 +93,8 @@ class LocalSteps:
         capacity_lr: learning rate of the capacity; None: `lr`.
         groups: see `ParameterGroup`.
         part_size: samples of a batch that a gradient is computed of at a time; None: all of a step's.
-        precision: type of what is computed within the loss. Parameters and gradients stay as they are.
+        precision: type of what is computed within the loss, where it is a lower one than that of parameters, which
+            stay as they are.
         schedule: see `LocalSchedule`.
     """
 
@@ -112,8 +113,13 @@ class LocalSteps:
     @property
     def leaves_products(self) -> bool:
         """Whether a gradient that is left in two factors may be added to its parameter as it is."""
-        others = self.groups or self.part_size is not None or self.precision != "float32"
+        others = self.groups or self.part_size is not None or self.is_mixed
         return self.clip_norm is None and not others and self.schedule.is_flat
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the loss is computed in a lower precision than that of parameters."""
+        return torch_dtype(self.precision).itemsize < torch.float32.itemsize
 
     @property
     def loss_scale(self) -> float:
@@ -122,7 +128,7 @@ class LocalSteps:
 
     def autocast(self, device: str) -> AbstractContextManager[object]:
         """Return the context that a loss is computed in."""
-        if self.precision == "float32":
+        if not self.is_mixed:
             return nullcontext()
         return torch.autocast(torch.device(device).type, torch_dtype(self.precision))
 
@@ -139,7 +145,12 @@ class LocalSteps:
 
 def torch_dtype(precision: Precision) -> torch.dtype:
     """Return torch's type of a precision."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    return {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "float64": torch.float64,
+    }[precision]
 
 
 def require_matches(groups: Sequence[ParameterGroup], names: tuple[str, ...]) -> None:

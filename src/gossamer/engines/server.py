@@ -287,7 +287,7 @@ class FederatedEngine(ABC):
         if not (names := list(names)):
             return {}
         assert self._store is not None
-        rows, fresh = {}, self._phase.newcomers(torch.zeros(len(clients), self._task.cutter.layout.d))
+        rows, fresh = {}, self._phase.newcomers(self._state["x"].new_zeros(len(clients), self._task.cutter.layout.d))
         for name in names:
             stored, present = self._store.get(name, torch.from_numpy(clients))
             rows[name] = torch.where(present[:, None], stored, fresh[name])
@@ -352,14 +352,14 @@ class FederatedEngine(ABC):
         if variant.shares_window:
             sums = {name: self._sums[variant.index, name] for name in kinds if name not in unsummed}
             sent = {name: [self._rows[row, name] for row in survivors.tolist()] for name in unsummed}
-            label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).float()
+            label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).to(self._state["x"])
             cut = self._task.cut(variant, plan.round, order=self._order)
             yield Part(cut, sums, math.fsum(weight[survivors]), label_weights, sent, weight[survivors].tolist())
             return
         for number, row in enumerate(survivors.tolist()):
             sums = {name: self._rows[row, name] for name in kinds if name not in unsummed}
             sent = {name: [self._rows[row, name]] for name in unsummed}
-            label_weights = None if labels is None else torch.from_numpy(labels[number]).float()
+            label_weights = None if labels is None else torch.from_numpy(labels[number]).to(self._state["x"])
             cut = self._task.cut(variant, plan.round, int(plan.client[row]), self._order)
             yield Part(cut, sums, float(weight[row]), label_weights, sent, [float(weight[row])])
 

@@ -133,9 +133,9 @@ class LoadedRun:
             raise ConfigError(f"workload {self.config['workload']['name']!r} does not normalise its inputs")
         if images.dtype == torch.int64:
             return images
-        along = (-1, *[1] * (len(facts["input_size"]) - 1))
-        mean, std = (torch.tensor(facts[name]).view(along) for name in ("mean", "std"))
-        return (images.to(torch.float32) - mean) * (1 / std)
+        along, dtype = (-1, *[1] * (len(facts["input_size"]) - 1)), self._arrays["x"].dtype
+        mean, std = (torch.tensor(facts[name], dtype=dtype).view(along) for name in ("mean", "std"))
+        return (images.to(dtype) - mean) * (1 / std)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class LoadedRun:
         return cut.sub, cut.read(row, row.new_zeros(cut.sub.d))
 
     def _moments(self, capacity: float, peer: int | None) -> dict[str, Tensor]:
-        """Return the running mean and variance of every BatchNorm layer, float32 [channels]."""
+        """Return the running mean and variance of every BatchNorm layer, [channels]."""
         norms = self._description.norms
         if not norms:
             return {}
@@ -206,7 +206,7 @@ class LoadedRun:
         if taken != self.round:
             warn([f"the moments of BatchNorm are those of round {taken}, the parameters those of round {self.round}"])
         return {
-            f"{layer}.{name}": value.to(torch.float32)
+            f"{layer}.{name}": value.to(self._arrays["x"].dtype)
             for layer in norms
             for name, value in zip(MOMENTS, pooled_moments(sums, f"{layer}."), strict=True)
         }

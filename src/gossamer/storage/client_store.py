@@ -1,6 +1,6 @@
 """Private state of clients on disk, within a stated bound.
 
-A row is float32 of one width per namespace and belongs to one client. Rows are appended to
+A row is float32, or float64, of one width per namespace and belongs to one client. Rows are appended to
 ``<directory>/<namespace>.<generation>.rows``, raw and little-endian, and never changed in place: a commit stays
 readable while later rounds write. The position and the CRC-32 of each live row are kept in memory, 24 bytes for each
 client that ever stored a row, and `index` returns them for the commit. Reading reads single rows, never the file.
@@ -14,8 +14,9 @@ The order of a commit, with the same `keep` on both sides:
     checkpoints.commit(round, arrays | index, ...)
     store.release()                                        # deletes old generations
 
-Disk bound. With live = clients that hold a row in the namespace, row_bytes = 4 * width, and written = rows put since
-the oldest commit that is kept (since the start, if fewer than `keep` exist), a namespace never takes more than
+Disk bound. With live = clients that hold a row in the namespace, row_bytes = 4 * width (8 * width in float64), and
+written = rows put since the oldest commit that is kept (since the start, if fewer than `keep` exist), a namespace never
+takes more than
 
     row_bytes * (2 * (keep + 1) * live + written)          at any instant, compaction included
     row_bytes * (2 * keep * live + written)                after each `release`
@@ -32,6 +33,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +43,7 @@ from gossamer.errors import CheckpointError, ConfigError, storage_errors
 from gossamer.storage.disk import sync
 
 _PREFIX = "clientstore"
-_FLOAT = np.dtype("<f4")
+_FLOATS: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]+")
 _FILE = re.compile(rf"({_NAMESPACE.pattern})\.(\d+)\.rows")
 
@@ -58,6 +60,7 @@ class _Table:
     """
 
     width: int
+    itemsize: int
     generation: int = 0
     num_rows: int = 0
     descriptor: int | None = None
@@ -70,7 +73,7 @@ class _Table:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return _FLOAT.itemsize * self.width
+        return self.itemsize * self.width
 
     def find(self, clients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Return the position of each client in the index, or where it would go, and whether it is there."""
@@ -96,11 +99,12 @@ class _Table:
 class ClientStore:
     """Rows by (client, namespace) in `directory`; one writer at a time."""
 
-    def __init__(self, directory: Path, keep: int = 2) -> None:
+    def __init__(self, directory: Path, keep: int = 2, dtype: torch.dtype = torch.float32) -> None:
         """Open `directory`, create it if needed; if it already holds rows, call `restore` before `put`.
 
         Args:
             keep: number of commits that must stay readable, as given to `Checkpoints`.
+            dtype: that of all rows, float32 or float64.
 
         Raises:
             ConfigError: `keep` is below 2.
@@ -109,7 +113,7 @@ class ClientStore:
         if keep < 2:
             raise ConfigError(f"cannot keep {keep} commits of client state: keep at least 2, as many as checkpoints")
         self.directory = Path(directory)
-        self.keep = keep
+        self.keep, self._dtype, self._float = keep, dtype, _FLOATS[dtype]
         self._tables: dict[str, _Table] = {}
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ class ClientStore:
             raise ConfigError(f"{namespace!r} cannot name client state: use letters, digits, '-' and '_'")
         if width < 1:
             raise ConfigError(f"client state {namespace!r} has width {width}: the width must be at least 1")
-        table = self._tables.setdefault(namespace, _Table(width))
+        table = self._tables.setdefault(namespace, _Table(width, self._float.itemsize))
         if table.width != width:
             raise ConfigError(
                 f"client state {namespace!r} has width {table.width}, not {width}: keep the run's model, or"
@@ -138,7 +142,7 @@ class ClientStore:
             clients: i64[s], with or without stored rows; they may repeat.
 
         Returns:
-            (rows f32[s, width], zero where nothing is stored; present bool[s]).
+            (rows [s, width], zero where nothing is stored; present bool[s]).
 
         Raises:
             CheckpointError: a row cannot be read, or its checksum differs.
@@ -146,7 +150,7 @@ class ClientStore:
         table = self._tables[namespace]
         names = clients.numpy()
         positions, present = table.find(names)
-        rows = torch.zeros(len(names), table.width)
+        rows = torch.zeros(len(names), table.width, dtype=self._dtype)
         view = rows.numpy()
         for i in np.flatnonzero(present):
             content = self._read_row(namespace, table, int(table.slots[positions[i]]))
@@ -155,7 +159,7 @@ class ClientStore:
                     f"the row of client {names[i]} in {str(self._path(namespace, table.generation))!r} is damaged (its"
                     " CRC-32 differs): resume from an earlier checkpoint, or start a new run"
                 )
-            view[i] = np.frombuffer(content, _FLOAT)
+            view[i] = np.frombuffer(content, self._float)
         return rows, torch.from_numpy(present)
 
     def put(self, namespace: str, clients: torch.Tensor, rows: torch.Tensor) -> None:
@@ -163,7 +167,7 @@ class ClientStore:
 
         Args:
             clients: i64[s], >= 0.
-            rows: f32[s, width].
+            rows: [s, width] of the store's dtype.
 
         Raises:
             ValueError: shape or dtype is wrong, or a client is negative or repeated.
@@ -174,14 +178,14 @@ class ClientStore:
         names = clients.numpy()
         if names.dtype != np.int64 or (names < 0).any() or len(np.unique(names)) != len(names):
             raise ValueError(f"clients must be distinct int64 numbers >= 0, not {clients!r}")
-        if rows.dtype != torch.float32 or rows.shape != (len(names), table.width):
+        if rows.dtype != self._dtype or rows.shape != (len(names), table.width):
             raise ValueError(
-                f"rows of {namespace!r} must be float32 {(len(names), table.width)}, not {rows.dtype}"
-                f" {tuple(rows.shape)}"
+                f"rows of {namespace!r} must be {str(self._dtype).removeprefix('torch.')} {(len(names), table.width)},"
+                f" not {rows.dtype} {tuple(rows.shape)}"
             )
         if not len(names):
             return
-        content = np.ascontiguousarray(rows.detach().cpu().numpy(), _FLOAT)
+        content = np.ascontiguousarray(rows.detach().cpu().numpy(), self._float)
         checksums = np.array([zlib.crc32(row.data) for row in content], np.int64)
         descriptor = self._open(namespace, table)
         with storage_errors(self._path(namespace, table.generation)):
@@ -252,7 +256,7 @@ class ClientStore:
             ConfigError: a namespace was declared with another width.
             StorageError: the disk refuses a write.
         """
-        restored = _parse_index(index)
+        restored = _parse_index(index, self._float.itemsize)
         for namespace, table in restored.items():
             if namespace in self._tables:
                 self.declare(namespace, table.width)
@@ -264,7 +268,7 @@ class ClientStore:
                     " checkpoint, or start a new run"
                 )
         self.close()
-        self._tables = {name: _Table(table.width) for name, table in self._tables.items()} | restored
+        self._tables = {name: _Table(table.width, table.itemsize) for name, table in self._tables.items()} | restored
         for path, namespace, _ in self._files():
             if namespace not in restored:
                 with storage_errors(path):
@@ -326,7 +330,7 @@ class ClientStore:
     def _compact(self, namespace: str, table: _Table) -> None:
         """Copy the live rows, in the order of the file, to the next generation; their checksums stay as they are."""
         order = np.argsort(table.slots)
-        fresh = _Table(table.width, table.generation + 1)
+        fresh = _Table(table.width, table.itemsize, table.generation + 1)
         target = self._path(namespace, fresh.generation)
         descriptor = self._open(namespace, fresh)
         try:
@@ -345,7 +349,7 @@ class ClientStore:
         self._delete_unneeded(namespace, table)
 
 
-def _parse_index(index: Mapping[str, torch.Tensor]) -> dict[str, _Table]:
+def _parse_index(index: Mapping[str, torch.Tensor], itemsize: int) -> dict[str, _Table]:
     found: dict[str, dict[str, NDArray[np.int64]]] = {}
     for name, array in index.items():
         prefix, _, rest = name.partition("/")
@@ -358,6 +362,7 @@ def _parse_index(index: Mapping[str, torch.Tensor]) -> dict[str, _Table]:
             width, generation, num_rows = parts["file"].tolist()
             tables[namespace] = _Table(
                 width,
+                itemsize,
                 generation,
                 num_rows,
                 clients=parts["clients"],

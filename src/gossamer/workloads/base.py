@@ -106,7 +106,9 @@ class Workload(Protocol):
 
     If a class takes the argument ``data``, it is what the attribute ``data`` of an equal workload holds, a dataclass
     that another process loaded and several share: its tensors must not be written to. If it takes the argument
-    ``whole_models``, that says whether nobody will cut the model, so that axes need not be found.
+    ``whole_models``, that says whether nobody will cut the model, so that axes need not be found. If it takes the
+    argument ``dtype``, it is given torch.float64 where all of training shall be in that precision: then `init`, and
+    the floating-point samples of `batch`, must be float64.
 
     Attributes:
         traits: what it can and cannot do.
@@ -299,6 +301,10 @@ class WithConstants:
     @property
     def constants(self) -> dict[str, Tensor]:
         """What is not trained: parameters, and buffers."""
+        raise NotImplementedError
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """Have constants, and what `init` returns, in another floating-point type."""
         raise NotImplementedError
 
     def whole(self, params: Params) -> dict[str, Tensor]:

@@ -105,5 +105,8 @@ def _loaded(model: ModuleModel, state: Mapping[str, Tensor]) -> nn.Module:
         layer.track_running_stats = True
         layer.running_mean, layer.running_var = (torch.zeros(layer.num_features) for _ in range(2))
     require_same_state(type(module).__name__, shapes_of(module.state_dict()), shapes_of(every))
+    for name, value in [*module.named_parameters(), *module.named_buffers()]:
+        if name in every:  # it may have been trained in another precision than it is built in
+            value.data = value.data.to(every[name].dtype)
     module.load_state_dict(every)
     return module.eval()

@@ -22,10 +22,11 @@ from gossamer.workloads.base import ForwardContext, Model, Params, Sums, require
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.label_sets import MAX_COUNTS, LabelSets, beaten_by
 from gossamer.workloads.models import Fitting
-from gossamer.workloads.modules import TRIED, ModuleModel, seed_of, seeded
+from gossamer.workloads.modules import TRIED, ModuleModel
 from gossamer.workloads.parts import PartlyTrained
 from gossamer.workloads.plugins import Spec, with_sizes
 from gossamer.workloads.sample_data import OwnTestData
+from gossamer.workloads.seeding import seed_of, seeded
 from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, chunk_of, cross_entropies
 
 NUM_TOKENS = "num_tokens"  # parameter of models that take the size of the vocabulary
@@ -59,7 +60,8 @@ class ImageClassification(Supervised):
     """Classification of images, or of other samples, see `gossamer.workloads.sample_data.SampleData`.
 
     In a batch, ``"x"`` is float32 [s, m, channels, height, width], normalised, and ``"y"``: int64 [s, m]. A padded
-    sample is a zero image of class 0. Other samples are float32 or int64 [s, m, ...].
+    sample is a zero image of class 0. Other samples are float32 or int64 [s, m, ...]. Where training is in float64,
+    samples are converted batch by batch, and normalised in it.
     """
 
     Options = ImageOptions
@@ -68,8 +70,8 @@ class ImageClassification(Supervised):
     def _prepare(self) -> tuple[Ints, int, Ints | None]:
         self._num_test, self._input_size = len(self.data.test_labels), self.data.shape
         along = (-1, *(1 for _ in self.data.shape[1:]))
-        self._mean = torch.tensor(self.data.mean).view(along)
-        self._inverse_std = 1 / torch.tensor(self.data.std).view(along)
+        self._mean = torch.tensor(self.data.mean, dtype=self.dtype).view(along)
+        self._inverse_std = 1 / torch.tensor(self.data.std, dtype=self.dtype).view(along)
         if self.options.augment == "crop-flip" and len(self.data.shape) != 3:
             raise ConfigError(
                 f"workload.augment = 'crop-flip' is for images, but samples have the shape {self.data.shape}: leave it"
@@ -191,16 +193,16 @@ class ImageClassification(Supervised):
         return samples
 
     def _normalised(self, images: Tensor, *, is_own: bool = False, channels_last: bool = False) -> Tensor:
-        """Return float32 images of mean 0 and deviation 1 a channel, made in pieces that stay in the cache.
+        """Return images of mean 0 and deviation 1 a channel, made in pieces that stay in the cache.
 
         Args:
             is_own: `images` may be overwritten.
         """
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        if (self._is_normal and images.dtype == torch.float32) or images.dtype == torch.int64:
+        if (self._is_normal and images.dtype == self.dtype) or images.dtype == torch.int64:
             return images.contiguous(memory_format=memory_format)
-        in_place = is_own and images.dtype == torch.float32 and images.is_contiguous(memory_format=memory_format)
-        normal = images if in_place else torch.empty(images.shape, memory_format=memory_format)
+        in_place = is_own and images.dtype == self.dtype and images.is_contiguous(memory_format=memory_format)
+        normal = images if in_place else torch.empty(images.shape, dtype=self.dtype, memory_format=memory_format)
         for start in range(0, len(images), CACHED_IMAGES):
             part = slice(start, start + CACHED_IMAGES)
             piece = normal[part] if in_place else normal[part].copy_(images[part])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from gossamer.threads import one_thread
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, WithConstants
 from gossamer.workloads.mending import Mending
 from gossamer.workloads.module_checks import is_same_function
+from gossamer.workloads.seeding import seed_of, seeded
 from gossamer.workloads.traits import ModelTraits
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -87,6 +86,7 @@ class ModuleModel(WithConstants):
         self._kept_constant = frozenset[str]()
         self._attention, self._keep = attention, keep
         self._axes: Axes | None = None
+        self._dtype = torch.float32
         self._drops = False  # whether a forward pass with a key had dropout
         self._take(seed)
         self._check_build()
@@ -94,8 +94,7 @@ class ModuleModel(WithConstants):
             samples = torch.randn(TRIED, *input_shape, generator=torch.Generator().manual_seed(0))
         self._samples = samples
         with one_thread():
-            for training in (True, False):
-                self._check_forward(ForwardContext(training=training, key=torch.tensor(1) if training else None))
+            self._check_forwards()
             stacks = self._agrees(self._stacked)
             convolves = any(len(shape) == 4 for shape in self.shapes.values())
             has_images = convolves and self._agrees(self._channels_last)
@@ -139,6 +138,19 @@ class ModuleModel(WithConstants):
         self._kept_constant, self._axes = frozenset(names), None
         self._take(self._seed)
 
+    def convert(self, dtype: torch.dtype) -> None:
+        """Have parameters and floating-point buffers in another type, see `WithConstants`.
+
+        Raises:
+            ConfigError: the forward pass fails on them.
+        """
+        self._dtype, self._axes = dtype, None
+        self._take(self._seed)
+        if self._samples.is_floating_point():
+            self._samples = self._samples.to(dtype)
+        with one_thread():
+            self._check_forwards()
+
     @torch.no_grad()
     def try_out(self, params: Mapping[str, Tensor], apply: Callable[[Mapping[str, Tensor], Tensor], Tensor]) -> Tensor:
         """Return what `apply` makes of parameters and a few samples of noise."""
@@ -166,7 +178,7 @@ class ModuleModel(WithConstants):
         return {name: every[name] for name, _ in self._module.named_parameters()}
 
     def apply(self, params: Mapping[str, Tensor], x: Tensor, context: ForwardContext = DEFAULT_CONTEXT) -> Tensor:
-        """Return logits float32 [b, num_labels] of x float32 [b, *input_shape], see `gossamer.workloads.base.Model`."""
+        """Return logits [b, num_labels] of x [b, *input_shape], see `gossamer.workloads.base.Model`."""
         constants = self.frozen
         if x.device.type != "cpu":
             constants = {name: value.to(x.device) for name, value in self.constants.items()}
@@ -191,7 +203,7 @@ class ModuleModel(WithConstants):
             if isinstance(layer, BatchNorm) and layer.training:
                 layer.running_mean = layer.running_var = layer.num_batches_tracked = None
                 layer.track_running_stats = False
-        return module
+        return module if self._dtype == torch.float32 else module.to(self._dtype)
 
     def _take(self, seed: int) -> None:
         """Build the module whose buffers and frozen parameters are used, and see what it has.
@@ -208,7 +220,7 @@ class ModuleModel(WithConstants):
                     f"model {name!r}: parameter {key!r} has no size before the first batch: give its size"
                 )
             (trained if param.requires_grad else self.frozen)[key] = param.detach()
-            if param.requires_grad and param.dtype != torch.float32:
+            if param.requires_grad and param.dtype != self._dtype:
                 raise ConfigError(f"model {name!r}: parameter {key!r} is {param.dtype}: make it float32")
         if not trained and not self._kept_constant:
             what = "parameters that require a gradient" if self.frozen else "parameters"
@@ -232,6 +244,10 @@ class ModuleModel(WithConstants):
                     " numbers from the global generators of torch, numpy or random, which are seeded, and leave no"
                     " memory uninitialised"
                 )
+
+    def _check_forwards(self) -> None:
+        for training in (True, False):
+            self._check_forward(ForwardContext(training=training, key=torch.tensor(1) if training else None))
 
     def _check_forward(self, context: ForwardContext) -> None:
         """Check that the forward pass returns logits and depends on parameters and inputs alone."""
@@ -329,7 +345,7 @@ class ModuleModel(WithConstants):
         sub = layout.cut(0.5)
         if sub.shapes == layout.shapes:
             return  # nothing can be cut, which is judged where the capacities are known
-        views = sub.views(torch.full((sub.d,), 0.01))
+        views = sub.views(torch.full((sub.d,), 0.01, dtype=self._dtype))
         remedy = (
             "take sizes from tensors (x.shape, or -1 in a reshape) instead of attributes,"
             f" or keep some of its axes whole ({', '.join(layout.cut_axes)}), see ModuleModel"
@@ -355,26 +371,6 @@ class ModuleModel(WithConstants):
         except ConfigError:
             return False
         return True
-
-
-def seed_of(source: np.random.Generator) -> int:
-    """Draw the seed of a module's build."""
-    return int(source.integers(2**63))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch (on processors), numpy and `random`, and leave them as they were."""
-    states = np.random.get_state(), random.getstate()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            random.seed(seed)
-            yield
-    finally:
-        np.random.set_state(states[0])
-        random.setstate(states[1])
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

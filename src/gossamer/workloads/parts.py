@@ -152,6 +152,12 @@ class PartlyTrained(WithConstants):
         """What is not trained: parameters, and buffers."""
         return self._model.constants if isinstance(self._model, WithConstants) else self._own
 
+    def convert(self, dtype: torch.dtype) -> None:
+        """Have constants in another type, see `WithConstants`."""
+        self._own = {name: value.to(dtype) for name, value in self._own.items()}
+        if isinstance(self._model, WithConstants):
+            self._model.convert(dtype)
+
     def whole(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return all of the model's own parameters, under its own names, with W + (alpha / rank) B A in W's place."""
         own = self._own | {name: value for name, value in params.items() if not name.endswith((A, B))}

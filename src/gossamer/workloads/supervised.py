@@ -97,6 +97,7 @@ class Supervised(Workload):
         seed: int,
         data: Any = None,
         whole_models: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Load the data, divide it and lay out the model.
 
@@ -107,15 +108,18 @@ class Supervised(Workload):
             seed: seed of the partition and of augmentation.
             data: a `data_class`, if it is loaded already.
             whole_models: whether nobody will cut the model, so that axes that must be traced need not be.
+            dtype: that of parameters, and of samples that are no whole numbers, in a batch.
         """
         self.options: Any = parse_options(self.Options, options, "workload")
-        self.num_clients, self.seed = num_clients, seed
+        self.num_clients, self.seed, self.dtype = num_clients, seed, dtype
         self.data = self._load_data() if data is None else data
         self.num_labels = self.data.num_labels
         self.partition = self._divide(partition, *self._prepare())
         self.num_samples = self.partition.num_samples
         name, _, params = plug_in(self.model_kind, self.options.model, "workload.model")
         self.model = self.build_model(options, self._facts(), seed)
+        if dtype != torch.float32 and isinstance(self.model, WithConstants):
+            self.model.convert(dtype)
         self.norms = tuple(self.model.norms)
         self.layout = Layout.of(self.model.shapes, self._axes(whole_models))
         is_built_in = name in BUILTIN[self.model_kind]
@@ -214,8 +218,8 @@ class Supervised(Workload):
         return made.checked(name, self.num_clients, len(classes))
 
     def init(self, seed: int) -> Tensor:
-        """Return initial parameters as a flat float32 row [d]."""
-        return self.layout.flatten(self.model.init(rng.generator(seed, "init-model")))
+        """Return initial parameters as a flat row [d]; in float64 they are those of float32."""
+        return self.layout.flatten(self.model.init(rng.generator(seed, "init-model"))).to(self.dtype)
 
     def digest(self) -> str:
         """Return a digest of the data set, its partition, and what is constant in the model."""
@@ -269,7 +273,7 @@ class Supervised(Workload):
         return self.loss_of_logits(self.logits(params, batch), batch)
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
-        """Return the logits float32 [..., num_labels] of a training batch, masked as the option `label_mask` says."""
+        """Return the logits [..., num_labels] of a training batch, masked as the option `label_mask` says."""
         logits: Tensor = self.model.apply(
             params, batch["x"], ForwardContext(batch.get("scale", 1.0), key=batch.get("key"))
         )

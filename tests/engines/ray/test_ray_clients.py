@@ -96,6 +96,8 @@ CASES: dict[str, dict[str, Any]] = {
         "workload.lora": {"rank": 4, "targets": ["hidden"], "train": ["head.*"]},
     }
     | {"rounds": 2},
+    "double precision": mixed("fedrolex", (0.5, 1.0), **STACKED)
+    | {"train.precision": "float64", "train.momentum": 0.9, "train.optimizer": {"name": "sgd", "state": "keep"}},
     "float64": {
         "workload": {"name": "least-squares", "dim": 5, "num_samples": 12, "heterogeneity": 1.0},
         "train.batch_size": 4,

@@ -174,7 +174,7 @@ class Trainer:
         task, layout = self.task, self.task.variants[job.block.variant].working_layout
         kind = task.algorithm.traits.uplink[name]
         if kind == "mean":
-            weights = torch.from_numpy(job.weight).float()
+            weights = torch.from_numpy(job.weight).to(chunks(rows)[0][1])
             per_label = task.count_labels and name not in self._scalars
             labels = task.workload.client_labels(job.client) * weights[:, None] if per_label else None
             alone = isinstance(rows, list) and name not in self._scalars and (job.block.tile == 1 or not shared)
