@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 import gossamer
 from federation import BASE, assert_same, digest
 from gossamer.cli.main import app
-from gossamer.errors import ConfigError, DataError, GossamerError, Interrupted, RegistryError
+from gossamer.errors import ConfigError, DataError, GossamerError, GossamerWarning, Interrupted, RegistryError
 from gossamer.storage.runlog import read_config
 from gossamer.workloads import samples
 from gossamer.workloads.datasets import ImageData, synthetic
@@ -113,6 +114,17 @@ class TestEqualBits:
         assert_same(one, other)
         assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
         assert digest(one.params) != digest(before)
+
+
+def test_a_model_of_ones_own_without_data_is_told_on_what_it_trains(tmp_path: Path) -> None:
+    told = r"no data are given, so the model '.*Net' is trained on 'digits': give data=\.\.\. in Python"
+    config = BASE | {"workload": {}, "rounds": 1}
+    with pytest.warns(GossamerWarning, match=told):
+        gossamer.run(config, model=Net, out=tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gossamer.run(config, model=Net, data="digits", out=tmp_path / "b")
+        gossamer.run(config, model="softmax", out=tmp_path / "c")
 
 
 class TestSizes:

@@ -48,7 +48,8 @@ def run(
         model: a name, a `torch.nn.Module` class, a function that returns a module, or a module, whose parameters the
             run starts from, see `gossamer.workloads.given.given_model`.
         data: a name, a torch data set or a pair (train, test) of them, or arrays or tensors ``(x_train, y_train,
-            x_test, y_test)``, see `gossamer.workloads.given_data.read_data`.
+            x_test, y_test)``, see `gossamer.workloads.given_data.read_data`; None: those of `source`, or, where
+            it names none, scikit-learn's digits, of which a model of your own warns.
         partition: a name, or the sample numbers of each client (then their number may be left out of `clients`), see
             `gossamer.workloads.given.given_partition`.
         on_round: called with the record of every round, a line of ``metrics.jsonl``. If what it returns is true, the

