@@ -8,15 +8,20 @@ import gossamer
 
 
 class Residual(nn.Sequential):
+    """Layers whose output is added to their input."""
+
     def forward(self, x):
+        """Return x [b, channels, height, width] with what the layers make of it, rectified."""
         return (x + super().forward(x)).relu()
 
 
 def conv(inputs, outputs):
+    """Return a 3 x 3 convolution with BatchNorm and ReLU."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def resnet(num_classes, width=32):
+    """Return a network with two residual layers for images [3, 32, 32]."""
     stages = [conv(3, width), Residual(conv(width, width)), nn.MaxPool2d(4), Residual(conv(width, width))]
     return nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes))
 
