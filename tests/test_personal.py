@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from federation import SINGLY, STACKED, assert_same, configure, digest, modes, relative_error
-from gossamer import run
+from gossamer import load, run
 from gossamer.build import Parts, build
+from gossamer.cli.main import app
 from gossamer.config.loading import parse
 from gossamer.config.resolve import resolve
 from gossamer.errors import ConfigError
@@ -79,6 +82,90 @@ def test_slow_version(tmp_path: Path, algorithm: Any, mode: dict[str, bool]) -> 
     assert spread["mean"] == pytest.approx(np.mean(accuracies), abs=1e-6)
     assert (spread["min"], spread["max"]) == pytest.approx((min(accuracies), max(accuracies)), abs=1e-6)
     assert len(slow.own) > 1
+
+
+@pytest.fixture(scope="module")
+def personal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of FedPer in which some clients were never trained, all of them evaluated after the last round."""
+    changes = UNEQUAL | PERSONAL | {"algorithm": "fedper", "evaluation.num_clients": 8, "rounds": 2}
+    changes |= {"clients.per_round": 3} | modes(**SINGLY)
+    return run(configure(changes), out=tmp_path_factory.mktemp("runs") / "personal").directory
+
+
+class TestTakenHome:
+    def test_a_clients_model_is_as_accurate_as_a_computation_by_hand(self, personal: Path) -> None:
+        """Of the clients that were trained; the others have the server's model, and are refused."""
+        loaded, slow = load(personal), SlowClients()
+        parts = build(parse(loaded.config))
+        expected = slow_federation(parts, slow)
+        accuracies = []
+        for client in range(8):
+            if client not in slow.own:
+                with pytest.raises(ConfigError, match=f"client = {client} has not been trained in 2 rounds"):
+                    loaded.model(client=client)
+                accuracies.append(accuracy_of(parts, doubled(loaded.params), client))
+                continue
+            found = loaded.state_dict(client=client)
+            assert relative_error(found, expected | slow.own[client]) < 1e-5
+            accuracies.append(accuracy_of(parts, doubled(found), client))
+            x = loaded.normalize(parts.workload.data.test_images)
+            logits = perceptron(doubled(found), x.double()).float()
+            assert torch.allclose(loaded.model(client=client)(x), logits, atol=1e-5)
+        spread = loaded.metrics[-1]["accuracy_personal"]
+        assert 0 < len(slow.own) < 8
+        assert spread["mean"] == pytest.approx(np.mean(accuracies), abs=1e-6)
+        assert (spread["min"], spread["max"]) == pytest.approx((min(accuracies), max(accuracies)), abs=1e-6)
+
+    def test_exported(self, personal: Path, tmp_path: Path) -> None:
+        loaded = load(personal)
+        client = next(one for one in range(8) if not refusal(loaded, one))
+        before = {path.name: path.read_bytes() for path in (personal / "clients").iterdir()}
+        file = tmp_path / "own.safetensors"
+        done = CliRunner().invoke(app, ["export", str(personal), "-o", str(file), "--client", str(client)])
+        assert done.exit_code == 0, done.output
+        found, expected = load_file(file), loaded.state_dict(client=client)
+        assert {name: value.tolist() for name, value in found.items()} == {n: v.tolist() for n, v in expected.items()}
+        assert not torch.equal(found["output.weight"], loaded.params["output.weight"])
+        assert torch.equal(found["hidden0.weight"], loaded.params["hidden0.weight"])
+        assert {path.name: path.read_bytes() for path in (personal / "clients").iterdir()} == before
+
+    def test_refusals(self, personal: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"client = 8, but the run has 8 clients: give a number from 0 to 7"):
+            load(personal).model(client=8)
+        plain = run(configure({"rounds": 1}), out=tmp_path / "plain").directory
+        with pytest.raises(ConfigError, match=r"client = 0, but its clients keep no parameters, see clients\.personal"):
+            load(plain).model(client=0)
+
+    def test_batch_norm_has_the_moments_of_the_client(self, tmp_path: Path) -> None:
+        """The mean accuracy of all clients' models, taken home, is that of the log; others are refused."""
+        model = {"name": "preact-resnet18", "width": 0.0625}
+        changes = {"algorithm": "fedbn", "workload.model": model, "clients.num": 3, "clients.per_round": 3, "rounds": 1}
+        changes["clients.partition"] = {"name": "n-classes", "n": 10}
+        data = build(parse(configure(changes))).workload.data
+        accuracies = []
+        loaded = load(run(configure(changes | {"evaluation.num_clients": 3}), out=tmp_path / "all").directory)
+        for client in range(3):
+            with torch.no_grad():
+                logits = loaded.model(client=client)(loaded.normalize(data.test_images))
+            accuracies.append(float((logits.argmax(1) == data.test_labels).double().mean()))
+        assert loaded.metrics[-1]["accuracy_personal"]["mean"] == pytest.approx(np.mean(accuracies), abs=1e-6)
+        fewer = load(run(configure(changes | {"evaluation.num_clients": 1}), out=tmp_path / "one").directory)
+        refused = [told for client in range(3) if (told := refusal(fewer, client))]
+        assert len(refused) == 2
+        assert all("not known of client=" in told and "raise or set evaluation.num_clients" in told for told in refused)
+
+
+def doubled(params: Mapping[str, torch.Tensor]) -> Params:
+    return {name: value.double() for name, value in params.items()}
+
+
+def refusal(loaded: Any, client: int) -> str:
+    """Return why the model of a client is refused; "" if it is not."""
+    try:
+        loaded.state_dict(client=client)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 @pytest.mark.parametrize("levels", [[1.0], [0.5, 1.0]], ids=str)

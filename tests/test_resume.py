@@ -338,7 +338,7 @@ class TestFullDisk:
             ("stateless", checkpoint, "_write_text", 6, OSError(errno.ENOSPC, "full")),
             ("private-state", checkpoint, "_write_text", 5, OSError(errno.ENOSPC, "full")),
             ("stateless", checkpoint, "save_file", 3, SafetensorError("I/O error (os error 28)")),
-            ("private-state", client_store, "_write_at", 5, OSError(errno.ENOSPC, "full")),
+            ("private-state", client_store, "write_at", 5, OSError(errno.ENOSPC, "full")),
         ],
         ids=["manifest", "progress", "arrays", "client-state"],
     )

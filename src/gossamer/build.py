@@ -36,7 +36,7 @@ from gossamer.simulation.counting import count_variants
 from gossamer.simulation.cuts import check_cuts
 from gossamer.simulation.devices import DeviceShare
 from gossamer.storage.checkpoint import Checkpoints
-from gossamer.storage.client_store import ClientStore
+from gossamer.storage.client_store import CLIENTS, ClientStore
 from gossamer.storage.runlog import RunLog
 from gossamer.task import load_workload, make_task, on_device
 from gossamer.workloads.base import Workload
@@ -100,7 +100,7 @@ class Parts:
             return self.engine_class.of_peers(self.task, x, setup), None
         store = None
         if self.task.stored_arrays:
-            store = ClientStore(directory / "clients", keep=self.config.checkpoint.keep, dtype=x.dtype)
+            store = ClientStore(directory / CLIENTS, keep=self.config.checkpoint.keep, dtype=x.dtype)
             for name, width in self.task.stored_arrays.items():
                 store.declare(name, width)
         return self.engine_class(self.task, self.task.initial_state(x), store, setup), store

@@ -63,6 +63,24 @@ def counter() -> Iterator[torch.Tensor]:
         yield torch.tensor([value, -value, value / 7])
 
 
+def test_who_reads_a_commit_changes_nothing(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    put(store, {1: torch.ones(WIDTH)})
+    index = store.index()
+    put(store, {1: torch.zeros(WIDTH), 2: torch.ones(WIDTH)})  # by a run that goes on
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    reader = ClientStore(tmp_path)
+    reader.attach(index)
+    assert_holds(reader, {1: torch.ones(WIDTH)})
+    reader.close()
+    assert reader.namespaces == ["control"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"cannot read '.*control.0.rows' \(No such file"):
+        ClientStore(tmp_path).attach(index)
+
+
 def test_rows_come_back_and_strangers_are_zero(tmp_path: Path) -> None:
     store = opened(tmp_path)
     rows, present = store.get("control", ids(4, 2))

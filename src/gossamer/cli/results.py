@@ -20,6 +20,9 @@ def export(
     peer: Annotated[
         int | None, typer.Option(metavar="NUMBER", help="The model of this peer instead of the merged one.")
     ] = None,
+    client: Annotated[
+        int | None, typer.Option(metavar="NUMBER", help="The model of this client, with the parameters it keeps.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file.")] = False,
     trust: Trust = False,
 ) -> None:
@@ -29,7 +32,7 @@ def export(
 
     with plug_ins(trust):
         loaded = load(directory, run=run, trust=trust)
-        typer.echo(write(loaded, output, capacity=capacity, peer=peer, force=force))
+        typer.echo(write(loaded, output, capacity=capacity, peer=peer, client=client, force=force))
 
 
 def runs(

@@ -12,6 +12,7 @@ from torch import Tensor
 from gossamer.aggregate.codec_base import Communication
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import Record, spread
+from gossamer.engines.statistics import name_of
 from gossamer.engines.task import PERSONAL, Task
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.personal import with_own
@@ -19,7 +20,7 @@ from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block, RoundPlan
 from gossamer.round_record import merged
 from gossamer.threads import one_thread
-from gossamer.workloads.base import add_sums
+from gossamer.workloads.base import Sums, add_sums
 
 NO_CODEC = Communication()
 
@@ -34,13 +35,16 @@ class ClientModels:
         alone = replace(task.with_personal(task.cutter.layout.names), communication=NO_CODEC)
         self._trainer = Trainer(alone, state, order)
 
-    def measure(self, plan: RoundPlan, client_state: Callable[[Job], Arrays]) -> Record:
+    def measure(
+        self, plan: RoundPlan, client_state: Callable[[Job], Arrays], keep: Callable[[str, Sums], None]
+    ) -> Record:
         """Return mean, min and max over the plan's clients of each of their metrics, see `Workload.client_metrics`.
 
         Args:
             plan: its clients, with their variants; `steps` are local steps before another evaluation, 0 for none. Their
                 batches are drawn as those of a phase that follows the round's own.
             client_state: callback that returns the private rows of a job's clients.
+            keep: callback for the statistics by which a client's own model was evaluated, by their name, see `name_of`.
 
         Returns:
             ``<metric>_personal``, where clients keep parameters, and ``<metric>_fine_tuned``, after the steps.
@@ -60,9 +64,12 @@ class ClientModels:
                 )
                 kept = client_state(job)
                 if self._task.personal:
-                    found["personal"].append(self._metrics(job, self._own(job, kept)))
+                    own, statistics = self._evaluated(job, self._own(job, kept))
+                    found["personal"].append(own)
+                    capacity = self._task.capacities[job.block.variant]
+                    keep(name_of(capacity, client=int(plan.client[row])), statistics)
                 if plan.steps[row]:
-                    found["fine_tuned"].append(self._metrics(job, self._fine_tuned(job, kept)))
+                    found["fine_tuned"].append(self._evaluated(job, self._fine_tuned(job, kept))[0])
         return merged(*(spread(metrics, f"_{name}") for name, metrics in found.items() if metrics))
 
     def _own(self, job: Job, kept: Arrays) -> Tensor:
@@ -80,9 +87,10 @@ class ClientModels:
         return self._trainer.train(job, arrays).private[PERSONAL][0]
 
     @torch.no_grad()
-    def _metrics(self, job: Job, row: Tensor) -> dict[str, float]:
+    def _evaluated(self, job: Job, row: Tensor) -> tuple[dict[str, float], Sums]:
+        """Return the metrics of a client's model, and the statistics by which it was evaluated."""
         workload, client = self._task.workload, int(job.client[0])
         params = self._task.variants[job.block.variant].layout.views(row)
         statistics = workload.client_statistics(params, client) if workload.num_statistics_chunks else {}
         sums = [workload.evaluate(params, statistics, chunk) for chunk in range(workload.num_evaluation_chunks)]
-        return workload.client_metrics(add_sums(sums), client)
+        return workload.client_metrics(add_sums(sums), client), {n: value.numpy() for n, value in statistics.items()}

@@ -168,7 +168,8 @@ class FederatedEngine(ABC):
         if not self._task.personal and not plan.steps.any():
             return {}
         self._phase = self._task.phases[-1]
-        return ClientModels(self._phase, self._state, self._order).measure(plan, self._client_state)
+        clients = ClientModels(self._phase, self._state, self._order)
+        return clients.measure(plan, self._client_state, self._statistics.keep)
 
     def read(self) -> Arrays:
         """Return copies of the state arrays [1, d], of the last round's order of channels as ``order.<axis>``, and

@@ -14,8 +14,10 @@ ROUND = "round"
 MODEL = "model"  # the whole model, of peers the merged one
 
 
-def name_of(capacity: float = 1.0, peer: int | None = None) -> str:
+def name_of(capacity: float = 1.0, peer: int | None = None, client: int | None = None) -> str:
     """Return what the statistics of a (sub-)model are kept under."""
+    if client is not None:
+        return f"client={client}" + ("" if capacity == 1.0 else f",capacity={capacity:g}")
     if peer is not None:
         return f"peer={peer}"
     return MODEL if capacity == 1.0 else f"capacity={capacity:g}"

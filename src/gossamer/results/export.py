@@ -15,16 +15,22 @@ SUFFIX = ".safetensors"
 
 
 def export(
-    run: LoadedRun, output: str | Path, *, capacity: float = 1.0, peer: int | None = None, force: bool = False
+    run: LoadedRun,
+    output: str | Path,
+    *,
+    capacity: float = 1.0,
+    peer: int | None = None,
+    client: int | None = None,
+    force: bool = False,
 ) -> Path:
     """Write what `LoadedRun.state_dict` returns, and return the path.
 
     The header has, as text, ``gossamer_version``, ``round``, and as JSON ``metrics`` (the last record), ``facts`` of
-    the data and ``workload``; ``capacity`` and ``peer`` where they were given.
+    the data and ``workload``; ``capacity``, ``peer`` and ``client`` where they were given.
 
     Args:
         output: file to write, ``*.safetensors``.
-        capacity, peer: see `LoadedRun.state_dict`.
+        capacity, peer, client: see `LoadedRun.state_dict`.
         force: whether to overwrite a file.
 
     Raises:
@@ -46,7 +52,8 @@ def export(
     }
     described |= {} if capacity == 1.0 else {"capacity": str(capacity)}
     described |= {} if peer is None else {"peer": str(peer)}
-    arrays = run.state_dict(capacity=capacity, peer=peer)
+    described |= {} if client is None else {"client": str(client)}
+    arrays = run.state_dict(capacity=capacity, peer=peer, client=client)
     aside = output.with_name(f".{output.name}.writing")
     with storage_errors(output):
         try:

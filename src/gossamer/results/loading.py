@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +18,13 @@ from gossamer.config.plugins import as_mapping
 from gossamer.config.resolve import make_algorithm, split
 from gossamer.config.schema import Config
 from gossamer.engines.statistics import name_of, statistics_in
+from gossamer.engines.task import PERSONAL
 from gossamer.engines.training.mixing import merged_model
 from gossamer.errors import CheckpointError, ConfigError, nearest, plugin_errors, warn
 from gossamer.registry import OBJECT, errors_of_plug_ins, trusting
 from gossamer.results.description import ModelDescription, read_description
 from gossamer.storage.checkpoint import Checkpoint, read_latest
+from gossamer.storage.client_store import CLIENTS, ClientStore
 from gossamer.storage.runlog import CHECKPOINTS, read_config, read_metrics, run_directories
 from gossamer.submodel import Layout
 from gossamer.task import make_cutter
@@ -32,7 +35,7 @@ from gossamer.workloads.models import pooled_moments
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-STATE = "state."  # prefix of what the engine keeps, in the arrays of a commit
+STATE, STORE = "state.", "store."  # prefixes of what the engine, and the client store, keep in the arrays of a commit
 ORDER = "order."
 
 
@@ -78,31 +81,37 @@ class LoadedRun:
     @property
     def params(self) -> dict[str, Tensor]:
         """``{name: tensor}`` of all parameters, frozen ones included; of peers those of the merged model."""
-        found = self._values(1.0, None)
+        found = self._values(1.0, None, None)
         return {name: found[name] for name in self._description.names}
 
-    def state_dict(self, *, capacity: float = 1.0, peer: int | None = None) -> dict[str, Tensor]:
+    def state_dict(
+        self, *, capacity: float = 1.0, peer: int | None = None, client: int | None = None
+    ) -> dict[str, Tensor]:
         """Return all that a state dict of the model has: parameters, buffers and the moments of BatchNorm.
 
         Args:
             capacity: capacity of the sub-model, whose windows are those of the last round.
             peer: number of a peer, counted from 0; None: the merged model.
+            client: number of a client, counted from 0, whose personal parameters take the place of the server's; None:
+                the server's model. Of BatchNorm it has the moments of the client's own data, if the client was among
+                those that were evaluated last.
 
         Raises:
-            ConfigError: the run has no such sub-model or peer, or has not evaluated it, so that moments are missing.
+            ConfigError: the run has no such sub-model, peer or client, or has not trained the client, or has not
+                evaluated the model, so that moments are missing.
         """
         with trusting(self.trust), errors_of_plug_ins():
-            found = self._state(capacity, peer)
+            found = self._state(capacity, peer, client)
         return found | {name: found[trained] for name, trained in self._description.aliases.items()}
 
-    def model(self, *, capacity: float = 1.0, peer: int | None = None) -> nn.Module:
+    def model(self, *, capacity: float = 1.0, peer: int | None = None, client: int | None = None) -> nn.Module:
         """Return the model in evaluation mode, as a module on the CPU.
 
         It is the user's own module, loaded strictly, where the model is one and is whole. Anything else is a module
         whose state dict has the same names. Its inputs are those of training, see `normalize`.
 
         Args:
-            capacity, peer: see `state_dict`.
+            capacity, peer, client: see `state_dict`.
 
         Raises:
             ConfigError: see `state_dict`; or the code builds another model by now, or cannot build it without data.
@@ -120,7 +129,7 @@ class LoadedRun:
                 raise ConfigError(f"workload {name!r} has no method build_model: use state_dict() instead")
             with plugin_errors(f"model of workload {name!r}"):
                 model = found.build_model(options, self._description.facts, self.config["seed"])
-                return module_of(model, self._state(capacity, peer), is_whole=capacity == 1.0)
+                return module_of(model, self._state(capacity, peer, client), is_whole=capacity == 1.0)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return samples of the data set, such as images [b, channels, height, width], as the model takes them.
@@ -157,20 +166,20 @@ class LoadedRun:
     def _parsed(self) -> Config:
         return parse(self.config)
 
-    def _state(self, capacity: float, peer: int | None) -> dict[str, Tensor]:
+    def _state(self, capacity: float, peer: int | None, client: int | None) -> dict[str, Tensor]:
         """Return parameters, constants and moments of a (sub-)model."""
-        return self._values(capacity, peer) | self._moments(capacity, peer)
+        return self._values(capacity, peer, client) | self._moments(capacity, peer, client)
 
-    def _values(self, capacity: float, peer: int | None) -> dict[str, Tensor]:
+    def _values(self, capacity: float, peer: int | None, client: int | None) -> dict[str, Tensor]:
         """Return parameters, low-rank factors merged, and constants."""
-        layout, row = self._row(capacity, peer)
+        layout, row = self._row(capacity, peer, client)
         found = {name: value.clone() for name, value in layout.views(row).items()} | dict(self._description.constants)
         factors = {name: found.pop(name) for names in self._description.merging.values() for name in names[:2]}
         for weight, (a, b, scale) in self._description.merging.items():
             found[weight] = found[weight] + (scale * factors[b]) @ factors[a]
         return found
 
-    def _row(self, capacity: float, peer: int | None) -> tuple[Layout, Tensor]:
+    def _row(self, capacity: float, peer: int | None, client: int | None) -> tuple[Layout, Tensor]:
         layout, x = self._description.layout, self._arrays["x"]
         if peer is not None and (self._parsed.peers is None or capacity != 1.0):
             reason = "the run has a server" if self._parsed.peers is None else f"capacity = {capacity} is of all peers"
@@ -178,6 +187,7 @@ class LoadedRun:
         if peer is not None and not 0 <= peer < len(x):
             raise ConfigError(f"peer = {peer}, but the run has {len(x)} peers: give a number from 0 to {len(x) - 1}")
         row = merged_model(x) if peer is None else x[peer]
+        row = row if client is None else self._personal(row, client)
         if capacity == 1.0:
             return layout, row
         known = self._parsed.submodel.capacities
@@ -186,21 +196,51 @@ class LoadedRun:
         algorithm = make_algorithm(self._parsed).of_model(layout)
         kept = self._arrays.items()
         order = {name.removeprefix(ORDER): value for name, value in kept if name.startswith(ORDER)}
-        cut = make_cutter(self._parsed, algorithm, layout).cut(capacity, max(self.round - 1, 0), 0, order)
+        cut = make_cutter(self._parsed, algorithm, layout).cut(capacity, max(self.round - 1, 0), client or 0, order)
         row = algorithm.of_capacity(layout, capacity).evaluated(row)
         return cut.sub, cut.read(row, row.new_zeros(cut.sub.d))
 
-    def _moments(self, capacity: float, peer: int | None) -> dict[str, Tensor]:
+    def _personal(self, row: Tensor, client: int) -> Tensor:
+        """Return the server's row [d] with what a client keeps in its place.
+
+        Raises:
+            ConfigError: there is no such client, or it keeps nothing.
+        """
+        clients = self._parsed.clients
+        store = ClientStore(self.directory / CLIENTS, dtype=row.dtype)
+        kept = self._commit.arrays.items()
+        store.attach({name.removeprefix(STORE): value for name, value in kept if name.startswith(STORE)})
+        with closing(store):
+            if clients is None or PERSONAL not in store.namespaces:
+                reason = "the run has no server: give peer" if clients is None else "its clients keep no parameters"
+                raise ConfigError(f"client = {client}, but {reason}, see clients.personal: leave client out")
+            num = clients.num
+            if not 0 <= client < num:
+                raise ConfigError(
+                    f"client = {client}, but the run has {num} clients: give a number from 0 to {num - 1}"
+                )
+            own, present = store.get(PERSONAL, torch.tensor([client]))
+        if not bool(present):
+            raise ConfigError(
+                f"client = {client} has not been trained in {self.round} rounds, so that it keeps nothing yet: leave"
+                " client out for the server's model, which it would start from"
+            )
+        return torch.where(own[0].isnan(), row, own[0])
+
+    def _moments(self, capacity: float, peer: int | None, client: int | None) -> dict[str, Tensor]:
         """Return the running mean and variance of every BatchNorm layer, [channels]."""
         norms = self._description.norms
         if not norms:
             return {}
-        sums, taken = statistics_in(self._arrays, name_of(capacity, peer))
+        name = name_of(capacity, peer, client)
+        sums, taken = statistics_in(self._arrays, name)
         if not sums:
             key = "evaluation.num_peers" if peer is not None else "evaluation.by_capacity"
-            remedy = "train on, until it is evaluated" if peer is None and capacity == 1.0 else f"raise or set {key}"
+            key = "evaluation.num_clients" if client is not None else key
+            is_whole = peer is None and client is None and capacity == 1.0
+            remedy = "train on, until it is evaluated" if is_whole else f"raise or set {key}"
             raise ConfigError(
-                f"the moments of BatchNorm are not known of {name_of(capacity, peer)} after round {self.round}, because"
+                f"the moments of BatchNorm are not known of {name} after round {self.round}, because"
                 f" they are taken where a model is evaluated: {remedy}"
             )
         if taken != self.round:

@@ -40,8 +40,9 @@ import torch
 from numpy.typing import NDArray
 
 from gossamer.errors import CheckpointError, ConfigError, storage_errors
-from gossamer.storage.disk import sync
+from gossamer.storage.disk import sync, write_at
 
+CLIENTS = "clients"  # folder of a run that its store is in
 _PREFIX = "clientstore"
 _FLOATS: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]+")
@@ -118,6 +119,11 @@ class ClientStore:
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def namespaces(self) -> list[str]:
+        """The namespaces that were declared, or found in a commit."""
+        return list(self._tables)
+
     def declare(self, namespace: str, width: int) -> None:
         """Set the number of floats in a row of `namespace`; setting it again has no effect.
 
@@ -189,7 +195,7 @@ class ClientStore:
         checksums = np.array([zlib.crc32(row.data) for row in content], np.int64)
         descriptor = self._open(namespace, table)
         with storage_errors(self._path(namespace, table.generation)):
-            _write_at(descriptor, content.data.cast("B"), table.num_rows * table.row_bytes)
+            write_at(descriptor, content.data.cast("B"), table.num_rows * table.row_bytes)
         table.point(names, table.num_rows + np.arange(len(names)), checksums)
         table.num_rows += len(names)
 
@@ -281,6 +287,20 @@ class ClientStore:
                     table.descriptor = os.open(path, os.O_RDWR)
                     os.ftruncate(table.descriptor, table.num_rows * table.row_bytes)
 
+    def attach(self, index: Mapping[str, torch.Tensor]) -> None:
+        """Let `get` read the rows of a commit, and change nothing on the disk; `put` is not for such a store.
+
+        Raises:
+            CheckpointError: the index is malformed, or a file cannot be read.
+        """
+        self._tables = _parse_index(index, self._float.itemsize)
+        for namespace, table in self._tables.items():
+            path = self._path(namespace, table.generation)
+            try:
+                table.descriptor = os.open(path, os.O_RDONLY) if len(table.clients) else None
+            except OSError as error:
+                raise CheckpointError(f"cannot read {str(path)!r} ({error.strerror}): restore it") from error
+
     def close(self) -> None:
         """Close the files; a later `put` or `get` needs `restore` first."""
         for table in self._tables.values():
@@ -337,7 +357,7 @@ class ClientStore:
             for position, slot in enumerate(table.slots[order].tolist()):
                 content = self._read_row(namespace, table, slot)
                 with storage_errors(target):
-                    _write_at(descriptor, memoryview(content), position * table.row_bytes)
+                    write_at(descriptor, memoryview(content), position * table.row_bytes)
         except BaseException:
             os.close(descriptor)
             target.unlink(missing_ok=True)
@@ -375,14 +395,3 @@ def _parse_index(index: Mapping[str, torch.Tensor], itemsize: int) -> dict[str, 
                 f"the index of client state {namespace!r} is malformed ({error}): resume from an earlier checkpoint"
             ) from error
     return tables
-
-
-def _write_at(descriptor: int, content: memoryview, offset: int) -> None:
-    """Write all of `content`; if that fails, truncate the file to `offset`."""
-    done = 0
-    try:
-        while done < len(content):
-            done += os.pwrite(descriptor, content[done:], offset + done)
-    except OSError:
-        os.ftruncate(descriptor, offset)
-        raise

@@ -26,6 +26,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_at(descriptor: int, content: memoryview, offset: int) -> None:
+    """Write all of `content`; if that fails, truncate the file to `offset`.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    done = 0
+    try:
+        while done < len(content):
+            done += os.pwrite(descriptor, content[done:], offset + done)
+    except OSError:
+        os.ftruncate(descriptor, offset)
+        raise
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link, or a directory with all that it holds.
 
