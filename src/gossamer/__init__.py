@@ -9,15 +9,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gossamer import aggregate, submodel, testing, topology
+    from gossamer import aggregate, distributed, submodel, testing, topology
     from gossamer.api import resume, run
     from gossamer.experiment import Run
     from gossamer.results.loading import LoadedRun, load
 
 __version__ = "0.1.0"
-__all__ = ["LoadedRun", "Run", "__version__", "aggregate", "load", "resume", "run", "submodel", "testing", "topology"]
+__all__ = [
+    "LoadedRun",
+    "Run",
+    "__version__",
+    "aggregate",
+    "distributed",
+    "load",
+    "resume",
+    "run",
+    "submodel",
+    "testing",
+    "topology",
+]
 
-_MODULES = ("aggregate", "submodel", "testing", "topology")
+_MODULES = ("aggregate", "distributed", "submodel", "testing", "topology")
 _HOMES = {
     "run": "gossamer.api",
     "resume": "gossamer.api",

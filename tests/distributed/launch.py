@@ -1,4 +1,4 @@
-"""Runs checks on several real ranks: ``python launch.py SIZE FOLDER MODULE``; the environment is that of torchrun.
+"""Runs checks on several real ranks: ``python launch.py SIZE FOLDER MODULE...``; the environment is that of torchrun.
 
 Ranks are forked from one process that has imported torch, because imports are most of what starting costs. Each writes
 FOLDER/RANK.json: ``{name of a check: what went wrong, or ""}``.
@@ -33,13 +33,13 @@ def become_rank(rank: int, size: int, ports: list[int]) -> None:
     )
 
 
-def run_checks(rank: int, folder: Path, module: str) -> None:
-    """Run all checks of a module in their order, and write down what went wrong."""
+def run_checks(rank: int, folder: Path, modules: list[str]) -> None:
+    """Run all checks of some modules in their order, and write down what went wrong."""
     found: dict[str, str] = {}
-    checks = importlib.import_module(module)
-    for name in [name for name in vars(checks) if name.startswith("check_")]:
+    checks = {name: each for module in modules for name, each in vars(importlib.import_module(module)).items()}
+    for name in [name for name in checks if name.startswith("check_")]:
         try:
-            vars(checks)[name](rank)
+            checks[name](rank)
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()
@@ -48,11 +48,11 @@ def run_checks(rank: int, folder: Path, module: str) -> None:
 
 def main() -> None:
     """Start the ranks and wait for them."""
-    size, folder, module = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    size, folder, modules = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     sys.path[:0] = [str(HERE), str(HERE.parent / "algorithms" / "decentralized")]
     torch.set_num_threads(1)
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
-    for name in ("gossamer.distributed", "scipy.sparse.csgraph", "networkx", "torch.nn.parallel", "torch._dynamo"):
+    for name in ("gossamer.distributed", "scipy.sparse.csgraph", "networkx", "torch._dynamo", "sklearn.datasets"):
         importlib.import_module(name)  # which every rank would do anew
     ranks = []
     for rank in range(size):
@@ -61,7 +61,7 @@ def main() -> None:
             code = 1
             try:
                 become_rank(rank, size, [store.port for store in stores])
-                run_checks(rank, folder, module)
+                run_checks(rank, folder, modules)
                 code = 0
             finally:
                 sys.stderr.flush()

@@ -1,4 +1,7 @@
-"""Four real ranks over gloo; what they check is in checks.py. One start serves all, because it costs the most."""
+"""Four real ranks over gloo; what they check is in checks.py and checks_optimizer.py.
+
+One start serves all, because starting costs the most.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,21 +19,50 @@ import gossamer
 
 HERE = Path(__file__).parent
 SIZE = 4
-LIMIT_SECONDS = 110
-NAMES = re.findall(r"^def (check_\w+)", (HERE / "checks.py").read_text(), re.MULTILINE)
+LIMIT_SECONDS = 280
+MODULES = ("checks", "checks_optimizer")
+NAMES = re.findall(r"^def (check_\w+)", "".join((HERE / f"{name}.py").read_text() for name in MODULES), re.MULTILINE)
+RUN: dict[str, Any] = {
+    "seed": 3,
+    "rounds": 4,
+    "workload": {"name": "least-squares", "dim": 6, "num_samples": 20, "heterogeneity": 1.0},
+    "train": {"steps": 3, "batch_size": 20, "lr": 0.05},
+}
+ADAMW = {"train": RUN["train"] | {"optimizer": {"name": "adamw", "state": "keep"}}}  # clients keep none in float64
+OUTER: list[dict[str, Any]] = [
+    {"algorithm": {"name": "gasloc", "gamma": 0.4}, "peers": {"num": SIZE, "topology": "od-equidyn"}, **ADAMW},
+    {"algorithm": {"name": "noloco"}, "peers": {"num": SIZE, "topology": "random-match"}, **ADAMW},
+    {"algorithm": {"name": "diloco"}, "clients": {"num": SIZE, "per_round": SIZE}},
+]
+
+
+def reference(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the models that a run of the simulator ends with: of all peers, or the server's."""
+    run = gossamer.run(config, out=folder)
+    loaded = gossamer.load(run.directory)
+    peers = range(SIZE) if "peers" in config else [None]
+    return {"config": config, "models": [loaded.state_dict(peer=peer)["x"].tolist() for peer in peers]}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Return what each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "PYTHONPATH": str(Path(gossamer.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "launch.py"), str(SIZE), str(folder), "checks"]
+    references = [reference(RUN | outer, folder / outer["algorithm"]["name"]) for outer in OUTER]
+    (folder / "references.json").write_text(json.dumps(references))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(gossamer.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "REFERENCES": str(folder / "references.json"),
+    }
+    command = [sys.executable, str(HERE / "launch.py"), str(SIZE), str(folder), *MODULES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE)]
 
 
+@pytest.mark.timeout(LIMIT_SECONDS + 20)
 @pytest.mark.parametrize("name", NAMES)
 def test_all_ranks(found: list[dict[str, str]], name: str) -> None:
     assert {rank: each.get(name, "never ran") for rank, each in enumerate(found) if each.get(name) != ""} == {}

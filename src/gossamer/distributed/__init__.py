@@ -6,7 +6,7 @@
     graph = gd.topology("one-peer-exp")
     optimizer = gd.DecentralizedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), graph)
 
-The names are BlueFog's where it has them.
+The names are BlueFog's where it has them. See docs/distributed.md.
 """
 
 from __future__ import annotations

@@ -16,31 +16,33 @@ from gossamer.topology import Topology
 DIGEST_BYTES, TEXT_BYTES = 16, 200
 
 
-def agree(world: World, said: str, remedy: str) -> None:
+def agree(world: World, said: str, remedy: str, *, again: bool = False) -> None:
     """Check that all ranks say the same; a collective call the first time that something is said.
 
     Args:
         world: the group.
         said: what this rank has; only what stands at its beginning is shown where it differs.
         remedy: what to do where ranks differ.
+        again: whether to compare what was compared before, too.
 
     Raises:
         ConfigError: ranks differ.
         EngineError: the others do not compare anything.
     """
-    if said in world.compared or world.size == 1:
+    if (said in world.compared and not again) or world.size == 1:
         return
+    # All messages have one size, because gloo ends the process where sizes differ.
     digest = hashlib.blake2b(said.encode(), digest_size=DIGEST_BYTES).digest()
     try:
-        if len(set(_gathered(world, digest))) > 1:
-            text = said.encode()[:TEXT_BYTES].ljust(TEXT_BYTES)
-            every = [each.decode(errors="ignore").strip() for each in _gathered(world, text)]
-            raise ConfigError(f"the ranks do not agree: {_by_rank(every)}: {remedy}")
+        every = _gathered(world, digest + said.encode()[:TEXT_BYTES].ljust(TEXT_BYTES))
     except RuntimeError as error:
         raise EngineError(
             f"rank {world.rank} has {said[:TEXT_BYTES]} for the first time, and not all others came to compare it"
             f" ({first_line(error)}): {remedy}"
         ) from None
+    if len(set(every)) > 1:
+        texts = [each[DIGEST_BYTES:].decode(errors="ignore").strip() for each in every]
+        raise ConfigError(f"the ranks do not agree: {_by_rank(texts)}: {remedy}")
     world.compared.add(said)
 
 
