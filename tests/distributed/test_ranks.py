@@ -26,12 +26,11 @@ RUN: dict[str, Any] = {
     "seed": 3,
     "rounds": 4,
     "workload": {"name": "least-squares", "dim": 6, "num_samples": 20, "heterogeneity": 1.0},
-    "train": {"steps": 3, "batch_size": 20, "lr": 0.05},
+    "train": {"steps": 3, "batch_size": 20, "lr": 0.05, "optimizer": {"name": "adamw", "state": "keep"}},
 }
-ADAMW = {"train": RUN["train"] | {"optimizer": {"name": "adamw", "state": "keep"}}}  # clients keep none in float64
 OUTER: list[dict[str, Any]] = [
-    {"algorithm": {"name": "gasloc", "gamma": 0.4}, "peers": {"num": SIZE, "topology": "od-equidyn"}, **ADAMW},
-    {"algorithm": {"name": "noloco"}, "peers": {"num": SIZE, "topology": "random-match"}, **ADAMW},
+    {"algorithm": {"name": "gasloc", "gamma": 0.4}, "peers": {"num": SIZE, "topology": "od-equidyn"}},
+    {"algorithm": {"name": "noloco"}, "peers": {"num": SIZE, "topology": "random-match"}},
     {"algorithm": {"name": "diloco"}, "clients": {"num": SIZE, "per_round": SIZE}},
 ]
 

@@ -238,16 +238,14 @@ def _compared(
     name = type(algorithm).__name__
     options = algorithm.options.model_dump(mode="json") if isinstance(algorithm, PeerSGD) else ""
     if wire is not None and not isinstance(algorithm, PeerSGD):
-        raise ConfigError(
-            f"wire_dtype = {wire} is for messages to neighbours, which {name} does not send: leave it out"
-        )
+        raise ConfigError(f"wire_dtype = {wire} is for messages to neighbours, but {name} has none: leave it out")
     graph = "all processes" if topology is None else described(topology)
     said = f"{mode} by {name}{options or ''} every {every} over {graph}"
     agree(world, said, "give every rank's optimizer the same arguments", again=True)
     if not isinstance(algorithm, PeerSGD):
         values = hashlib.blake2b(digest_size=6)
         for each in parameters:
-            values.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            values.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         remedy = "call gossamer.distributed.broadcast([*model.parameters()]) before"
         agree(world, f"initial parameters [{values.hexdigest()}]", remedy, again=True)
     return said
