@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import gate
+import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -136,6 +138,26 @@ def test_every_run_is_what_it_is_by_itself(tmp_path: Path) -> None:
     assert found.figure.stat().st_size > 0
     curves = {curve.label: len(curve.runs) for curve in group(find_runs([tmp_path / "all"]))}
     assert curves == {"lr-0.1": 2, "lr-0.05": 2}
+
+
+def test_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module and arrays, in forked workers, too: each run is that of `gossamer.run`, and is resumed with the same."""
+    model, x = torch.nn.Linear(4, 2), np.random.default_rng(0).normal(size=(80, 4)).astype(np.float32)
+    data = (x[:60], (x[:60, 0] > 0).astype(np.int64), x[60:], (x[60:, 0] > 0).astype(np.int64))
+    config = DATA | {"workload": {}, "clients": {"num": 4, "per_round": 2}}
+    monkeypatch.setattr("gossamer.sweep._draw", lambda *given: None)
+    settings = ["engine.workers=0,2"]
+    found = sweep(config, settings, None, "local", tmp_path / "all", model=model, data=data)
+    require_all_done(found)
+    alone = gossamer.run(config, model=model, data=data, out=tmp_path / "alone")
+    losses = [one["train_loss"] for one in alone.metrics]
+    for row in found.rows:
+        assert [one["train_loss"] for one in read_metrics(Path(row["directory"]))] == losses
+        assert row["final"] == alone.metrics[-1]["accuracy"]
+    again = sweep(config, settings, None, "local", tmp_path / "all", model=model, data=data)
+    assert [row["final"] for row in again.rows] == [row["final"] for row in found.rows]
+    with pytest.raises(ConfigError, match="'object:Linear' is an object of this process, which tasks of Ray cannot"):
+        sweep(config, settings, out=tmp_path / "ray", model=model, data=data)
 
 
 def test_failed_run_costs_its_row_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

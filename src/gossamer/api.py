@@ -10,11 +10,11 @@ from typing import Any
 
 from gossamer import experiment
 from gossamer.config import loading as configuration
+from gossamer.config.objects import put_in
 from gossamer.experiment import Hooks, Run
 from gossamer.registry import giving
 from gossamer.reports.progress import LineDisplay, RunObserver
 from gossamer.round_record import Observer
-from gossamer.workloads.given import given_data, given_model, given_partition
 
 OnRound = Callable[[Mapping[str, Any]], Any]
 
@@ -67,7 +67,7 @@ def run(
         sections["clients"] = {"num": num, "per_round": num}
     if source is None or sections or any(one is not None for one in (model, data, partition)):
         source = configuration.merge(configuration.load({} if source is None else source), sections)
-        objects = _put_in(source, model, data, partition)
+        objects = put_in(source, model, data, partition)
     callback = _Callback(hooks or Hooks(), on_round, progress)
     with giving(objects):
         return callback.checked(lambda: experiment.run(source, overrides, out, callback.hooks, trust))
@@ -99,34 +99,10 @@ def resume(
         ConfigError: the directory holds no run, an override is of another key, or an object is not the same.
         CheckpointError: no commit is valid, or configuration, data or logs are not those of the last one.
     """
-    objects = _put_in({}, model, data, partition)
+    objects = put_in({}, model, data, partition)
     callback = _Callback(hooks or Hooks(), on_round, progress)
     with giving(objects):
         return callback.checked(lambda: experiment.resume(directory, callback.hooks, overrides, restart, trust))
-
-
-def _put_in(config: dict[str, Any], model: Any, data: Any, partition: Any) -> dict[str, Any]:
-    """Write the names of objects into a configuration, in place; return ``{name: object}`` for `giving`.
-
-    Raises:
-        GossamerError: an object is none that could be used.
-    """
-    objects: dict[str, Any] = {}
-    for key, given in (
-        ("model", None if model is None else given_model(model)),
-        ("dataset", None if data is None else given_data(data)),
-    ):
-        if given is not None:
-            config |= configuration.with_value({"workload": config.get("workload", {})}, ["workload", key], given.spec)
-            objects |= given.objects
-    if partition is not None:
-        divided, num = given_partition(partition)
-        objects |= divided.objects
-        for section in ("clients", "peers"):
-            if isinstance(below := config.get(section), Mapping):
-                filled = {"num": num} if num is not None and below.get("num") is None else {}
-                config[section] = {**below, **filled, "partition": divided.spec}
-    return objects
 
 
 class _Callback:

@@ -15,11 +15,12 @@ from typing import Any
 
 from gossamer import experiment
 from gossamer.config import loading as configuration
+from gossamer.config.objects import put_in
 from gossamer.config.plugins import as_mapping
 from gossamer.config.resolve import resolve
 from gossamer.engines.stopping import stop_on_signals
 from gossamer.errors import ConfigError, GossamerError, Interrupted, storage_errors, warn
-from gossamer.registry import is_trusting, trusting
+from gossamer.registry import OBJECT, giving, is_trusting, trusting
 from gossamer.reports import summary
 from gossamer.reports.curves import find_runs, group, main_metric
 from gossamer.round_record import lower_is_better
@@ -83,8 +84,14 @@ def sweep(
     num_parallel: int | None = None,
     on_row: Callable[[Row], None] = lambda row: None,
     trust: bool = False,
+    *,
+    model: Any = None,
+    data: Any = None,
+    partition: Any = None,
 ) -> Sweep:
     """Run all points of a grid with all seeds; begun runs in `out` are resumed. A run that fails costs its row only.
+
+    Objects that have no name are known to this process alone, so a sweep of them has the engine "local".
 
     Args:
         source: path of a YAML file, or a dict.
@@ -95,6 +102,7 @@ def sweep(
         num_parallel: most runs at once on Ray; None: as many as there are CPUs.
         on_row: callback for every run that ends.
         trust: see `experiment.run`.
+        model, data, partition: of every run, names or objects, see `gossamer.run`.
 
     Raises:
         ConfigError: a setting, or a configuration of the grid, is wrong; `out` holds something else.
@@ -103,8 +111,17 @@ def sweep(
         raise ConfigError(f"unknown --engine {engine!r} of a sweep: give {' or '.join(ENGINES)}")
     if num_parallel is not None and (num_parallel < 1 or engine == "local"):
         raise ConfigError(f"--parallel {num_parallel}: give a number >= 1, together with --engine ray")
+    objects: dict[str, Any] = {}
+    if any(one is not None for one in (model, data, partition)):
+        source = configuration.load(source)
+        objects = put_in(source, model, data, partition)
+    own = [name for name in objects if name.startswith(OBJECT)]
+    if own and engine != "local":
+        raise ConfigError(
+            f"{own[0]!r} is an object of this process, which tasks of Ray cannot import: give engine='local'"
+        )
     grid = make_grid(source, settings, seeds)
-    with trusting(trust):
+    with trusting(trust), giving(objects):
         for name, single in grid.singles.items():
             warn(resolve(configuration.parse(single)).warnings, grid.label(name))
         return _run_grid(grid, engine, out, num_parallel, on_row)
