@@ -271,9 +271,27 @@ class FixedNorm(nn.Module):
 class Normed(nn.Sequential):
     """A perceptron with BatchNorm."""
 
-    def __init__(self, input_shape: Shape, num_labels: int, momentum: float | None = 0.1) -> None:
-        norm = nn.BatchNorm1d(8, momentum=momentum)
-        super().__init__(nn.Flatten(), nn.Linear(math.prod(input_shape), 8), norm, nn.ReLU(), nn.Linear(8, num_labels))
+    def __init__(self, input_shape: Shape, num_labels: int, hidden: int = 8) -> None:
+        first, last = nn.Linear(math.prod(input_shape), hidden), nn.Linear(hidden, num_labels)
+        super().__init__(nn.Flatten(), first, nn.BatchNorm1d(hidden), nn.ReLU(), last)
+
+
+class Tracking(nn.Module):
+    """BatchNorm, a moving average that is assigned anew, and a counter that is changed in place."""
+
+    def __init__(self, input_shape: Shape, num_labels: int) -> None:
+        super().__init__()
+        self.before, self.norm = nn.Linear(math.prod(input_shape), 8), nn.BatchNorm1d(8)
+        self.after = nn.Linear(8, num_labels)
+        self.register_buffer("centre", torch.zeros(8))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x.flatten(1))
+        if self.training:
+            self.centre = 0.5 * self.centre + 0.5 * x.detach().mean(0)
+            self.calls += 1
+        return self.after(F.relu(self.norm(x)) + self.centre)
 
 
 class SingleConstant(nn.Linear):

@@ -15,6 +15,7 @@ import torch
 
 from gossamer.algorithms.base import Algorithm
 from gossamer.config import diagnosis
+from gossamer.config.buffers import require_averages
 from gossamer.config.communication import check_codecs, require_whole_downlink
 from gossamer.config.inputs import configuration_inputs
 from gossamer.config.optimizers import require_moments
@@ -157,6 +158,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     task = make_task(config, algorithm, resolved.topology, workload)
     dtype = workload.init(config.seed).dtype
     require_precision(config, dtype)
+    require_averages(config, task.algorithm, workload)
     require_moments(config.algorithm["name"], task.variants[0].algorithm, workload.layout)
     planner = make_planner(config, task)
     warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.step_size)

@@ -185,6 +185,11 @@ class Algorithm(Protocol):
         """Whether `step` is ``x - lr * grad`` and nothing else; then not every gradient need be made."""
         return False
 
+    @property
+    def averages(self) -> bool:
+        """Whether rounds leave means (of peers, mixtures by W) of what was trained, so that x may hold buffers, too."""
+        return False
+
     def forward(self, x: Tensor, carry: Mapping[str, Tensor]) -> Tensor:
         """Return what the loss is given instead of x, differentiable by it; coordinatewise, as `step` is.
 

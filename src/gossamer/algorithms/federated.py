@@ -33,6 +33,14 @@ class FedAvg(BaseAlgorithm):
 
     traits = AlgorithmTraits()
 
+    @property
+    def averages(self) -> bool:
+        """Whether changes are averaged by this class, and the server adds their mean as it is."""
+        own, traits = type(self), self.traits
+        is_plain = own.end is FedAvg.end and own.update is FedAvg.update
+        changes_loss = traits.has_local_loss or traits.transforms_parameters
+        return is_plain and not changes_loss and self.options.server_lr == 1 and not self.options.server_momentum
+
     def init(self, x: Tensor) -> Arrays:
         """Return the model, and its velocity where the server has momentum."""
         return {"x": x} | ({"velocity": torch.zeros_like(x)} if self.options.server_momentum else {})

@@ -45,7 +45,7 @@ def personal_parameters(config: Config, algorithm: Any, workload: Workload) -> t
         ConfigError: a pattern matches nothing, or everything would stay.
     """
     if config.clients is None:
-        return ()
+        return workload.personal
     layout, name = workload.layout, config.algorithm["name"]
     patterns, where = config.clients.personal, WHERE
     if algorithm.traits.personal == "norms":
@@ -55,7 +55,7 @@ def personal_parameters(config: Config, algorithm: Any, workload: Workload) -> t
                 f"{where} keeps BatchNorm layers with the clients, and the model has none that are trained: choose"
                 " another model, or 'fedper'"
             )
-    found = matching(where, patterns, layout.names, "trained parameter")
+    found = matching(where, patterns, layout.names, "trained parameter") | set(workload.personal)
     if len(found) == len(layout.names):
         raise ConfigError(
             f"{where} keeps all parameters with the clients, so that nothing is learnt together: keep fewer"

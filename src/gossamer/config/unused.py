@@ -98,7 +98,8 @@ def _of_clients(config: Config, algorithm: Any) -> Iterator[Rule]:
     everybody = f"clients.per_round = {clients.num} are all clients" if clients.per_round == clients.num else None
     yield "clients.over_selection", clients.over_selection, 1.0, everybody
     yield "evaluation.num_peers", config.evaluation.num_peers, 8, "there are no peers, but clients"
-    keep = clients.personal or algorithm.traits.personal != "none" or config.evaluation.fine_tune_steps
+    own = clients.personal or config.workload.get("buffers") == "personal" or algorithm.traits.personal != "none"
+    keep = own or config.evaluation.fine_tune_steps
     alone = None if keep else "clients keep no parameters, and are not fine-tuned"
     yield "evaluation.num_clients", config.evaluation.num_clients, 8, alone
 

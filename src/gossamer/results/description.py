@@ -24,7 +24,7 @@ class ModelDescription:
         layout: layout of the parameters that are trained.
         facts: what the workload says of its data, see `gossamer.workloads.base.Blueprint`.
         names: names of all parameters of the whole model, frozen ones included, in their order.
-        constants, aliases, merging, norms: see there.
+        constants, aliases, merging, norms, integers: see there.
     """
 
     layout: Layout
@@ -34,6 +34,7 @@ class ModelDescription:
     aliases: Mapping[str, str]
     merging: Mapping[str, tuple[str, str, float]]
     norms: tuple[str, ...]
+    integers: tuple[str, ...] = ()
 
 
 def describe_model(directory: Path, workload: Workload) -> None:
@@ -50,6 +51,7 @@ def describe_model(directory: Path, workload: Workload) -> None:
     described = {"parameters": parameters, "facts": dict(blueprint.facts), "norms": list(blueprint.norms)}
     described |= {"names": list(workload.params_of(torch.zeros(layout.d))), "aliases": dict(blueprint.aliases)}
     described |= {"merging": {name: list(factors) for name, factors in blueprint.merging.items()}}
+    described |= {"integers": list(blueprint.integers)} if blueprint.integers else {}
     write_model(directory, described, blueprint.constants)
 
 
@@ -72,6 +74,7 @@ def read_description(directory: Path) -> ModelDescription:
             aliases=described["aliases"],
             merging={name: (a, b, float(scale)) for name, (a, b, scale) in described["merging"].items()},
             norms=tuple(described["norms"]),
+            integers=tuple(described.get("integers", ())),
         )
     except (LookupError, TypeError, ValueError) as error:
         raise CheckpointError(f"{str(directory / DESCRIPTION)!r} is malformed ({error}): restore it") from error

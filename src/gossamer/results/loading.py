@@ -29,7 +29,8 @@ from gossamer.storage.runlog import CHECKPOINTS, read_config, read_metrics, run_
 from gossamer.submodel import Layout
 from gossamer.task import make_cutter
 from gossamer.workloads.base import find_workload
-from gossamer.workloads.functional import MOMENTS, module_of
+from gossamer.workloads.buffers import MOMENTS
+from gossamer.workloads.functional import module_of
 from gossamer.workloads.models import pooled_moments
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class LoadedRun:
         """Return parameters, low-rank factors merged, and constants."""
         layout, row = self._row(capacity, peer, client)
         found = {name: value.clone() for name, value in layout.views(row).items()} | dict(self._description.constants)
+        found |= {name: found[name].round().long() for name in self._description.integers}
         factors = {name: found.pop(name) for names in self._description.merging.values() for name in names[:2]}
         for weight, (a, b, scale) in self._description.merging.items():
             found[weight] = found[weight] + (scale * factors[b]) @ factors[a]

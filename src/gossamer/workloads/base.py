@@ -90,6 +90,7 @@ class Blueprint:
         aliases: ``{name: another one}`` of parameters that are the same as another one.
         merging: ``{weight: (A, B, factor)}``: names of low-rank factors of which ``factor B A`` is added to a weight.
         norms: names of the BatchNorm layers that are normalised by pooled moments, see `ForwardContext`.
+        integers: names of the buffers that change and are whole numbers.
     """
 
     facts: Mapping[str, Any]
@@ -97,6 +98,7 @@ class Blueprint:
     aliases: Mapping[str, str] = field(default_factory=dict)
     merging: Mapping[str, tuple[str, str, float]] = field(default_factory=dict)
     norms: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
 
 
 class Workload(Protocol):
@@ -116,7 +118,9 @@ class Workload(Protocol):
         num_clients: registered clients.
         num_samples: int64 [num_clients], training samples of each client, all >= 1.
         num_labels: entries of the ``"label"`` axis, 0 if there is none.
-        norms: names of the BatchNorm layers that are trained.
+        norms: names of the BatchNorm layers that are trained, and evaluated by pooled moments.
+        buffers: names of the layout's entries that are no parameters, but buffers that `loss` changes.
+        personal: names of the layout's entries that stay with participants by the workload's own options.
         num_statistics_chunks: fixed pieces into which the training data is divided for `statistics`; 0: none needed.
         num_evaluation_chunks: fixed pieces into which the test data is divided for `evaluate`.
         warnings: what is allowed, but hardly meant, a sentence each; logged when the run starts.
@@ -128,6 +132,8 @@ class Workload(Protocol):
     num_samples: NDArray[np.int64]
     num_labels: int = 0
     norms: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    personal: tuple[str, ...] = ()
     num_statistics_chunks: int = 0
     num_evaluation_chunks: int = 1
     warnings: tuple[str, ...] = ()
@@ -161,7 +167,7 @@ class Workload(Protocol):
 
     @abstractmethod
     def loss(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
-        """Return the mean training loss (scalar) of one client's batch.
+        """Return the mean training loss (scalar) of one client's batch; write what becomes of `buffers` into `params`.
 
         Args:
             params: ``{name: tensor}`` of the (sub-)model.
@@ -246,6 +252,7 @@ class ForwardContext:
         factors: ``{weight: (A [r, i], B [o, r])}``: low-rank products ``B A`` to be added to weights [o, i].
         moments: ``"<layer>.running_mean"`` and ``"<layer>.running_var"`` [channels], by which BatchNorm normalises
             instead where they are given.
+        updates: receives what the forward pass makes of buffers that it changes, which are not changed themselves.
     """
 
     scale: float | Tensor = 1.0
@@ -255,6 +262,7 @@ class ForwardContext:
     key: Tensor | None = None
     factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     moments: Mapping[str, Tensor] | None = None
+    updates: dict[str, Tensor] | None = None
 
     @property
     def is_scaled(self) -> bool:
@@ -296,7 +304,13 @@ class Model(Protocol):
 
 
 class WithConstants:
-    """Base of models that have parameters which are not trained, beside those that lie in a row."""
+    """Base of models that have parameters which are not trained, beside those that lie in a row.
+
+    Attributes:
+        buffers: names of entries of a row that are buffers which the forward pass changes.
+    """
+
+    buffers: tuple[str, ...] = ()
 
     @property
     def constants(self) -> dict[str, Tensor]:

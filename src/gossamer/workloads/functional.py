@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.workloads.base import Blueprint, ForwardContext, Model
+from gossamer.workloads.base import Blueprint, ForwardContext, Model, WithConstants
+from gossamer.workloads.buffers import MOMENTS
 from gossamer.workloads.module_checks import require_same_state, shapes_of
 from gossamer.workloads.modules import BatchNorm, ModuleModel
 from gossamer.workloads.parts import PartlyTrained
-
-MOMENTS = ("running_mean", "running_var")
 
 
 class FunctionalModule(nn.Module):
@@ -28,6 +27,7 @@ class FunctionalModule(nn.Module):
         super().__init__()
         self._functional = model
         self._moments = {f"{layer}.{name}" for layer in model.norms for name in MOMENTS}
+        buffers = model.buffers if isinstance(model, WithConstants) else ()
         for name, value in state.items():
             *path, last = name.split(".")
             place: nn.Module = self
@@ -35,7 +35,7 @@ class FunctionalModule(nn.Module):
                 if part not in dict(place.named_children()):
                     place.add_module(part, nn.Module())
                 place = place.get_submodule(part)
-            if name in model.shapes:
+            if name in model.shapes and name not in buffers:
                 place.register_parameter(last, nn.Parameter(value.clone()))
             else:
                 place.register_buffer(last, value.clone())
@@ -57,7 +57,8 @@ def blueprint_of(model: Model, facts: Mapping[str, Any]) -> Blueprint:
         aliases = _aliases(divided.template)
         known = {*divided.shapes, *aliases}
         constants = {name: value for name, value in divided.template.state_dict().items() if name not in known}
-        return Blueprint(facts, constants, aliases, merging, model.norms)
+        whole = tuple(name for name in divided.buffers if not divided.template.get_buffer(name).is_floating_point())
+        return Blueprint(facts, constants, aliases, merging, model.norms, whole)
     constants = model.constants if isinstance(model, PartlyTrained) else {}
     return Blueprint(facts, constants, {}, merging, model.norms)
 
@@ -104,9 +105,13 @@ def _loaded(model: ModuleModel, state: Mapping[str, Tensor]) -> nn.Module:
         assert isinstance(layer, BatchNorm)
         layer.track_running_stats = True
         layer.running_mean, layer.running_var = (torch.zeros(layer.num_features) for _ in range(2))
-    require_same_state(type(module).__name__, shapes_of(module.state_dict()), shapes_of(every))
+    own = module.state_dict()
+    unlisted = {name: every.pop(name) for name in model.buffers if name in every and name not in own}
+    require_same_state(type(module).__name__, shapes_of(own), shapes_of(every))
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
-        if name in every:  # it may have been trained in another precision than it is built in
+        if name in every and value.is_floating_point():  # trained in another precision than it is built in, maybe
             value.data = value.data.to(every[name].dtype)
     module.load_state_dict(every)
+    for name, value in unlisted.items():
+        module.get_buffer(name).data = value
     return module.eval()

@@ -83,7 +83,14 @@ class ImageClassification(Supervised):
 
     @classmethod
     def _make_model(
-        cls, function: Callable[..., Any], params: Mapping[str, Any], size: Any, facts: Mapping[str, Any], seed: int
+        cls,
+        function: Callable[..., Any],
+        params: Mapping[str, Any],
+        size: Any,
+        facts: Mapping[str, Any],
+        seed: int,
+        *,
+        keeps_buffers: bool = False,
     ) -> Model:
         params = {**params, **_vocabulary_size(function, params, facts)}
         function, source = with_sizes(function, params), partial(rng.generator, seed, "init-model")
@@ -95,7 +102,8 @@ class ImageClassification(Supervised):
         if isinstance(model, nn.Module):
             build = partial(function, size, facts["num_labels"], **params)
             few = torch.tensor(facts["tokens"]) if "tokens" in facts else None
-            return ModuleModel(build, size, facts["num_labels"], seed=seed_of(source()), samples=few)
+            seed = seed_of(source())
+            return ModuleModel(build, size, facts["num_labels"], seed=seed, samples=few, keeps_buffers=keeps_buffers)
         if "tokens" in facts and not isinstance(model, ModuleModel):
             require_model("workload.model", model)
             if not model.traits.takes_tokens:

@@ -183,13 +183,15 @@ class Mending(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
-        """Normalise x [b, channels, *] by constants, by its own moments, or by pooled ones.
+        """Normalise x [b, channels, *] by constants, by its own moments, which running ones follow, or by pooled ones.
 
         Raises:
             ConfigError: the weight is no parameter, so that the layer has no name.
         """
         if running_mean is not None and not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, eps=eps)
+        if running_mean is not None and input.numel() > input.shape[1]:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, True, momentum, eps)
         weight_name = self._names.get(id(weight), "")
         if not weight_name.endswith("weight"):
             raise ConfigError("F.batch_norm is called without a parameter as weight: use a BatchNorm layer")

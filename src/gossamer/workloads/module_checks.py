@@ -118,3 +118,9 @@ def require_same_state(
             f"the parameters are not those of model {model!r}, of which they have {'; '.join(told)}: build it by the"
             " code and the options that the run was made with"
         )
+
+
+def is_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same to the bit; what is not a number equals itself."""
+    alike = one.shape == other.shape and one.dtype == other.dtype
+    return alike and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

@@ -14,8 +14,9 @@ from gossamer.submodel.layout import Axes, AxisSpec, Layout
 from gossamer.submodel.tracing import Attention, Keep, trace_axes
 from gossamer.threads import one_thread
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, WithConstants
+from gossamer.workloads.buffers import Watched, as_buffer, axes_of_buffer, changing_buffers
 from gossamer.workloads.mending import Mending
-from gossamer.workloads.module_checks import is_same_function
+from gossamer.workloads.module_checks import is_equal, is_same_function
 from gossamer.workloads.seeding import seed_of, seeded
 from gossamer.workloads.traits import ModelTraits
 
@@ -41,8 +42,10 @@ class ModuleModel(WithConstants):
     a batch has a single value, as in ``BatchNorm1d`` and a batch of one, becomes its bias (PyTorch refuses it), and
     what stands before gets no gradient from that batch. Dropout (`torch.nn`'s, ``F.dropout*``, and that of attention)
     follows the context's key, and is off without one, in evaluation too. Other random draws in the forward pass are
-    refused, because they would not depend on the seed alone; and so are buffers that the forward pass changes, because
-    only parameters are sent and averaged.
+    refused, because they would not depend on the seed alone; and so are buffers that the forward pass changes.
+
+    With `keeps_buffers` these, running moments of BatchNorm included, are entries of a row, of which the forward pass
+    returns new ones; participants are trained one by one.
 
     Sub-models: only where a capacity below 1 is asked for, the module is traced, see `trace_axes`, and tried at half
     its width. Its own code runs on the sub-model's parameters, so it must take sizes that a capacity cuts from its
@@ -56,6 +59,7 @@ class ModuleModel(WithConstants):
     Attributes:
         traits, shapes, norms: see `gossamer.workloads.base.Model`; `shapes` are those of the trained parameters.
         frozen: ``{name: tensor}`` of the parameters that are not trained.
+        buffers: names of the buffers that the forward pass changes, and that `shapes` has besides.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class ModuleModel(WithConstants):
         keep: Keep = (),
         seed: int = 0,
         samples: Tensor | None = None,
+        keeps_buffers: bool = False,
     ) -> None:
         """Build the module and try it.
 
@@ -78,6 +83,7 @@ class ModuleModel(WithConstants):
             attention, keep: see `trace_axes`; attention None: fewer heads if the module takes them, else narrower ones.
             seed: seed of those generators.
             samples: a few samples to try it on; None: Gaussian ones.
+            keeps_buffers: whether buffers that the forward pass changes are entries of the model.
 
         Raises:
             ConfigError: the module cannot be trained as it is; the message says why.
@@ -88,14 +94,16 @@ class ModuleModel(WithConstants):
         self._axes: Axes | None = None
         self._dtype = torch.float32
         self._drops = False  # whether a forward pass with a key had dropout
+        noise = torch.randn(TRIED, *input_shape, generator=torch.Generator().manual_seed(0))
+        self._samples, self.keeps_buffers = noise if samples is None else samples, keeps_buffers
+        if keeps_buffers:
+            with one_thread():
+                self.buffers = changing_buffers(self._built(seed), self._samples)
         self._take(seed)
         self._check_build()
-        if samples is None:
-            samples = torch.randn(TRIED, *input_shape, generator=torch.Generator().manual_seed(0))
-        self._samples = samples
         with one_thread():
             self._check_forwards()
-            stacks = self._agrees(self._stacked)
+            stacks = not self.buffers and self._agrees(self._stacked)
             convolves = any(len(shape) == 4 for shape in self.shapes.values())
             has_images = convolves and self._agrees(self._channels_last)
         self.traits = ModelTraits(supports_stacking=stacks, has_images=has_images, uses_key=self._drops)
@@ -125,7 +133,7 @@ class ModuleModel(WithConstants):
         """Return the trained parameters of a module whose draws are seeded from `source`."""
         seed = seed_of(source)
         module = self._module if seed == self._seed else self._built(seed)
-        return {name: value.detach().clone() for name, value in module.named_parameters() if name in self.shapes}
+        return {name: value.clone() for name, value in self._entries(module).items() if name in self.shapes}
 
     def reseed(self, source: np.random.Generator) -> None:
         """Take buffers and frozen parameters from the module whose parameters `init` returns for the same source."""
@@ -159,8 +167,14 @@ class ModuleModel(WithConstants):
 
     @property
     def constants(self) -> dict[str, Tensor]:
-        """Frozen parameters and buffers."""
-        return self.frozen | dict(self._module.named_buffers())
+        """Frozen parameters, and buffers that never change."""
+        buffers = self._module.named_buffers()
+        return self.frozen | {name: value for name, value in buffers if name not in self.buffers}
+
+    def _entries(self, module: nn.Module) -> dict[str, Tensor]:
+        """Return all parameters of a module, and the buffers that change, as numbers."""
+        entries = {name: value.detach() for name, value in module.named_parameters()}
+        return entries | {name: module.get_buffer(name).to(self._dtype) for name in self.buffers}
 
     @property
     def template(self) -> nn.Module:
@@ -185,8 +199,14 @@ class ModuleModel(WithConstants):
         if self._module.training != context.training:
             self._module.train(context.training)
         axes = self.axes if context.is_scaled else self._axes or {}
-        with Mending(constants | dict(params), axes, context) as mending:
-            logits: Tensor = torch.func.functional_call(self._module, constants | dict(params), (x,))
+        given = constants | dict(params)
+        given |= {name: as_buffer(given[name], self._module.get_buffer(name)) for name in self.buffers}
+        with Mending(given, axes, context) as mending:
+            named = {f"module.{name}": value for name, value in given.items()}
+            output: tuple[Tensor, dict[str, Tensor]] = torch.func.functional_call(self._watched, named, (x,))
+        logits, after = output
+        if context.updates is not None:
+            context.updates.update(after)
         self._drops = self._drops or mending.dropout.num_calls > 0
         return logits
 
@@ -200,7 +220,7 @@ class ModuleModel(WithConstants):
             if name in self._kept_constant:
                 param.requires_grad_(False)
         for layer in module.modules():
-            if isinstance(layer, BatchNorm) and layer.training:
+            if isinstance(layer, BatchNorm) and layer.training and not self.keeps_buffers:
                 layer.running_mean = layer.running_var = layer.num_batches_tracked = None
                 layer.track_running_stats = False
         return module if self._dtype == torch.float32 else module.to(self._dtype)
@@ -212,6 +232,7 @@ class ModuleModel(WithConstants):
             ConfigError: it has nothing to train, or something that cannot be.
         """
         self._seed, self._module = seed, self._built(seed)
+        self._watched = Watched(self._module, self.buffers)
         self._name = name = type(self._module).__name__
         trained, self.frozen = dict[str, Tensor](), dict[str, Tensor]()
         for key, param in self._module.named_parameters():
@@ -225,10 +246,11 @@ class ModuleModel(WithConstants):
         if not trained and not self._kept_constant:
             what = "parameters that require a gradient" if self.frozen else "parameters"
             raise ConfigError(f"model {name!r} has no {what}: there is nothing to train")
+        trained |= {key: value for key, value in self._entries(self._module).items() if key in self.buffers}
         self._params, self.shapes = trained, {key: tuple(value.shape) for key, value in trained.items()}
         layers = dict(self._module.named_modules())
         norms = {key: layer for key, layer in layers.items() if isinstance(layer, BatchNorm) and layer.training}
-        self.norms = tuple(norms)
+        self.norms = tuple(key for key, layer in norms.items() if layer.running_mean is None)
         for key, layer in layers.items():
             if key in norms and layer.weight is None:
                 raise ConfigError(f"model {name!r}: {key!r} has no weight: build it with affine=True")
@@ -236,9 +258,9 @@ class ModuleModel(WithConstants):
     def _check_build(self) -> None:
         """Check that the module follows from its seed."""
         again = self._built(self._seed)
-        other = dict(again.named_parameters()) | dict(again.named_buffers())
+        other = dict(again.named_buffers()) | self._entries(again)
         for name, value in (self._params | self.constants).items():
-            if name not in other or not _equal(value, other[name].detach()):
+            if name not in other or not is_equal(value, other[name].detach()):
                 raise ConfigError(
                     f"model {self._name!r} is not built alike twice from one seed ({name!r} differs): draw random"
                     " numbers from the global generators of torch, numpy or random, which are seeded, and leave no"
@@ -272,22 +294,24 @@ class ModuleModel(WithConstants):
             found = tuple(runs[0].shape) if isinstance(runs[0], Tensor) else type(runs[0]).__name__
             raise ConfigError(f"{name} returns {found}{where}: return one tensor of logits, here {expected}")
         for key, value in (self._params | self.constants).items():
-            if not _equal(value, state[key]) and key in self.shapes:
+            if not is_equal(value, state[key]) and key in self.shapes:
                 raise ConfigError(
                     f"{name}: the forward pass changes the parameter {key!r} in place{where}, which only training may"
                     " do: do without it (nn.Embedding: max_norm=None)"
                 )
-            if not _equal(value, state[key]):
-                raise ConfigError(
-                    f"{name}: the forward pass changes the buffer {key!r}{where}, but only parameters are sent and"
-                    " averaged: do without it"
-                )
-        if not _equal(runs[0], runs[1]):
+        changed = [key for key, value in self.constants.items() if not is_equal(value, state[key])]
+        if changed:
+            remedy = "set workload.buffers to averaged or personal, or do" if context.training else "do"
+            raise ConfigError(
+                f"{name}: the forward pass changes the buffer {', '.join(map(repr, changed))}{where}, but only"
+                f" parameters are sent and averaged: {remedy} without it"
+            )
+        if not is_equal(runs[0], runs[1]):
             raise ConfigError(
                 f"{name} returns something else{where} when it is given the same again: let it keep nothing from call"
                 " to call, and draw no random numbers"
             )
-        if not _equal(runs[0], runs[2]):
+        if not is_equal(runs[0], runs[2]):
             raise ConfigError(
                 f"{name} draws random numbers in its forward pass{where}, which would not depend on the seed alone: do"
                 " without them (nn.LSTM and the like: dropout=0, and nn.Dropout between layers)"
@@ -336,7 +360,10 @@ class ModuleModel(WithConstants):
                 f"model {self._name!r} cannot be traced ({error}), so no capacity below 1 can cut it: train whole"
                 " models, or declare the axes by hand in a model of your own"
             ) from error
-        self._axes = {name: traced[name] for name in self.shapes}
+        self._axes = {
+            name: traced[name] if name in traced else axes_of_buffer(name, shape, traced)
+            for name, shape in self.shapes.items()
+        }
 
     def _check_sub_model(self) -> None:
         """Run a sub-model of half the width, and compare it with the whole model that has nothing else."""
@@ -371,9 +398,3 @@ class ModuleModel(WithConstants):
         except ConfigError:
             return False
         return True
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same to the bit; what is not a number equals itself."""
-    alike = one.shape == other.shape and one.dtype == other.dtype
-    return alike and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)

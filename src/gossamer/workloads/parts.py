@@ -80,9 +80,13 @@ class PartlyTrained(WithConstants):
         known = dict(model.shapes)
         if isinstance(model, ModuleModel):
             known |= {name: tuple(value.shape) for name, value in model.frozen.items()}
+        self.buffers = model.buffers if isinstance(model, WithConstants) else ()
+        known = {name: shape for name, shape in known.items() if name not in self.buffers}  # patterns do not mean these
+        if self.buffers and lora is not None:
+            raise ConfigError("workload.buffers does not go with workload.lora, whose layers stay: leave one out")
         self.targets = () if lora is None else _targets(lora, known)
         kept = _trained(frozen, lora, model.shapes, known)
-        if not kept and lora is None:
+        if kept.keys() <= set(self.buffers) and lora is None:
             raise ConfigError(f"workload.frozen = {list(frozen)} leaves nothing to train: name fewer parameters")
         drawn = model.init(source())
         constant = [name for name in model.shapes if name not in kept]

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer import rng
-from gossamer.errors import DataError
+from gossamer.errors import ConfigError, DataError
 from gossamer.options import Options, parse_options
 from gossamer.registry import BUILTIN
 from gossamer.submodel.layout import Axes, Layout
@@ -55,6 +55,10 @@ class SupervisedOptions(Options):
             choose learning rates and the like. Metrics are then called ``validation_accuracy`` and so on.
         frozen: patterns of parameters that are constants, such as ``"backbone.*"``: neither trained, nor sent, nor cut.
         lora: low-rank factors that are trained in the place of all parameters, see `LoRAOptions`.
+        buffers: what becomes of buffers that a module's forward pass changes while training, such as running moments of
+            BatchNorm: ``"averaged"`` (they are sent and averaged as parameters are; those of whole numbers are rounded
+            where they are used) or ``"personal"`` (they stay with each participant). Without it, BatchNorm has moments
+            pooled over the training data instead, and other such buffers are refused.
     """
 
     dataset: Spec
@@ -64,6 +68,7 @@ class SupervisedOptions(Options):
     validation: float | None = Field(None, gt=0, lt=1)
     frozen: tuple[str, ...] = ()
     lora: LoRAOptions | None = None
+    buffers: Literal["averaged", "personal"] | None = None
 
 
 class Supervised(Workload):
@@ -121,6 +126,8 @@ class Supervised(Workload):
         if dtype != torch.float32 and isinstance(self.model, WithConstants):
             self.model.convert(dtype)
         self.norms = tuple(self.model.norms)
+        self.buffers = self.model.buffers if isinstance(self.model, WithConstants) else ()
+        self.personal = self.buffers if self.options.buffers == "personal" else ()
         self.layout = Layout.of(self.model.shapes, self._axes(whole_models))
         is_built_in = name in BUILTIN[self.model_kind]
         if params.get("width", 1.0) != 1.0 and is_built_in and not self.layout.cut_axes:
@@ -133,7 +140,7 @@ class Supervised(Workload):
         own, model = type(self), self.model.traits
         self.traits = replace(
             self.traits,
-            supports_padding=self.traits.supports_padding and not self.model.norms,
+            supports_padding=self.traits.supports_padding and not (self.model.norms or self.buffers),
             supports_stacking=self.traits.supports_stacking and model.supports_stacking,
             stacks_natively=model.stacks_natively,
             has_images=model.has_images,
@@ -159,12 +166,19 @@ class Supervised(Workload):
         parsed: Any = parse_options(cls.Options, options, "workload")
         name, function, params = plug_in(cls.model_kind, parsed.model, "workload.model")
         size = facts["input_size"]
-        model = cls._make_model(function, params, tuple(size) if isinstance(size, list) else size, facts, seed)
+        keeps = parsed.buffers is not None
+        size = tuple(size) if isinstance(size, list) else size
+        model = cls._make_model(function, params, size, facts, seed, keeps_buffers=keeps)
         require_model(f"workload.model {name!r}", model)
         if parsed.frozen or parsed.lora is not None:
             source = partial(rng.generator, seed, "init-model")
             parted: Any = PartlyTrained(model, parsed.frozen, parsed.lora, source)
             model = parted
+        if keeps and not (isinstance(model, WithConstants) and model.buffers):
+            raise ConfigError(
+                f"workload.buffers = {parsed.buffers!r}, but the forward pass of model {name!r} changes none: leave it"
+                " out"
+            )
         return model
 
     def blueprint(self) -> Blueprint:
@@ -177,7 +191,14 @@ class Supervised(Workload):
 
     @classmethod
     def _make_model(
-        cls, function: Callable[..., Any], params: Mapping[str, Any], size: Any, facts: Mapping[str, Any], seed: int
+        cls,
+        function: Callable[..., Any],
+        params: Mapping[str, Any],
+        size: Any,
+        facts: Mapping[str, Any],
+        seed: int,
+        *,
+        keeps_buffers: bool = False,
     ) -> Model:
         model: Model = call_plug_in(function, "workload.model", size, facts["num_labels"], **params)
         return model
@@ -279,9 +300,11 @@ class Supervised(Workload):
 
     def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
         """Return the logits [..., num_labels] of a training batch, masked as the option `label_mask` says."""
-        logits: Tensor = self.model.apply(
-            params, batch["x"], ForwardContext(batch.get("scale", 1.0), key=batch.get("key"))
-        )
+        updates: dict[str, Tensor] = {}
+        context = ForwardContext(batch.get("scale", 1.0), key=batch.get("key"), updates=updates)
+        logits: Tensor = self.model.apply(params, batch["x"], context)
+        for name, value in updates.items():
+            params[name].data.copy_(value.detach())  # other entries of the row are still to be differentiated by
         return mask_logits(logits, batch["labels"].unsqueeze(-2), self.options.label_mask)
 
     def metrics(self, sums: Sums) -> dict[str, float]:

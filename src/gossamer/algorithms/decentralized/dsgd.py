@@ -66,6 +66,12 @@ class DSGD(PeerSGD):
             )
         return super().with_optimizer(optimizer, keeps_moments)
 
+    @property
+    def averages(self) -> bool:
+        """Whether models are mixed by this class, after local steps."""
+        own = type(self)
+        return own.end is DSGD.end and own.update is DSGD.update and not self.combines_first
+
     def init(self, x: Tensor) -> Arrays:
         """Return the models, with zero momentum and changes where these are needed."""
         return super().init(x) | ({"change": torch.zeros_like(x)} if self.combines_first else {})

@@ -33,9 +33,16 @@ class Mixer:
         # Of methods they would be cycles, and keep peers' rows until the garbage is collected.
         self._mixing = lru_cache(maxsize=2)(partial(mixing_of, task))
         self._edges = lru_cache(maxsize=4)(partial(_edges_of, task))
+        self._personal = task.cutter.layout.mask(task.personal) if task.personal else None
 
     def update(
-        self, plan: Mapping[str, Any], sent: Arrays, holders: Tensor | None, state: Arrays, rows: slice
+        self,
+        plan: Mapping[str, Any],
+        sent: Arrays,
+        holders: Tensor | None,
+        state: Arrays,
+        rows: slice,
+        columns: slice = slice(None),
     ) -> Arrays:
         """Return the new state of the peers `rows`, of the arrays that change.
 
@@ -47,6 +54,7 @@ class Mixer:
             sent: payloads of all n peers, [n, columns]; only those that `rows` hear from, and their own, are read.
             holders: uint8, likewise; None: everybody holds all.
             state: arrays of the peers `rows`, [s, columns].
+            columns: which of the model's coordinates these are.
         """
         mixing, algorithm = self._mixing(plan["round"], plan["mixing"]), self._task.algorithm
         own = {name: value[rows] for name, value in sent.items()}
@@ -67,7 +75,10 @@ class Mixer:
                     mixed[name] = torch.where(held, mixed[name] / weight, own[name])
         inbox = {**mixed, "sent": own, "held": held, "lr": plan["lr"]}
         kept = {name: value for name, value in state.items() if name not in algorithm.traits.uplink}
-        return algorithm.update(kept, inbox, self._num_peers)
+        updated = algorithm.update(kept, inbox, self._num_peers)
+        if self._personal is not None:
+            updated["x"] = torch.where(self._personal[columns], own["x"], updated["x"])
+        return updated
 
     def update_block(self, plan: Mapping[str, Any], everyone: Arrays, block: Arrays, bounds: Sequence[int]) -> Arrays:
         """Return the new state of a block of peers.

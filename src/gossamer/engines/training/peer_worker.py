@@ -187,7 +187,8 @@ class PeerWorker:
         }
         holders = None if self._peers.holders is None else self._peers.holders[:, columns]
         state = {name: panel(name, value) for name, value in self._peers.state.items()}
-        updated = self._mixer.update(message, sent, holders, state, slice(0, self._task.workload.num_clients))
+        everyone = slice(0, self._task.workload.num_clients)
+        updated = self._mixer.update(message, sent, holders, state, everyone, columns)
         self._before_writing()
         for name, value in updated.items():
             if (name in self._scalars) == (columns.start == columns.stop):

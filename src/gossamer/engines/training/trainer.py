@@ -17,7 +17,7 @@ from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
 from gossamer.algorithms.base import Algorithm, Arrays, carry_views, given_to_loss
 from gossamer.engines.base import never
-from gossamer.engines.task import PERSONAL, Task
+from gossamer.engines.task import PERSONAL, Task, Variant
 from gossamer.engines.training.batches import Batches, local_positions, on
 from gossamer.engines.training.compression import compress_, decoded_downlink
 from gossamer.engines.training.job import BlockResult, Job
@@ -254,13 +254,17 @@ class Trainer:
                 for name, left, right in factors:
                     add_product_(carries[name]["x"], left, right, -lr)
                 values.append(value)
-            own = own_part(variant, carry["x"])
+            own = self._own_part(variant, carry["x"])
             sent, kept = algorithm.end(received[i], mine, carry, num_steps, lr)
             for lists, arrays in ((payload, sent), (private, kept | own)):
                 for name, row in arrays.items():
                     lists[name].append(row)
             losses.append(numbers(torch.stack(values).sum()) / num_steps)
         return dict(payload), dict(private), losses
+
+    def _own_part(self, variant: Variant, x: Tensor) -> Arrays:
+        """Return what clients keep, see `own_part`; what stays with peers stays in their rows."""
+        return own_part(variant, x) if self.task.topology is None else {}
 
     def _loss(self, job: Job, row: int, step: int, params: Mapping[str, Tensor], batch: dict[str, Any]) -> Tensor:
         """Return the loss of one local step of one client: the workload's, unless the algorithm has its own."""
@@ -310,7 +314,7 @@ class Trainer:
             for name, left, right in factors:
                 add_product_(views[name]["x"], left, right, -lr, active)
             total[:active] += values[:active]
-        kept = own_part(variant, carry["x"])
+        kept = self._own_part(variant, carry["x"])
         payload, private = end_rows(algorithm, rows, client_state, carry, job, lr)
         private |= kept
         mean_loss = total / torch.from_numpy(job.steps).to(total)
