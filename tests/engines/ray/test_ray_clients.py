@@ -96,6 +96,12 @@ CASES: dict[str, dict[str, Any]] = {
         "workload.lora": {"rank": 4, "targets": ["hidden"], "train": ["head.*"]},
     }
     | {"rounds": 2},
+    "buffers that change": {
+        "workload.model": "user_modules:Tracking",
+        "workload.buffers": "personal",
+        "rounds": 2,
+        "clients": {"num": 4, "per_round": 3},
+    },
     "double precision": mixed("fedrolex", (0.5, 1.0), **STACKED)
     | {"train.precision": "float64", "train.momentum": 0.9, "train.optimizer": {"name": "sgd", "state": "keep"}},
     "float64": {
