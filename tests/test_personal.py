@@ -21,7 +21,8 @@ from gossamer.config.resolve import resolve
 from gossamer.errors import ConfigError
 from gossamer.experiment import resume
 from gossamer.storage.client_store import ClientStore
-from slow import perceptron
+from gossamer.submodel import extract
+from slow import AXES, perceptron
 from slow_federated import UNEQUAL, Gradient, Params, add, slow_federation
 
 HEAD = ("output.weight", "output.bias")
@@ -128,6 +129,20 @@ class TestTakenHome:
         assert not torch.equal(found["output.weight"], loaded.params["output.weight"])
         assert torch.equal(found["hidden0.weight"], loaded.params["hidden0.weight"])
         assert {path.name: path.read_bytes() for path in (personal / "clients").iterdir()} == before
+
+    def test_a_sub_model_has_the_windows_of_the_client(self, tmp_path: Path) -> None:
+        """Windows are random, so that they differ between clients."""
+        changes = PERSONAL | {"submodel": {"capacities": [0.5, 1.0], "strategy": "random"}}
+        loaded = load(run(configure(changes | modes([0.5, 1.0], **SINGLY)), out=tmp_path / "run").directory)
+        rows = []
+        for client in [one for one in range(8) if not refusal(loaded, one)][:2]:
+            whole, found = (loaded.state_dict(capacity=capacity, client=client) for capacity in (1.0, 0.5))
+            expected = extract(whole, AXES, capacity=0.5, round=2, strategy="random", seed=0, client=client).params
+            assert {name: value.tolist() for name, value in found.items()} == {
+                name: value.tolist() for name, value in expected.items()
+            }
+            rows.append(found["hidden0.bias"])
+        assert not torch.equal(*rows)
 
     def test_refusals(self, personal: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"client = 8, but the run has 8 clients: give a number from 0 to 7"):
