@@ -47,8 +47,8 @@ def mean(states: list[tuple[float, State]]) -> State:
     return {name: sum(weight * state[name] for weight, state in states) / total for name in states[0][1]}
 
 
-def slow_federation(parts: Parts, is_personal: bool) -> State:
-    """Return the server's model."""
+def slow_federation(parts: Parts, is_personal: bool) -> tuple[State, dict[int, State]]:
+    """Return the server's model, and what each client keeps."""
     module = parts.workload.model.build().to(parts.workload.dtype)
     whole: State = {name: value.double().clone() for name, value in module.state_dict().items()}
     first, kept = {name: whole[name] for name in BUFFERS}, dict[int, State]()
@@ -60,7 +60,7 @@ def slow_federation(parts: Parts, is_personal: bool) -> State:
                 kept[client] = {name: state[name] for name in BUFFERS}
             states.append((weight, state))
         whole = mean(states) | (first if is_personal else {})
-    return whole
+    return whole, kept
 
 
 def slow_peers(parts: Parts, is_personal: bool) -> list[State]:
@@ -88,8 +88,12 @@ def distance(found: State, expected: State) -> float:
 def test_a_federation_equals_a_slow_one(tmp_path: Path, buffers: str) -> None:
     config = configure(TRACKING | DOUBLE | {"workload.buffers": buffers})
     done = run(config, out=tmp_path / "run")
-    found, parts = gossamer.load(tmp_path / "run").state_dict(), build(parse(config))
-    assert distance(found, slow_federation(parts, buffers == "personal")) < 1e-12
+    loaded, parts = gossamer.load(tmp_path / "run"), build(parse(config))
+    found, (whole, kept) = loaded.state_dict(), slow_federation(parts, buffers == "personal")
+    assert distance(found, whole) < 1e-12
+    assert bool(kept) == (buffers == "personal")
+    for client, own in kept.items():
+        assert distance(loaded.state_dict(client=client), whole | own) < 1e-12
     assert done.params.keys() == found.keys() - BUFFERS
 
 
