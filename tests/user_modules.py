@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gossamer.workloads.modules import ModuleModel
+from gossamer.workloads.sample_data import SampleData
 
 Shape = tuple[int, int, int]
 
@@ -319,3 +320,10 @@ class Tokens(nn.Module):
         x = self.embed((x.flatten(1)[:, ::8] * 3).long().clamp(-8, 7) + 8)
         x = x + self.attend(x, x, x, need_weights=False)[0] + self.odd.mean(0)
         return self.head(F.relu(self.hidden(x.mean(1))))
+
+
+def six_tokens(options: dict[str, Any]) -> SampleData:
+    """Texts of six tokens of a vocabulary of five, in four classes."""
+    tokens = torch.arange(39 * 6).view(39, 6) % 5
+    labels = torch.arange(39) % 4
+    return SampleData("six tokens", tokens[:30], labels[:30], tokens[30:], labels[30:], num_labels=4)

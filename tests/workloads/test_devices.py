@@ -14,11 +14,15 @@ from gossamer.registry import BUILTIN, resolve
 from gossamer.workloads.base import Workload
 
 IMAGES = {"dataset": {"name": "synthetic", "num_train": 30, "num_test": 9, "num_labels": 4, "shape": [1, 8, 8]}}
+TOKENS = {"dataset": "user_modules:six_tokens"}
 TEXTS = {"dataset": {"name": "synthetic", "num_owners": 3, "num_characters": 40, "num_test_characters": 12}}
 SMALL = {"preact-resnet18": {"width": 0.0625}, "cnn": {"width": 0.125}}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{
-        name: ("image-classification", IMAGES | {"model": {"name": name} | SMALL.get(name, {})})
+        name: (
+            "image-classification",
+            (TOKENS if name == "transformer" else IMAGES) | {"model": {"name": name} | SMALL.get(name, {})},
+        )
         for name in BUILTIN["model"]
     },
     **{
