@@ -5,7 +5,8 @@ and bytes of the final model and every metric but those of clocks. Prints one JS
 with 1 where a hash differs from that of an earlier output. With --by-rule modes are not pinned but left to the rule,
 and the examples of the README run, too: `golden_hashes.py --by-rule --workers 1 2 3 --repeats 2`. With --training the
 runs are those of optimizers, parts of models, codecs and outer steps; with --kill each is also killed after its second
-round by SIGKILL, on the local engine, and resumed: `golden_hashes.py --training --kill --workers 1 2 4`.
+round by SIGKILL, on the local engine, and resumed: `golden_hashes.py --training --kill --workers 1 2 4`. With --ranks
+they also run on engine collective, under torchrun: `golden_hashes.py --engines local --ranks 1 2 3 5`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -70,6 +72,7 @@ def decentralized(algorithm: Any, topology: Any, workload: dict[str, Any], **tra
 
 IMAGES = {"name": "image-classification", "dataset": SYNTHETIC, "model": MLP}
 CHOCO = {"name": "choco-sgd", "compressor": {"name": "random-k", "share": 0.2}}
+TOP_K = {"name": "choco-sgd", "compressor": {"name": "top-k", "share": 0.1}}
 RUNS: dict[str, dict[str, Any]] = {
     "fedavg": federated("fedavg", [1.0], True, momentum=0.9),
     "fedrolex": federated("fedrolex", LEVELS, True),
@@ -79,6 +82,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "dsgt": decentralized("dsgt", {"name": "ring", "lazy": True}, LEAST_SQUARES, steps=1),
     "push-sum": decentralized("push-sum", "static-exp", IMAGES),
     "choco-sgd": decentralized(CHOCO, "ring", IMAGES),
+    "choco-sgd, top-k": decentralized(TOP_K, "ring", IMAGES),
+    "windowed peers": decentralized("dsgd", "od-equidyn", IMAGES)
+    | {"submodel": {"capacities": LEVELS}, "engine": {"modes": modes(LEVELS, stacked=True)}},
 }
 
 
@@ -178,6 +184,15 @@ def measure(runs: Mapping[str, dict[str, Any]], engine: str, workers: int, kille
     return found
 
 
+def measured_on_ranks(num_ranks: int, arguments: list[str]) -> dict[str, str]:
+    """Start this script by torchrun, and return the digests that rank 0 prints."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+    command = [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", __file__, *arguments]
+    done = subprocess.run([*command, "--as-rank"], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> int:
     """Measure, print, and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -189,10 +204,17 @@ def main() -> int:
         "--training", action="store_true", help="runs of optimizers, parts of models, codecs, outer steps"
     )
     parser.add_argument("--kill", action="store_true", help="also kill and resume each, on the local engine")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[], help="also on so many ranks, under torchrun")
+    parser.add_argument("--as-rank", action="store_true", help="be one of the ranks that torchrun starts")
     parser.add_argument("--compare", type=Path, help="an earlier output")
     given = parser.parse_args()
     torch.set_num_threads(1)
     runs, ways = TRAINING if given.training else by_rule() if given.by_rule else RUNS, dict[str, tuple[str, int]]()
+    if given.as_rank:
+        found = measure(runs, "collective", 1)
+        if os.environ["RANK"] == "0":
+            print(json.dumps(found))
+        return 0
     for engine, workers, number in product(given.engines, given.workers, range(given.repeats)):
         is_only = len(given.workers) == given.repeats == 1
         ways[engine if is_only else f"{engine}, {workers} workers, run {number + 1}"] = engine, workers
@@ -200,12 +222,17 @@ def main() -> int:
     if given.kill:  # first, because Ray's threads do not go with forks
         hashes["local, killed"] = measure(runs, "local", given.workers[0], killed=True)
     hashes |= {name: measure(runs, *way) for name, way in ways.items()}
+    which = ["--training"] if given.training else ["--by-rule"] if given.by_rule else []
+    hashes |= {f"collective, {num} ranks": measured_on_ranks(num, which) for num in given.ranks}
     engines_equal = len({json.dumps(one, sort_keys=True) for one in hashes.values()}) == 1
     report: dict[str, Any] = {"hashes": hashes, "engines_equal": engines_equal}
     if given.compare is not None:
         before = json.loads(given.compare.read_text())["hashes"]
         report["differ"] = [
-            f"{engine}/{name}" for engine in before for name in runs if hashes[engine][name] != before[engine][name]
+            f"{engine}/{name}"
+            for engine in before
+            for name in runs
+            if hashes[engine][name] != before[engine].get(name, hashes[engine][name])
         ]
     print(json.dumps(report))
     return 0 if engines_equal and not report.get("differ") else 1

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from gossamer.config.diagnosis import diagnose
 from gossamer.config.inputs import END, MOVABLE, configuration_inputs, require_end, require_same
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.engines.base import EngineHooks
+from gossamer.engines.collective.environment import is_restarted
+from gossamer.engines.collective.serving import on_all_ranks
+from gossamer.engines.collective.world import require_collective
 from gossamer.engines.stopping import StopRequest, stop_on_signals
 from gossamer.engines.training.mixing import merged_model
 from gossamer.errors import (
@@ -120,7 +124,9 @@ def run(
         GossamerError: its message says what is wrong and what to do; work done is committed.
     """
     with trusting(trust), errors_of_plug_ins(), stop_on_signals() as stop:
-        return _run(source, overrides, out, hooks or Hooks(), stop)
+        known = partial(configuration.load, source, overrides)
+        found = on_all_ranks(lambda: _run(source, overrides, out, hooks or Hooks(), stop), known, stop)
+        return found or Run(Path(out or "runs"), [], {})
 
 
 def _run(
@@ -137,6 +143,8 @@ def _run(
     for name, one in resolved.items():  # before the first of them runs for hours
         _warn(name, one)
     directory = Path(out) if out is not None else new_directory(Path("runs"), str(data.get("name", "run")))
+    if is_restarted() and any((directory / name).exists() for name in (EXPERIMENT, CONFIG)):
+        return _resume(directory, hooks, stop)
     require_vacant(directory)
     try:
         return _run_all(directory, singles, hooks, stop, resolved, experiment=data)
@@ -174,12 +182,20 @@ def resume(
             known = ", ".join((*MOVABLE, END))
             raise ConfigError(f"override {override!r}: a run that has begun can only change {known}: start another run")
     with trusting(trust), errors_of_plug_ins(), stop_on_signals() as stop:
-        singles: Mapping[str, Mapping[str, Any]] = {"": {}}
-        if os.path.exists(directory / EXPERIMENT):
-            singles = configuration.expand(_move_end_of_all(directory, overrides))
-        else:
-            read_config(directory)  # says so where this is no run directory
-        return _run_all(directory, singles, hooks or Hooks(), stop, {}, overrides, restart)
+        shared = {"directory": str(directory), "overrides": list(overrides)}
+        lead = partial(_resume, directory, hooks or Hooks(), stop, overrides, restart)
+        return on_all_ranks(lead, lambda: shared, stop) or Run(directory, [], {})
+
+
+def _resume(
+    directory: Path, hooks: Hooks, stop: StopRequest, overrides: Sequence[str] = (), restart: bool = False
+) -> Run:
+    singles: Mapping[str, Mapping[str, Any]] = {"": {}}
+    if os.path.exists(directory / EXPERIMENT):
+        singles = configuration.expand(_move_end_of_all(directory, overrides))
+    else:
+        read_config(directory)  # says so where this is no run directory
+    return _run_all(directory, singles, hooks, stop, {}, overrides, restart)
 
 
 def _move_end_of_all(directory: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -323,6 +339,7 @@ def _run_rounds(
 ) -> Run:
     """Start the engine, and run what is left from `latest` on."""
     config = parts.config
+    require_collective(config.engine.name)
     is_finished = latest is not None and (latest.round >= config.rounds or bool(latest.progress.get("stop_reason")))
     if not (is_finished and (directory / DESCRIPTION).exists()):
         describe_model(directory, parts.workload)

@@ -43,7 +43,7 @@ class TreeSum:
     """`tree_sum` over `count` slots that arrive in any order, holding only what cannot be merged yet."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._pending: dict[tuple[int, int], Tensor | None] = {}
         self._foreign: set[int] = set()  # values that must not be overwritten
         self.total: Tensor | None = None
@@ -58,7 +58,7 @@ class TreeSum:
         freed: list[Tensor] = []
         if value is not None and not owned:
             self._foreign.add(id(value))
-        size = (self._count + (1 << level) - 1) >> level
+        size = (self.count + (1 << level) - 1) >> level
         while size > 1:
             sibling = index ^ 1
             if sibling < size:
@@ -76,6 +76,12 @@ class TreeSum:
             index, size, level = index // 2, (size + 1) // 2, level + 1
         self.total = value.clone() if value is not None and id(value) in self._foreign else value
         return freed
+
+    def partial_sums(self) -> list[tuple[int, int, Tensor | None]]:
+        """Return (level, index, sum) of what cannot be merged yet, as `add` of an equal tree elsewhere takes it."""
+        if self.total is not None:
+            return [((self.count - 1).bit_length(), 0, self.total)]
+        return [(level, index, value) for (level, index), value in self._pending.items()]
 
     def move_out(self, buffer: Tensor) -> None:
         """Copy partial sums that rest inside `buffer` to memory of their own, so that `buffer` can be used again."""

@@ -284,10 +284,11 @@ def _follow(start: Callable[[Hooks], Run], plan: Callable[[], Plan], quiet: bool
         plan: returns the runs that there are to be, see `gossamer.reports.progress.Plan`.
         quiet: whether nothing but warnings is shown.
     """
+    from gossamer.engines.collective.environment import is_leader
     from gossamer.experiment import Hooks
 
     display: AbstractContextManager[Display | None] = nullcontext()
-    if not quiet:
+    if not quiet and is_leader():
         from rich.console import Console
 
         from gossamer.cli.progress import ProgressDisplay, ProgressLines
@@ -296,6 +297,8 @@ def _follow(start: Callable[[Hooks], Run], plan: Callable[[], Plan], quiet: bool
         display = ProgressDisplay(plan(), Console(stderr=True)) if on_terminal else ProgressLines(plan, _to_stderr)
     with display as shown, _warnings_to(_to_stderr if shown is None else shown.print):
         finished = start(Hooks() if shown is None else Hooks(observer=shown.observer))
+    if not is_leader():
+        return
     for one in finished.runs or [finished]:
         if one.stop_reason:
             name = f"{one.directory.relative_to(finished.directory)}: " if finished.runs else ""

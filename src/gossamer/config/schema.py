@@ -39,7 +39,7 @@ class EngineOptions(Options):
     """Where training runs. `workers` and `block_size` change no bits; `modes` do, and are written once chosen.
 
     Attributes:
-        name: local, ray, or a plug-in's.
+        name: local, ray, collective (on the ranks of torchrun), or a plug-in's.
         workers: processes, or Ray actors, that train; "auto": one for each core, on a cluster counted every round.
         block_size: participants that are trained together.
         modes: mode of each capacity, or one mode for all; "auto": by a rule of shapes and numbers, see `modes_by_rule`;

@@ -123,10 +123,12 @@ def _of_merges(config: Config, algorithm: Any) -> Iterator[Rule]:
 def _of_engine(config: Config, engine_class: Any) -> Iterator[Rule]:
     """Yield rules on clusters and workers."""
     engine = config.engine
-    local = None if engine_class.is_remote else f"engine {engine.name!r} runs on this machine alone"
+    by_ranks = "there is one process for each rank" if engine.name == "collective" else None
+    yield "engine.workers", engine.workers, "auto", by_ranks
+    local = by_ranks if by_ranks or engine_class.is_remote else f"engine {engine.name!r} runs on this machine alone"
     yield "engine.address", engine.address, None, local
     alone = "there is no worker to wait for" if engine.workers == 0 and local else None
-    yield "engine.straggler_seconds", engine.straggler_seconds, None, alone
+    yield "engine.straggler_seconds", engine.straggler_seconds, None, by_ranks or alone
 
 
 def _windowless(config: Config, algorithm: Any) -> Iterator[str]:

@@ -79,6 +79,9 @@ class FederatedEngine(ABC):
     def _train_blocks(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
         """Train blocks somewhere, and yield their results in any order; after a request to stop not all of them."""
 
+    def _end(self) -> None:  # noqa: B027
+        """Complete the partial sums of a phase in `_trees`, where blocks are added up elsewhere."""
+
     def _owns(self, value: Tensor | None) -> bool:
         """Say whether a part of a payload may be overwritten."""
         return True
@@ -118,6 +121,7 @@ class FederatedEngine(ABC):
             described = {"arrays": [], "loss": report.loss, "finite": report.finite, "norm": report.norm}
             self._keep(self._block_result(block, described, []))
             yield report
+        self._end()
         for key, tree in trees.items():
             if tree.total is not None:
                 self._sums[key] = tree.total
@@ -189,11 +193,7 @@ class FederatedEngine(ABC):
 
     def _results_of(self, plan: RoundPlan, blocks: list[Block]) -> Iterator[BlockResult]:
         """Train blocks; those in which an update may be too large are trained again once all norms are known."""
-        bound, ratio = math.inf, self._task.max_update_norm_ratio
-        if ratio is not None:
-            downlink = self._phase.algorithm.traits.downlink or ()
-            with one_thread():
-                bound = ratio * row_norms({name: self._state[name] for name in downlink})[0]
+        bound, ratio = self._largest_norm(), self._task.max_update_norm_ratio
         norms, again = list[float](), list[Block]()
         for result in self._train_blocks(plan, blocks):
             norms += result.norm
@@ -209,13 +209,21 @@ class FederatedEngine(ABC):
             finally:
                 self._max_norm = None
 
+    def _largest_norm(self) -> float:
+        """Return the norm of an update beyond which it is first compared with all the others."""
+        ratio, downlink = self._task.max_update_norm_ratio, self._phase.algorithm.traits.downlink or ()
+        if ratio is None:
+            return math.inf
+        with one_thread():
+            return ratio * row_norms({name: self._state[name] for name in downlink})[0]
+
     def _keep(self, result: BlockResult) -> None:
         """Add up what a block returned, and keep the rest of it, for `exchange`."""
         block = result.block
         self._results.append((block, result.finite))
         with one_thread():
             for name, parts in result.payload.items():
-                is_summed = self._is_summed(block.variant, name)
+                is_summed = self._phase.is_summed(block.variant, name)
                 for part, value in enumerate(parts):
                     if is_summed:
                         self._trees[block.variant, name].add(
@@ -233,7 +241,7 @@ class FederatedEngine(ABC):
         """Put together what came of a block: `arrays` are what ``reply["arrays"]`` names, see `named_arrays`."""
         num_rows = block.rows.stop - block.rows.start
         payload: dict[str, list[Tensor | None]] = {
-            name: [None] * (num_leaves_of(block) if self._is_summed(block.variant, name) else num_rows)
+            name: [None] * (num_leaves_of(block) if self._phase.is_summed(block.variant, name) else num_rows)
             for name in self._phase.algorithm.traits.uplink
         }
         private: dict[str, Tensor] = {}
@@ -244,10 +252,6 @@ class FederatedEngine(ABC):
             else:
                 payload[name][part] = value
         return BlockResult(block, payload, reply["loss"], reply["finite"], reply["norm"], private)
-
-    def _is_summed(self, variant: int, name: str) -> bool:
-        """Say whether a payload is added up within its variant; otherwise each row is kept."""
-        return self._task.variants[variant].shares_window and self._phase.algorithm.traits.uplink[name] != "rows"
 
     def _floats_of_a_slot(self) -> int:
         """Return how large a slot for the results of any block must be, client state included."""

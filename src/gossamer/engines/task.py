@@ -263,6 +263,10 @@ class Task:
         """Names of payloads and private arrays that are one number a participant."""
         return frozenset(self.algorithm.traits.scalars)
 
+    def is_summed(self, variant: int, name: str) -> bool:
+        """Say whether a payload is added up within a variant; otherwise each row is kept."""
+        return self.variants[variant].shares_window and self.algorithm.traits.uplink[name] != "rows"
+
     @property
     def stored_arrays(self) -> dict[str, int]:
         """``{name: floats of a row}`` of all private arrays, of whatever phase."""

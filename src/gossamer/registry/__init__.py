@@ -80,7 +80,11 @@ BUILTIN: dict[str, dict[str, str]] = {
         "covering": "gossamer.submodel.covering:covering",
         "magnitude": "gossamer.submodel.magnitude:magnitude",
     },
-    "engine": {"local": "gossamer.engines.local.engine:LocalEngine", "ray": "gossamer.engines.ray.engine:RayEngine"},
+    "engine": {
+        "local": "gossamer.engines.local.engine:LocalEngine",
+        "ray": "gossamer.engines.ray.engine:RayEngine",
+        "collective": "gossamer.engines.collective.engine:CollectiveEngine",
+    },
     "workload": {
         "image-classification": "gossamer.workloads.images:ImageClassification",
         "next-character": "gossamer.workloads.text:NextCharacter",

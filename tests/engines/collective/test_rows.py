@@ -10,15 +10,17 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Group, GroupBroken, Member, Rendezvous, address_of
+from gossamer.engines.collective.group import INTERFACE, LOOPBACK, Group, GroupBroken, address_of
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.errors import ConfigError
 
@@ -32,6 +34,7 @@ CASES: dict[str, list[list[int]]] = {  # [receiver, sender]
     "within ranks only": [[0, 1], [5, 4], [10, 9]],
     "nobody": [],
 }
+STORES = {"00000000000000000000000000000000"}  # torch's store listens everywhere
 SPANS = [[0, 4], [4, 8], [8, 11]]
 
 
@@ -53,9 +56,39 @@ def heard_of(edges: list[list[int]]) -> Callable[[int, int, int, int], NDArray[n
     return heard
 
 
+class Rendezvous:
+    """A store at which the members of groups find each other."""
+
+    def __init__(self) -> None:
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._num_groups = 0
+
+    def members(self, size: int, seconds: float) -> list[Member]:
+        self._num_groups += 1
+        return [Member(self._store.port, str(self._num_groups), rank, size, seconds) for rank in range(size)]
+
+
+class Member(NamedTuple):
+    port: int
+    name: str
+    rank: int
+    size: int
+    seconds: float
+
+    def join(self) -> Group:
+        limit = timedelta(seconds=self.seconds)
+        store = TCPStore("127.0.0.1", self.port, is_master=False, wait_for_workers=False, timeout=limit)
+        return Group(PrefixStore(self.name, store), self.rank, self.size, timeout_seconds=self.seconds)
+
+
+@pytest.fixture(autouse=True)
+def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(INTERFACE, "lo")
+
+
 def run_member(member: Member, mode: str) -> None:
     """Be one member of a group: swap the rows of all cases, or go before it comes to that."""
-    with closing(Group(member)) as group:
+    with closing(member.join()) as group:
         if mode == "die" and member.rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         low, high = SPANS[member.rank]
@@ -86,7 +119,7 @@ def run_group() -> Iterator[Callable[[list[Member], str], list[list[str]]]]:
     def run(members: list[Member], mode: str = "") -> list[list[str]]:
         commands = [[sys.executable, __file__, json.dumps(member), mode] for member in members]
         started.extend(subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands)
-        ended = [process.communicate(timeout=60)[0].split() for process in started]
+        ended = [process.communicate(timeout=100)[0].split() for process in started]
         died = [process.returncode for process in started]
         assert died == [-signal.SIGKILL if mode == "die" and member.rank == 0 else 0 for member in members]
         return ended
@@ -99,7 +132,7 @@ def run_group() -> Iterator[Callable[[list[Member], str], list[list[str]]]]:
 def test_rows_that_others_hear(run_group: Callable[..., list[list[str]]]) -> None:
     """What is heard arrives, nothing else, in one message for each pair of ranks; and what was sent is counted."""
     rendezvous = Rendezvous()
-    told = run_group(rendezvous.members(3, "gloo", 20))
+    told = run_group(rendezvous.members(3, 90))
     row_bytes = 3 + 5 * 4 + 8
     for (low, high), counts in zip(SPANS, told, strict=True):
         expected = []
@@ -115,7 +148,7 @@ def test_rows_that_others_hear(run_group: Callable[..., list[list[str]]]) -> Non
 
 def test_a_member_that_dies(run_group: Callable[..., list[list[str]]]) -> None:
     rendezvous = Rendezvous()
-    told = run_group(rendezvous.members(3, "gloo", 20), "die")
+    told = run_group(rendezvous.members(3, 90), "die")
     assert told == [[], ["broken"], ["broken"]]
 
 
@@ -123,24 +156,14 @@ def test_members_that_do_not_come(run_group: Callable[..., list[list[str]]]) -> 
     """One of three waits in vain, and can be in another group afterwards, with processes that know nothing of it."""
     rendezvous = Rendezvous()
     with pytest.raises(GroupBroken, match="a group of 3 did not form"):
-        Group(rendezvous.members(3, "gloo", 1)[1])
-    members = rendezvous.members(3, "gloo", 20)
+        rendezvous.members(3, 1)[1].join()
+    members = rendezvous.members(3, 90)
     with ThreadPoolExecutor(1) as pool:
         others = pool.submit(run_group, [members[0], members[2]])
-        with closing(Group(members[1])) as group:
+        with closing(members[1].join()) as group:
             for seed, edges in enumerate(CASES.values()):
                 swap_rows_(group, SPANS, arrays(seed), heard_of(edges))
         assert all(len(told) == len(CASES) for told in others.result())
-
-
-def test_a_rendezvous_that_is_closed() -> None:
-    rendezvous = Rendezvous()
-    members = rendezvous.members(1, "gloo", 2)
-    with closing(Group(members[0])):
-        rendezvous.close()
-        assert "0100007F" in listening()  # the group's own
-    with pytest.raises(GroupBroken, match="did not form"):
-        Group(members[0])
 
 
 def listening() -> set[str]:
@@ -158,18 +181,12 @@ def listening() -> set[str]:
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux's list of sockets")
 def test_loopback_only() -> None:
     rendezvous = Rendezvous()
-    with closing(Group(rendezvous.members(1, "gloo", 20)[0])):
-        assert listening() == {"0100007F"}
+    with closing(rendezvous.members(1, 90)[0].join()):
+        assert "0100007F" in listening()
+        assert "00000000" not in listening() - STORES
 
 
-def test_no_network_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(INTERFACE, raising=False)
-    rendezvous = Rendezvous("127.0.0.2")
-    member = rendezvous.members(1, "gloo", 20)[0]
-    with pytest.raises(ConfigError, match=f"set {INTERFACE} there to the interface of a private one"):
-        Group(member)
-    monkeypatch.setenv(INTERFACE, "lo")
-    Group(member).close()
+def test_interfaces() -> None:
     assert address_of("lo") == LOOPBACK
     with pytest.raises(ConfigError, match=r"'no-such' is no interface of .* with an IPv4 address \(No such device\)"):
         address_of("no-such")

@@ -1,14 +1,17 @@
-"""Groups of processes that send tensors to each other, and the rendezvous at which they form."""
+"""Groups of processes that send tensors to each other, and how the processes of torchrun form one."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import struct
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, Self
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -19,99 +22,97 @@ Backend = Literal["gloo", "nccl"]
 LOOPBACK = "127.0.0.1"
 INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own variable: where it listens
 NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
+TIMEOUT_SECONDS = 600.0
+ROWS, MESSAGES = 0, 1  # tags
+DTYPES = {
+    str(dtype): dtype
+    for dtype in (
+        torch.uint8,
+        torch.bool,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    )
+}
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR
+Message = dict[str, Any]
 
 
 class GroupBroken(EngineError):
     """A member of a group is gone or does not answer; what was under way must be done again by a new group."""
 
-
-class Member(NamedTuple):
-    """A process's membership of a group.
-
-    Attributes:
-        host, port: address of the rendezvous.
-        name: name of the group, unique at its rendezvous.
-        rank: rank of the process, in 0, ..., size - 1.
-        size: number of processes.
-        backend: gloo, between processors; nccl, between CUDA devices, one each.
-        timeout_seconds: timeout for the rendezvous, then for each message.
-    """
-
-    host: str
-    port: int
-    name: str
-    rank: int
-    size: int
-    backend: Backend
-    timeout_seconds: float
-
-
-class Rendezvous:
-    """A server, listening at one address only, by which the members of groups find each other."""
-
-    def __init__(self, host: str = LOOPBACK) -> None:
-        """Listen on any free port.
-
-        Args:
-            host: address of one interface of this machine.
-
-        Raises:
-            OSError: this machine has no such interface.
-        """
-        import torch.distributed as dist
-
-        listener = socket.socket()
-        listener.bind((host, 0))
-        listener.listen()
-        self.host, self.port = host, int(listener.getsockname()[1])
-        self._server: Any = dist.TCPStore(  # type: ignore[attr-defined]
-            host, self.port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-        self._num_groups = 0
-
-    def members(self, size: int, backend: Backend, timeout_seconds: float) -> list[Member]:
-        """Return the members of a new group, by rank."""
-        self._num_groups += 1
-        name = str(self._num_groups)
-        return [Member(self.host, self.port, name, rank, size, backend, timeout_seconds) for rank in range(size)]
-
-    def close(self) -> None:
-        """Stop listening; groups that have formed stay."""
-        self._server = None
+    exit_code = 1
 
 
 class Group:
-    """A process group, independent of torch's default group and of any other that this process is in."""
+    """A process group, independent of torch's default group and of any other that this process is in.
 
-    def __init__(self, member: Member) -> None:
+    Attributes:
+        rank: rank of this process, in 0, ..., size - 1.
+        size: number of processes.
+        backend: gloo, between processors; nccl, between CUDA devices, one each.
+    """
+
+    def __init__(
+        self, store: Any, rank: int, size: int, backend: Backend = "gloo", timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> None:
         """Join as one member, and wait for the others.
+
+        Args:
+            store: torch's key-value store, by which the members find each other.
+            rank, size, backend: see the class.
+            timeout_seconds: timeout for the rendezvous, then for each message.
 
         Raises:
             GroupBroken: the others did not come in time.
-            ConfigError: the rendezvous is on another machine, and `INTERFACE` is not set in the environment here.
+        """
+        self.rank, self.size, self.backend = rank, size, backend
+        self._limit = timedelta(seconds=timeout_seconds)
+        try:
+            self._members = self._start(store)
+        except RuntimeError as error:  # of which torch's own errors are
+            raise GroupBroken(f"a group of {size} did not form: {_first_line(error)}") from None
+
+    @classmethod
+    def of_environment(cls, timeout_seconds: float = TIMEOUT_SECONDS) -> Self:
+        """Join the group of all processes that torchrun started.
+
+        Args:
+            timeout_seconds: timeout for the rendezvous, then for each message.
+
+        Raises:
+            GroupBroken: the others did not come in time.
+            ConfigError: the environment lacks torchrun's variables, or names an interface that does not exist.
         """
         import torch.distributed as dist
 
-        self.member, limit = member, timedelta(seconds=member.timeout_seconds)
-        _set_interface(member)
-        try:
-            rendezvous = dist.TCPStore(  # type: ignore[attr-defined]
-                member.host, member.port, is_master=False, wait_for_workers=False, timeout=limit
+        if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise ConfigError(
+                f"engine collective needs {', '.join(missing)} in the environment: start it with torchrun"
+                " --nproc-per-node N -m gossamer run FILE --engine collective --out DIR"
             )
-            store = dist.PrefixStore(member.name, rendezvous)  # type: ignore[attr-defined]
-            self._members = self._start(store, limit)
-        except RuntimeError as error:  # of which torch's own errors are
-            raise GroupBroken(f"a group of {member.size} did not form: {_first_line(error)}") from None
+        _set_interface()
+        try:
+            limit = timedelta(seconds=timeout_seconds)
+            found = dist.rendezvous("env://", timeout=limit)  # type: ignore[attr-defined]
+            store, rank, size = next(iter(found))
+            name = _agree_on_name(store, rank, size, timeout_seconds)
+        except (RuntimeError, ValueError) as error:
+            raise GroupBroken(f"the rendezvous of torchrun failed: {_first_line(error)}") from None
+        return cls(dist.PrefixStore(name, store), rank, size, timeout_seconds=timeout_seconds)  # type: ignore[attr-defined]
 
-    def _start(self, store: Any, limit: timedelta) -> Any:
+    def _start(self, store: Any) -> Any:
         import torch.distributed as dist
 
-        if self.member.backend == "gloo":
-            return dist.ProcessGroupGloo(store, self.member.rank, self.member.size, limit)
+        if self.backend == "gloo":
+            return dist.ProcessGroupGloo(store, self.rank, self.size, self._limit)
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = limit
-        return dist.ProcessGroupNCCL(store, self.member.rank, self.member.size, options)
+        options._timeout = self._limit
+        return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
 
     def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
         """Send a tensor to each of some other ranks, and receive one from each of some, all at once.
@@ -123,26 +124,79 @@ class Group:
         Raises:
             GroupBroken: a member is gone, or did not answer in time.
         """
-        try:
-            if self.member.backend == "nccl":
-                self._exchange_on_gpu(outgoing, incoming)
-                return
-            under_way = [self._members.send([value], rank, 0) for rank, value in outgoing.items()]
-            under_way += [self._members.recv([buffer], rank, 0) for rank, buffer in incoming.items()]
-            for work in under_way:
-                work.wait()
-        except RuntimeError as error:
-            raise GroupBroken(f"a member of a group of {self.member.size} is gone: {_first_line(error)}") from None
+        if self.backend == "nccl":
+            self._wait(lambda: self._exchange_on_gpu(outgoing, incoming))
+            return
+        works = [(rank, self._begin(self._members.send, value, rank, ROWS)) for rank, value in outgoing.items()]
+        works += [(rank, self._begin(self._members.recv, value, rank, ROWS)) for rank, value in incoming.items()]
+        for rank, work in works:
+            self._wait(work.wait, rank)
 
     def _exchange_on_gpu(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
         """Exchange by one all-to-all, in which most may send nothing."""
         nothing = torch.empty(0, dtype=torch.uint8)
-        sent = [outgoing.get(rank, nothing).cuda() for rank in range(self.member.size)]
-        received = [incoming.get(rank, nothing).cuda() for rank in range(self.member.size)]
+        sent = [outgoing.get(rank, nothing).cuda() for rank in range(self.size)]
+        received = [incoming.get(rank, nothing).cuda() for rank in range(self.size)]
         self._members.alltoall(received, sent).wait()
         torch.cuda.synchronize()
         for rank, buffer in incoming.items():
             buffer.copy_(received[rank])
+
+    def send(self, rank: int, message: Mapping[str, Any], arrays: Sequence[Tensor] = ()) -> Callable[[], None]:
+        """Send JSON values and arrays to another rank.
+
+        Args:
+            rank: the receiver, which calls `receive`.
+            message: JSON values.
+            arrays: contiguous tensors on the CPU; unchanged until they are sent.
+
+        Returns:
+            a function that waits until everything is sent.
+
+        Raises:
+            GroupBroken: as `exchange`, here or when the function is called.
+        """
+        described = [[str(value.dtype), list(value.shape)] for value in arrays]
+        header = torch.frombuffer(bytearray(json.dumps([message, described]).encode()), dtype=torch.uint8)
+        parts = [torch.tensor([len(header)]), header, *(value for value in arrays if value.numel())]
+        works = [self._begin(self._members.send, part, rank, MESSAGES) for part in parts]
+
+        def wait() -> None:
+            """Wait; holds `parts`, which must live until then."""
+            for work, _ in zip(works, parts, strict=True):
+                self._wait(work.wait, rank)
+
+        return wait
+
+    def receive(self, rank: int) -> tuple[Message, list[Tensor]]:
+        """Receive what another rank sent.
+
+        Raises:
+            GroupBroken: it is gone, or did not send in time.
+        """
+        length = self._received(rank, torch.empty(1, dtype=torch.int64))
+        header = self._received(rank, torch.empty(int(length), dtype=torch.uint8))
+        message, described = json.loads(header.numpy().tobytes())
+        arrays = [torch.empty(shape, dtype=DTYPES[dtype]) for dtype, shape in described]
+        return message, [self._received(rank, value) if value.numel() else value for value in arrays]
+
+    def _received(self, rank: int, buffer: Tensor) -> Tensor:
+        self._wait(self._begin(self._members.recv, buffer, rank, MESSAGES).wait, rank)
+        return buffer
+
+    def _begin(self, operation: Callable[..., Any], value: Tensor, rank: int, tag: int) -> Any:
+        return self._wait(lambda: operation([value], rank, tag), rank)
+
+    def _wait(self, do: Callable[[], Any], rank: int | None = None) -> Any:
+        try:
+            return do()
+        except RuntimeError as error:
+            who = "a rank" if rank is None else f"rank {rank}"
+            raise GroupBroken(
+                f"{who} of {self.size} is gone or did not answer rank {self.rank} within"
+                f" {self._limit.total_seconds():g} s ({_first_line(error)}): start the job again, and it goes on from"
+                " the last commit"
+            ) from None
 
     def close(self) -> None:
         """Leave; the others' messages to this process fail from now on."""
@@ -173,16 +227,39 @@ def address_of(interface: str) -> str:
         ) from None
 
 
-def _set_interface(member: Member) -> None:
-    """Make this process listen on loopback if the rendezvous does, else on the interface of the environment."""
-    if member.host == LOOPBACK:
+def _agree_on_name(store: Any, rank: int, size: int, timeout_seconds: float) -> str:
+    """Return a name for the group that no earlier one had: torchrun keeps its store when it starts ranks again.
+
+    Every other rank asks under a key of its own with a number that is new, and rank 0 answers under that number.
+    """
+    own = f"gossamer-{uuid4()}"
+    if rank:
+        store.set(f"gossamer-{rank}", own)
+        name = str(store.get(own).decode())
+        store.set(f"{name}-{rank}", "")
+        return name
+    deadline, waiting, answered = time.monotonic() + timeout_seconds, list(range(1, size)), {""}
+    while waiting:
+        for other in waiting:
+            asked = store.get(f"gossamer-{other}").decode() if store.check([f"gossamer-{other}"]) else ""
+            if asked not in answered:  # of a rank that is no more, perhaps, which does no harm
+                store.set(asked, own)
+                answered.add(asked)
+        waiting = [other for other in waiting if not store.check([f"{own}-{other}"])]
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {waiting[0]} did not come within {timeout_seconds:g} s")
+        time.sleep(0.005)
+    return own
+
+
+def _set_interface() -> None:
+    """Let the ranks of one machine listen on its loopback interface, unless the environment names another one."""
+    if INTERFACE in os.environ:
+        address_of(os.environ[INTERFACE])
+    elif os.environ.get("LOCAL_WORLD_SIZE", "") == os.environ["WORLD_SIZE"]:
         os.environ[INTERFACE] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
-    elif INTERFACE not in os.environ:
-        raise ConfigError(
-            f"a member of a group would listen on every network of {socket.gethostname()}: set {INTERFACE} there to the"
-            " interface of a private one, because groups know neither authentication nor encryption"
-        )
-    os.environ[NCCL_INTERFACE] = os.environ[INTERFACE]
+    if INTERFACE in os.environ:
+        os.environ.setdefault(NCCL_INTERFACE, os.environ[INTERFACE])
 
 
 def _first_line(error: BaseException) -> str:

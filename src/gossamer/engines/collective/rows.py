@@ -33,12 +33,12 @@ def swap_rows_(group: Group, spans: Sequence[Sequence[int]], rows: Rows, heard: 
     Raises:
         GroupBroken: see `Group.exchange`.
     """
-    own, row_bytes = spans[group.member.rank], sum(value[:1].nbytes for value in rows.values())
+    own, row_bytes = spans[group.rank], sum(value[:1].nbytes for value in rows.values())
     outgoing: dict[int, Tensor] = {}
     incoming: dict[int, Tensor] = {}
     senders: dict[int, Tensor] = {}
     for rank, other in enumerate(spans):
-        if rank == group.member.rank:
+        if rank == group.rank:
             continue
         wanted = heard(*other, *own)
         if wanted is not None:

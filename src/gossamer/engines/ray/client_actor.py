@@ -6,8 +6,6 @@ Nothing here matters: all that an actor holds was given with the call, so a dead
 from __future__ import annotations
 
 import json
-import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,14 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.cluster import get_data
 from gossamer.engines.ray.shared_memory import AttachedMemory
+from gossamer.engines.recipe import rebuild
 from gossamer.engines.slots import write_arrays
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.worker import Worker, named_arrays
-from gossamer.registry import load_object, trusting
 
 Received = Mapping[str, NDArray[Any]]
 
@@ -31,18 +28,10 @@ def prepare(recipe: str, data: list[Any]) -> Task:
     """Set this process up for training, and rebuild a task.
 
     Args:
-        recipe: JSON with ``factory`` (``module:function``), its argument ``config``, and ``paths`` where modules of the
-            user's own may lie.
+        recipe: JSON, see `rebuild`.
         data: the workload's, see `put_data`.
     """
-    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    described = json.loads(recipe)
-    sys.path += [path for path in described["paths"] if path not in sys.path]
-    with trusting():  # as the driver checked
-        task: Task = load_object(described["factory"])(described["config"], get_data(data))
-    return task
+    return rebuild(json.loads(recipe), get_data(data))
 
 
 class ClientActor:

@@ -1,0 +1,103 @@
+"""A rank's share of a federation: blocks are trained where they are sent, and added up before they leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.aggregate import TreeSum
+from gossamer.algorithms.base import Arrays
+from gossamer.engines.collective.group import Message
+from gossamer.engines.collective.world import Letter
+from gossamer.engines.task import Task
+from gossamer.engines.training.job import BlockResult, Job
+from gossamer.engines.training.worker import Worker, named_arrays
+from gossamer.threads import one_thread
+
+Key = tuple[int, str]  # number of a variant, name of a payload
+
+
+class ClientRank:
+    """Trains and evaluates for a federation, with a copy of the server's state; on every rank alike."""
+
+    def __init__(self, task: Task, state: Arrays, order: Arrays) -> None:
+        """Bind a task, and the arrays in which the state will lie and the order of channels."""
+        self._task, self._state, self._order = task, state, order
+        self._worker = Worker(task, state, order, torch.zeros(0, 0))
+        self._trees: dict[Key, TreeSum] = {}
+
+    def handle(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Do one job, see `World.ask`."""
+        kind = message["kind"]
+        if kind == "state":
+            return self._replace(message, arrays)
+        if kind == "train":
+            return self._train(message, arrays)
+        if kind == "sums":
+            return self._sums()
+        with one_thread():
+            jobs = [{**message["job"], "chunk": chunk} for chunk in message["chunks"]]
+            return Letter({"replies": [self._worker.handle(job) for job in jobs]})
+
+    def _replace(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Replace arrays of the state, and of the order of channels."""
+        given = zip(message["names"], arrays, strict=True)
+        for (group, name), value in given:
+            target = self._state if group == "state" else self._order
+            if target.get(name) is not value:  # the leader's own are in place
+                target[name] = value
+        return Letter({})
+
+    def _train(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Train blocks, and add up what may be used of them; what is not added up is returned.
+
+        Args:
+            message: ``jobs``; ``counts``, the rows of each variant in the phase where these are added up, or null where
+                blocks are trained again; ``bound``, of an update's norm, beyond which a block is not used, or null.
+            arrays: private rows of the jobs' clients, job after job.
+        """
+        jobs = [Job.of_message(one) for one in message["jobs"]]
+        trainer = self._worker.trainers[message["phase"]]
+        uplink, names = trainer.task.algorithm.traits.uplink, trainer.task.client_arrays
+        if message["counts"] is not None:
+            counts = {int(variant): count for variant, count in message["counts"].items()}
+            self._trees = {(v, name): TreeSum(n) for v, n in counts.items() if n for name in uplink}
+        bound = math.inf if message["bound"] is None else message["bound"]
+        replies, returned = list[dict[str, Any]](), list[Tensor]()
+        for number, job in enumerate(jobs):
+            rows = dict(zip(names, arrays[number * len(names) : (number + 1) * len(names)], strict=True))
+            with one_thread():
+                result = trainer.train(job, rows)
+            again = any(norm > bound for norm in result.norm)
+            kept = [] if again else self._keep(result, trainer.task)
+            replies.append({"loss": result.loss, "finite": result.finite, "norm": result.norm})
+            replies[-1]["arrays"] = [[name, part] for name, part, _ in kept]
+            returned += [value.clone() for *_, value in kept]
+        return Letter({"blocks": replies}, returned)
+
+    def _keep(self, result: BlockResult, task: Task) -> list[tuple[str, int, Tensor]]:
+        """Add up what a block returns; return what is not added up, see `named_arrays`."""
+        block = result.block
+        for name in [name for name in result.payload if task.is_summed(block.variant, name)]:
+            for part, value in enumerate(result.payload.pop(name)):
+                self._trees[block.variant, name].add(block.first_tile + part, value, level=block.tile.bit_length() - 1)
+        return named_arrays(result)
+
+    def _sums(self) -> Letter:
+        """Return the partial sums: where each stands in the tree of its variant, and the tensors."""
+        found = [(key, *one) for key, tree in self._trees.items() for one in tree.partial_sums()]
+        self._trees = {}
+        where = [[*key, level, index, value is not None] for key, level, index, value in found]
+        return Letter({"sums": where}, [value for *_, value in found if value is not None])
+
+
+def take_sums(trees: dict[Key, TreeSum], letters: Sequence[Letter]) -> None:
+    """Add the partial sums of all ranks to the trees of the server."""
+    for message, arrays in letters:
+        values = iter(arrays)
+        for variant, name, level, index, is_there in message["sums"]:
+            trees[variant, name].add(index, next(values) if is_there else None, level=level)

@@ -1,0 +1,20 @@
+"""What torchrun tells a process of itself."""
+
+from __future__ import annotations
+
+import os
+
+
+def is_rank() -> bool:
+    """Say whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_leader() -> bool:
+    """Say whether this process is rank 0 of a torchrun job, or in none."""
+    return not is_rank() or os.environ.get("RANK", "0") == "0"
+
+
+def is_restarted() -> bool:
+    """Say whether torchrun started this process in the place of one that failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

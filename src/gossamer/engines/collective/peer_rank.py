@@ -1,0 +1,133 @@
+"""A rank's share of the peers: their rows stay there, and only rows that cross ranks travel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.aggregate import TreeSum
+from gossamer.engines.collective.group import Group, Message
+from gossamer.engines.collective.rows import swap_rows_
+from gossamer.engines.collective.world import Letter
+from gossamer.engines.task import Task
+from gossamer.engines.training.mixing import HOLDERS, SENT, Mixer, column_sums, squared_distance
+from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
+from gossamer.threads import one_thread
+
+
+class PeerRank:
+    """Trains, mixes and measures the peers of one rank; on every rank alike."""
+
+    def __init__(self, task: Task, group: Group, spans: list[list[int]], bounds: list[list[list[int]]]) -> None:
+        """Make the initial rows of this rank's peers.
+
+        Args:
+            task: task that trains them.
+            group: the group of all ranks.
+            spans: [low, high] of the peers of each rank.
+            bounds: those of the blocks of each rank, aligned to powers of two, over which sums are taken.
+        """
+        self._task, self._group, self._spans = task, group, spans
+        self._low, self._high = spans[group.rank]
+        self._bounds, self._num_blocks = bounds[group.rank], sum(map(len, bounds))
+        self._first_block = sum(map(len, bounds[: group.rank]))
+        x = task.workload.init(task.seed)
+        initial = initial_rows(task, x, self._low, self._high)
+        state = {name: rows.contiguous().clone() for name, rows in initial.items()}
+
+        def zeros(d: int, dtype: torch.dtype) -> Tensor:
+            """Return memory for the rank's peers."""
+            return torch.zeros(self._high - self._low, d, dtype=dtype)
+
+        self._peers = PeerState.of(task, state, zeros, torch.zeros(1, len(x), dtype=x.dtype), self._low)
+        self._workers = [PeerWorker(phase, self._peers) for phase in task.phases]
+        self._mixers = [Mixer(phase) for phase in task.phases]
+
+    def handle(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Do one job, see `World.ask`."""
+        with one_thread():
+            return self._jobs[message["kind"]](message, arrays)
+
+    @property
+    def _jobs(self) -> dict[str, Callable[[Message, list[Tensor]], Letter]]:
+        return {
+            "train": self._train,
+            "mix": self._mix,
+            "sum": self._sum,
+            "squares": self._squares,
+            "rows": self._rows,
+            "read": self._read,
+            "write": self._write,
+            "evaluate": self._evaluate,
+        }
+
+    def _train(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Train the peers of ``jobs``, where their rows lie."""
+        worker = self._workers[message["phase"]]
+        return Letter({"replies": [worker.train(job) for job in message["jobs"]]})
+
+    def _mix(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Exchange what crosses ranks, mix and update; see `mix_message`."""
+        task, mixer = self._task.phases[message["phase"]], self._mixers[message["phase"]]
+        sent = {name: self._peers.payload(name) for name in task.algorithm.traits.uplink}
+        if self._peers.holders is not None:
+            sent[HOLDERS] = self._peers.holders
+        own = [self._low, self._high]
+        everyone = mixer.laid_out([own], [{f"{SENT}{name}": value for name, value in sent.items()}])
+        num_bytes = swap_rows_(self._group, self._spans, everyone, lambda *bounds: mixer.heard(message, *bounds))
+        holders = everyone.pop(HOLDERS, None)
+        updated = mixer.update(message, everyone, holders, self._peers.state, slice(*own))
+        for name, value in updated.items():
+            self._peers.state[name].copy_(value)
+        return Letter({"num_bytes": num_bytes})
+
+    def _sum(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Return the partial sums of the models, see `column_sums`."""
+        return self._added_up(lambda x: column_sums(x))
+
+    def _squares(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Keep the mean of all peers' models; return partial sums of squared distances from it, by ``columns``."""
+        mean, columns = arrays[0], message["columns"]
+        self._peers.merged[0].copy_(mean)
+        return self._added_up(
+            lambda x: torch.stack([squared_distance(x[:, slice(*one)], mean[slice(*one)]) for one in columns])
+        )
+
+    def _added_up(self, total: Callable[[Tensor], Tensor]) -> Letter:
+        tree = TreeSum(self._num_blocks)
+        for number, (low, high) in enumerate(self._bounds, self._first_block):
+            tree.add(number, total(self._peers.state["x"][low - self._low : high - self._low]))
+        found = tree.partial_sums()
+        return Letter({"sums": [[level, index] for level, index, _ in found]}, [v for *_, v in found if v is not None])
+
+    def _rows(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Return the models of ``peers``."""
+        rows = [peer - self._low for peer in message["peers"]]
+        return Letter({}, [self._peers.state["x"][rows].contiguous()])
+
+    def _read(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Return all rows."""
+        return Letter({"names": [*self._peers.state]}, [value.contiguous() for value in self._peers.state.values()])
+
+    def _write(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Replace all rows."""
+        for name, value in zip(message["names"], arrays, strict=True):
+            self._peers.state[name].copy_(value)
+        return Letter({})
+
+    def _evaluate(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Return the sums of ``chunks`` for several models [k, d], or for the mean if none are given."""
+        x = arrays[0] if arrays else self._peers.merged
+        job: dict[str, Any] = {**message["job"], "peers": range(len(x))}
+        worker = PeerWorker(self._task.phases[0], PeerState({"x": x}, {}, None, x))
+        return Letter({"replies": [worker.evaluate({**job, "chunk": chunk}) for chunk in message["chunks"]]})
+
+
+def partial_sums(letters: Sequence[Letter]) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (level, index, sum) of all ranks, see `TreeSum.partial_sums`."""
+    for message, arrays in letters:
+        for (level, index), value in zip(message["sums"], arrays, strict=True):
+            yield level, index, value

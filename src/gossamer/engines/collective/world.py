@@ -1,0 +1,177 @@
+"""The ranks of a torchrun job: rank 0 leads, the others serve it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from gossamer.engines.collective.environment import is_rank
+from gossamer.engines.collective.group import Group, GroupBroken, Message
+from gossamer.errors import ConfigError, EngineError, GossamerError
+
+
+class Letter(NamedTuple):
+    """What ranks send each other: JSON values, and arrays."""
+
+    message: Message
+    arrays: Sequence[Tensor] = ()
+
+
+class Handler(Protocol):
+    """What a rank does for an engine, on every rank alike."""
+
+    def handle(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Do one job, and return the reply."""
+        ...
+
+
+class World:
+    """The leader's side: it has every rank handle a message, itself among them.
+
+    Attributes:
+        group: the group of all ranks.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self._handler: Handler | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.group.size
+
+    def compare(self, described: Mapping[str, Any]) -> None:
+        """Compare what all ranks know of a run before it begins.
+
+        Args:
+            described: ``{part: value}``, JSON values, of this rank.
+
+        Raises:
+            ConfigError: another rank has another value of a part.
+        """
+        for rank, (message, _) in enumerate(self._ask_others({"kind": "compare"}), 1):
+            for part, value in described.items():
+                if (other := message["described"].get(part)) != value:
+                    raise ConfigError(
+                        f"rank {rank} has {part} {other!r}, but rank 0 has {value!r}: start all ranks with the same"
+                        " command, files and versions"
+                    )
+
+    def begin(self, handler: Handler, message: Message) -> None:
+        """Let all ranks prepare for an engine; the leader's own handler is `handler`."""
+        self._handler = handler
+        self._ask_others(message)
+
+    def ask(self, letters: Sequence[Letter]) -> list[Letter]:
+        """Have each rank handle its letter, and return the replies, by rank.
+
+        Raises:
+            GroupBroken: a rank is gone, or did not answer in time.
+            EngineError: a rank failed.
+        """
+        assert self._handler is not None
+        sent = self._post(letters)
+        own = self._handler.handle(letters[0].message, list(letters[0].arrays))
+        return self._collect(sent, own)
+
+    def ask_all(self, message: Message, arrays: Sequence[Tensor] = ()) -> list[Letter]:
+        """Have all ranks handle the same letter, see `ask`."""
+        return self.ask([Letter(message, arrays)] * self.size)
+
+    def end(self) -> None:
+        """Let all ranks forget the engine."""
+        if self._handler is not None:
+            self._handler = None
+            with suppress(GroupBroken):
+                self._ask_others({"kind": "close"})
+
+    def dismiss(self, exit_code: int) -> None:
+        """Let the other ranks end."""
+        with suppress(GroupBroken):
+            for wait in self._post([Letter({"kind": "end", "exit_code": exit_code})] * self.size):
+                wait()
+
+    def _ask_others(self, message: Message) -> list[Letter]:
+        return self._collect(self._post([Letter(message)] * self.size), None)
+
+    def _post(self, letters: Sequence[Letter]) -> list[Callable[[], None]]:
+        return [self.group.send(rank, *letters[rank]) for rank in range(1, self.size)]
+
+    def _collect(self, sent: list[Callable[[], None]], own: Letter | None) -> list[Letter]:
+        for wait in sent:
+            wait()
+        replies = [] if own is None else [own]
+        for rank in range(1, self.size):
+            message, arrays = self.group.receive(rank)
+            if message.pop("stop"):
+                signal.raise_signal(signal.SIGTERM)  # as if it had come to this rank
+            if "error" in message:
+                raise _error_of(rank, message)
+            replies.append(Letter(message, arrays))
+        return replies
+
+
+def _error_of(rank: int, message: Message) -> GossamerError:
+    """Return the error of another rank."""
+    error: GossamerError = EngineError(f"rank {rank}: {message['error']}")
+    error.exit_code = message["exit_code"]
+    return error
+
+
+_worlds: list[World] = []  # of which this process leads one, or none
+
+
+def current_world() -> World:
+    """Return the ranks that this process leads.
+
+    Raises:
+        ConfigError: it was not started by torchrun.
+    """
+    if not _worlds:
+        raise ConfigError(
+            "engine collective runs on the processes that torchrun starts: torchrun --nproc-per-node N -m gossamer run"
+            " FILE --engine collective --out DIR"
+        )
+    return _worlds[0]
+
+
+def require_collective(engine: str) -> None:
+    """Refuse another engine on the ranks of a torchrun job.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if _worlds and engine != "collective":
+        raise ConfigError(
+            f"torchrun started {_worlds[0].size} processes, but engine {engine!r} needs one: add --engine collective"
+        )
+
+
+@contextmanager
+def leading(described: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+    """Lead the other ranks of this torchrun job, if it is one, while the block runs; then let them end.
+
+    Args:
+        described: returns what this rank knows of the run, see `World.compare`.
+    """
+    if not is_rank() or _worlds:
+        yield
+        return
+    group = Group.of_environment()
+    _worlds.append(World(group))
+    exit_code = 1
+    try:
+        _worlds[0].compare(described())
+        yield
+        exit_code = 0
+    except GossamerError as error:
+        exit_code = error.exit_code
+        raise
+    finally:
+        _worlds.pop().dismiss(exit_code)
+        group.close()

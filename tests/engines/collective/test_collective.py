@@ -1,0 +1,196 @@
+"""Runs under torchrun have the bits of the local engine, and stop, fail and go on as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import gossamer
+from gossamer import experiment
+from gossamer.engines.collective.engine import require_enough
+from gossamer.engines.collective.peers import blocks_of_ranks
+from gossamer.errors import ConfigError
+from gossamer.storage.runlog import read_metrics
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("torchrun")]
+
+SYNTHETIC = {"name": "synthetic", "num_train": 90, "num_test": 20, "noise": 2.0}
+IMAGES = {"name": "image-classification", "dataset": SYNTHETIC, "model": {"name": "mlp", "hidden": [16]}}
+LEVELS = [0.25, 0.5, 1.0]
+STACKED = [{"capacity": level, "stacked": True, "padding": True} for level in LEVELS]
+CLIENTS = {
+    "rounds": 3,
+    "workload": IMAGES,
+    "clients": {"num": 8, "per_round": 5},
+    "train": {"lr": 0.1, "batch_size": 8},
+    "engine": {"modes": "auto"},
+}
+PEERS = {
+    "rounds": 3,
+    "workload": IMAGES,
+    "peers": {"num": 9, "topology": "od-equidyn"},
+    "train": {"lr": 0.1, "batch_size": 8},
+    "engine": {"modes": "auto"},
+    "evaluation": {"num_peers": 3},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "fedrolex": CLIENTS
+    | {"algorithm": "fedrolex", "submodel": {"capacities": LEVELS}, "evaluation": {"by_capacity": True}}
+    | {"engine": {"modes": STACKED}},
+    "private state": CLIENTS | {"algorithm": "scaffold"},
+    "ranked channels": CLIENTS | {"algorithm": "fiarse", "submodel": {"capacities": LEVELS}},
+    "rows of factors": CLIENTS
+    | {
+        "algorithm": "flexlora",
+        "submodel": {"capacities": LEVELS},
+        "workload": {**IMAGES, "lora": {"rank": 4, "targets": ["hidden0"]}},
+    },
+    "updates too large": CLIENTS
+    | {
+        "train": {"lr": 3000.0, "batch_size": 8},
+        "aggregation": {"max_update_norm_ratio": 30},
+        "clients": {"num": 8, "per_round": 5, "quorum": 0.1},
+    },
+    "peers": PEERS | {"algorithm": "dsgd"},
+    "windowed peers": PEERS | {"algorithm": "dsgd", "submodel": {"capacities": LEVELS}, "engine": {"modes": STACKED}},
+    "push-sum": PEERS | {"algorithm": "push-sum", "peers": {"num": 9, "topology": "static-exp", "final_merge": True}},
+}
+EVERY = "\n".join(
+    (
+        "import json, sys, gossamer",
+        "for name, config in json.loads(sys.argv[1]).items():",
+        "    gossamer.run(config, out=f'{sys.argv[2]}/{name}')",
+    )
+)
+
+
+def on(config: dict[str, Any], **engine: Any) -> dict[str, Any]:
+    """Return a configuration on another engine."""
+    return config | {"engine": config["engine"] | engine}
+
+
+@pytest.fixture
+def torchrun(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start processes by torchrun."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(num_ranks: int, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *options, *arguments]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ended(process: subprocess.Popen[str], code: int) -> str:
+    """Wait for the end of a job, and return what it said of itself."""
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == code, errors
+    return output + errors
+
+
+def require_equal(directory: Path, expected: gossamer.Run) -> None:
+    """Compare a run's final model and records with those of another."""
+    params, others = (gossamer.load(path).state_dict() for path in (directory, expected.directory))
+    assert list(params) == list(others)
+    assert all(torch.equal(value, others[name]) for name, value in params.items())
+    clocks = ("wall_seconds", "round_seconds", "phase_seconds")
+    found = [{k: v for k, v in record.items() if k not in clocks} for record in read_metrics(directory)]
+    assert found == [{k: v for k, v in record.items() if k not in clocks} for record in expected.metrics]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_bits(num_ranks: int, torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """All at once, because starting processes takes longer than what they do."""
+    script = tmp_path / "every.py"
+    script.write_text(EVERY)
+    configs = {name: on(config, name="collective") for name, config in RUNS.items()}
+    job = torchrun(num_ranks, str(script), json.dumps(configs), str(tmp_path / "collective"))
+    local = {name: gossamer.run(on(config, workers=0), out=tmp_path / "local" / name) for name, config in RUNS.items()}
+    ended(job, 0)
+    for name, run in local.items():
+        require_equal(tmp_path / "collective" / name, run)
+
+
+def test_killed_and_stopped(torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """A killed rank ends the job, torchrun starts it again; another is asked to stop; then it goes on elsewhere."""
+    config = PEERS | {"algorithm": "dsgd", "rounds": 6, "checkpoint": {"every_seconds": 0}}
+    expected = gossamer.run(on(config, workers=0), out=tmp_path / "expected")
+    (tmp_path / "faults.py").write_text(FAULTS)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(on(config, name="collective")))
+    told = ended(torchrun(2, "faults.py", options=("--max-restarts", "1")), 1)
+    assert "stopped after round 4" in told
+    assert "gone or did not answer" in told
+    assert len(read_metrics(tmp_path / "run")) == 4
+    require_equal(experiment.resume(tmp_path / "run", overrides=["engine.name=local"]).directory, expected)
+
+
+FAULTS = f"""
+import os, signal, sys
+import gossamer
+from gossamer import experiment
+from gossamer.cli.main import app
+from gossamer.engines.training.peer_worker import PeerWorker
+train, restarted = PeerWorker.train, os.environ["TORCHELASTIC_RESTART_COUNT"] == "1"
+def failing(self, message):
+    if os.environ["RANK"] == "1" and message["round"] == (3 if restarted else 2):
+        os.kill(os.getpid(), signal.{signal.SIGTERM.name} if restarted else signal.SIGKILL)
+    return train(self, message)
+PeerWorker.train = failing
+app(["run", "config.yaml", "--out", "run"], prog_name="gossamer")
+"""
+
+
+def test_ranks_that_disagree(torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import os, gossamer\nfrom gossamer.cli.main import app\n"
+        "app(['run', f'{os.environ[\"RANK\"]}.yaml', '--out', 'run'], prog_name='gossamer')\n"
+    )
+    for rank in range(2):
+        (tmp_path / f"{rank}.yaml").write_text(yaml.safe_dump(on(CLIENTS, name="collective") | {"seed": rank}))
+    told = ended(torchrun(2, str(script)), 1)
+    assert "error: rank 1 has configuration" in told
+    assert told.count("error: ") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_torchrun(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="engine collective runs on the processes that torchrun starts"):
+        gossamer.run(on(CLIENTS, name="collective"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="3 ranks, but there are only 2 peers: start 2 or fewer"):
+        require_enough(3, 2, "peers")
+
+
+@pytest.mark.parametrize(("num_peers", "num_ranks"), [(5, 5), (9, 2), (1000, 3), (65, 4)])
+def test_blocks_of_ranks(num_peers: int, num_ranks: int) -> None:
+    """Blocks are aligned, cover all peers in order, and no rank has much more than another."""
+    blocks = blocks_of_ranks(num_peers, num_ranks)
+    every = [bound for of_rank in blocks for bound in of_rank]
+    assert [low for low, _ in every] == [0, *(high for _, high in every[:-1])]
+    assert every[-1][1] == num_peers
+    size = every[0][1]
+    assert size & (size - 1) == 0
+    assert all(low % size == 0 and high - low <= size for low, high in every)
+    assert all(of_rank for of_rank in blocks)
+    counts = [of_rank[-1][1] - of_rank[0][0] for of_rank in blocks]
+    assert max(counts) - min(counts) <= 2 * size
