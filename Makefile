@@ -62,6 +62,7 @@ bench: $(VENV)/.installed rivals
 	$(BIN)/python benchmarks/ray_overhead.py
 	$(BIN)/python benchmarks/ray_peers.py
 	$(BIN)/python benchmarks/actor_start.py
+	$(BIN)/python benchmarks/collective.py
 
 # Kills actors, drivers and nodes of Ray runs, and compares bits; stops runs by signals, and times their end.
 faults: $(VENV)/.installed

@@ -103,11 +103,12 @@ def test_a_group_of_one(environment: pytest.MonkeyPatch) -> None:
     assert torch.equal(gd.allreduce(x), x)
     assert len(gd.neighbor_allgather(x)) == gd.bytes_sent() == 0
     assert gd.consensus_distance(x) == 0.0
-    parameter = torch.nn.Parameter(torch.ones(1))
-    optimizer = gd.DecentralizedOptimizer(torch.optim.SGD([parameter], lr=0.5))
-    parameter.square().sum().backward()
-    optimizer.step()
-    assert float(parameter.detach()) == 0.0
+    for arguments in ({}, {"mode": "combine-while-adapt"}, {"mode": "gradient-tracking"}, {"outer": "fedavg"}):
+        parameter = torch.nn.Parameter(torch.ones(1))
+        optimizer = gd.DecentralizedOptimizer(torch.optim.SGD([parameter], lr=0.5), **arguments)  # type: ignore[arg-type]
+        parameter.square().sum().backward()
+        optimizer.step()
+        assert float(parameter.detach()) == 0.0
     assert gd.init() == world  # torch's group is there already, and taken as it is
     with pytest.raises(ConfigError, match="backend = 'nccl', but the process group has 'gloo'"):
         gd.init("nccl")

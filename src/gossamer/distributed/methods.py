@@ -19,7 +19,7 @@ from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.decentralized.tracking import DSGT
 from gossamer.distributed.exchange import Mixed
 from gossamer.distributed.flat import Bucket
-from gossamer.distributed.neighbors import of_mixing
+from gossamer.distributed.neighbors import ALONE, of_mixing
 from gossamer.distributed.operations import allreduce
 from gossamer.distributed.world import World
 from gossamer.errors import ConfigError
@@ -51,9 +51,10 @@ class Network:
 
     def start(self, rows: Sequence[Tensor], round: int) -> Mixed:
         """Send rows [1, width], not to be changed before they are mixed, and return what is under way."""
-        assert self._topology is not None
-        mixing = self._topology.mixing(round)
-        near = of_mixing(mixing.lazy() if self._lazy else mixing, self._world.rank)
+        near = ALONE
+        if self._topology is not None:
+            mixing = self._topology.mixing(round)
+            near = of_mixing(mixing.lazy() if self._lazy else mixing, self._world.rank)
         return Mixed(self._world, rows, near, self._wire)
 
     def mix(self, rows: Sequence[Tensor], round: int) -> list[Tensor]:
@@ -228,7 +229,7 @@ class Resident:
             bucket.scatter_(arrays["x"])
 
 
-def algorithm_of(mode: str, outer: Algorithm | str | Mapping[str, Any] | None) -> Algorithm:
+def algorithm_of(mode: str, outer: Algorithm | str | Mapping[str, Any] | None) -> BaseAlgorithm:
     """Return the algorithm of a mode or of an outer optimizer.
 
     Raises:

@@ -33,6 +33,9 @@ class Neighbors:
     sent_row: int = 0
 
 
+ALONE = Neighbors((1.0,), {}, {})  # what a process does that has no neighbours
+
+
 @lru_cache(maxsize=256)
 def of_mixing(mixing: Mixing, rank: int) -> Neighbors:
     """Return what a process does in a mixing."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.distributed.agreement import agree, agree_on, shapes
 from gossamer.distributed.exchange import Exchange, Mixed
 from gossamer.distributed.flat import Bucket
-from gossamer.distributed.neighbors import Neighbors, of_round, of_weights
+from gossamer.distributed.neighbors import ALONE, Neighbors, of_round, of_weights
 from gossamer.distributed.world import World, current
 from gossamer.distributed.world import topology as build_topology
 from gossamer.errors import ConfigError
@@ -150,7 +150,7 @@ def _neighbors(
     if self_weight is None or src_weights is None:
         graph = default_topology(world) if topology is None else topology
         if graph is None:
-            return Neighbors((1.0,), {}, {})
+            return ALONE
         agree_on(world, graph, tensors, wire)
         return of_round(graph, round, world.rank)
     if topology is None:

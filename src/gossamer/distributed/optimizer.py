@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm
+from gossamer.algorithms.base import Algorithm, BaseAlgorithm
 from gossamer.algorithms.decentralized.base import PeerSGD
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.decentralized.tracking import DSGT
@@ -219,7 +219,7 @@ def _checked(world: World, algorithm: Algorithm, topology: Topology | None) -> T
 
 def _compared(
     world: World,
-    algorithm: Algorithm,
+    algorithm: BaseAlgorithm,
     topology: Topology | None,
     parameters: list[Tensor],
     mode: str,
@@ -236,7 +236,7 @@ def _compared(
     if topology is not None:
         agree_on(world, topology, parameters, wire)
     name = type(algorithm).__name__
-    options = algorithm.options.model_dump(mode="json") if isinstance(algorithm, PeerSGD) else ""
+    options = algorithm.options.model_dump(mode="json")
     if wire is not None and not isinstance(algorithm, PeerSGD):
         raise ConfigError(f"wire_dtype = {wire} is for messages to neighbours, but {name} has none: leave it out")
     graph = "all processes" if topology is None else described(topology)
