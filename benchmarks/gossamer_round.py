@@ -1,12 +1,14 @@
 """The federation of benchmarks/rivals, run by gossamer: the same options, data and report.
 
-The clock starts at the call of `gossamer.run`, with imports done and data in memory, as for the rivals.
+The clock starts at the call of `gossamer.run`, with imports done and data in memory, as for the rivals. With --ranks N
+the engine is collective, on N ranks that torchrun starts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -21,6 +23,7 @@ from common import LEARNING_RATE, Options, RoundClock, flatten, make_parser, rea
 
 from building import initial_model, parts_of, read_config
 from gossamer import experiment
+from gossamer.engines.collective.environment import is_leader, is_rank
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.partitions import Partition
 
@@ -71,7 +74,7 @@ def configuration(options: Options, own: argparse.Namespace) -> dict[str, Any]:
         "train": {"epochs": 1, "batch_size": options.batch_size, "lr": own.lr, "optimizer": json.loads(own.optimizer)},
         "evaluation": {"every": options.total_rounds + 1},
         "checkpoint": {"every_seconds": 600},
-        "engine": {"workers": own.workers},
+        "engine": {"name": "collective"} if own.ranks else {"workers": own.workers},
     }
 
 
@@ -93,10 +96,15 @@ def main() -> None:
     """Run the benchmark of the command line and print its JSON."""
     parser = make_parser("FedAvg by gossamer.")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=0, help="ranks of engine collective, instead of workers")
     parser.add_argument("--same-clients", action="store_true", help="sample clients 0..per_round-1 in every round")
     parser.add_argument("--optimizer", default='"sgd"', help="train.optimizer, as JSON")
     parser.add_argument("--lr", type=float, default=LEARNING_RATE)
     options, own = read_options(parser)
+    if own.ranks and not is_rank():
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(own.ranks), "--rdzv-backend", "c10d"]
+        command = [sys.executable, *launcher, "--rdzv-endpoint", "127.0.0.1:0", __file__, *sys.argv[1:]]
+        os.execv(sys.executable, command)
     sys.modules.setdefault("gossamer_round", sys.modules["__main__"])
     _data.append(make_data(options.clients, options.samples, options.seed))
     torch.set_num_threads(1)
@@ -104,6 +112,8 @@ def main() -> None:
         clock = RoundClock(options)
         hooks = experiment.Hooks(observer=lambda name, rounds: Watch(clock))
         run = experiment.run(configuration(options, own), out=Path(directory) / "run", hooks=hooks)
+        if not is_leader():
+            return
         clock.ended.pop()
         config = read_config(run.directory)
         before = flatten(initial_model(parts_of(config), options.seed).values())
@@ -114,7 +124,7 @@ def main() -> None:
         before,
         flatten(run.params.values()),
         ("torch", "numpy"),
-        processes=own.workers,
+        processes=own.ranks or own.workers,
         modes=config["engine"]["modes"],
         phase_seconds=[record["phase_seconds"] for record in run.metrics[options.warmup : -1]][-1],
     )
