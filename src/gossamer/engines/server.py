@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.aggregate import Part, TreeSum, combine, others_median
+from gossamer.aggregate import TreeSum, others_median
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, Record
 from gossamer.engines.client_models import ClientModels
 from gossamer.engines.statistics import Statistics, name_of
-from gossamer.engines.task import KNOWN, WHOLE, Task, Variant
-from gossamer.engines.training.compression import known_after
+from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.rows import row_norms
+from gossamer.engines.updating import Collected, update_
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
 from gossamer.storage.client_store import ClientStore
 from gossamer.submodel import Cut
@@ -66,8 +66,7 @@ class FederatedEngine(ABC):
         self._order = task.cutter.order(self._state["x"][0])
         self._results: list[tuple[Block, list[bool]]] = []
         self._trees: dict[tuple[int, str], TreeSum] = {}
-        self._sums: dict[tuple[int, str], Tensor] = {}
-        self._rows: dict[tuple[int, str], Tensor] = {}  # those that are not added up within their variant
+        self._collected = Collected()
         self._private: dict[int, dict[str, Tensor]] = {}
         self._statistics = Statistics()
 
@@ -99,7 +98,7 @@ class FederatedEngine(ABC):
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
         """Train the plan's participants, and keep sums for `exchange`."""
         self._phase = self._task.phases[plan.phase]
-        self._results, self._sums, self._rows, self._private = [], {}, {}, {}
+        self._results, self._collected, self._private = [], Collected(), {}
         for axis, order in self._task.cutter.order(self._state["x"][0]).items():
             self._order[axis].copy_(order)
         trees = self._trees = dict[tuple[int, str], TreeSum]()
@@ -124,22 +123,13 @@ class FederatedEngine(ABC):
         self._end()
         for key, tree in trees.items():
             if tree.total is not None:
-                self._sums[key] = tree.total
+                self._collected.sums[key] = tree.total
 
     def exchange(self, plan: RoundPlan) -> None:
         """Combine, update the state in place and keep the survivors' private state."""
         self.is_whole = False
         kept = self.survivors(plan)
-        parts = [part for variant in self._task.variants for part in self._parts(plan, variant, kept)]
-        if parts:
-            with one_thread():  # memory-bound, and waiting threads would take time from busy workers
-                algorithm = self._phase.algorithm
-                inbox = combine(self._task.cutter.layout, algorithm.traits.uplink, parts, algorithm.traits.scalars)
-                apart = {"weights", *(name for name, kind in algorithm.traits.uplink.items() if kind == "rows")}
-                views = {n: value if value is None or n in apart else value[None] for n, value in inbox.items()}
-                own = {name: value for name, value in self._state.items() if not name.startswith(KNOWN)}
-                self.write(algorithm.update(own, views, self._task.workload.num_clients))
-                self.write(known_after(self._task, self._state, plan.round, plan.phase))
+        update_(self._task, self._state, self._order, plan, kept, self._collected)
         for block, finite in self._results:
             self._keep_private(plan, block, finite)
         self.is_whole = True
@@ -233,7 +223,7 @@ class FederatedEngine(ABC):
                             owned=self._owns(value),
                         )
                     elif value is not None:
-                        self._rows[block.rows.start + part, name] = value.clone()
+                        self._collected.rows[block.rows.start + part, name] = value.clone()
         if result.private:
             self._private[block.rows.start] = {name: rows.clone() for name, rows in result.private.items()}
 
@@ -342,31 +332,6 @@ class FederatedEngine(ABC):
             plan.lr,
             self._max_norm,
         )
-
-    def _parts(self, plan: RoundPlan, variant: Variant, kept: NDArray[np.bool_]) -> Iterator[Part]:
-        """Yield what the survivors of one variant sent, with their weights."""
-        rows = plan.variant_rows(variant.index)
-        survivors = np.flatnonzero(kept[rows]) + rows.start
-        if not len(survivors):
-            return
-        labels = None
-        if self._task.count_labels:
-            labels = self._task.workload.client_labels(plan.client[survivors]).numpy() * plan.weight[survivors, None]
-        kinds, weight = self._phase.algorithm.traits.uplink, plan.weight
-        unsummed = [name for name, kind in kinds.items() if kind == "rows"]
-        if variant.shares_window:
-            sums = {name: self._sums[variant.index, name] for name in kinds if name not in unsummed}
-            sent = {name: [self._rows[row, name] for row in survivors.tolist()] for name in unsummed}
-            label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).to(self._state["x"])
-            cut = self._task.cut(variant, plan.round, order=self._order)
-            yield Part(cut, sums, math.fsum(weight[survivors]), label_weights, sent, weight[survivors].tolist())
-            return
-        for number, row in enumerate(survivors.tolist()):
-            sums = {name: self._rows[row, name] for name in kinds if name not in unsummed}
-            sent = {name: [self._rows[row, name]] for name in unsummed}
-            label_weights = None if labels is None else torch.from_numpy(labels[number]).to(self._state["x"])
-            cut = self._task.cut(variant, plan.round, int(plan.client[row]), self._order)
-            yield Part(cut, sums, float(weight[row]), label_weights, sent, [float(weight[row])])
 
 
 def num_leaves_of(block: Block) -> int:

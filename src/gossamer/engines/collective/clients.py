@@ -11,11 +11,13 @@ from torch import Tensor
 
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.collective.group import Message
+from gossamer.engines.collective.group import Group, Message
 from gossamer.engines.collective.world import Letter
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.worker import Worker, named_arrays
+from gossamer.engines.updating import Collected, update_
+from gossamer.plan import RoundPlan
 from gossamer.threads import one_thread
 
 Key = tuple[int, str]  # number of a variant, name of a payload
@@ -24,9 +26,11 @@ Key = tuple[int, str]  # number of a variant, name of a payload
 class ClientRank:
     """Trains and evaluates for a federation, with a copy of the server's state; on every rank alike."""
 
-    def __init__(self, task: Task, state: Arrays, order: Arrays) -> None:
-        """Bind a task, and the arrays in which the state will lie and the order of channels."""
-        self._task, self._state, self._order = task, state, order
+    def __init__(self, task: Task, group: Group, state: Arrays, order: Arrays) -> None:
+        """Bind a task, the group of all ranks, and the arrays of the state and the order of channels."""
+        self._task, self._group, self._state, self._order = task, group, state, order
+        self._counts: dict[int, int] = {}
+        self._summed: dict[Key, Tensor] = {}
         self._worker = Worker(task, state, order, torch.zeros(0, 0))
         self._trees: dict[Key, TreeSum] = {}
 
@@ -38,7 +42,9 @@ class ClientRank:
         if kind == "train":
             return self._train(message, arrays)
         if kind == "sums":
-            return self._sums()
+            return self._all_sums() if message["on_all_ranks"] else self._sums()
+        if kind == "update":
+            return self._update(message, arrays)
         with one_thread():
             jobs = [{**message["job"], "chunk": chunk} for chunk in message["chunks"]]
             return Letter({"replies": [self._worker.handle(job) for job in jobs]})
@@ -64,8 +70,8 @@ class ClientRank:
         trainer = self._worker.trainers[message["phase"]]
         uplink, names = trainer.task.algorithm.traits.uplink, trainer.task.client_arrays
         if message["counts"] is not None:
-            counts = {int(variant): count for variant, count in message["counts"].items()}
-            self._trees = {(v, name): TreeSum(n) for v, n in counts.items() if n for name in uplink}
+            self._counts = {int(variant): count for variant, count in message["counts"].items()}
+            self._trees = {(v, name): TreeSum(n) for v, n in self._counts.items() if n for name in uplink}
         bound = math.inf if message["bound"] is None else message["bound"]
         replies, returned = list[dict[str, Any]](), list[Tensor]()
         for number, job in enumerate(jobs):
@@ -93,6 +99,61 @@ class ClientRank:
         self._trees = {}
         where = [[*key, level, index, value is not None] for key, level, index, value in found]
         return Letter({"sums": where}, [value for *_, value in found if value is not None])
+
+    def _all_sums(self) -> Letter:
+        """Complete the sums of all ranks, and keep them for the update here; rank 0 gets them as a reply."""
+        self._summed, self._trees = sums_of_all(self._group, self._trees), {}
+        if self._group.rank:
+            return Letter({"sums": []})
+        levels = {key: (self._counts[key[0]] - 1).bit_length() for key in self._summed}
+        return Letter({"sums": [[*key, levels[key], 0, True] for key in self._summed]}, [*self._summed.values()])
+
+    def _update(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Do at this rank the update that rank 0 does at its own; the state stays the same on all of them.
+
+        Args:
+            message: ``round``, ``phase`` and ``lr`` of the plan.
+            arrays: its participants, weights, steps and variants, and whose update is used.
+        """
+        if self._group.rank:
+            client, weight, steps, variant, kept = (value.numpy() for value in arrays)
+            plan = RoundPlan(message["round"], message["phase"], client, weight, steps, variant, message["lr"])
+            update_(self._task, self._state, self._order, plan, kept, Collected(self._summed))
+        self._summed = {}
+        return Letter({})
+
+
+def sums_of_all(group: Group, trees: dict[Key, TreeSum]) -> dict[Key, Tensor]:
+    """Complete the sums of all ranks: each does it for a shard of the coordinates, in the order of the tree.
+
+    Each rank sends its partial sums once, a shard to each rank, and gets the shards of the others.
+
+    Args:
+        group: group of all ranks, which all call it with trees of the same keys and numbers of slots.
+        trees: those of this rank, with its own slots.
+    """
+    mine = [(key, *one) for key, tree in trees.items() for one in tree.partial_sums()]
+    where = {"sums": [[*key, level, index, value is not None] for key, level, index, value in mine]}
+    values, others = (
+        [value for *_, value in mine if value is not None],
+        [r for r in range(group.size) if r != group.rank],
+    )
+
+    def shard(value: Tensor, rank: int) -> Tensor:
+        """Return a rank's part of a row."""
+        return value[len(value) * rank // group.size : len(value) * (rank + 1) // group.size]
+
+    sent = [group.send(rank, where, [shard(value, rank) for value in values]) for rank in others]
+    letters = [Letter(where, [shard(value, group.rank) for value in values])]
+    letters += [Letter(*group.receive(rank)) for rank in others]
+    own = {key: TreeSum(tree.count) for key, tree in trees.items()}
+    take_sums(own, letters)
+    totals = {key: tree.total for key, tree in own.items() if tree.total is not None}
+    sent += [group.send(rank, {}, [*totals.values()]) for rank in others]
+    shards = {rank: group.receive(rank)[1] for rank in others} | {group.rank: [*totals.values()]}
+    for wait in sent:
+        wait()
+    return {key: torch.cat([shards[rank][n] for rank in range(group.size)]) for n, key in enumerate(totals)}
 
 
 def take_sums(trees: dict[Key, TreeSum], letters: Sequence[Letter]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gossamer.engines.base import EngineSetup
@@ -13,7 +14,7 @@ from gossamer.engines.collective.clients import ClientRank, take_sums
 from gossamer.engines.collective.peers import CollectivePeerEngine
 from gossamer.engines.collective.world import Letter, current_world
 from gossamer.engines.server import FederatedEngine
-from gossamer.engines.task import KNOWN, Task
+from gossamer.engines.task import Task
 from gossamer.engines.training.job import BlockResult
 from gossamer.errors import ConfigError
 from gossamer.plan import Block, RoundPlan
@@ -38,10 +39,10 @@ class CollectiveEngine(FederatedEngine):
         self._world = current_world()
         require_enough(self._world.size, task.workload.num_clients, "clients")
         super().__init__(task, {name: value.clone() for name, value in state.items()}, store, setup, self._world.size)
-        self._world.begin(ClientRank(task, self._state, self._order), {"kind": "begin", "recipe": dict(setup.recipe)})
-        downlinks = (phase.algorithm.traits.downlink or () for phase in task.phases)
-        read = {"x", *(name for names in downlinks for name in names)}
-        self._read = [name for name in self._state if name.removeprefix(KNOWN) in read]
+        self._world.begin(
+            ClientRank(task, self._world.group, self._state, self._order),
+            {"kind": "begin", "recipe": dict(setup.recipe)},
+        )
         self._is_fresh = False  # whether all ranks have the state
         self._counts: dict[int, int] | None = None  # rows of each variant, until all ranks know them
 
@@ -57,6 +58,15 @@ class CollectiveEngine(FederatedEngine):
         super().write(state)
         self._is_fresh = False
 
+    def exchange(self, plan: RoundPlan) -> None:
+        """Update the state: here, and where all ranks have the sums, at each of them."""
+        super().exchange(plan)
+        self._is_fresh = self._is_fresh and self._is_summed
+        if self._is_summed:
+            message = {"kind": "update", "round": plan.round, "phase": plan.phase, "lr": plan.lr}
+            fields = (plan.client, plan.weight, plan.steps, plan.variant, self.survivors(plan))
+            self._world.ask_all(message, [torch.from_numpy(np.ascontiguousarray(value)) for value in fields])
+
     def close(self) -> None:
         """Let the other ranks forget the task."""
         self._world.end()
@@ -69,12 +79,19 @@ class CollectiveEngine(FederatedEngine):
         self._counts = {variant: tree.count for (variant, _), tree in self._trees.items()}
 
     def _end(self) -> None:
-        take_sums(self._trees, self._world.ask_all({"kind": "sums"}))
+        letters = self._world.ask_all({"kind": "sums", "on_all_ranks": self._is_summed})
+        take_sums(self._trees, letters)
+
+    @property
+    def _is_summed(self) -> bool:
+        """Whether the phase has no rows but sums, so that all ranks can have them and do the update."""
+        names, variants = self._phase.algorithm.traits.uplink, range(len(self._task.variants))
+        return all(self._phase.is_summed(variant, name) for variant in variants for name in names)
 
     def _refresh(self) -> None:
         """Give all ranks the state, unless they have it."""
         if not self._is_fresh:
-            arrays = {("state", name): self._state[name] for name in self._read}
+            arrays = {("state", name): self._state[name] for name in self._state}
             arrays |= {("order", name): value for name, value in self._order.items()}
             self._world.ask_all({"kind": "state", "names": [*arrays]}, [*arrays.values()])
             self._is_fresh = True

@@ -100,4 +100,4 @@ def handler_of(message: Message, group: Group) -> Handler:
     task = rebuild(message["recipe"])
     if task.topology is not None:
         return PeerRank(task, group, message["spans"], message["bounds"])
-    return ClientRank(task, dict[str, Tensor](), dict[str, Tensor]())
+    return ClientRank(task, group, dict[str, Tensor](), dict[str, Tensor]())

@@ -1,0 +1,99 @@
+"""The update at the server, from the sums and rows of a phase."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gossamer.aggregate import Part, combine
+from gossamer.algorithms.base import Arrays
+from gossamer.engines.task import KNOWN, Task, Variant
+from gossamer.engines.training.compression import known_after
+from gossamer.plan import RoundPlan
+from gossamer.threads import one_thread
+
+
+@dataclass
+class Collected:
+    """What the participants of a phase sent.
+
+    Attributes:
+        sums: ``{(variant, payload name): [d_sub]}``, weighted sums over a variant's survivors.
+        rows: ``{(row of the plan, payload name): [d_sub]}``, of what is not added up within a variant.
+    """
+
+    sums: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    rows: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+def update_(
+    task: Task, state: Arrays, order: Mapping[str, Tensor], plan: RoundPlan, kept: NDArray[np.bool_], found: Collected
+) -> None:
+    """Update a server's state in place.
+
+    Args:
+        task: task of the run.
+        state: the server's arrays, [1, d] each.
+        order: the round's order of channels.
+        plan: plan of the phase.
+        kept: bool [p], whose update is used.
+        found: what they sent.
+    """
+    parts = [part for one in task.variants for part in _parts(task, state, order, plan, one, kept, found)]
+    if not parts:
+        return
+    with one_thread():  # memory-bound, and waiting threads would take time from busy workers
+        algorithm = task.phases[plan.phase].algorithm
+        traits = algorithm.traits
+        inbox = combine(task.cutter.layout, traits.uplink, parts, traits.scalars)
+        apart = {"weights", *(name for name, kind in traits.uplink.items() if kind == "rows")}
+        views = {name: value if value is None or name in apart else value[None] for name, value in inbox.items()}
+        own = {name: value for name, value in state.items() if not name.startswith(KNOWN)}
+        _write(state, algorithm.update(own, views, task.workload.num_clients))
+        _write(state, known_after(task, state, plan.round, plan.phase))
+
+
+def _write(state: Arrays, new: Mapping[str, Tensor]) -> None:
+    for name, value in new.items():
+        if value is not state[name]:
+            state[name].copy_(value)
+
+
+def _parts(
+    task: Task,
+    state: Arrays,
+    order: Mapping[str, Tensor],
+    plan: RoundPlan,
+    variant: Variant,
+    kept: NDArray[np.bool_],
+    found: Collected,
+) -> Iterator[Part]:
+    """Yield what the survivors of one variant sent, with their weights."""
+    rows = plan.variant_rows(variant.index)
+    survivors = np.flatnonzero(kept[rows]) + rows.start
+    if not len(survivors):
+        return
+    labels = None
+    if task.count_labels:
+        labels = task.workload.client_labels(plan.client[survivors]).numpy() * plan.weight[survivors, None]
+    kinds, weight = task.phases[plan.phase].algorithm.traits.uplink, plan.weight
+    unsummed = [name for name, kind in kinds.items() if kind == "rows"]
+    if variant.shares_window:
+        sums = {name: found.sums[variant.index, name] for name in kinds if name not in unsummed}
+        sent = {name: [found.rows[row, name] for row in survivors.tolist()] for name in unsummed}
+        label_weights = None if labels is None else torch.from_numpy(labels.sum(0)).to(state["x"])
+        cut = task.cut(variant, plan.round, order=order)
+        yield Part(cut, sums, math.fsum(weight[survivors]), label_weights, sent, weight[survivors].tolist())
+        return
+    for number, row in enumerate(survivors.tolist()):
+        sums = {name: found.rows[row, name] for name in kinds if name not in unsummed}
+        sent = {name: [found.rows[row, name]] for name in unsummed}
+        label_weights = None if labels is None else torch.from_numpy(labels[number]).to(state["x"])
+        cut = task.cut(variant, plan.round, int(plan.client[row]), order)
+        yield Part(cut, sums, float(weight[row]), label_weights, sent, [float(weight[row])])
