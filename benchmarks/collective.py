@@ -4,6 +4,9 @@
 `torch.distributed.all_reduce` of as many, with 4 and with 16 processes. ``training``: `DecentralizedOptimizer` over the
 one-peer exponential graph against DistributedDataParallel, the same model and batches, 4 processes: samples a second,
 and the bytes that a process sends, as the operating system counts those of its connections and as gossamer does.
+``sums``: the exchange of engine collective, sums completed in shards in the order of a tree, against `all_reduce` of
+as many floats, 4 processes. ``round``: a round of the CNN of federated_round.py on 2 ranks of engine collective, on 2
+workers of the local engine, and by pfl under torchrun.
 
 Contenders run in turn, each in processes of its own, which all are of one machine and talk over loopback.
 """
@@ -23,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from harness import HERE, RIVALS, Gate, Report, interleave, machine, summary
+from harness import HERE, RIVALS, Gate, Report, contenders, interleave, machine, summary
 
 sys.path.insert(0, str(RIVALS))
 
@@ -33,6 +36,9 @@ from common import RoundClock
 from torch import Tensor, nn
 
 import gossamer.distributed as gd
+from gossamer.aggregate import TreeSum
+from gossamer.engines.collective.clients import sums_of_all
+from gossamer.engines.collective.group import Group
 
 NUM_FLOATS = 1_000_000
 EXCHANGES = {"one-peer-exp": "one-peer-exp", "od-equidyn": "od-equidyn-complete"}  # contenders, and their topologies
@@ -66,6 +72,15 @@ class Rounds:
 def exchange(contender: str) -> Round:
     """Return what exchanges 10^6 floats once."""
     own = torch.zeros(NUM_FLOATS)  # whose sums stay finite
+    if contender == "sums_of_all":
+        group = Group.of_environment()
+
+        def add_up(number: int) -> None:
+            tree = TreeSum(group.size)
+            tree.add(group.rank, own)
+            sums_of_all(group, {(0, "x"): tree})
+
+        return add_up
     if contender == "all_reduce":
         return lambda number: dist.all_reduce(own)
     graph = gd.topology(EXCHANGES[contender])
@@ -106,7 +121,7 @@ def bytes_of_sockets() -> int:
 def run_rank(kind: str, contender: str, options: Rounds) -> None:
     """Run all rounds; rank 0 prints their JSON."""
     world = gd.init(timeout_seconds=120)
-    one_round = (exchange if kind == "exchange" else training)(contender)
+    one_round = (training if kind == "training" else exchange)(contender)
     clock = RoundClock(options) if world.rank == 0 else None
     counted = sent = 0
     for number in range(options.total_rounds):
@@ -168,12 +183,12 @@ def run_ranks(kind: str, contender: str, size: int, options: Rounds) -> None:
 # ---- all contenders
 
 
-def measured(kind: str, contenders: Mapping[str, int], arguments: argparse.Namespace, gate: Gate) -> dict[str, Report]:
+def measured(kind: str, sizes: Mapping[str, int], arguments: argparse.Namespace, gate: Gate) -> dict[str, Report]:
     """Run contenders, ``{name: processes}``, in turn and sum up."""
     rounds = ["--rounds", str(arguments.rounds), "--warmup", str(arguments.warmup)]
     commands = {
         name: [sys.executable, str(HERE / "collective.py"), "rank", kind, name, str(size), *rounds]
-        for name, size in contenders.items()
+        for name, size in sizes.items()
     }
     trials = interleave(commands, arguments.repeats, gate)
     found = summary(trials)
@@ -208,17 +223,48 @@ def measure_training(arguments: argparse.Namespace, gate: Gate, size: int = 4) -
     return {"cases": {f"{size} processes, batches of {BATCH_SIZE}": found}, "goals": goals}
 
 
+def measure_sums(arguments: argparse.Namespace, gate: Gate, size: int = 4) -> Report:
+    """Return the sums of engine collective against the all-reduce."""
+    found = measured("sums", dict.fromkeys(["sums_of_all", "all_reduce"], size), arguments, gate)
+    ratio = found["sums_of_all"]["seconds_per_round"] / found["all_reduce"]["seconds_per_round"]
+    case = f"{NUM_FLOATS:,} floats, {size} processes"
+    return {"cases": {case: found}, "goals": {f"{case}: sums_of_all / all_reduce": gate.goal(ratio, 1.2)}}
+
+
+def measure_round(arguments: argparse.Namespace, gate: Gate) -> Report:
+    """Return a round of a federation on two ranks against two workers of the local engine, and pfl on two ranks."""
+    options = ["--model", "cnn", "--rounds", str(min(arguments.rounds, 10))]
+    ours = [sys.executable, str(HERE / "gossamer_round.py"), *options]
+    commands = {
+        "collective": [*ours, "--ranks", "2"],
+        "local": [*ours, "--workers", "2"],
+        "pfl": contenders(options)["pfl"],
+    }
+    found = summary(interleave(commands, arguments.repeats, gate))
+    seconds = found["collective"]["seconds_per_round"]
+    goals = {
+        f"collective / {name}": gate.goal(seconds / found[name]["seconds_per_round"], most)
+        for name, most in {"local": 1.05, "pfl": 0.85}.items()
+    }
+    return {"cases": {"cnn, 10 of 100 clients, 2 processes": found}, "goals": goals}
+
+
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["exchange", "training"], help="measure one of the two")
+    parser.add_argument("--only", choices=["exchange", "training", "sums", "round"], help="measure one")
     parser.add_argument("--repeats", type=int, default=3, help="times that each contender is started")
     parser.add_argument("--rounds", type=int, default=50, help="timed rounds each time")
     parser.add_argument("--warmup", type=int, default=5, help="rounds before")
     Gate.add_options(parser)
     arguments = parser.parse_args()
     before, gate = machine(), Gate.of(arguments)
-    measures = {"exchange": measure_exchange, "training": measure_training}
+    measures = {
+        "exchange": measure_exchange,
+        "training": measure_training,
+        "sums": measure_sums,
+        "round": measure_round,
+    }
     found = {name: measure(arguments, gate) for name, measure in measures.items() if arguments.only in (None, name)}
     print(json.dumps({"benchmark": "collective", "machine": before, **gate.report(), **found}, indent=1))
 

@@ -50,7 +50,9 @@ class EngineOptions(Options):
         address: address of a Ray cluster, "auto" for the one on this machine; None: the run starts its own.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least. Of a
-            local worker, seconds without an answer and without processor time after which it is replaced. None: 120.
+            local worker, seconds without an answer and without processor time after which it is replaced. None: 120. Of
+            a rank of torchrun, seconds without a message after which the others give up, longer than a phase takes.
+            None: 600.
     """
 
     name: str = "local"

@@ -128,7 +128,7 @@ def _of_engine(config: Config, engine_class: Any) -> Iterator[Rule]:
     local = by_ranks if by_ranks or engine_class.is_remote else f"engine {engine.name!r} runs on this machine alone"
     yield "engine.address", engine.address, None, local
     alone = "there is no worker to wait for" if engine.workers == 0 and local else None
-    yield "engine.straggler_seconds", engine.straggler_seconds, None, by_ranks or alone
+    yield "engine.straggler_seconds", engine.straggler_seconds, None, None if by_ranks else alone
 
 
 def _windowless(config: Config, algorithm: Any) -> Iterator[str]:

@@ -39,10 +39,7 @@ class CollectiveEngine(FederatedEngine):
         self._world = current_world()
         require_enough(self._world.size, task.workload.num_clients, "clients")
         super().__init__(task, {name: value.clone() for name, value in state.items()}, store, setup, self._world.size)
-        self._world.begin(
-            ClientRank(task, self._world.group, self._state, self._order),
-            {"kind": "begin", "recipe": dict(setup.recipe)},
-        )
+        self._world.begin(ClientRank(task, self._world.group, self._state, self._order), setup)
         self._is_fresh = False  # whether all ranks have the state
         self._counts: dict[int, int] | None = None  # rows of each variant, until all ranks know them
 

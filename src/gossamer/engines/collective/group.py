@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, Self
 from uuid import uuid4
 
@@ -130,7 +131,7 @@ class Group:
         works = [(rank, self._begin(self._members.send, value, rank, ROWS)) for rank, value in outgoing.items()]
         works += [(rank, self._begin(self._members.recv, value, rank, ROWS)) for rank, value in incoming.items()]
         for rank, work in works:
-            self._wait(work.wait, rank)
+            self._wait(partial(work.wait, self._limit), rank)
 
     def _exchange_on_gpu(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
         """Exchange by one all-to-all, in which most may send nothing."""
@@ -164,24 +165,31 @@ class Group:
         def wait() -> None:
             """Wait; holds `parts`, which must live until then."""
             for work, _ in zip(works, parts, strict=True):
-                self._wait(work.wait, rank)
+                self._wait(partial(work.wait, self._limit), rank)
 
         return wait
 
-    def receive(self, rank: int) -> tuple[Message, list[Tensor]]:
+    def receive(self, rank: int, timeout_seconds: float | None = None) -> tuple[Message, list[Tensor]]:
         """Receive what another rank sent.
+
+        Args:
+            rank: the sender, which calls `send`.
+            timeout_seconds: timeout for its first part; None: that of the group.
 
         Raises:
             GroupBroken: it is gone, or did not send in time.
         """
-        length = self._received(rank, torch.empty(1, dtype=torch.int64))
+        length = self._received(rank, torch.empty(1, dtype=torch.int64), timeout_seconds)
         header = self._received(rank, torch.empty(int(length), dtype=torch.uint8))
         message, described = json.loads(header.numpy().tobytes())
         arrays = [torch.empty(shape, dtype=DTYPES[dtype]) for dtype, shape in described]
         return message, [self._received(rank, value) if value.numel() else value for value in arrays]
 
-    def _received(self, rank: int, buffer: Tensor) -> Tensor:
-        self._wait(self._begin(self._members.recv, buffer, rank, MESSAGES).wait, rank)
+    def _received(self, rank: int, buffer: Tensor, timeout_seconds: float | None = None) -> Tensor:
+        work = self._begin(self._members.recv, buffer, rank, MESSAGES)
+        self._wait(
+            partial(work.wait, self._limit if timeout_seconds is None else timedelta(seconds=timeout_seconds)), rank
+        )
         return buffer
 
     def _begin(self, operation: Callable[..., Any], value: Tensor, rank: int, tag: int) -> Any:
@@ -197,6 +205,10 @@ class Group:
                 f" {self._limit.total_seconds():g} s ({_first_line(error)}): start the job again, and it goes on from"
                 " the last commit"
             ) from None
+
+    def limit(self, timeout_seconds: float) -> None:
+        """Change the timeout for each message."""
+        self._limit = timedelta(seconds=timeout_seconds)
 
     def close(self) -> None:
         """Leave; the others' messages to this process fail from now on."""

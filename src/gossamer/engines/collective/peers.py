@@ -35,8 +35,7 @@ class CollectivePeerEngine(PeerEngine):
         blocks = blocks_of_ranks(task.workload.num_clients, world.size)
         spans = [[bounds[0][0], bounds[-1][1]] for bounds in blocks]
         super().__init__(task, x, spans, setup)
-        message = {"kind": "begin", "recipe": dict(setup.recipe), "spans": spans, "bounds": blocks}
-        world.begin(PeerRank(task, world.group, spans, blocks), message)
+        world.begin(PeerRank(task, world.group, spans, blocks), setup, spans=spans, bounds=blocks)
         self._num_blocks = sum(map(len, blocks))
 
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:

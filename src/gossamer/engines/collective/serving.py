@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gossamer.engines.collective.clients import ClientRank
 from gossamer.engines.collective.environment import is_leader
-from gossamer.engines.collective.group import Group, GroupBroken, Message
+from gossamer.engines.collective.group import TIMEOUT_SECONDS, Group, GroupBroken, Message
 from gossamer.engines.collective.peer_rank import PeerRank
 from gossamer.engines.collective.world import Handler, Letter, leading
 from gossamer.engines.recipe import rebuild
@@ -71,7 +71,7 @@ def serve(describe: Callable[[], Mapping[str, Any]], stop: Callable[[], bool]) -
     told = False
     with closing(group):
         while True:
-            message, arrays = group.receive(0)
+            message, arrays = group.receive(0, TIMEOUT_SECONDS)  # which may be planning or committing
             if message["kind"] == "end":
                 if message["exit_code"]:
                     sys.exit(message["exit_code"])
@@ -98,6 +98,7 @@ def serve(describe: Callable[[], Mapping[str, Any]], stop: Callable[[], bool]) -
 def handler_of(message: Message, group: Group) -> Handler:
     """Return what handles the messages of an engine on this rank."""
     task = rebuild(message["recipe"])
+    group.limit(message["timeout_seconds"])
     if task.topology is not None:
         return PeerRank(task, group, message["spans"], message["bounds"])
     return ClientRank(task, group, dict[str, Tensor](), dict[str, Tensor]())

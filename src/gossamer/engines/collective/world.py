@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from gossamer.engines.base import EngineSetup
 from gossamer.engines.collective.environment import is_rank
-from gossamer.engines.collective.group import Group, GroupBroken, Message
+from gossamer.engines.collective.group import TIMEOUT_SECONDS, Group, GroupBroken, Message
 from gossamer.errors import ConfigError, EngineError, GossamerError
 
 
@@ -62,10 +63,18 @@ class World:
                         " command, files and versions"
                     )
 
-    def begin(self, handler: Handler, message: Message) -> None:
-        """Let all ranks prepare for an engine; the leader's own handler is `handler`."""
+    def begin(self, handler: Handler, setup: EngineSetup, **more: Any) -> None:
+        """Let all ranks rebuild the task of an engine.
+
+        Args:
+            handler: the leader's own.
+            setup: recipe of the task, and ``straggler_seconds`` after which a rank that does not answer is given up.
+            more: what else the ranks' handlers need, JSON values.
+        """
+        limit = TIMEOUT_SECONDS if setup.straggler_seconds is None else setup.straggler_seconds
         self._handler = handler
-        self._ask_others(message)
+        self._ask_others({"kind": "begin", "recipe": dict(setup.recipe), "timeout_seconds": limit} | more)
+        self.group.limit(limit)
 
     def ask(self, letters: Sequence[Letter]) -> list[Letter]:
         """Have each rank handle its letter, and return the replies, by rank.
@@ -87,6 +96,7 @@ class World:
         """Let all ranks forget the engine."""
         if self._handler is not None:
             self._handler = None
+            self.group.limit(TIMEOUT_SECONDS)
             with suppress(GroupBroken):
                 self._ask_others({"kind": "close"})
 
