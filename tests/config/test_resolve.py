@@ -168,6 +168,12 @@ def test_what_windows_do_not_follow_is_told(strategy: str) -> None:
         assert not plain.warnings
 
 
+@pytest.mark.parametrize("name", [["digits"], {"a": 1}, 3, None])
+def test_a_data_set_whose_name_is_none(name: Any) -> None:
+    with pytest.raises(ConfigError, match="workload.dataset = .* has no name: give the name of a dataset"):
+        build(configuration("fedavg", workload__dataset={"name": name}))
+
+
 class TestTopologies:
     """Which number of peers and which seed hold: the inline ones, then those of the file, then those of the run."""
 

@@ -136,7 +136,8 @@ def _with_absolute_paths(config: Config) -> Config:
 
     def absolute(kind: str, spec: Any) -> Any:
         """Return a plug-in's section with its path named from the root."""
-        if not isinstance(spec, Mapping) or spec.get("name") not in registry.BUILTIN[kind]:
+        name = spec.get("name") if isinstance(spec, Mapping) else None
+        if not isinstance(name, str) or name not in registry.BUILTIN[kind]:
             return spec
         given = {key: spec[key] for key in ("path", "test_path") if isinstance(spec.get(key), str)}
         return {**spec, **{key: str(Path(path).absolute()) for key, path in given.items()}}
