@@ -170,7 +170,7 @@ def test_what_windows_do_not_follow_is_told(strategy: str) -> None:
 
 @pytest.mark.parametrize("name", [["digits"], {"a": 1}, 3, None])
 def test_a_data_set_whose_name_is_none(name: Any) -> None:
-    with pytest.raises(ConfigError, match="workload.dataset = .* has no name: give the name of a dataset"):
+    with pytest.raises(ConfigError, match=r"workload.dataset = .* has no name: give the name of a dataset"):
         build(configuration("fedavg", workload__dataset={"name": name}))
 
 
