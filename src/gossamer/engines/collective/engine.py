@@ -14,7 +14,7 @@ from gossamer.engines.collective.clients import ClientRank, take_sums
 from gossamer.engines.collective.peers import CollectivePeerEngine
 from gossamer.engines.collective.world import Letter, current_world
 from gossamer.engines.server import FederatedEngine
-from gossamer.engines.task import Task
+from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import BlockResult
 from gossamer.errors import ConfigError
 from gossamer.plan import Block, RoundPlan
@@ -36,6 +36,7 @@ class CollectiveEngine(FederatedEngine):
         Raises:
             ConfigError: this process was not started by torchrun, or there are more ranks than clients.
         """
+        require_devices(task)
         self._world = current_world()
         require_enough(self._world.size, task.workload.num_clients, "clients")
         super().__init__(task, {name: value.clone() for name, value in state.items()}, store, setup, self._world.size)
@@ -46,6 +47,7 @@ class CollectiveEngine(FederatedEngine):
     @staticmethod
     def of_peers(task: Task, x: Tensor, setup: EngineSetup) -> CollectivePeerEngine:
         """Return the engine of a task that has a topology instead of a server."""
+        require_devices(task)
         world = current_world()
         require_enough(world.size, task.workload.num_clients, "peers")
         return CollectivePeerEngine(task, x, setup, world)
