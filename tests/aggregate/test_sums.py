@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -157,3 +159,20 @@ class TestMoveOut:
         memory.fill_(torch.nan)
         assert total.total is not None
         assert total.total.tolist() == [2.0] * WIDTH
+
+
+class TestPartialSums:
+    @given(PRESENT, st.lists(st.integers(0, 21), max_size=4))
+    def test_of_several_processes(self, present: list[bool], bounds: list[int]) -> None:
+        """Whoever adds up which consecutive slots, and however few: together they have the bits of one tree."""
+        edges = [0, *sorted(min(bound, len(present)) for bound in bounds), len(present)]
+        whole, slots = TreeSum(len(present)), slots_of(present)
+        for low, high in itertools.pairwise(edges):
+            own = TreeSum(len(present))
+            for index in range(low, high):
+                own.add(index, slots[index])
+            found = own.partial_sums()
+            assert len(found) <= 2 * len(present).bit_length()
+            for level, index, value in found:
+                whole.add(index, value, level=level)
+        assert same(whole.total, slow(slots_of(present)))
