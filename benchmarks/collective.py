@@ -39,6 +39,7 @@ import gossamer.distributed as gd
 from gossamer.aggregate import TreeSum
 from gossamer.engines.collective.clients import sums_of_all
 from gossamer.engines.collective.group import Group
+from gossamer.engines.memory import keep_freed_memory
 
 NUM_FLOATS = 1_000_000
 EXCHANGES = {"one-peer-exp": "one-peer-exp", "od-equidyn": "od-equidyn-complete"}  # contenders, and their topologies
@@ -73,6 +74,7 @@ def exchange(contender: str) -> Round:
     """Return what exchanges 10^6 floats once."""
     own = torch.zeros(NUM_FLOATS)  # whose sums stay finite
     if contender == "sums_of_all":
+        keep_freed_memory()  # as ranks do
         group = Group.of_environment()
 
         def add_up(number: int) -> None:

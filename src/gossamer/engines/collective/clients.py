@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.collective.group import Group, Message
+from gossamer.engines.collective.group import DTYPES, Group, Message
 from gossamer.engines.collective.world import Letter
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import BlockResult, Job
@@ -131,29 +131,44 @@ def sums_of_all(group: Group, trees: dict[Key, TreeSum]) -> dict[Key, Tensor]:
     Args:
         group: group of all ranks, which all call it with trees of the same keys and numbers of slots.
         trees: those of this rank, with its own slots.
+
+    Raises:
+        GroupBroken: a rank is gone, or did not answer in time.
     """
     mine = [(key, *one) for key, tree in trees.items() for one in tree.partial_sums()]
-    where = {"sums": [[*key, level, index, value is not None] for key, level, index, value in mine]}
-    values, others = (
-        [value for *_, value in mine if value is not None],
-        [r for r in range(group.size) if r != group.rank],
-    )
+    values = [value for *_, value in mine if value is not None]
+    told = [[*key, level, index, 0 if value is None else len(value)] for key, level, index, value in mine]
+    dtypes = {str(value.dtype) for value in values}
+    tables = group.tell_all({"sums": told, "dtypes": sorted(dtypes)})
+    dtype = DTYPES[next((name for table in tables for name in table["dtypes"]), str(torch.float32))]
 
-    def shard(value: Tensor, rank: int) -> Tensor:
+    def shard(length: int, rank: int) -> slice:
         """Return a rank's part of a row."""
-        return value[len(value) * rank // group.size : len(value) * (rank + 1) // group.size]
+        return slice(length * rank // group.size, length * (rank + 1) // group.size)
 
-    sent = [group.send(rank, where, [shard(value, rank) for value in values]) for rank in others]
-    letters = [Letter(where, [shard(value, group.rank) for value in values])]
-    letters += [Letter(*group.receive(rank)) for rank in others]
+    outgoing = [[value[shard(len(value), rank)] for value in values] for rank in range(group.size)]
+    lengths = [[one[-1] for one in table["sums"] if one[-1]] for table in tables]
+    sizes = [[_length(shard(length, group.rank)) for length in of_rank] for of_rank in lengths]
+    found = group.swap(outgoing, sizes, dtype)
     own = {key: TreeSum(tree.count) for key, tree in trees.items()}
+    letters = []
+    for table, arrays in zip(tables, found, strict=True):
+        where = [[*one[:-1], one[-1] > 0] for one in table["sums"]]
+        letters.append(Letter({"sums": where}, arrays))
     take_sums(own, letters)
-    totals = {key: tree.total for key, tree in own.items() if tree.total is not None}
-    sent += [group.send(rank, {}, [*totals.values()]) for rank in others]
-    shards = {rank: group.receive(rank)[1] for rank in others} | {group.rank: [*totals.values()]}
-    for wait in sent:
-        wait()
-    return {key: torch.cat([shards[rank][n] for rank in range(group.size)]) for n, key in enumerate(totals)}
+    width = {(variant, name): length for table in tables for variant, name, _, _, length in table["sums"] if length}
+    totals = {key: own[key].total for key in width}
+    mine_of = [total for total in totals.values() if total is not None]
+    parts = group.swap(
+        [mine_of] * group.size,
+        [[_length(shard(width[key], rank)) for key in totals] for rank in range(group.size)],
+        dtype,
+    )
+    return {key: torch.cat([of_rank[number] for of_rank in parts]) for number, key in enumerate(totals)}
+
+
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
 
 
 def take_sums(trees: dict[Key, TreeSum], letters: Sequence[Letter]) -> None:

@@ -13,6 +13,7 @@ from gossamer.engines.base import EngineSetup
 from gossamer.engines.collective.clients import ClientRank, take_sums
 from gossamer.engines.collective.peers import CollectivePeerEngine
 from gossamer.engines.collective.world import Letter, current_world
+from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.server import FederatedEngine
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import BlockResult
@@ -37,6 +38,7 @@ class CollectiveEngine(FederatedEngine):
             ConfigError: this process was not started by torchrun, or there are more ranks than clients.
         """
         require_devices(task)
+        keep_freed_memory()
         self._world = current_world()
         require_enough(self._world.size, task.workload.num_clients, "clients")
         super().__init__(task, {name: value.clone() for name, value in state.items()}, store, setup, self._world.size)

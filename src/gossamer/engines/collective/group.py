@@ -25,6 +25,7 @@ INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own variable: where it listens
 NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
 TIMEOUT_SECONDS = 600.0
 ROWS, MESSAGES = 0, 1  # tags
+BLOCK_BYTES = 4096  # of a message to all
 DTYPES = {
     str(dtype): dtype
     for dtype in (
@@ -142,6 +143,55 @@ class Group:
         torch.cuda.synchronize()
         for rank, buffer in incoming.items():
             buffer.copy_(received[rank])
+
+    def swap(
+        self, outgoing: Sequence[Sequence[Tensor]], lengths: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> list[list[Tensor]]:
+        """Send each rank some rows, and receive some from each, all at once.
+
+        Args:
+            outgoing: rows for each rank, those for this one included.
+            lengths: those of the rows that each rank sends.
+            dtype: dtype of all rows.
+
+        Returns:
+            the rows of each rank, this one's own as they are.
+
+        Raises:
+            GroupBroken: see `exchange`.
+        """
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        packed = {rank: torch.cat([*outgoing[rank]]) for rank in others if any(map(len, outgoing[rank]))}
+        buffers = {rank: torch.empty(sum(lengths[rank]), dtype=dtype) for rank in others if sum(lengths[rank])}
+        self.exchange(
+            {rank: value.view(torch.uint8) for rank, value in packed.items()},
+            {rank: value.view(torch.uint8) for rank, value in buffers.items()},
+        )
+        empty = torch.empty(0, dtype=dtype)
+        return [
+            [*outgoing[rank]] if rank == self.rank else list(buffers.get(rank, empty).split([*lengths[rank]]))
+            for rank in range(self.size)
+        ]
+
+    def tell_all(self, message: Message) -> list[Message]:
+        """Send JSON values to all ranks, and return those of all, by rank."""
+        text = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+        first = torch.zeros(BLOCK_BYTES, dtype=torch.uint8)  # of a size that all know: the length, and what fits
+        first[:8] = torch.tensor([len(text)]).view(torch.uint8)
+        first[8 : 8 + len(text)] = text[: BLOCK_BYTES - 8]
+        blocks = self._gathered(first)
+        lengths = [int(block[:8].clone().view(torch.int64)) for block in blocks]
+        if max(lengths) > BLOCK_BYTES - 8:
+            rest = torch.zeros(max(lengths) + 8, dtype=torch.uint8)
+            rest[8 : 8 + len(text)] = text
+            blocks = self._gathered(rest)
+        pairs = zip(blocks, lengths, strict=True)
+        return [json.loads(block[8 : 8 + length].numpy().tobytes()) for block, length in pairs]
+
+    def _gathered(self, block: Tensor) -> list[Tensor]:
+        found = [torch.empty_like(block) for _ in range(self.size)]
+        self._wait(lambda: self._members.allgather([found], [block]).wait(self._limit))
+        return found
 
     def send(self, rank: int, message: Mapping[str, Any], arrays: Sequence[Tensor] = ()) -> Callable[[], None]:
         """Send JSON values and arrays to another rank.
