@@ -33,12 +33,19 @@ def configuration_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def why_end_is_fixed(config: Mapping[str, Any]) -> str | None:
     """Return why a run of a resolved configuration cannot go on longer; None: it can."""
-    schedule = config.get("train", {}).get("schedule", {}).get("name")
+    schedule = _entry(config, "train", "schedule", "name")
     if schedule in FOLLOW_END:
         return f"train.schedule {schedule!r} goes by the number of rounds"
-    if (config.get("peers") or {}).get("final_merge"):
+    if _entry(config, "peers", "final_merge"):
         return "peers.final_merge merges in the last round"
     return None
+
+
+def _entry(config: Any, *path: str) -> Any:
+    """Return what stands at a path of keys; None where nothing does, as in a file that was damaged."""
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
 
 
 def require_end(config: Mapping[str, Any], rounds: int, done: int, stop_reason: str = "") -> None:
