@@ -169,7 +169,7 @@ class Group:
         )
         empty = torch.empty(0, dtype=dtype)
         return [
-            [*outgoing[rank]] if rank == self.rank else list(buffers.get(rank, empty).split([*lengths[rank]]))
+            [*outgoing[rank]] if rank == self.rank else list(torch.split(buffers.get(rank, empty), [*lengths[rank]]))
             for rank in range(self.size)
         ]
 
