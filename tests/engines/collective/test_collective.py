@@ -173,6 +173,31 @@ def test_ranks_that_disagree(torchrun: Callable[..., subprocess.Popen[str]], tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_plug_in_that_fails_at_one_rank(torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """One sentence, by rank 0, and both end."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    model = {**IMAGES, "model": "broken:Net"}
+    config = CLIENTS | {"workload": model, "engine": {"name": "collective", "modes": "auto"}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    told = ended(torchrun(2, "-m", "gossamer", "run", "config.yaml", "--out", "run", "--trust"), 1)
+    assert told.count("error: ") == 1
+    assert "error: rank 1: plug-in 'broken' fails with ArithmeticError: cannot count" in told
+
+
+BROKEN = """
+import os
+from torch import nn
+class Net(nn.Module):
+    def __init__(self, shape, num_classes):
+        super().__init__()
+        self.linear = nn.Linear(64, num_classes)
+    def forward(self, x):
+        if os.environ["RANK"] == "1" and len(x) == 8:  # a batch of training
+            raise ArithmeticError("cannot count")
+        return self.linear(x.flatten(1))
+"""
+
+
 def test_without_torchrun(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="engine collective runs on the processes that torchrun starts"):
         gossamer.run(on(CLIENTS, name="collective"), out=tmp_path / "run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import struct
 import time
@@ -325,4 +326,6 @@ def _set_interface() -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    """Return what torch says, without the place in its source and what it supposes."""
+    line = str(error).partition("\n")[0] or type(error).__name__
+    return re.sub(r"\[/[^]]*\] ", "", line).partition(". This is typically")[0][:200]

@@ -21,6 +21,7 @@ from gossamer.engines.collective.peer_rank import PeerRank
 from gossamer.engines.collective.world import Handler, Letter, leading
 from gossamer.engines.recipe import rebuild
 from gossamer.errors import GossamerError
+from gossamer.registry import errors_of_plug_ins
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def on_all_ranks(lead: Callable[[], T], known: Callable[[], Mapping[str, Any]], 
     if not is_leader():
         serve(described, stop)
         return None
-    with leading(described):
+    with leading(described), errors_of_plug_ins():
         return lead()
 
 
@@ -86,7 +87,8 @@ def serve(describe: Callable[[], Mapping[str, Any]], stop: Callable[[], bool]) -
                     handler, reply = None, Letter({})
                 else:
                     assert handler is not None, "rank 0 begins with a task"
-                    reply = handler.handle(message, arrays)
+                    with errors_of_plug_ins():
+                        reply = handler.handle(message, arrays)
             except GroupBroken:
                 raise
             except GossamerError as error:
