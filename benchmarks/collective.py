@@ -78,6 +78,7 @@ def exchange(contender: str) -> Round:
         group = Group.of_environment()
 
         def add_up(number: int) -> None:
+            """Complete the sum of all ranks once."""
             tree = TreeSum(group.size)
             tree.add(group.rank, own)
             sums_of_all(group, {(0, "x"): tree})
@@ -103,6 +104,7 @@ def training(contender: str) -> Round:
     x, y = torch.rand(BATCH_SIZE, 784), torch.randint(10, (BATCH_SIZE,))
 
     def step(number: int) -> None:
+        """Take one training step."""
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()

@@ -171,6 +171,7 @@ class TestTakenHome:
 
 
 def doubled(params: Mapping[str, torch.Tensor]) -> Params:
+    """Return parameters in double precision."""
     return {name: value.double() for name, value in params.items()}
 
 

@@ -50,16 +50,19 @@ class Point(nn.Module):
 
 
 def mlp() -> nn.Module:
+    """Return the same model on every rank."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
 
 
 def batch(rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of a rank's step."""
     source = torch.Generator().manual_seed(10 * seed + rank)
     return torch.randn(8, 5, generator=source), torch.randn(8, 2, generator=source)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: range) -> None:
+    """Take steps on a rank's batches."""
     for seed in steps:
         x, y = batch(rank, seed)
         optimizer.zero_grad()
@@ -68,6 +71,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, steps: 
 
 
 def equal(one: nn.Module, other: nn.Module, tolerance: float = 0.0) -> bool:
+    """Say whether two models have the same parameters."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return all(torch.allclose(mine, theirs, rtol=0, atol=tolerance) for mine, theirs in pairs)
 

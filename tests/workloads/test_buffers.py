@@ -43,6 +43,7 @@ def trained(parts: Parts, module: nn.Module, state: State, round: int, client: i
 
 
 def mean(states: list[tuple[float, State]]) -> State:
+    """Return the weighted mean of states."""
     total = sum(weight for weight, _ in states)
     return {name: sum(weight * state[name] for weight, state in states) / total for name in states[0][1]}
 
@@ -107,6 +108,7 @@ def test_peers_equal_slow_ones(tmp_path: Path, buffers: str) -> None:
 
 
 def same(run: Run, other: Run) -> bool:
+    """Say whether two runs left the same model."""
     states = [gossamer.load(one.directory).state_dict() for one in (run, other)]
     return all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 

@@ -30,6 +30,7 @@ CLASSES = [("low", "high")[int(value > 5)] for value in FEATURES[:, 0]]
 
 
 def columns() -> pa.Table:
+    """Return the table of all tests."""
     given = {"a": FEATURES[:, 0], "kind": CLASSES, "b": FEATURES[:, 1].astype(np.float64), "c": FEATURES[:, 2]}
     return pa.table(given)
 
@@ -59,10 +60,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def options(path: str) -> dict[str, Any]:
+    """Return the data set's section of a configuration."""
     return {"name": "table", "path": path, "label": "kind"}
 
 
 def train(data: dict[str, Any], directory: Path, **changes: Any) -> gossamer.Run:
+    """Run a small federation on a table."""
     given = {"rounds": 2, "clients": {"num": 4, "per_round": 3}, "train": {"lr": 0.1}, "engine": {"workers": 0}}
     return gossamer.run(given | changes, data=data, model="softmax", out=directory)
 
@@ -169,3 +172,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").unlink()
     with pytest.raises(DataError, match=r"has the features \['a', 'b', 'd'\], but .*: give both the same"):
         table({"path": str(tmp_path), "label": "kind"})
+
+
+def test_an_index_of_pandas_is_no_feature(tmp_path: Path) -> None:
+    """pandas writes the index of rows that were chosen or shuffled as a column, and reads it as no column."""
+    table = columns().append_column("__index_level_0__", pa.array(range(NUM_ROWS)))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    names, *_ = parquet.read_parquet(str(tmp_path / "rows.parquet"), "kind")
+    assert names == ["a", "b", "c"]

@@ -119,6 +119,7 @@ class Overlapping:
 
     def _hook(self, number: int) -> Callable[[Tensor], None]:
         def arrived(parameter: Tensor) -> None:
+            """Send what is complete once a gradient is there."""
             self._open()
             self._missing[number].discard(parameter)
             self._launch(forced=False)

@@ -124,6 +124,7 @@ def neighbor_allreduce(
     mixed = Mixed(world, [bucket.gather(num_rows) for bucket in buckets], near, wire_dtype)
 
     def finish() -> Tensors:
+        """Wait, and return the averages in the shape of what was given."""
         found: list[Tensor] = [torch.empty(0)] * len(tensors)
         for bucket, row in zip(buckets, mixed.wait(), strict=True):
             for place, value in zip(bucket.places, bucket.views(row), strict=True):

@@ -36,6 +36,7 @@ class PeerEngine(ABC):
     """
 
     is_whole = True
+    trains_in_place = False  # whether the state is not whole from training to the end of the exchange
 
     def __init__(self, task: Task, x: Tensor, bounds: list[list[int]], setup: EngineSetup) -> None:
         """Bind a task with a topology.
@@ -80,6 +81,7 @@ class PeerEngine(ABC):
 
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
         """Train all peers."""
+        self.is_whole = not self.trains_in_place
         jobs = [self._jobs(plan, low, high) for low, high in self._bounds]
         missing = {job["first"]: len(job["peers"]) for block in jobs for job in block}
         for reply in self._replies(plan, jobs):
@@ -92,7 +94,7 @@ class PeerEngine(ABC):
     def exchange(self, plan: RoundPlan) -> None:
         """Mix and update."""
         self._mix(plan)
-        self._squares = None
+        self._squares, self.is_whole = None, True
 
     # ---- evaluation
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from gossamer.errors import DataError
 from gossamer.workloads import samples as lazy
 from gossamer.workloads.samples import LazySamples, Samples
 
+PANDAS_INDEX = re.compile(r"__index_level_\d+__")
 SUFFIX = ".parquet"
 MAX_HELD = 4  # row groups that a process keeps in memory
 
@@ -100,7 +102,7 @@ def read_parquet(path: str, label: str) -> tuple[list[str], Samples, list[str], 
 
     Args:
         path: a parquet file, or a folder of such, which are joined in the order of their names.
-        label: column of the classes; all others are features.
+        label: column of the classes; all others are features, but for an index that pandas wrote.
 
     Returns:
         the names of the features; these, float32 [N, features]; the classes; the number of each row's, int64 [N].
@@ -162,7 +164,7 @@ def _features(schema: Any, label: str, path: str) -> list[str]:
     if label not in schema.names:
         raise DataError(f"the table {path!r} has the columns {schema.names}: give the name of its column of classes in"
                         f" workload.dataset.label, not {label!r}")  # fmt: skip
-    features = [one for one in schema if one.name != label]
+    features = [one for one in schema if one.name != label and not PANDAS_INDEX.fullmatch(one.name)]
     for one in features:
         if not (kinds.is_integer(one.type) or kinds.is_floating(one.type) or kinds.is_boolean(one.type)):
             raise DataError(f"the column {one.name!r} of {path!r} is of type {one.type}: give numbers, or drop it")

@@ -83,6 +83,7 @@ class Member(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let groups listen on the loopback interface."""
     monkeypatch.setenv(INTERFACE, "lo")
 
 

@@ -16,13 +16,15 @@ from gossamer.engines.collective.peer_rank import PeerRank, partial_sums
 from gossamer.engines.collective.world import Letter, World
 from gossamer.engines.peers import MERGED, Message, PeerEngine, mix_message
 from gossamer.engines.task import Task
-from gossamer.plan import RoundPlan, TrainReport
+from gossamer.plan import RoundPlan
 
 BLOCKS_PER_RANK = 8
 
 
 class CollectivePeerEngine(PeerEngine):
     """Trains peers on all ranks of a torchrun job, with the bits of the local engine."""
+
+    trains_in_place = True
 
     def __init__(self, task: Task, x: Tensor, setup: EngineSetup, world: World) -> None:
         """Let all ranks rebuild the task and make their peers' initial rows.
@@ -37,16 +39,6 @@ class CollectivePeerEngine(PeerEngine):
         super().__init__(task, x, spans, setup)
         world.begin(PeerRank(task, world.group, spans, blocks), setup, spans=spans, bounds=blocks)
         self._num_blocks = sum(map(len, blocks))
-
-    def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
-        """Train all peers where their rows lie; a request to stop is heeded after the exchange."""
-        self.is_whole = False
-        return super().train(plan)
-
-    def exchange(self, plan: RoundPlan) -> None:
-        """Mix and update; then the state is whole again."""
-        super().exchange(plan)
-        self.is_whole = True
 
     def read(self) -> Arrays:
         """Return copies of the state arrays, [n, d]."""

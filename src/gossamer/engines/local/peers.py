@@ -16,7 +16,7 @@ from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
-from gossamer.plan import RoundPlan, TrainReport
+from gossamer.plan import RoundPlan
 from gossamer.threads import one_thread
 
 SMALL_FLOATS = 1 << 17  # of a state that one process mixes sooner than it could tell others to
@@ -24,6 +24,8 @@ SMALL_FLOATS = 1 << 17  # of a state that one process mixes sooner than it could
 
 class LocalPeerEngine(PeerEngine):
     """Trains peers on this machine; see `PeerWorker` for what is done with a block and with a panel."""
+
+    trains_in_place = True
 
     def __init__(self, task: Task, x: Tensor, setup: EngineSetup) -> None:
         """Place the peers' state in shared memory and start the workers.
@@ -51,16 +53,6 @@ class LocalPeerEngine(PeerEngine):
                 silent_seconds=setup.straggler_seconds,
                 on_event=setup.hooks.report,
             )
-
-    def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
-        """Train all peers where their rows lie; a request to stop is heeded after the exchange, if that comes soon."""
-        self.is_whole = False
-        return super().train(plan)
-
-    def exchange(self, plan: RoundPlan) -> None:
-        """Mix and update; then the state is whole again."""
-        super().exchange(plan)
-        self.is_whole = True
 
     def merged(self) -> Tensor:
         """Return the mean of all peers' models, [d]."""
