@@ -92,14 +92,19 @@ class Watch:
         self.clock.tick()
 
 
-def main() -> None:
-    """Run the benchmark of the command line and print its JSON."""
-    parser = make_parser("FedAvg by gossamer.")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `configuration` reads."""
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--ranks", type=int, default=0, help="ranks of engine collective, instead of workers")
     parser.add_argument("--same-clients", action="store_true", help="sample clients 0..per_round-1 in every round")
     parser.add_argument("--optimizer", default='"sgd"', help="train.optimizer, as JSON")
     parser.add_argument("--lr", type=float, default=LEARNING_RATE)
+
+
+def main() -> None:
+    """Run the benchmark of the command line and print its JSON."""
+    parser = make_parser("FedAvg by gossamer.")
+    add_options(parser)
     options, own = read_options(parser)
     if own.ranks and not is_rank():
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(own.ranks), "--rdzv-backend", "c10d"]

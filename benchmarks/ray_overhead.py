@@ -56,12 +56,13 @@ def contend() -> None:
     sys.modules.setdefault("ray_overhead", sys.modules["__main__"])
     parser = make_parser("FedAvg by gossamer, on an engine of choice.")
     parser.add_argument("--engine", choices=("local", "ray"), required=True)
+    gossamer_round.add_options(parser)
     options, own = read_options(parser)
     given = {"clients": options.clients, "samples": options.samples, "seed": options.seed}
     dataset(given)
-    data = gossamer_round.configuration(options, argparse.Namespace(workers=NUM_WORKERS, same_clients=False))
+    data = gossamer_round.configuration(options, own)
     data["workload"]["dataset"] = {"name": "ray_overhead:dataset", **given}
-    data["engine"]["name"] = own.engine
+    data["engine"] = {"name": own.engine, "workers": NUM_WORKERS}
     with tempfile.TemporaryDirectory() as directory:
         clock = RoundClock(options)
         hooks = experiment.Hooks(observer=lambda name, rounds: gossamer_round.Watch(clock))
