@@ -12,7 +12,7 @@ DEMO_OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 NAME ?= quickstart
 OUT ?= runs/$(NAME)-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test test-all test-slow lint format reference experiment rivals bench faults clean
+.PHONY: demo test test-all test-slow lint format reference proto experiment rivals bench faults clean
 
 demo: $(VENV)/.installed
 	$(BIN)/gossamer run experiments/quickstart/config.yaml --out $(DEMO_OUT)
@@ -46,6 +46,10 @@ format: $(VENV)/.installed
 # docs/reference.md, from docstrings and options; a test holds it up to date.
 reference: $(VENV)/.installed
 	$(BIN)/python -m gossamer.reports.reference docs/reference.md
+
+# What is sent between machines. The compiler comes with `pip install -e .[proto]`; its output is committed.
+proto: $(VENV)/.installed
+	cd src && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. gossamer/transport/gossamer.proto
 
 # The rival frameworks need an environment of their own: they cap versions that gossamer does not.
 rivals: .venv-rivals/.installed

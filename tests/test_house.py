@@ -23,11 +23,15 @@ ADAPTERS = {
     "engines/ray": {"ray"},
     "engines/collective": {"torch.distributed"},
     "distributed": {"torch.distributed"},
+    "transport": {"grpc"},
 }  # the packages that each of these may be imported in
 # Where they are used, these are imported inside a function, so that a short command does not pay for them.
 LAZY = {
     "ray",
     "grpc",
+    "grpc_health",
+    "zstandard",
+    "cryptography",
     "datasets",
     "huggingface_hub",
     "pyarrow",

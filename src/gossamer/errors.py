@@ -75,6 +75,31 @@ class RoundAborted(EngineError):
     """A round cannot be finished; the state before it is committed."""
 
 
+class TransportError(GossamerError):
+    """What should be sent to another machine, or came from it, cannot be."""
+
+
+class Disconnected(TransportError):
+    """The connection to another node is lost, or there is none."""
+
+
+class Refused(TransportError):
+    """Another node refuses this one: it may not join, or not any more."""
+
+
+class Dropped(TransportError):
+    """A message is not taken.
+
+    Attributes:
+        reason: why, in few words.
+    """
+
+    def __init__(self, reason: str) -> None:
+        """Keep the reason."""
+        super().__init__(f"the message was dropped: {reason}")
+        self.reason = reason
+
+
 class Interrupted(GossamerError):
     """The user or a scheduler asked the run to stop; finished rounds are committed."""
 
