@@ -119,7 +119,7 @@ class LocalSteps:
     @property
     def is_mixed(self) -> bool:
         """Whether the loss is computed in a lower precision than that of parameters."""
-        return torch_dtype(self.precision).itemsize < torch.float32.itemsize
+        return self.precision in ("bfloat16", "float16")
 
     @property
     def loss_scale(self) -> float:

@@ -114,6 +114,8 @@ def add_product_(weight: Tensor, left: Tensor, right: Tensor, alpha: float, acti
     """Add ``alpha * left @ right`` to a weight [o, i], or to the first `active` of [s, o, i]; then s >= 2 factors."""
     if weight.dim() == 2:
         weight.addmm_(left, right, alpha=alpha)
+    elif active is None or active == len(left):
+        weight[: len(left)].baddbmm_(left, right, alpha=alpha)
     else:  # in place whoever is active, because a product of one row, or to other memory, may round differently
         idle = weight[active : len(left)].clone()
         weight[: len(left)].baddbmm_(left, right, alpha=alpha)

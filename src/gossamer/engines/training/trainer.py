@@ -76,7 +76,10 @@ class Trainer:
         """
         variant = self.task.variants[job.block.variant]
         shared, layout, working = variant.shares_window, variant.layout, variant.working_layout
-        received = [self._receive(job, int(client), shared) for client in job.client]
+        if shared:
+            received = [self._receive(job, int(job.client[0]), shared)] * len(job.client)
+        else:
+            received = [self._receive(job, int(client), shared) for client in job.client]
         residuals = {name: client_state[name] for name in self.task.residuals.values()}
         client_state = {name: rows for name, rows in client_state.items() if name not in residuals}
         if working is not layout:
