@@ -100,7 +100,7 @@ def run_gossamer() -> None:
         clock.tick()
         for name, began, ended in zip(phases, stamps, stamps[1:], strict=False):
             phases[name].append(ended - began)
-    after = flatten(layout.views(engine.merged()).values())
+    after = flatten(layout.views(engine.model()).values())
     engine.close()
     report(
         "gossamer",

@@ -96,6 +96,7 @@ class Parts:
                 "config": self.config.model_dump(mode="json"),
                 "paths": [os.path.abspath(path) for path in sys.path],
             },
+            directory=directory,
         )
         if self.task.topology is not None:
             return self.engine_class.of_peers(self.task, x, setup), None

@@ -371,7 +371,7 @@ def _run_rounds(
             for note in vars(error).get("__notes__", ()):  # the traceback of a worker
                 log.log_event("worker-failed", message=str(error), traceback=note)
             raise
-        row, reason = merged_model(engine.read()["x"]), loop.progress.stop_reason
+        row, reason = engine.model(), loop.progress.stop_reason
     metrics = read_metrics(directory)
     told = diagnose(config, parts.task, metrics)
     for message in told:

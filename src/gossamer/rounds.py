@@ -11,8 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
-import torch
-
 from gossamer import round_record
 from gossamer.engines.base import Engine, Record
 from gossamer.engines.task import WHOLE
@@ -23,7 +21,7 @@ from gossamer.planning.stopping import StopOptions, watch
 from gossamer.profiling.spans import Spans
 from gossamer.registry import errors_of_plug_ins
 from gossamer.round_record import Observer, Outcome, Progress
-from gossamer.storage.checkpoint import Checkpoint, Checkpoints
+from gossamer.storage.checkpoint import STATE, STORE, Checkpoint, Checkpoints
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
 from gossamer.workloads.base import Workload
@@ -83,10 +81,9 @@ class Loop:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a commit: state, private rows, counters and logs."""
-        arrays = checkpoint.arrays
-        self.engine.write({name.removeprefix("state."): v for name, v in arrays.items() if name.startswith("state.")})
+        self.engine.write(checkpoint.below(STATE))
         if self.store is not None:
-            self.store.restore({n.removeprefix("store."): v for n, v in arrays.items() if n.startswith("store.")})
+            self.store.restore(checkpoint.below(STORE))
         self.progress = Progress(**checkpoint.progress)
         self.log.truncate(checkpoint.logs)
         self.committed = checkpoint.round, checkpoint.phase
@@ -239,12 +236,12 @@ class Loop:
         if self.committed == self.progress.address or (if_due and not is_due):
             return
         with self.spans.span("commit"):
-            arrays: dict[str, torch.Tensor] = {f"state.{name}": value for name, value in self.engine.read().items()}
+            arrays = {STATE + name: value for name, value in self.engine.held().items()}
             if self.store is not None:
-                arrays |= {f"store.{name}": value for name, value in self.store.index().items()}
+                arrays |= {STORE + name: value for name, value in self.store.index().items()}
             self.log.sync()
-            round, phase = self.progress.address
-            self.checkpoints.commit(round, arrays, vars(self.progress), self.log.positions(), phase=phase)
+            (round, phase), rows, logs = self.progress.address, self.engine.save_rows, self.log.positions()
+            self.checkpoints.commit(round, arrays, vars(self.progress), logs, phase=phase, save_rows=rows)
             if self.store is not None:
                 self.store.release()
         self.committed, self._committed_at = self.progress.address, time.monotonic()

@@ -231,7 +231,7 @@ def test_an_unknown_format_is_passed_over_and_named(tmp_path: Path, monkeypatch:
     found = store.latest()
     assert_is(found, 1)
     assert found is not None
-    assert "its format is 99, but this version reads 2" in found.damaged[0]
+    assert "its format is 99, but this version reads 2 and 3" in found.damaged[0]
 
 
 def test_no_usable_commit_names_each(tmp_path: Path) -> None:

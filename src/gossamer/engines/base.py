@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays
 from gossamer.errors import Interrupted
 from gossamer.plan import RoundPlan, TrainReport
+from gossamer.storage.checkpoint import Files
 from gossamer.workloads.base import Sums
 
 Record = dict[str, Any]
@@ -67,6 +69,7 @@ class EngineSetup:
         straggler_seconds: see `gossamer.config.schema.EngineOptions`.
         address: address of a Ray cluster, or "auto"; None: Ray is started here.
         recipe: recipe by which actors rebuild the task, see `gossamer.task.task_of`.
+        directory: run directory, into which other processes may write what they hold; None: nobody does.
     """
 
     workers: int
@@ -75,6 +78,7 @@ class EngineSetup:
     straggler_seconds: float | None = None
     address: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    directory: Path | None = None
 
 
 class Engine(Protocol):
@@ -122,8 +126,20 @@ class Engine(Protocol):
         """Return the state arrays, [1, d] at a server, [n, d] of peers; valid until the next `train` or `write`."""
         ...
 
+    def model(self) -> Tensor:
+        """Return the model, [d]: the server's, or the mean of all peers'."""
+        ...
+
+    def held(self) -> Arrays:
+        """Return those of `read` that this process holds, for a commit; `save_rows` writes the others."""
+        ...
+
+    def save_rows(self, directory: Path) -> Files:
+        """Have other processes write the state that they hold, see `gossamer.storage.checkpoint.Checkpoints.commit`."""
+        ...
+
     def write(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the state arrays."""
+        """Replace the state arrays; of a `StoredArrays` each process reads what it holds."""
         ...
 
     def close(self) -> None:

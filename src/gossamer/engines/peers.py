@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.plan import STOPPED, RoundPlan, TrainReport
 from gossamer.round_record import merged
+from gossamer.storage.checkpoint import Files
 from gossamer.topology.streaming import panels
 from gossamer.workloads.base import Sums, add_sums
 
@@ -37,6 +39,7 @@ class PeerEngine(ABC):
 
     is_whole = True
     trains_in_place = False  # whether the state is not whole from training to the end of the exchange
+    _mean: Tensor  # [d], that `_take_mean` keeps
 
     def __init__(self, task: Task, x: Tensor, bounds: list[list[int]], setup: EngineSetup) -> None:
         """Bind a task with a topology.
@@ -77,6 +80,14 @@ class PeerEngine(ABC):
     def read(self) -> Arrays:
         """Return the state arrays [n, d]."""
 
+    def held(self) -> Arrays:
+        """Return what this process commits: all arrays, unless an engine says otherwise."""
+        return self.read()
+
+    def save_rows(self, directory: Path) -> Files:
+        """Have other processes write what they hold: nothing, unless an engine says otherwise."""
+        return {}
+
     # ---- the two verbs
 
     def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
@@ -97,6 +108,11 @@ class PeerEngine(ABC):
         self._squares, self.is_whole = None, True
 
     # ---- evaluation
+
+    def model(self) -> Tensor:
+        """Return the mean of all peers' models, [d]."""
+        self._distance()
+        return self._mean.clone()
 
     def evaluate(self, variant: int, round: int) -> Sums:
         """Evaluate the merged model, the mean of all peers', or its sub-model of a variant at `round`."""

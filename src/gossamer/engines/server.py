@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.rows import row_norms
 from gossamer.engines.updating import Collected, update_
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
+from gossamer.storage.checkpoint import Files
 from gossamer.storage.client_store import ClientStore
 from gossamer.submodel import Cut
 from gossamer.submodel.layout import ALIGNMENT
@@ -171,6 +173,18 @@ class FederatedEngine(ABC):
         """
         order = {ORDER + axis: value for axis, value in self._order.items()}
         return {name: value.clone() for name, value in (self._state | order).items()} | self._statistics.read()
+
+    def model(self) -> Tensor:
+        """Return the server's model, [d]."""
+        return self._state["x"][0].clone()
+
+    def held(self) -> Arrays:
+        """Return what this process commits, which is everything."""
+        return self.read()
+
+    def save_rows(self, directory: Path) -> Files:
+        """Have other processes write what they hold of the state, which is nothing."""
+        return {}
 
     def write(self, state: Mapping[str, Tensor]) -> None:
         """Replace state arrays; those that are already in place cost nothing."""

@@ -44,11 +44,11 @@ class Statistics:
 
     def take(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take over what `read` returned, if `state` holds it, and return the other arrays of `state`."""
-        found = {name: value for name, value in state.items() if name.startswith(PREFIX)}
+        found = {name: state[name] for name in state if name.startswith(PREFIX)}
         if found:
             self._round = int(found.pop(PREFIX + ROUND))
             self._arrays = found
-        return {name: value for name, value in state.items() if not name.startswith(PREFIX)}
+        return {name: state[name] for name in state if not name.startswith(PREFIX)}
 
 
 def statistics_in(state: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], int]:

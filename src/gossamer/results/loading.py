@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +23,7 @@ from gossamer.engines.training.mixing import merged_model
 from gossamer.errors import CheckpointError, ConfigError, nearest, plugin_errors, warn
 from gossamer.registry import OBJECT, errors_of_plug_ins, trusting
 from gossamer.results.description import ModelDescription, read_description
-from gossamer.storage.checkpoint import Checkpoint, read_latest
+from gossamer.storage.checkpoint import STATE, STORE, Checkpoint, read_latest
 from gossamer.storage.client_store import CLIENTS, ClientStore
 from gossamer.storage.runlog import CHECKPOINTS, read_config, read_metrics, run_directories
 from gossamer.submodel import Layout
@@ -36,7 +36,6 @@ from gossamer.workloads.models import pooled_moments
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-STATE, STORE = "state.", "store."  # prefixes of what the engine, and the client store, keep in the arrays of a commit
 ORDER = "order."
 
 
@@ -155,9 +154,8 @@ class LoadedRun:
     # ---- inside
 
     @cached_property
-    def _arrays(self) -> dict[str, Tensor]:
-        found = self._commit.arrays.items()
-        return {name.removeprefix(STATE): value for name, value in found if name.startswith(STATE)}
+    def _arrays(self) -> Mapping[str, Tensor]:
+        return self._commit.below(STATE)
 
     @cached_property
     def _description(self) -> ModelDescription:
@@ -210,8 +208,7 @@ class LoadedRun:
         """
         clients = self._parsed.clients
         store = ClientStore(self.directory / CLIENTS, dtype=row.dtype)
-        kept = self._commit.arrays.items()
-        store.attach({name.removeprefix(STORE): value for name, value in kept if name.startswith(STORE)})
+        store.attach(self._commit.below(STORE))
         with closing(store):
             if clients is None or PERSONAL not in store.namespaces:
                 reason = "the run has no server: give peer" if clients is None else "its clients keep no parameters"

@@ -1,9 +1,10 @@
 """Atomic commits of a run's state.
 
-A commit is a directory of three files, written under another name, synced to the disk and then renamed:
+A commit is a directory of some files, written under another name, synced to the disk and then renamed:
 
     %08d/                   the round, as a decimal number; %08d-%d: and phases of the next one that are done, if any
-        arrays.safetensors  every array
+        arrays.safetensors  every array, but for those of which several processes have rows:
+        rows-%05d.safetensors  the rows of each, in the order of the numbers
         progress.json       everything else that a resume needs
         manifest.json       written last: format, round, phase, SHA-256 and size of each file, positions in the logs,
                             and the inputs of the run
@@ -29,19 +30,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from gossamer.errors import CheckpointError, ConfigError, storage_errors
 from gossamer.storage.disk import remove, sync
 from gossamer.storage.jsonl import Position
+from gossamer.storage.stored_arrays import StoredArrays
 
-FORMAT = 2
-ARRAYS = "arrays.safetensors"
+FORMAT = 3
+READABLE = (2, 3)  # in format 2 all arrays are in one file
+SUFFIX = ".safetensors"
+ARRAYS, ROWS = f"arrays{SUFFIX}", f"rows-{{:05d}}{SUFFIX}"  # the latter of a number
+STATE, STORE = "state.", "store."  # what the names of arrays begin with: of the engine's state, of the client store
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"
 
 _COMMIT_NAME = re.compile(r"(\d{8,})(?:-(\d+))?(?:\.(\d+))?")
 _LEFTOVERS = (".writing-*", ".deleting-*")
+Files = dict[str, dict[str, Any]]  # {name: size and SHA-256}, see `describe_file`
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,8 @@ class Checkpoint:
 
     Attributes:
         round: number of rounds done at the commit.
-        arrays: tensors by name, on the CPU, each starting on a 64-byte boundary.
+        arrays: tensors by name, on the CPU, each starting on a 64-byte boundary; where a `StoredArrays` holds them,
+            they are read when they are needed.
         progress: JSON object that was committed with them.
         logs: where each log ended at the commit.
         path: its directory.
@@ -60,13 +67,19 @@ class Checkpoint:
     """
 
     round: int
-    arrays: dict[str, torch.Tensor]
+    arrays: Mapping[str, torch.Tensor]
     progress: dict[str, Any]
     logs: dict[str, Position]
     path: Path
     inputs: dict[str, Any] = field(default_factory=dict)
     phase: int = 0
     damaged: list[str] = field(default_factory=list)
+
+    def below(self, prefix: str) -> Mapping[str, torch.Tensor]:
+        """Return the arrays whose names begin with `prefix`, without it."""
+        if isinstance(self.arrays, StoredArrays):
+            return self.arrays.below(prefix)
+        return {name.removeprefix(prefix): v for name, v in self.arrays.items() if name.startswith(prefix)}
 
 
 class Checkpoints:
@@ -110,6 +123,7 @@ class Checkpoints:
         on_step: Callable[[str], None] | None = None,
         *,
         phase: int = 0,
+        save_rows: Callable[[Path], Files] | None = None,
     ) -> Path:
         """Make a state durable, then delete all commits but the newest `keep`.
 
@@ -122,6 +136,8 @@ class Checkpoints:
             logs: where each log ends, already synced.
             on_step: callback, called with "arrays", "progress", "manifest", "renamed" and "pruned" as each is done.
             phase: number of phases of the next round that are done.
+            save_rows: callback by which other processes write what they have into a directory, and sync it; returns
+                `describe_file` of each file.
 
         Returns:
             The directory of the commit.
@@ -138,7 +154,9 @@ class Checkpoints:
         try:
             with storage_errors(aside):
                 shutil.rmtree(aside, ignore_errors=True)
-                self._write(aside, address, arrays, progress, logs, done)
+                aside.mkdir()
+                files = save_rows(aside) if save_rows else {}
+                self._write(aside, address, arrays, progress, logs, done, files)
                 target = self._free_name(address)
                 os.rename(aside, target)
         except BaseException:
@@ -167,12 +185,12 @@ class Checkpoints:
                 _remove(path)
 
     def latest(self) -> Checkpoint | None:
-        """Return the newest intact commit, or None if there is no commit at all.
+        """Return the newest intact commit, or None if there is no commit at all; its arrays are read when needed.
 
         Raises:
             CheckpointError: every commit is damaged.
         """
-        return read_latest(self.directory, self._damaged.add)
+        return read_latest(self.directory, self._damaged.add, whole=False)
 
     def _write(
         self,
@@ -182,8 +200,8 @@ class Checkpoints:
         progress: Mapping[str, Any],
         logs: Mapping[str, Position],
         done: Callable[[str], None],
+        files: Files,
     ) -> None:
-        aside.mkdir()
         save_arrays(aside / ARRAYS, arrays)
         done("arrays")
         try:
@@ -198,7 +216,7 @@ class Checkpoints:
             "format": FORMAT,
             "round": address[0],
             "phase": address[1],
-            "files": {name: describe_file(aside / name) for name in (ARRAYS, PROGRESS)},
+            "files": {name: describe_file(aside / name) for name in (ARRAYS, PROGRESS)} | files,
             "logs": {name: asdict(position) for name, position in logs.items()},
             "inputs": self.inputs,
         }
@@ -233,12 +251,15 @@ def commits_in(directory: Path) -> list[tuple[tuple[int, int], int, Path]]:
     return sorted(found, reverse=True)
 
 
-def read_latest(directory: Path, on_damaged: Callable[[Path], None] = lambda path: None) -> Checkpoint | None:
+def read_latest(
+    directory: Path, on_damaged: Callable[[Path], None] = lambda path: None, *, whole: bool = True
+) -> Checkpoint | None:
     """Return the newest intact commit in a directory, or None if there is no commit at all; nothing is changed.
 
     Args:
         directory: that of `Checkpoints`.
         on_damaged: callback for each commit that is damaged.
+        whole: whether to read all arrays now, since whoever owns the run may delete the commit.
 
     Raises:
         CheckpointError: every commit is damaged.
@@ -247,6 +268,7 @@ def read_latest(directory: Path, on_damaged: Callable[[Path], None] = lambda pat
     for _, _, path in commits_in(directory):
         try:
             found = _read(path)
+            found = replace(found, arrays=dict(found.arrays)) if whole else found
         except CheckpointError as error:
             on_damaged(path)
             damaged.append(f"checkpoint {str(path)!r} is damaged: {error}")
@@ -298,8 +320,9 @@ def _read(path: Path) -> Checkpoint:
         expected = manifest.pop("sha256")
         if expected != digest_of_json(manifest):
             raise CheckpointError(f"{MANIFEST} was altered")
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(f"its format is {manifest['format']!r}, but this version reads {FORMAT}")
+        if manifest["format"] not in READABLE:
+            readable = " and ".join(map(str, READABLE))
+            raise CheckpointError(f"its format is {manifest['format']!r}, but this version reads {readable}")
         for name, description in manifest["files"].items():
             found = describe_file(path / name)
             if found != description:
@@ -307,15 +330,14 @@ def _read(path: Path) -> Checkpoint:
                     f"{name} was altered ({found['bytes']} bytes with SHA-256 {found['sha256'][:12]}, but"
                     f" {description['bytes']} bytes with {description['sha256'][:12]} were committed)"
                 )
-        # Cloned because torch's own allocations are aligned; operands that are not could change a resumed run's bits.
-        arrays = {name: tensor.clone() for name, tensor in load_file(path / ARRAYS).items()}
+        arrays = StoredArrays([path / name for name in sorted(manifest["files"]) if name.endswith(SUFFIX)])
         progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         logs = {name: Position(**position) for name, position in manifest["logs"].items()}
     except OSError as error:
         raise CheckpointError(
             f"{Path(error.filename or path).name} cannot be read ({error.strerror or error})"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{MANIFEST} or what it lists is malformed ({error})") from error
     return Checkpoint(manifest["round"], arrays, progress, logs, path, manifest["inputs"], manifest["phase"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from gossamer.engines.collective.world import Letter
 from gossamer.engines.task import Task
 from gossamer.engines.training.mixing import HOLDERS, SENT, Mixer, column_sums, squared_distance
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
+from gossamer.errors import storage_errors
+from gossamer.storage.checkpoint import ROWS, STATE, describe_file, save_arrays
+from gossamer.storage.stored_arrays import StoredArrays
 from gossamer.threads import one_thread
 
 
@@ -61,6 +65,8 @@ class PeerRank:
             "rows": self._rows,
             "read": self._read,
             "write": self._write,
+            "save": self._save,
+            "load": self._load,
             "evaluate": self._evaluate,
         }
 
@@ -116,6 +122,20 @@ class PeerRank:
         """Replace all rows."""
         for name, value in zip(message["names"], arrays, strict=True):
             self._peers.state[name].copy_(value)
+        return Letter({})
+
+    def _save(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Write all rows into a file of ``directory``, and sync it."""
+        path = Path(message["directory"]) / ROWS.format(self._group.rank)
+        with storage_errors(path):
+            save_arrays(path, {STATE + name: value for name, value in self._peers.state.items()})
+            return Letter({"files": {path.name: describe_file(path)}})
+
+    def _load(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Read all rows from the files of a commit."""
+        stored = StoredArrays([Path(path) for path in message["paths"]], message["prefix"])
+        for name, value in self._peers.state.items():
+            value.copy_(stored.rows(name, self._low, self._high))
         return Letter({})
 
     def _evaluate(self, message: Message, arrays: list[Tensor]) -> Letter:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,11 @@ from gossamer.engines.base import EngineSetup
 from gossamer.engines.collective.peer_rank import PeerRank, partial_sums
 from gossamer.engines.collective.world import Letter, World
 from gossamer.engines.peers import MERGED, Message, PeerEngine, mix_message
+from gossamer.engines.statistics import PREFIX
 from gossamer.engines.task import Task
 from gossamer.plan import RoundPlan
+from gossamer.storage.checkpoint import Files
+from gossamer.storage.stored_arrays import StoredArrays
 
 BLOCKS_PER_RANK = 8
 
@@ -32,8 +37,13 @@ class CollectivePeerEngine(PeerEngine):
         Args:
             x: [d], the initial model, of which ranks make their own.
             world: all ranks.
+
+        Raises:
+            ConfigError: a rank does not see the run directory.
         """
         self._world = world
+        if setup.directory is not None:
+            world.require_shared(setup.directory)
         blocks = blocks_of_ranks(task.workload.num_clients, world.size)
         spans = [[bounds[0][0], bounds[-1][1]] for bounds in blocks]
         super().__init__(task, x, spans, setup)
@@ -47,13 +57,26 @@ class CollectivePeerEngine(PeerEngine):
         parts = zip(*(reply.arrays for reply in replies), strict=True)
         return {name: torch.cat(rows) for name, rows in zip(names, parts, strict=True)} | self._statistics.read()
 
+    def held(self) -> Arrays:
+        """Return what rank 0 commits, which are no rows."""
+        return self._statistics.read()
+
+    def save_rows(self, directory: Path) -> Files:
+        """Have each rank write its rows, see `Engine`."""
+        replies = self._world.ask_all({"kind": "save", "directory": os.path.abspath(directory)})
+        return {name: described for reply in replies for name, described in reply.message["files"].items()}
+
     def write(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the state arrays."""
-        arrays = self._statistics.take(state)
-        message = {"kind": "write", "names": [*arrays]}
-        self._world.ask(
-            [Letter(message, [value[low:high].contiguous() for value in arrays.values()]) for low, high in self._bounds]
-        )
+        """Replace the state arrays: each rank reads its rows of those that are stored."""
+        if isinstance(state, StoredArrays):
+            self._statistics.take({name: state[name] for name in state if name.startswith(PREFIX)})
+            paths = [os.path.abspath(path) for path in state.paths]
+            self._world.ask_all({"kind": "load", "paths": paths, "prefix": state.prefix})
+        else:
+            arrays = self._statistics.take(state)
+            message = {"kind": "write", "names": [*arrays]}
+            parts = [[value[low:high].contiguous() for value in arrays.values()] for low, high in self._bounds]
+            self._world.ask([Letter(message, of_rank) for of_rank in parts])
         self._squares, self.is_whole = None, True
 
     def close(self) -> None:
@@ -71,8 +94,8 @@ class CollectivePeerEngine(PeerEngine):
         self._world.ask_all(mix_message(plan))
 
     def _take_mean(self) -> float:
-        mean = (self._added_up({"kind": "sum"}) / self._num_peers).to(self._dtype)
-        return float(self._added_up({"kind": "squares", "columns": self._columns}, mean).sum())
+        self._mean = (self._added_up({"kind": "sum"}) / self._num_peers).to(self._dtype)
+        return float(self._added_up({"kind": "squares", "columns": self._columns}, self._mean).sum())
 
     def _added_up(self, message: Message, *arrays: Tensor) -> Tensor:
         """Add up what the blocks return, by a tree over blocks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
@@ -80,6 +81,8 @@ def serve(describe: Callable[[], Mapping[str, Any]], stop: Callable[[], bool]) -
             try:
                 if message["kind"] == "compare":
                     reply = Letter({"described": dict(describe())})
+                elif message["kind"] == "see":
+                    reply = Letter({"seen": os.path.exists(message["path"])})
                 elif message["kind"] == "begin":
                     handler, reply = None, Letter({})  # memory of the one before is free
                     handler = handler_of(message, group)

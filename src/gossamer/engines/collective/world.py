@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from uuid import uuid4
 
 from torch import Tensor
 
 from gossamer.engines.base import EngineSetup
 from gossamer.engines.collective.environment import is_rank
 from gossamer.engines.collective.group import TIMEOUT_SECONDS, Group, GroupBroken, Message
-from gossamer.errors import ConfigError, EngineError, GossamerError
+from gossamer.errors import ConfigError, EngineError, GossamerError, storage_errors
 
 
 class Letter(NamedTuple):
@@ -63,6 +66,26 @@ class World:
                         " command, files and versions"
                     )
 
+    def require_shared(self, directory: Path) -> None:
+        """Check that all ranks see a directory of rank 0.
+
+        Raises:
+            ConfigError: one does not.
+            StorageError: rank 0 cannot write there.
+        """
+        token = Path(os.path.abspath(directory)) / f".seen-by-all-{uuid4()}"
+        with storage_errors(token):
+            token.touch()
+        try:
+            for rank, (message, _) in enumerate(self._ask_others({"kind": "see", "path": str(token)}), 1):
+                if not message["seen"]:
+                    raise ConfigError(
+                        f"rank {rank} does not see {str(token.parent)!r}, where ranks write what they hold: give a"
+                        " directory on a file system that all ranks share"
+                    )
+        finally:
+            token.unlink(missing_ok=True)
+
     def begin(self, handler: Handler, setup: EngineSetup, **more: Any) -> None:
         """Let all ranks rebuild the task of an engine.
 
@@ -85,7 +108,14 @@ class World:
         """
         assert self._handler is not None
         sent = self._post(letters)
-        own = self._handler.handle(letters[0].message, list(letters[0].arrays))
+        try:
+            own = self._handler.handle(letters[0].message, list(letters[0].arrays))
+        except GroupBroken:
+            raise
+        except GossamerError:
+            with suppress(EngineError):
+                self._collect(sent, None)
+            raise
         return self._collect(sent, own)
 
     def ask_all(self, message: Message, arrays: Sequence[Tensor] = ()) -> list[Letter]:
@@ -115,14 +145,16 @@ class World:
     def _collect(self, sent: list[Callable[[], None]], own: Letter | None) -> list[Letter]:
         for wait in sent:
             wait()
-        replies = [] if own is None else [own]
+        replies, errors = [] if own is None else [own], list[GossamerError]()
         for rank in range(1, self.size):
             message, arrays = self.group.receive(rank)
             if message.pop("stop"):
                 signal.raise_signal(signal.SIGTERM)  # as if it had come to this rank
             if "error" in message:
-                raise _error_of(rank, message)
+                errors.append(_error_of(rank, message))
             replies.append(Letter(message, arrays))
+        if errors:  # once all have replied: the next reply is to the next question
+            raise errors[0]
         return replies
 
 

@@ -44,6 +44,7 @@ class LocalPeerEngine(PeerEngine):
         initial = initial_rows(task, x, 0, num_peers)
         state = {name: zeros(rows.shape[1], rows.dtype).copy_(rows) for name, rows in initial.items()}
         self._peers = PeerState.of(task, state, zeros, shared_zeros(len(x), x.dtype)[None], 0)
+        self._mean = self._peers.merged[0]
         self._handle = PeerWorker.handler(task, self._peers, stop=setup.hooks.must_stop)
         self._pool: WorkerPool | None = None
         if setup.workers and sys.platform == "linux":
@@ -53,11 +54,6 @@ class LocalPeerEngine(PeerEngine):
                 silent_seconds=setup.straggler_seconds,
                 on_event=setup.hooks.report,
             )
-
-    def merged(self) -> Tensor:
-        """Return the mean of all peers' models, [d]."""
-        self._distance()
-        return self._peers.merged[0].clone()
 
     def read(self) -> Arrays:
         """Return the state arrays themselves, [n, d]: a copy of many peers would not fit."""
