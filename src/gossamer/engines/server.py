@@ -18,6 +18,7 @@ from gossamer.aggregate import TreeSum, others_median
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, Record
 from gossamer.engines.client_models import ClientModels
+from gossamer.engines.private_rows import PrivateRows
 from gossamer.engines.statistics import Statistics, name_of
 from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.job import BlockResult, Job
@@ -26,7 +27,6 @@ from gossamer.engines.updating import Collected, update_
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
 from gossamer.storage.checkpoint import Files
 from gossamer.storage.client_store import ClientStore
-from gossamer.submodel import Cut
 from gossamer.submodel.layout import ALIGNMENT
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums, add_sums
@@ -60,7 +60,7 @@ class FederatedEngine(ABC):
         num_workers: int,
     ) -> None:
         """Bind a task to the resident arrays `state`, [1, d] each, which are changed in place from now on."""
-        self._task, self._store, self._block_size = task, store, setup.block_size
+        self._task, self._block_size = task, setup.block_size
         self._phase = task.phases[0]  # the task of the phase that is under way
         self._max_norm: float | None = None  # of an update, while blocks are trained again
         self.num_workers, self.hooks = num_workers, setup.hooks
@@ -70,6 +70,7 @@ class FederatedEngine(ABC):
         self._trees: dict[tuple[int, str], TreeSum] = {}
         self._collected = Collected()
         self._private: dict[int, dict[str, Tensor]] = {}
+        self._rows = PrivateRows(store, self._state["x"].dtype)
         self._statistics = Statistics()
 
     @abstractmethod
@@ -132,8 +133,7 @@ class FederatedEngine(ABC):
         self.is_whole = False
         kept = self.survivors(plan)
         update_(self._task, self._state, self._order, plan, kept, self._collected)
-        for block, finite in self._results:
-            self._keep_private(plan, block, finite)
+        self._keep_private(plan)
         self.is_whole = True
 
     def survivors(self, plan: RoundPlan) -> NDArray[np.bool_]:
@@ -291,48 +291,17 @@ class FederatedEngine(ABC):
         tile = min(4, 1 << (fitting.bit_length() - 1))
         return tile, max(1, math.ceil(per_worker / num_blocks / tile))
 
-    def _stored(self, names: Iterable[str], clients: NDArray[np.int64]) -> Arrays:
-        """Return the private rows [s, d] of clients, [s, 1] of scalars; those of newcomers as they start."""
-        if not (names := list(names)):
-            return {}
-        assert self._store is not None
-        rows, fresh = {}, self._phase.newcomers(self._state["x"].new_zeros(len(clients), self._task.cutter.layout.d))
-        for name in names:
-            stored, present = self._store.get(name, torch.from_numpy(clients))
-            rows[name] = torch.where(present[:, None], stored, fresh[name])
-        return rows
-
     def _client_state(self, job: Job) -> Arrays:
-        """Return the private rows of a job's clients, [s, d_sub]: what of [s, d] lies in the windows of this round."""
-        rows = self._stored(self._phase.client_arrays, job.client)
-        cuts = self._cuts(job.block.variant, job.round, job.client) if rows else []
-        for name, whole in rows.items():
-            if name not in self._phase.scalars and not cuts[0].is_full:
-                parts = [cut.read(row, row.new_zeros(cut.sub.d)) for cut, row in zip(cuts, whole, strict=True)]
-                rows[name] = torch.stack(parts)
-        return rows
+        """Return the private rows of a job's clients, see `PrivateRows`."""
+        return self._rows.of_job(self._phase, job, self._order)
 
-    def _keep_private(self, plan: RoundPlan, block: Block, finite: list[bool]) -> None:
-        """Store the private rows of a block's survivors; coordinates outside a window keep their bits."""
-        survivors = np.array(finite)
-        clients = plan.client[block.rows][survivors]
-        kept = self._private.get(block.rows.start, {})
-        if self._store is None or not kept or not len(clients):
-            return
-        cuts = self._cuts(block.variant, plan.round, clients)
-        shaped = [] if cuts[0].is_full else [name for name in kept if name not in self._phase.scalars]
-        whole = self._stored(shaped, clients)
-        for name, rows in kept.items():
-            new = rows[torch.from_numpy(survivors)]
-            if name in whole:
-                for cut, target, row in zip(cuts, whole[name], new, strict=True):
-                    cut.write(target, row)
-                new = whole[name]
-            self._store.put(name, torch.from_numpy(clients), new)
-
-    def _cuts(self, variant: int, round: int, clients: NDArray[np.int64]) -> list[Cut]:
-        """Return the windows of clients of a variant."""
-        return [self._task.cut(self._task.variants[variant], round, client, self._order) for client in clients.tolist()]
+    def _keep_private(self, plan: RoundPlan) -> None:
+        """Store the private rows of the survivors."""
+        for block, finite in self._results:
+            survivors = torch.tensor(finite)
+            kept = {name: rows[survivors] for name, rows in self._private.get(block.rows.start, {}).items()}
+            clients = plan.client[block.rows][survivors.numpy()]
+            self._rows.keep(self._phase, block.variant, plan.round, clients, kept, self._order)
 
     def _job(self, plan: RoundPlan, block: Block) -> Job:
         rows = block.rows

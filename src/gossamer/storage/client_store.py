@@ -8,6 +8,10 @@ client that ever stored a row, and `index` returns them for the commit. Reading 
 When dead rows outnumber live ones at a commit, the live ones are copied to a new generation. The old generation is
 deleted once none of the last `keep` commits refers to it, so that each of those can be resumed from.
 
+Several processes can share a store on one disk: one of them has the store, the others append to files of their own,
+``<directory>/<namespace>.<part>.<generation>.rows``, and tell it, see `gossamer.storage.row_files.SharedRows`. A client's
+row is in one of these files, whichever was written last. Any number of processes, also one, can go on with them.
+
 The order of a commit, with the same `keep` on both sides:
 
     index = store.index()                                  # compacts and fsyncs first
@@ -22,18 +26,17 @@ takes more than
     row_bytes * (2 * keep * live + written)                after each `release`
 
 because a generation holds at most 2 * live rows at a commit, rows put after that count in `written`, and there are at
-most `keep` committed generations, one left by a failed commit and one being written.
+most `keep` committed generations, one left by a failed commit and one being written. That holds for the files of each
+part, and `live` is the sum of theirs.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,64 +44,20 @@ from numpy.typing import NDArray
 
 from gossamer.errors import CheckpointError, ConfigError, storage_errors
 from gossamer.storage.disk import sync, write_at
+from gossamer.storage.row_files import FLOATS, Address, Work, packed, read_intact, settle
+from gossamer.storage.row_tables import Table, parse_index
 
 CLIENTS = "clients"  # folder of a run that its store is in
-_PREFIX = "clientstore"
-_FLOATS: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
 _NAMESPACE = re.compile(r"[A-Za-z0-9_-]+")
-_FILE = re.compile(rf"({_NAMESPACE.pattern})\.(\d+)\.rows")
-
-
-@dataclass
-class _Table:
-    """One namespace: its current file, and the position of each client's row in it.
-
-    Attributes:
-        num_rows: rows in the current generation's file, including dead ones.
-        clients: i64[m], ascending; slots: i64[m], position in the file; checksums: i64[m], CRC-32 of the row's bytes.
-        committed: generations of the last `keep` commits, newest last.
-        issued: generation in the `index` of a commit that may or may not have succeeded since then.
-    """
-
-    width: int
-    itemsize: int
-    generation: int = 0
-    num_rows: int = 0
-    descriptor: int | None = None
-    clients: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    slots: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    checksums: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    committed: list[int] = field(default_factory=list)
-    issued: int | None = None
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return self.itemsize * self.width
-
-    def find(self, clients: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Return the position of each client in the index, or where it would go, and whether it is there."""
-        positions = np.searchsorted(self.clients, clients)
-        present = np.zeros(len(clients), bool)
-        inside = positions < len(self.clients)
-        present[inside] = self.clients[positions[inside]] == clients[inside]
-        return positions, present
-
-    def point(self, clients: NDArray[np.int64], slots: NDArray[np.int64], checksums: NDArray[np.int64]) -> None:
-        """Set the slots of distinct `clients`."""
-        order = np.argsort(clients)
-        clients, slots, checksums = clients[order], slots[order], checksums[order]
-        positions, present = self.find(clients)
-        self.slots[positions[present]] = slots[present]
-        self.checksums[positions[present]] = checksums[present]
-        gaps = positions[~present]
-        self.clients = np.insert(self.clients, gaps, clients[~present])
-        self.slots = np.insert(self.slots, gaps, slots[~present])
-        self.checksums = np.insert(self.checksums, gaps, checksums[~present])
+_FILE = re.compile(rf"({_NAMESPACE.pattern}(?:\.\d+)?)\.(\d+)\.rows")
 
 
 class ClientStore:
-    """Rows by (client, namespace) in `directory`; one writer at a time."""
+    """Rows by (client, namespace) in `directory`; one store of it at a time.
+
+    Attributes:
+        settle: what does the work before a commit; by default this process, with all files.
+    """
 
     def __init__(self, directory: Path, keep: int = 2, dtype: torch.dtype = torch.float32) -> None:
         """Open `directory`, create it if needed; if it already holds rows, call `restore` before `put`.
@@ -114,15 +73,16 @@ class ClientStore:
         if keep < 2:
             raise ConfigError(f"cannot keep {keep} commits of client state: keep at least 2, as many as checkpoints")
         self.directory = Path(directory)
-        self.keep, self._dtype, self._float = keep, dtype, _FLOATS[dtype]
-        self._tables: dict[str, _Table] = {}
+        self.keep, self._dtype, self._float = keep, dtype, FLOATS[dtype]
+        self._tables: dict[str, Table] = {}  # by namespace, and the number of a part behind a dot
+        self.settle: Callable[[Sequence[Work]], None] = partial(settle, self.directory)
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
 
     @property
     def namespaces(self) -> list[str]:
         """The namespaces that were declared, or found in a commit."""
-        return list(self._tables)
+        return list(dict.fromkeys(name.partition(".")[0] for name in self._tables))
 
     def declare(self, namespace: str, width: int) -> None:
         """Set the number of floats in a row of `namespace`; setting it again has no effect.
@@ -134,7 +94,7 @@ class ClientStore:
             raise ConfigError(f"{namespace!r} cannot name client state: use letters, digits, '-' and '_'")
         if width < 1:
             raise ConfigError(f"client state {namespace!r} has width {width}: the width must be at least 1")
-        table = self._tables.setdefault(namespace, _Table(width, self._float.itemsize))
+        table = self._tables.setdefault(namespace, Table(width, self._float.itemsize))
         if table.width != width:
             raise ConfigError(
                 f"client state {namespace!r} has width {table.width}, not {width}: keep the run's model, or"
@@ -153,20 +113,19 @@ class ClientStore:
         Raises:
             CheckpointError: a row cannot be read, or its checksum differs.
         """
-        table = self._tables[namespace]
         names = clients.numpy()
-        positions, present = table.find(names)
-        rows = torch.zeros(len(names), table.width, dtype=self._dtype)
-        view = rows.numpy()
-        for i in np.flatnonzero(present):
-            content = self._read_row(namespace, table, int(table.slots[positions[i]]))
-            if zlib.crc32(content) != table.checksums[positions[i]]:
-                raise CheckpointError(
-                    f"the row of client {names[i]} in {str(self._path(namespace, table.generation))!r} is damaged (its"
-                    " CRC-32 differs): resume from an earlier checkpoint, or start a new run"
-                )
-            view[i] = np.frombuffer(content, self._float)
-        return rows, torch.from_numpy(present)
+        rows = torch.zeros(len(names), self._tables[namespace].width, dtype=self._dtype)
+        view, found = rows.numpy(), np.zeros(len(names), bool)
+        for name, table in self._tables_of(namespace):
+            positions, present = table.find(names)
+            found |= present
+            path = self._path(name, table.generation)
+            for i in np.flatnonzero(present):
+                slot, checksum = (int(one[positions[i]]) for one in (table.slots, table.checksums))
+                descriptor = self._readable(name, table)
+                content = read_intact(descriptor, path, table.row_bytes, slot, checksum, int(names[i]))
+                view[i] = np.frombuffer(content, self._float)
+        return rows, torch.from_numpy(found)
 
     def put(self, namespace: str, clients: torch.Tensor, rows: torch.Tensor) -> None:
         """Append the rows of distinct clients; `get` returns these from now on, while earlier commits keep their own.
@@ -191,27 +150,65 @@ class ClientStore:
             )
         if not len(names):
             return
-        content = np.ascontiguousarray(rows.detach().cpu().numpy(), self._float)
-        checksums = np.array([zlib.crc32(row.data) for row in content], np.int64)
-        descriptor = self._open(namespace, table)
+        content, checksums = packed(rows)
+        descriptor = self._writable(namespace, table)
         with storage_errors(self._path(namespace, table.generation)):
-            write_at(descriptor, content.data.cast("B"), table.num_rows * table.row_bytes)
-        table.point(names, table.num_rows + np.arange(len(names)), checksums)
-        table.num_rows += len(names)
+            write_at(descriptor, content, table.num_rows * table.row_bytes)
+        self._append(namespace, names, checksums)
+
+    # ---- several processes
+
+    def addresses(self, namespace: str, clients: NDArray[np.int64]) -> list[Address | None]:
+        """Return where the rows of clients are, int64 [s]; None of those that have none."""
+        found: list[Address | None] = [None] * len(clients)
+        for name, table in self._tables_of(namespace):
+            positions, present = table.find(clients)
+            file = self._path(name, table.generation).name
+            for i in np.flatnonzero(present).tolist():
+                at = positions[i]
+                found[i] = Address(file, int(table.slots[at]), int(table.checksums[at]))
+        return found
+
+    def place(self, namespace: str, part: int) -> tuple[str, int]:
+        """Return the file to which the process `part` appends, and the rows that it holds."""
+        name = _name_of(namespace, part)
+        width = self._tables[namespace].width
+        table = self._tables.setdefault(name, Table(width, self._float.itemsize))
+        return self._path(name, table.generation).name, table.num_rows
+
+    def record(
+        self, namespace: str, part: int, clients: NDArray[np.int64], checksums: NDArray[np.int64]
+    ) -> None:
+        """Take over rows of distinct clients, which the process `part` has appended at its `place`."""
+        name = _name_of(namespace, part)
+        self._close(self._tables[name])  # to read, later, what has been written by then
+        self._tables[name].is_made = True
+        self._append(name, clients, checksums)
+
+    # ---- commits
 
     def sync(self) -> None:
-        """Copy live rows to a new generation where dead ones outnumber them, then sync all files to the disk.
+        """Copy live rows to a new generation where dead ones outnumber them, and sync all files to the disk.
 
         Raises:
             CheckpointError: a live row cannot be read.
             StorageError: the disk refuses a write; the store is unchanged.
         """
-        for namespace, table in self._tables.items():
+        work, copied = list[Work](), list[tuple[str, Table, NDArray[np.int64]]]()
+        for name, table in self._tables.items():
+            file = self._path(name, table.generation).name if table.is_made else None
+            order, target = np.argsort(table.slots), None
             if table.num_rows > 2 * len(table.clients):
-                self._compact(namespace, table)
-            if table.descriptor is not None:
-                with storage_errors(self._path(namespace, table.generation)):
-                    os.fsync(table.descriptor)
+                target = self._path(name, table.generation + 1).name
+                copied.append((name, table, order))
+            part = int(name.partition(".")[2] or 0)
+            work.append(Work(part, file, target, table.slots[order], table.row_bytes))
+        self.settle(work)
+        for name, table, order in copied:
+            self._close(table)
+            table.generation, table.num_rows = table.generation + 1, len(order)
+            table.slots[order] = np.arange(len(order))
+            self._delete_unneeded(name, table)
         with storage_errors(self.directory):
             sync(self.directory)
 
@@ -226,16 +223,9 @@ class ClientStore:
         """
         self.sync()
         arrays: dict[str, torch.Tensor] = {}
-        for namespace, table in self._tables.items():
+        for name, table in self._tables.items():
             table.issued = table.generation
-            parts = {
-                "clients": table.clients,
-                "slots": table.slots,
-                "checksums": table.checksums,
-                "file": np.array([table.width, table.generation, table.num_rows], np.int64),
-                "committed": np.array([*table.committed, table.issued][-self.keep :], np.int64),
-            }
-            arrays |= {f"{_PREFIX}/{namespace}/{part}": torch.from_numpy(array.copy()) for part, array in parts.items()}
+            arrays |= table.arrays(name, self.keep)
         return arrays
 
     def release(self) -> None:
@@ -262,9 +252,9 @@ class ClientStore:
             ConfigError: a namespace was declared with another width.
             StorageError: the disk refuses a write.
         """
-        restored = _parse_index(index, self._float.itemsize)
-        for namespace, table in restored.items():
-            if namespace in self._tables:
+        restored = parse_index(index, self._float.itemsize)
+        for name, table in restored.items():
+            if (namespace := name.partition(".")[0]) in self._tables:
                 self.declare(namespace, table.width)
             path, needed = self._path(namespace, table.generation), table.num_rows * table.row_bytes
             size = path.stat().st_size if path.exists() else 0
@@ -274,7 +264,7 @@ class ClientStore:
                     " checkpoint, or start a new run"
                 )
         self.close()
-        self._tables = {name: _Table(table.width, table.itemsize) for name, table in self._tables.items()} | restored
+        self._tables = {name: Table(table.width, table.itemsize) for name, table in self._tables.items()} | restored
         for path, namespace, _ in self._files():
             if namespace not in restored:
                 with storage_errors(path):
@@ -284,7 +274,7 @@ class ClientStore:
             path = self._path(namespace, table.generation)
             with storage_errors(path):
                 if path.exists():
-                    table.descriptor = os.open(path, os.O_RDWR)
+                    table.descriptor, table.is_made = os.open(path, os.O_RDWR), True
                     os.ftruncate(table.descriptor, table.num_rows * table.row_bytes)
 
     def attach(self, index: Mapping[str, torch.Tensor]) -> None:
@@ -293,7 +283,7 @@ class ClientStore:
         Raises:
             CheckpointError: the index is malformed, or a file cannot be read.
         """
-        self._tables = _parse_index(index, self._float.itemsize)
+        self._tables = parse_index(index, self._float.itemsize)
         for namespace, table in self._tables.items():
             path = self._path(namespace, table.generation)
             try:
@@ -304,9 +294,27 @@ class ClientStore:
     def close(self) -> None:
         """Close the files; a later `put` or `get` needs `restore` first."""
         for table in self._tables.values():
-            if table.descriptor is not None:
-                os.close(table.descriptor)
-                table.descriptor = None
+            self._close(table)
+            table.is_made = False
+
+    # ---- inside
+
+    def _tables_of(self, namespace: str) -> Iterator[tuple[str, Table]]:
+        """Yield the tables of a namespace, by their names."""
+        return ((name, one) for name, one in self._tables.items() if name.partition(".")[0] == namespace)
+
+    def _append(self, name: str, clients: NDArray[np.int64], checksums: NDArray[np.int64]) -> None:
+        """Take over rows that were appended to the file of a table."""
+        for other, table in self._tables_of(name.partition(".")[0]):
+            if other == name:
+                table.append(clients, checksums)
+            else:
+                table.forget(clients)
+
+    def _close(self, table: Table) -> None:
+        if table.descriptor is not None:
+            os.close(table.descriptor)
+            table.descriptor = None
 
     def _path(self, namespace: str, generation: int) -> Path:
         return self.directory / f"{namespace}.{generation}.rows"
@@ -316,82 +324,40 @@ class ClientStore:
         found = [(path, _FILE.fullmatch(path.name)) for path in self.directory.iterdir() if path.is_file()]
         return [(path, match[1], int(match[2])) for path, match in found if match]
 
-    def _open(self, namespace: str, table: _Table) -> int:
+    def _writable(self, name: str, table: Table) -> int:
+        """Return the descriptor of the current file of a table, which is made if needed."""
         if table.descriptor is None:
-            path = self._path(namespace, table.generation)
+            path, new = self._path(name, table.generation), 0 if table.is_made else os.O_CREAT | os.O_EXCL
             with storage_errors(path):
                 try:
-                    table.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                    table.descriptor = os.open(path, os.O_RDWR | new, 0o666)
                 except FileExistsError as error:
                     raise CheckpointError(
                         f"{str(path)!r} holds rows of an earlier run: restore its index, or an empty one to remove them"
                     ) from error
+            table.is_made = True
         return table.descriptor
 
-    def _read_row(self, namespace: str, table: _Table, slot: int) -> bytes:
-        path = str(self._path(namespace, table.generation))
+    def _readable(self, name: str, table: Table) -> int:
+        """Return the descriptor of the current file of a table, which holds rows."""
+        path = self._path(name, table.generation)
+        if table.descriptor is None and not table.is_made:
+            raise CheckpointError(f"{str(path)!r} is closed: restore the store before reading from it")
         if table.descriptor is None:
-            raise CheckpointError(f"{path!r} is closed: restore the store before reading from it")
-        try:
-            content = os.pread(table.descriptor, table.row_bytes, slot * table.row_bytes)
-        except OSError as error:
-            raise CheckpointError(f"cannot read row {slot} of {path!r} ({error.strerror}): check the disk") from error
-        if len(content) != table.row_bytes:
-            raise CheckpointError(f"{path!r} ends before its row {slot}: resume from an earlier checkpoint")
-        return content
+            try:
+                table.descriptor = os.open(path, os.O_RDWR)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {str(path)!r} ({error.strerror}): restore it") from error
+        return table.descriptor
 
-    def _delete_unneeded(self, namespace: str, table: _Table) -> None:
+    def _delete_unneeded(self, namespace: str, table: Table) -> None:
         needed = {table.generation, table.issued, *table.committed}
         for path, name, generation in self._files():
             if name == namespace and generation not in needed:
                 with storage_errors(path):
                     path.unlink()
 
-    def _compact(self, namespace: str, table: _Table) -> None:
-        """Copy the live rows, in the order of the file, to the next generation; their checksums stay as they are."""
-        order = np.argsort(table.slots)
-        fresh = _Table(table.width, table.itemsize, table.generation + 1)
-        target = self._path(namespace, fresh.generation)
-        descriptor = self._open(namespace, fresh)
-        try:
-            for position, slot in enumerate(table.slots[order].tolist()):
-                content = self._read_row(namespace, table, slot)
-                with storage_errors(target):
-                    write_at(descriptor, memoryview(content), position * table.row_bytes)
-        except BaseException:
-            os.close(descriptor)
-            target.unlink(missing_ok=True)
-            raise
-        if table.descriptor is not None:
-            os.close(table.descriptor)
-        table.generation, table.num_rows, table.descriptor = fresh.generation, len(order), descriptor
-        table.slots[order] = np.arange(len(order))
-        self._delete_unneeded(namespace, table)
 
-
-def _parse_index(index: Mapping[str, torch.Tensor], itemsize: int) -> dict[str, _Table]:
-    found: dict[str, dict[str, NDArray[np.int64]]] = {}
-    for name, array in index.items():
-        prefix, _, rest = name.partition("/")
-        if prefix == _PREFIX:
-            namespace, _, part = rest.partition("/")
-            found.setdefault(namespace, {})[part] = array.numpy().copy()
-    tables = {}
-    for namespace, parts in found.items():
-        try:
-            width, generation, num_rows = parts["file"].tolist()
-            tables[namespace] = _Table(
-                width,
-                itemsize,
-                generation,
-                num_rows,
-                clients=parts["clients"],
-                slots=parts["slots"],
-                checksums=parts["checksums"],
-                committed=parts["committed"].tolist(),
-            )
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"the index of client state {namespace!r} is malformed ({error}): resume from an earlier checkpoint"
-            ) from error
-    return tables
+def _name_of(namespace: str, part: int) -> str:
+    """Return the name of the table that a process writes."""
+    return f"{namespace}.{part}" if part else namespace

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +15,13 @@ from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.collective.group import DTYPES, Group, Message
 from gossamer.engines.collective.world import Letter
+from gossamer.engines.private_rows import PrivateRows
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.worker import Worker, named_arrays
 from gossamer.engines.updating import Collected, update_
 from gossamer.plan import RoundPlan
+from gossamer.storage.row_files import Address, SharedRows, Work, settle
 from gossamer.threads import one_thread
 
 Key = tuple[int, str]  # number of a variant, name of a payload
@@ -26,9 +30,22 @@ Key = tuple[int, str]  # number of a variant, name of a payload
 class ClientRank:
     """Trains and evaluates for a federation, with a copy of the server's state; on every rank alike."""
 
-    def __init__(self, task: Task, group: Group, state: Arrays, order: Arrays) -> None:
-        """Bind a task, the group of all ranks, and the arrays of the state and the order of channels."""
+    def __init__(self, task: Task, group: Group, state: Arrays, order: Arrays, store: Message | None) -> None:
+        """Bind a task.
+
+        Args:
+            task: task that trains the clients.
+            group: the group of all ranks.
+            state, order: the arrays of the state and the order of channels, changed in place.
+            store: ``directory`` of the store of private client state, and ``dtype``; None: the clients keep none.
+        """
         self._task, self._group, self._state, self._order = task, group, state, order
+        self._shared, dtype = None, torch.float32
+        if store is not None:
+            dtype = DTYPES[store["dtype"]]
+            self._shared = SharedRows(Path(store["directory"]), task.stored_arrays, dtype)
+        self._rows = PrivateRows(self._shared, dtype)
+        self._private: list[tuple[Task, Job, BlockResult]] = []  # of the phase, until it is known what is used
         self._counts: dict[int, int] = {}
         self._summed: dict[Key, Tensor] = {}
         self._worker = Worker(task, state, order, torch.zeros(0, 0))
@@ -43,8 +60,10 @@ class ClientRank:
             return self._train(message, arrays)
         if kind == "sums":
             return self._all_sums() if message["on_all_ranks"] else self._sums()
-        if kind == "update":
-            return self._update(message, arrays)
+        if kind == "finish":
+            return self._finish(message, arrays)
+        if kind == "settle":
+            return self._settle(message, arrays)
         with one_thread():
             jobs = [{**message["job"], "chunk": chunk} for chunk in message["chunks"]]
             return Letter({"replies": [self._worker.handle(job) for job in jobs]})
@@ -63,31 +82,38 @@ class ClientRank:
 
         Args:
             message: ``jobs``; ``counts``, the rows of each variant in the phase where these are added up, or null where
-                blocks are trained again; ``bound``, of an update's norm, beyond which a block is not used, or null.
-            arrays: private rows of the jobs' clients, job after job.
+                blocks are trained again; ``bound``, of an update's norm, beyond which a block is not used, or null;
+                ``known``, namespace, client and address of each private row of the jobs' clients.
+            arrays: none.
         """
         jobs = [Job.of_message(one) for one in message["jobs"]]
         trainer = self._worker.trainers[message["phase"]]
-        uplink, names = trainer.task.algorithm.traits.uplink, trainer.task.client_arrays
+        uplink = trainer.task.algorithm.traits.uplink
+        known = {(name, client): Address(*rest) for name, client, *rest in message["known"]}
+        if self._shared is not None:
+            self._shared.known = known if message["counts"] is not None else self._shared.known | known
         if message["counts"] is not None:
+            self._private = []
             self._counts = {int(variant): count for variant, count in message["counts"].items()}
             self._trees = {(v, name): TreeSum(n) for v, n in self._counts.items() if n for name in uplink}
         bound = math.inf if message["bound"] is None else message["bound"]
         replies, returned = list[dict[str, Any]](), list[Tensor]()
-        for number, job in enumerate(jobs):
-            rows = dict(zip(names, arrays[number * len(names) : (number + 1) * len(names)], strict=True))
+        for job in jobs:
             with one_thread():
-                result = trainer.train(job, rows)
+                result = trainer.train(job, self._rows.of_job(trainer.task, job, self._order))
             again = any(norm > bound for norm in result.norm)
-            kept = [] if again else self._keep(result, trainer.task)
+            kept = [] if again else self._keep(result, trainer.task, job)
             replies.append({"loss": result.loss, "finite": result.finite, "norm": result.norm})
             replies[-1]["arrays"] = [[name, part] for name, part, _ in kept]
             returned += [value.clone() for *_, value in kept]
         return Letter({"blocks": replies}, returned)
 
-    def _keep(self, result: BlockResult, task: Task) -> list[tuple[str, int, Tensor]]:
-        """Add up what a block returns; return what is not added up, see `named_arrays`."""
+    def _keep(self, result: BlockResult, task: Task, job: Job) -> list[tuple[str, int, Tensor]]:
+        """Add up what a block returns; return what is not added up, see `named_arrays`; private rows stay here."""
         block = result.block
+        private = {name: rows.clone() for name, rows in result.private.items()}
+        self._private.append((task, job, replace(result, payload={}, private=private)))
+        result.private = {}
         for name in [name for name in result.payload if task.is_summed(block.variant, name)]:
             for part, value in enumerate(result.payload.pop(name)):
                 self._trees[block.variant, name].add(block.first_tile + part, value, level=block.tile.bit_length() - 1)
@@ -108,18 +134,38 @@ class ClientRank:
         levels = {key: (self._counts[key[0]] - 1).bit_length() for key in self._summed}
         return Letter({"sums": [[*key, levels[key], 0, True] for key in self._summed]}, [*self._summed.values()])
 
-    def _update(self, message: Message, arrays: list[Tensor]) -> Letter:
-        """Do at this rank the update that rank 0 does at its own; the state stays the same on all of them.
+    def _finish(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Do at this rank the update that rank 0 does at its own; the state stays the same on all. Keep private rows.
 
         Args:
-            message: ``round``, ``phase`` and ``lr`` of the plan.
-            arrays: its participants, weights, steps and variants, and whose update is used.
+            message: ``round``, ``phase`` and ``lr`` of the plan; whether the sums ``on_all_ranks`` are to update with;
+                ``places`` where private rows are appended, see `SharedRows`.
+            arrays: the plan's participants, weights, steps and variants, and whose update is used.
+
+        Returns:
+            ``kept``: namespaces; arrays: clients and checksums of each, int64.
         """
-        if self._group.rank:
+        if self._group.rank and message["on_all_ranks"]:
             client, weight, steps, variant, kept = (value.numpy() for value in arrays)
             plan = RoundPlan(message["round"], message["phase"], client, weight, steps, variant, message["lr"])
             update_(self._task, self._state, self._order, plan, kept, Collected(self._summed))
         self._summed = {}
+        if self._shared is None:
+            return Letter({"kept": []})
+        self._shared.places = {name: (file, num_rows) for name, (file, num_rows) in message["places"].items()}
+        for task, job, result in self._private:
+            used = torch.tensor(result.finite)
+            rows = {name: value[used] for name, value in result.private.items()}
+            with one_thread():
+                self._rows.keep(task, job.block.variant, job.round, job.client[used.numpy()], rows, self._order)
+        self._private, found = [], self._shared.take()
+        return Letter({"kept": [*found]}, [array for pair in found.values() for array in pair])
+
+    def _settle(self, message: Message, arrays: list[Tensor]) -> Letter:
+        """Copy and sync files of rows, see `gossamer.storage.row_files.settle`."""
+        assert self._shared is not None
+        described = zip(message["work"], arrays, strict=True)
+        settle(self._shared.directory, [Work(*one, slots.numpy(), row_bytes) for (*one, row_bytes), slots in described])
         return Letter({})
 
 

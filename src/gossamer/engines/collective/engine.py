@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ from gossamer.engines.collective.world import Letter, current_world
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.server import FederatedEngine
 from gossamer.engines.task import Task, require_devices
-from gossamer.engines.training.job import BlockResult
+from gossamer.engines.training.job import BlockResult, Job
 from gossamer.errors import ConfigError
 from gossamer.plan import Block, RoundPlan
 from gossamer.storage.client_store import ClientStore
+from gossamer.storage.row_files import Work
 from gossamer.workloads.base import Sums
 
 
@@ -35,14 +37,21 @@ class CollectiveEngine(FederatedEngine):
             store: store of private client state, on rank 0; needed if the algorithm keeps some.
 
         Raises:
-            ConfigError: this process was not started by torchrun, or there are more ranks than clients.
+            ConfigError: this process was not started by torchrun, or there are more ranks than clients, or a rank does
+                not see the directory of private client state.
         """
         require_devices(task)
         keep_freed_memory()
-        self._world = current_world()
+        self._world, self._store = current_world(), store
         require_enough(self._world.size, task.workload.num_clients, "clients")
         super().__init__(task, {name: value.clone() for name, value in state.items()}, store, setup, self._world.size)
-        self._world.begin(ClientRank(task, self._world.group, self._state, self._order), setup)
+        shared = None
+        if store is not None:
+            self._world.require_shared(store.directory)
+            store.settle = self._settle
+            shared = {"directory": os.path.abspath(store.directory), "dtype": str(self._state["x"].dtype)}
+        rank = ClientRank(task, self._world.group, self._state, self._order, shared)
+        self._world.begin(rank, setup, store=shared)
         self._is_fresh = False  # whether all ranks have the state
         self._counts: dict[int, int] | None = None  # rows of each variant, until all ranks know them
 
@@ -58,15 +67,6 @@ class CollectiveEngine(FederatedEngine):
         """Replace state arrays; the other ranks get them when they need them."""
         super().write(state)
         self._is_fresh = False
-
-    def exchange(self, plan: RoundPlan) -> None:
-        """Update the state: here, and where all ranks have the sums, at each of them."""
-        super().exchange(plan)
-        self._is_fresh = self._is_fresh and self._is_summed
-        if self._is_summed:
-            message = {"kind": "update", "round": plan.round, "phase": plan.phase, "lr": plan.lr}
-            fields = (plan.client, plan.weight, plan.steps, plan.variant, self.survivors(plan))
-            self._world.ask_all(message, [torch.from_numpy(np.ascontiguousarray(value)) for value in fields])
 
     def close(self) -> None:
         """Let the other ranks forget the task."""
@@ -107,13 +107,55 @@ class CollectiveEngine(FederatedEngine):
         letters = []
         for share in shares:
             jobs = [self._job(plan, block) for block in share]
-            private = [value for job in jobs for value in self._client_state(job).values()]
-            letters.append(Letter({**message, "jobs": [job.message() for job in jobs]}, private))
+            letters.append(Letter({**message, "jobs": [job.message() for job in jobs], "known": self._known(jobs)}))
         self._counts = None
         for share, (reply, arrays) in zip(shares, self._world.ask(letters), strict=True):
             values = iter(arrays)
             for block, described in zip(share, reply["blocks"], strict=True):
                 yield self._returned(block, described, [next(values) for _ in described["arrays"]])
+
+    def _known(self, jobs: Sequence[Job]) -> list[list[Any]]:
+        """Return namespace, client and address of the private rows of jobs."""
+        if self._store is None or not jobs:
+            return []
+        clients = np.concatenate([job.client for job in jobs])
+        return [
+            [name, client, *address]
+            for name in self._phase.client_arrays
+            for client, address in zip(clients.tolist(), self._store.addresses(name, clients), strict=True)
+            if address is not None
+        ]
+
+    def _keep_private(self, plan: RoundPlan) -> None:
+        """Let all ranks keep the survivors' private rows, and update the state where they have the sums."""
+        self._is_fresh = self._is_fresh and self._is_summed
+        if not self._is_summed and self._store is None:
+            return
+        message = {"kind": "finish", "round": plan.round, "phase": plan.phase, "lr": plan.lr}
+        message["on_all_ranks"] = self._is_summed
+        fields = (plan.client, plan.weight, plan.steps, plan.variant, self.survivors(plan))
+        arrays = [torch.from_numpy(np.ascontiguousarray(value)) for value in fields]
+        letters = [Letter({**message, "places": self._places(rank)}, arrays) for rank in range(self._world.size)]
+        for rank, (reply, found) in enumerate(self._world.ask(letters)):
+            for name, clients, checksums in zip(reply["kept"], found[::2], found[1::2], strict=True):
+                assert self._store is not None
+                self._store.record(name, rank, clients.numpy(), checksums.numpy())
+
+    def _places(self, rank: int) -> dict[str, tuple[str, int]]:
+        """Return where a rank appends private rows."""
+        if self._store is None:
+            return {}
+        return {name: self._store.place(name, rank) for name in self._store.namespaces}
+
+    def _settle(self, work: Sequence[Work]) -> None:
+        """Have the ranks copy and sync files of private rows; those of ranks that are no more are shared out."""
+        letters = []
+        for rank in range(self._world.size):
+            own = [one for one in work if one.part % self._world.size == rank]
+            described = [[one.part, one.source, one.target, one.row_bytes] for one in own]
+            slots = [torch.from_numpy(one.slots) for one in own]
+            letters.append(Letter({"kind": "settle", "work": described}, slots))
+        self._world.ask(letters)
 
     def _returned(self, block: Block, described: Mapping[str, Any], arrays: Sequence[Tensor]) -> BlockResult:
         """Put together what a rank returned of a block; what is added up stays with the rank."""

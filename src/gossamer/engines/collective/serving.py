@@ -106,4 +106,4 @@ def handler_of(message: Message, group: Group) -> Handler:
     group.limit(message["timeout_seconds"])
     if task.topology is not None:
         return PeerRank(task, group, message["spans"], message["bounds"])
-    return ClientRank(task, group, dict[str, Tensor](), dict[str, Tensor]())
+    return ClientRank(task, group, dict[str, Tensor](), dict[str, Tensor](), message["store"])
