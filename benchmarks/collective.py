@@ -6,7 +6,7 @@ one-peer exponential graph against DistributedDataParallel, the same model and b
 and the bytes that a process sends, as the operating system counts those of its connections and as gossamer does.
 ``sums``: the exchange of engine collective, sums completed in shards in the order of a tree, against `all_reduce` of
 as many floats, 4 processes. ``round``: a round of the CNN of federated_round.py on 2 ranks of engine collective, on 2
-workers of the local engine, and by pfl under torchrun.
+workers of the local engine, and by pfl under torchrun. ``memory``: the peak memory of a rank, by the number of ranks.
 
 Contenders run in turn, each in processes of its own, which all are of one machine and talk over loopback.
 """
@@ -33,6 +33,7 @@ sys.path.insert(0, str(RIVALS))
 import torch
 import torch.distributed as dist
 from common import RoundClock
+from rank_memory import measure_memory
 from torch import Tensor, nn
 
 import gossamer.distributed as gd
@@ -256,7 +257,8 @@ def measure_round(arguments: argparse.Namespace, gate: Gate) -> Report:
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["exchange", "training", "sums", "round"], help="measure one")
+    parts = ["exchange", "training", "sums", "round", "memory"]
+    parser.add_argument("--only", choices=parts, help="measure one")
     parser.add_argument("--repeats", type=int, default=3, help="times that each contender is started")
     parser.add_argument("--rounds", type=int, default=50, help="timed rounds each time")
     parser.add_argument("--warmup", type=int, default=5, help="rounds before")
@@ -268,6 +270,7 @@ def main() -> None:
         "training": measure_training,
         "sums": measure_sums,
         "round": measure_round,
+        "memory": lambda arguments, gate: measure_memory(),
     }
     found = {name: measure(arguments, gate) for name, measure in measures.items() if arguments.only in (None, name)}
     print(json.dumps({"benchmark": "collective", "machine": before, **gate.report(), **found}, indent=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from gossamer.submodel import Cutter, Layout
 from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload, find_workload, require_workload
+from gossamer.workloads.samples import reading_later
 
 
 def task_of(config: Mapping[str, Any], data: Any = None) -> Task:
@@ -124,6 +126,8 @@ def load_workload(config: Config, data: Any = None) -> Workload:
     Raises:
         GossamerError: its options are wrong, its data missing or malformed, or one of its plug-ins fails.
     """
+    # Of peers on ranks, each rank has the samples of its own, see `Workload.hold`.
+    loading = reading_later() if config.engine.name == "collective" and config.peers is not None else nullcontext()
     (name, options), partition = split(config.workload), config.population.partition
     make = find_workload(name)
     given: dict[str, Any] = {} if data is None else {"data": data}
@@ -132,7 +136,7 @@ def load_workload(config: Config, data: Any = None) -> Workload:
     precision = config.train.precision
     if precision == "float64" and "dtype" in inspect.signature(make).parameters:
         given["dtype"] = torch_dtype(precision)
-    with plugin_errors(f"workload {config.workload} on partition {partition['name']!r}"):
+    with plugin_errors(f"workload {config.workload} on partition {partition['name']!r}"), loading:
         workload = make(options, num_clients=config.population.num, partition=partition, seed=config.seed, **given)
     require_workload(f"workload {name!r}", workload)
     return workload

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from gossamer.errors import CheckpointError, ConfigError, StorageError
+from gossamer.errors import CheckpointError, ConfigError, EngineError, StorageError
 from gossamer.storage import checkpoint
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints
 from gossamer.storage.jsonl import Position
@@ -391,6 +391,49 @@ def test_a_kill_at_any_step_leaves_the_previous_or_the_new_commit(tmp_path: Path
     assert rounds == sorted(rounds)
     assert set(rounds) == {2, 3}
     assert names(directory) == ["00000002", "00000003"]
+
+
+def save_rows(directory: Path) -> dict[str, dict[str, Any]]:
+    """Write what two other processes have."""
+    for number in range(2):
+        checkpoint.save_arrays(
+            directory / checkpoint.ROWS.format(number), {"rows": torch.arange(6).view(3, 2) + number}
+        )
+    return {path.name: checkpoint.describe_file(path) for path in sorted(directory.iterdir())}
+
+
+def test_rows_of_several_processes_are_one_array(tmp_path: Path) -> None:
+    store, rows = Checkpoints(tmp_path), torch.cat([torch.arange(6).view(3, 2) + number for number in range(2)])
+    path = commit(store, 1, save_rows=save_rows)
+    assert names(path) == sorted([*FILES, "rows-00000.safetensors", "rows-00001.safetensors"])
+    for found in (store.latest(), checkpoint.read_latest(tmp_path)):
+        assert found is not None
+        assert torch.equal(found.arrays["rows"], rows)
+        assert torch.equal(found.arrays["x"], state(1)["x"])
+        assert torch.equal(found.below("ro")["ws"], rows)
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"spoilt"), lambda path: path.unlink()])
+def test_rows_that_are_damaged_are_named(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
+    store = Checkpoints(tmp_path)
+    commit(store, 1)
+    spoil(commit(store, 2, save_rows=save_rows) / "rows-00001.safetensors")
+    found = store.latest()
+    assert_is(found, 1)
+    assert found is not None
+    assert "rows-00001.safetensors" in found.damaged[0]
+
+
+def test_rows_that_are_refused_leave_earlier_commits_alone(tmp_path: Path) -> None:
+    def refuse(directory: Path) -> dict[str, dict[str, Any]]:
+        save_rows(directory)
+        raise EngineError("rank 1: no space left")
+
+    store = Checkpoints(tmp_path)
+    commit(store, 1)
+    with pytest.raises(EngineError, match="no space left"):
+        commit(store, 2, save_rows=refuse)
+    assert names(tmp_path) == ["00000001"]
 
 
 def test_nothing_is_pickled(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.storage.client_store import ClientStore
+from gossamer.storage.row_files import SharedRows
 
 WIDTH = 3
 ROW_BYTES = 4 * WIDTH
@@ -50,7 +51,7 @@ def used_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-CLIENTS = st.sets(st.integers(0, NUM_CLIENTS - 1), min_size=1)
+CLIENTS = st.tuples(st.sets(st.integers(0, NUM_CLIENTS - 1), min_size=1), st.integers(0, 2))
 OPERATIONS = st.one_of(
     CLIENTS, CLIENTS, st.sampled_from(["commit", "commit", "commit fails", "killed before release", "fall back"])
 )
@@ -74,13 +75,21 @@ class Checked:
     def assert_bound(self, factor: int = 2 * (KEEP + 1)) -> None:
         assert used_bytes(self.directory) <= self.bound(factor)
 
-    def put(self, clients: set[int]) -> None:
-        """Store new rows, different from all before."""
+    def put(self, clients: set[int], part: int = 0) -> None:
+        """Store new rows, different from all before; by another process if `part` is not 0."""
         self.serial += 1
         rows = {client: torch.tensor([self.serial, client, self.serial / 7]) for client in sorted(clients)}
         self.model |= rows
         self.num_put += len(rows)
-        self.store.put("control", torch.tensor(list(rows)), torch.stack(list(rows.values())))
+        names, values = torch.tensor(list(rows)), torch.stack(list(rows.values()))
+        if not part:
+            self.store.put("control", names, values)
+            return
+        other = SharedRows(self.directory, {"control": WIDTH}, torch.float32)
+        other.places = {"control": self.store.place("control", part)}
+        other.put("control", names, values)
+        kept, checksums = other.take()["control"]
+        self.store.record("control", part, kept.numpy(), checksums.numpy())
 
     def commit(self, release: bool = True) -> None:
         index = self.store.index()
@@ -99,8 +108,8 @@ class Checked:
         self.store.restore(index)
 
     def run(self, operation: Any) -> None:
-        if isinstance(operation, (set, frozenset)):
-            self.put(set(operation))
+        if isinstance(operation, tuple):
+            self.put(*operation)
         elif operation == "commit":
             self.commit()
         elif operation == "commit fails":
@@ -140,7 +149,7 @@ def test_the_bound_holds_and_the_space_comes_back_over_many_rounds(tmp_path: Pat
     checked = Checked(tmp_path)
     with mock.patch.object(os, "fsync"):
         for round in range(60):
-            checked.put({round % NUM_CLIENTS, (round * 5 + 1) % NUM_CLIENTS})
+            checked.put({round % NUM_CLIENTS, (round * 5 + 1) % NUM_CLIENTS}, round % 3 if round < 40 else 0)
             checked.commit()
     assert checked.num_put > 15 * NUM_CLIENTS
     assert used_bytes(tmp_path) <= ROW_BYTES * (2 * KEEP * NUM_CLIENTS + 2)
@@ -190,8 +199,8 @@ def test_each_kept_commit_can_be_resumed_from_after_a_kill_at_any_instant(tmp_pa
     with before_each(("open", "fsync", "unlink", "ftruncate"), kill_here):
         for round in range(8):
             checked.put({(2 * round + i) % NUM_CLIENTS for i in range(3)})
-            checked.put({(2 * round + i) % NUM_CLIENTS for i in range(1, 4)})
+            checked.put({(2 * round + i) % NUM_CLIENTS for i in range(1, 4)}, round // 3 % 2)
             checked.commit()
-    generations = [int(path.name.split(".")[1]) for path in (tmp_path / "live").iterdir()]
+    generations = [int(path.name.split(".")[-2]) for path in (tmp_path / "live").iterdir()]
     assert min(generations) > 0  # compaction and deletion did happen
     assert num_images > 50

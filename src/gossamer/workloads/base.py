@@ -202,6 +202,12 @@ class Workload(Protocol):
         """
         return self.metrics(sums)
 
+    def hold(self, clients: NDArray[np.int64], chunks: NDArray[np.int64]) -> None:
+        """Read the samples of clients, and of chunks of the test data, now, if they would be read while training.
+
+        Called where a process trains and evaluates these and hardly any others; by default nothing is done.
+        """
+
     def params_of(self, row: Tensor) -> dict[str, Tensor]:
         """Return the whole model of a flat row [d]: what is trained, as views, and whatever is constant beside it."""
         return self.layout.views(row)

@@ -6,6 +6,7 @@ Images stay as they are stored (uint8 where they are) and are normalised when a 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -121,6 +122,14 @@ class ImageData:
     def is_lazy(self) -> bool:
         """Whether images are read when they are needed."""
         return isinstance(self.train_images, LazySamples) or isinstance(self.test_images, LazySamples)
+
+    def holding(self, train: Tensor, test: Tensor) -> ImageData:
+        """Return the same data, with images of these numbers, int64 [k], in memory, see `LazySamples.holding`."""
+        found = copy.copy(self)
+        for name, index in (("train_images", train), ("test_images", test)):
+            if isinstance(images := vars(self)[name], LazySamples):
+                object.__setattr__(found, name, images.holding(index))
+        return found
 
     def hold_out(self, share: float, seed: int) -> ImageData:
         """Return this data set with a share of its training images in the place of the test images.

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.workloads.samples import LazySamples, pieces
+
 
 def digest_of(*values: Any) -> str:
     """Return 32 hexadecimal digits that are the same in every process and change with any bit of `values` (BLAKE2b).
@@ -31,6 +33,11 @@ def _update(digest: hashlib.blake2b, value: Any) -> None:
     if isinstance(value, np.ndarray):
         digest.update(f"array {value.dtype.str} {value.shape};".encode())
         digest.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    elif isinstance(value, LazySamples) and not value.digest:  # as the same samples in memory
+        dtype = torch.empty(0, dtype=value.dtype).numpy().dtype
+        digest.update(f"array {dtype.str} {value.shape};".encode())
+        for piece in pieces(value):
+            digest.update(piece.contiguous().numpy().reshape(-1).view(np.uint8).data)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         _update(digest, {field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     elif isinstance(value, Mapping):

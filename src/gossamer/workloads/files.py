@@ -10,6 +10,7 @@ import csv
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +90,9 @@ class ImageFiles:
         assert found is not None
         return torch.from_numpy(found)
 
+    def forget(self) -> None:
+        """Do nothing: nothing is kept."""
+
 
 @takes(FolderOptions)
 def image_folder(options: Mapping[str, Any]) -> ImageData:
@@ -143,13 +147,17 @@ def _images_of(folder: Path, classes: list[str], options: FolderOptions) -> tupl
         raise DataError(f"{str(folder)!r} holds no images ({', '.join(SUFFIXES)}) in its folders: add some")
     source, rows = ImageFiles(paths, options.mode, options.size), torch.arange(len(paths))
     first = source.read(np.zeros(1, dtype=np.int64))
-    if len(paths) * first.numel() <= lazy.SMALL_BYTES:
+    if lazy.is_kept(len(paths) * first.numel()):
         return source.read(rows.numpy()), torch.tensor(labels)
+    samples = LazySamples(source, rows, tuple(first.shape[1:]), torch.uint8, "")
+    return lazy.with_digest(samples, partial(_digest, options, paths)), torch.tensor(labels)
+
+
+def _digest(options: FolderOptions, paths: Sequence[str]) -> str:
     digest = hashlib.blake2b(repr(options).encode(), digest_size=16)
     for path in paths:
         digest.update(Path(path).read_bytes())
-    samples = LazySamples(source, rows, tuple(first.shape[1:]), torch.uint8, digest.hexdigest())
-    return samples, torch.tensor(labels)
+    return digest.hexdigest()
 
 
 class TableOptions(Options):

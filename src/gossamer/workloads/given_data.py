@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from gossamer.errors import DataError, plugin_errors
 from gossamer.workloads import samples as lazy
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.sample_data import SampleData
-from gossamer.workloads.samples import ArraySource, LazySamples, Samples, digest_of_samples
+from gossamer.workloads.samples import ArraySource, LazySamples, Samples, digest_of_samples, with_digest
 
 TEST_SHARE = 0.2  # of each class, where no test data are given
 KINDS = "give a torch Dataset, a pair (train, test) of them, or arrays or tensors (x_train, y_train, x_test, y_test)"
@@ -139,11 +140,11 @@ def _made(
 
 def _of_array(array: Any, where: str) -> Samples:
     """Return samples [N, ...] of an array or a tensor; of a large array in a file, to be read later."""
-    if isinstance(array, np.memmap) and array.nbytes > lazy.SMALL_BYTES and array.ndim != 3:
+    if isinstance(array, np.memmap) and not lazy.is_kept(array.nbytes) and array.ndim != 3:
         dtype = torch.from_numpy(array[:1].copy()).dtype
         if dtype in NATIVE:
             found = LazySamples(ArraySource(array), torch.arange(len(array)), array.shape[1:], dtype, "")
-            return replace(found, digest=digest_of_samples(found))
+            return with_digest(found, partial(digest_of_samples, found))
     tensor = _normal(_as_tensor(array, where), where)
     if tensor.dim() == 1:
         return tensor[:, None]
@@ -232,6 +233,9 @@ class DatasetSource:
             found[place] = self.item(int(row))[0]
         return found
 
+    def forget(self) -> None:
+        """Do nothing: nothing is kept."""
+
 
 def item_of(dataset: Any, row: int, where: str) -> tuple[Tensor, int]:
     """Return an item of a data set as a tensor and a label.
@@ -270,7 +274,7 @@ def _of_dataset(dataset: Any, where: str) -> tuple[Samples, Tensor]:
         return torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)
     source = DatasetSource(dataset, where, item_of(dataset, 0, where)[0])
     kept = None
-    if length * source.like.numel() * source.like.itemsize <= lazy.SMALL_BYTES:
+    if lazy.is_kept(length * source.like.numel() * source.like.itemsize):
         kept = torch.empty((length, *source.like.shape), dtype=source.like.dtype)
     labels, digest = torch.empty(length, dtype=torch.int64), hashlib.blake2b(digest_size=16)
     for row in range(length):
@@ -288,8 +292,8 @@ def _of_dataset(dataset: Any, where: str) -> tuple[Samples, Tensor]:
         raise DataError(f"{where} had {length} items, and then {_length(dataset, where)}: let the length stay")
     if kept is not None:
         return kept, labels
-    rows = torch.arange(length)
-    return LazySamples(source, rows, tuple(source.like.shape), source.like.dtype, digest.hexdigest()), labels
+    samples = LazySamples(source, torch.arange(length), tuple(source.like.shape), source.like.dtype, "")
+    return with_digest(samples, digest.hexdigest), labels
 
 
 def _length(dataset: Any, where: str) -> int:

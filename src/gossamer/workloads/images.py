@@ -200,6 +200,14 @@ class ImageClassification(Supervised):
             samples["y"].view(-1).index_fill_(0, absent, 0)
         return samples
 
+    def hold(self, clients: Ints, chunks: Ints) -> None:
+        """Read the samples of clients, and of chunks of the test data, now, if they would be read while training."""
+        own = [self.partition.of_client(client) for client in clients.tolist()]
+        total, num_chunks = len(self.data.test_labels), self.num_evaluation_chunks
+        tested = [np.arange(total)[chunk_of(total, num_chunks, chunk)] for chunk in chunks.tolist()]
+        numbers = (np.concatenate([np.empty(0, np.int64), *some]) for some in (own, tested))
+        self.data = self.data.holding(*(torch.from_numpy(some) for some in numbers))
+
     def _normalised(self, images: Tensor, *, is_own: bool = False, channels_last: bool = False) -> Tensor:
         """Return images of mean 0 and deviation 1 a channel, made in pieces that stay in the cache.
 

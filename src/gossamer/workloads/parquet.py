@@ -7,7 +7,8 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +80,10 @@ class RowGroupSource:
             found[torch.from_numpy(places)] = self.recent.get(int(number), self.read_group)[inside]
         return found
 
+    def forget(self) -> None:
+        """Let go of the row groups that are kept."""
+        self.recent.held.clear()
+
     def read_group(self, number: int) -> Tensor:
         """Read a row group from its file, float32 [rows, features].
 
@@ -129,9 +134,9 @@ def read_parquet(path: str, label: str) -> tuple[list[str], Samples, list[str], 
     classes, of_row = _classes(given, label, path)
     source = RowGroupSource(groups, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), tuple(names))
     samples = LazySamples(source, torch.arange(sum(sizes)), (len(names),), torch.float32, "")
-    if lazy.num_bytes(samples) <= lazy.SMALL_BYTES:
+    if lazy.is_kept(lazy.num_bytes(samples)):
         return names, torch.cat([source.read_group(number) for number in range(len(groups))]), classes, of_row
-    return names, replace(samples, digest=_digest(files, label)), classes, of_row
+    return names, lazy.with_digest(samples, partial(_digest, files, label)), classes, of_row
 
 
 @contextmanager

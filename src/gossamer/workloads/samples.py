@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import mmap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -13,7 +16,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SMALL_BYTES = 1 << 30  # up to which samples are kept in memory, and moments are computed at once
+_later: ContextVar[bool] = ContextVar("later", default=False)
 PIECE_BYTES = 1 << 24  # that are read at a time where all samples are gone through
+
+
+@contextmanager
+def reading_later() -> Iterator[None]:
+    """Have all samples that can be read later be left in their files by what is loaded in the block, however few."""
+    token = _later.set(True)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+
+
+def is_kept(num_bytes: int) -> bool:
+    """Say whether samples of that many bytes are to be kept in memory."""
+    return num_bytes <= SMALL_BYTES and not _later.get()
 
 
 class Source(Protocol):
@@ -21,6 +40,10 @@ class Source(Protocol):
 
     def read(self, rows: NDArray[np.int64]) -> Tensor:
         """Return the samples of these numbers, [len(rows), ...], in memory of their own."""
+        ...
+
+    def forget(self) -> None:
+        """Give back the memory that is kept for the next `read`."""
         ...
 
 
@@ -33,7 +56,8 @@ class LazySamples:
         rows: int64 [N], their numbers in the source.
         sample_shape: shape of one.
         dtype: type of all of them.
-        digest: digest of what the source holds, see `gossamer.workloads.digests`.
+        digest: digest of what the source holds, see `gossamer.workloads.digests`; "": these are small enough to be
+            kept in memory, and are digested as if they were.
     """
 
     source: Source
@@ -67,6 +91,47 @@ class LazySamples:
         """Return the samples of these numbers, int64 [b], to be read later."""
         return replace(self, rows=self.rows[index])
 
+    def holding(self, index: Tensor) -> LazySamples:
+        """Return the same samples, of which those of some numbers, int64 [b], are read now and kept in memory.
+
+        If they take more than `SMALL_BYTES`, none are.
+        """
+        rows = np.unique(self.rows[index].numpy())
+        size = len(rows) * int(np.prod(self.sample_shape)) * self.dtype.itemsize
+        if not 0 < size <= SMALL_BYTES:
+            return self
+        held = HeldSource(self.source, rows, self.source.read(rows))
+        held.forget()
+        return replace(self, source=held)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldSource:
+    """Has some samples of a source in memory.
+
+    Attributes:
+        source: where the others are read from.
+        rows: int64 [k], the numbers of those in memory, ascending.
+        samples: [k, ...], these.
+    """
+
+    source: Source
+    rows: NDArray[np.int64]
+    samples: Tensor
+
+    def read(self, rows: NDArray[np.int64]) -> Tensor:
+        """Return some samples, see `Source`."""
+        places = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        are_here = self.rows[places] == rows
+        found = self.samples[torch.from_numpy(places)]
+        if not are_here.all():
+            found[torch.from_numpy(np.flatnonzero(~are_here))] = self.source.read(rows[~are_here])
+        return found
+
+    def forget(self) -> None:
+        """Give back the memory that is kept for others, see `Source`."""
+        self.source.forget()
+
 
 Samples = Tensor | LazySamples
 
@@ -83,12 +148,30 @@ class ArraySource:
 
     def read(self, rows: NDArray[np.int64]) -> Tensor:
         """Return some samples, see `Source`."""
-        return torch.from_numpy(np.ascontiguousarray(self.array[rows]))
+        found = torch.from_numpy(np.ascontiguousarray(self.array[rows]))
+        if num_bytes(found) >= PIECE_BYTES // 2:  # of a pass over all of them
+            self.forget()
+        return found
+
+    def forget(self) -> None:
+        """Give back the pages that were touched, see `Source`; those that only this process has changed must stay."""
+        if not isinstance(self.array, np.memmap) or self.array.mode not in ("r", "r+"):
+            return
+        base = self.array.base
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            base.madvise(mmap.MADV_DONTNEED)
 
 
 def take(samples: Samples, index: Tensor) -> Samples:
     """Return the samples of these numbers, int64 [b]: a copy in memory, or nothing read yet."""
     return samples.subset(index) if isinstance(samples, LazySamples) else samples[index]
+
+
+def with_digest(samples: LazySamples, digest: Callable[[], str]) -> LazySamples:
+    """Return samples with the digest of their source, where there are too many to be digested as a tensor is."""
+    return samples if num_bytes(samples) <= SMALL_BYTES else replace(samples, digest=digest())
 
 
 def num_bytes(samples: Samples) -> int:

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 
 import gossamer
 from gossamer import experiment
@@ -48,6 +52,9 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"algorithm": "fedrolex", "submodel": {"capacities": LEVELS}, "evaluation": {"by_capacity": True}}
     | {"engine": {"modes": STACKED}},
     "private state": CLIENTS | {"algorithm": "scaffold"},
+    "personal parameters": CLIENTS
+    | {"algorithm": "fedavg", "evaluation": {"num_clients": 3}, "submodel": {"capacities": [0.5, 1.0]}}
+    | {"clients": {"num": 8, "per_round": 5, "personal": ["output.*"]}, "engine": {"modes": STACKED[1:]}},
     "ranked channels": CLIENTS | {"algorithm": "fiarse", "submodel": {"capacities": LEVELS}},
     "rows of factors": CLIENTS
     | {
@@ -117,14 +124,23 @@ def require_equal(directory: Path, expected: gossamer.Run) -> None:
     assert found == [{k: v for k, v in record.items() if k not in clocks} for record in expected.metrics]
 
 
+def table_in(directory: Path) -> dict[str, str]:
+    """Write a table of nine row groups, of which a rank keeps the rows of its peers."""
+    values = np.random.default_rng(0).normal(size=(90, 3))
+    columns = {"a": values[:, 0], "b": values[:, 1], "label": (values[:, 2] > 0).astype(int)}
+    pq.write_table(pa.table(columns), directory / "rows.parquet", row_group_size=10)
+    return {"name": "table", "path": str(directory / "rows.parquet")}
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_bits(num_ranks: int, torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     """All at once, because starting processes takes longer than what they do."""
     script = tmp_path / "every.py"
     script.write_text(EVERY)
-    configs = {name: on(config, name="collective") for name, config in RUNS.items()}
+    runs = RUNS | {"table": PEERS | {"algorithm": "dsgd", "workload": {**IMAGES, "dataset": table_in(tmp_path)}}}
+    configs = {name: on(config, name="collective") for name, config in runs.items()}
     job = torchrun(num_ranks, str(script), json.dumps(configs), str(tmp_path / "collective"))
-    local = {name: gossamer.run(on(config, workers=0), out=tmp_path / "local" / name) for name, config in RUNS.items()}
+    local = {name: gossamer.run(on(config, workers=0), out=tmp_path / "local" / name) for name, config in runs.items()}
     ended(job, 0)
     for name, run in local.items():
         require_equal(tmp_path / "collective" / name, run)
@@ -156,6 +172,36 @@ def failing(self, message):
     return train(self, message)
 PeerWorker.train = failing
 app(["run", "config.yaml", "--out", "run"], prog_name="gossamer")
+"""
+
+
+def test_goes_on_with_other_ranks(torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """From one process to three ranks, two and one process again; no rank commits the rows of another."""
+    kinds = {name: RUNS[name] for name in ("push-sum", "personal parameters", "private state")}
+    kinds["push-sum"] = kinds["push-sum"] | {"peers": {"num": 9, "topology": "static-exp"}}
+    commits = {"rounds": 6, "checkpoint": {"every_seconds": 0}}
+    runs = {name: gossamer.run(config | commits, out=tmp_path / f"whole {name}") for name, config in kinds.items()}
+    for name, config in kinds.items():
+        gossamer.run(config | commits | {"rounds": 2}, out=tmp_path / name)
+    (tmp_path / "resume.py").write_text(RESUME)
+    for num_ranks, rounds in ((3, 4), (2, 5)):
+        ended(torchrun(num_ranks, "resume.py", str(rounds), *kinds), 0)
+        for name, config in kinds.items():
+            last = tmp_path / name / "checkpoints" / f"{rounds:08d}"
+            with safe_open(last / "arrays.safetensors", framework="pt") as file:
+                assert ("state.x" in file.keys()) == ("clients" in config)  # noqa: SIM118
+            assert len(list(last.glob("rows-*"))) == (0 if "clients" in config else num_ranks)
+    assert len({path.name.split(".")[1] for path in (tmp_path / "private state/clients").iterdir()}) > 1
+    for name, expected in runs.items():
+        overrides = ["engine.name=local", "engine.workers=0", "rounds=6"]
+        require_equal(experiment.resume(tmp_path / name, overrides=overrides).directory, expected)
+
+
+RESUME = """
+import sys
+from gossamer import experiment
+for name in sys.argv[2:]:
+    experiment.resume(name, overrides=["engine.name=collective", f"rounds={sys.argv[1]}"])
 """
 
 
