@@ -33,7 +33,6 @@ sys.path.insert(0, str(RIVALS))
 import torch
 import torch.distributed as dist
 from common import RoundClock
-from rank_memory import measure_memory
 from torch import Tensor, nn
 
 import gossamer.distributed as gd
@@ -41,6 +40,7 @@ from gossamer.aggregate import TreeSum
 from gossamer.engines.collective.clients import sums_of_all
 from gossamer.engines.collective.group import Group
 from gossamer.engines.memory import keep_freed_memory
+from rank_memory import measure_memory
 
 NUM_FLOATS = 1_000_000
 EXCHANGES = {"one-peer-exp": "one-peer-exp", "od-equidyn": "od-equidyn-complete"}  # contenders, and their topologies

@@ -13,11 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 RANKS = (1, 2, 4)
-NUM_PEERS, HIDDEN = 64, 4000  # models of about 0.6 million parameters: 154 MB in all
+NUM_PEERS, HIDDEN = 64, 8000  # models of about 0.6 million parameters: 154 MB in all
 NUM_SAMPLES, NUM_FEATURES = 400_000, 64  # 102 MB
 NUM_TEST = 1000
 Report = dict[str, Any]
@@ -66,7 +67,7 @@ def write_samples(folder: Path) -> None:
         columns = {f"f{number}": x[rows, number] for number in range(NUM_FEATURES)} | {"label": y[rows]}
         pq.write_table(pa.table(columns), folder / f"{split}.parquet", row_group_size=5000)
     bounds = np.linspace(0, NUM_SAMPLES, NUM_PEERS + 1).astype(int).tolist()
-    parts = [list(range(low, high)) for low, high in zip(bounds, bounds[1:], strict=False)]
+    parts = [list(range(low, high)) for low, high in pairwise(bounds)]
     (folder / "parts.json").write_text(json.dumps(parts))
 
 

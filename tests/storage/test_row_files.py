@@ -56,7 +56,11 @@ def test_the_last_row_counts_whoever_wrote_it(tmp_path: Path) -> None:
     put(store, 2, 2)
     put(store, 0, 3)
     assert got(store, 1, 2, 3, 4, 2) == [101.0, 202.0, 3.0, 0.0, 202.0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["control.0.rows", "control.1.0.rows", "control.2.0.rows"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "control.0.rows",
+        "control.1.0.rows",
+        "control.2.0.rows",
+    ]
 
 
 def test_fewer_and_more_processes_go_on(tmp_path: Path) -> None:

@@ -96,8 +96,6 @@ class PrivateRows:
         return rows
 
 
-def _cuts(
-    phase: Task, variant: int, round: int, clients: NDArray[np.int64], order: Mapping[str, Tensor]
-) -> list[Cut]:
+def _cuts(phase: Task, variant: int, round: int, clients: NDArray[np.int64], order: Mapping[str, Tensor]) -> list[Cut]:
     """Return the windows of clients of a variant."""
     return [phase.cut(phase.variants[variant], round, client, order) for client in clients.tolist()]

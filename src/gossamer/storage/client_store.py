@@ -9,8 +9,8 @@ When dead rows outnumber live ones at a commit, the live ones are copied to a ne
 deleted once none of the last `keep` commits refers to it, so that each of those can be resumed from.
 
 Several processes can share a store on one disk: one of them has the store, the others append to files of their own,
-``<directory>/<namespace>.<part>.<generation>.rows``, and tell it, see `gossamer.storage.row_files.SharedRows`. A client's
-row is in one of these files, whichever was written last. Any number of processes, also one, can go on with them.
+``<directory>/<namespace>.<part>.<generation>.rows``, and tell it, see `gossamer.storage.row_files.SharedRows`. A row
+of a client is live in one of these files, where it was written last. Any number of processes can go on with them.
 
 The order of a commit, with the same `keep` on both sides:
 
@@ -176,9 +176,7 @@ class ClientStore:
         table = self._tables.setdefault(name, Table(width, self._float.itemsize))
         return self._path(name, table.generation).name, table.num_rows
 
-    def record(
-        self, namespace: str, part: int, clients: NDArray[np.int64], checksums: NDArray[np.int64]
-    ) -> None:
+    def record(self, namespace: str, part: int, clients: NDArray[np.int64], checksums: NDArray[np.int64]) -> None:
         """Take over rows of distinct clients, which the process `part` has appended at its `place`."""
         name = _name_of(namespace, part)
         self._close(self._tables[name])  # to read, later, what has been written by then
@@ -256,7 +254,7 @@ class ClientStore:
         for name, table in restored.items():
             if (namespace := name.partition(".")[0]) in self._tables:
                 self.declare(namespace, table.width)
-            path, needed = self._path(namespace, table.generation), table.num_rows * table.row_bytes
+            path, needed = self._path(name, table.generation), table.num_rows * table.row_bytes
             size = path.stat().st_size if path.exists() else 0
             if size < needed:
                 raise CheckpointError(

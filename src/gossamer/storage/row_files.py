@@ -140,7 +140,7 @@ class SharedRows:
     """Rows of clients on a disk that several processes share, each of which appends to files of its own.
 
     Which rows are live is known to one process alone, which tells the others what they need. A file is opened anew each
-    time and closed again, by which file systems of a network make sure that what one process wrote is what another reads.
+    time and closed again, by which file systems of a network ensure that what one process wrote is what another reads.
 
     Attributes:
         known: ``{(namespace, client): address}``, where the rows are that `get` reads; there are no others.

@@ -334,7 +334,7 @@ class WithConstants:
 
 METHODS = (
     "init", "digest", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics", "client_statistics",
-    "client_metrics", "params_of", "blueprint", "build_model", "warnings_of"
+    "client_metrics", "params_of", "blueprint", "build_model", "warnings_of", "hold"
 )  # fmt: skip
 ATTRIBUTES = (
     "layout", "num_clients", "num_samples", "num_labels", "num_statistics_chunks", "num_evaluation_chunks", "warnings"

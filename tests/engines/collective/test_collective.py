@@ -53,7 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
     | {"engine": {"modes": STACKED}},
     "private state": CLIENTS | {"algorithm": "scaffold"},
     "personal parameters": CLIENTS
-    | {"algorithm": "fedavg", "evaluation": {"num_clients": 3}, "submodel": {"capacities": [0.5, 1.0]}}
+    | {"algorithm": "fedrolex", "evaluation": {"num_clients": 3}, "submodel": {"capacities": [0.5, 1.0]}}
     | {"clients": {"num": 8, "per_round": 5, "personal": ["output.*"]}, "engine": {"modes": STACKED[1:]}},
     "ranked channels": CLIENTS | {"algorithm": "fiarse", "submodel": {"capacities": LEVELS}},
     "rows of factors": CLIENTS

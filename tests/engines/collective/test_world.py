@@ -51,7 +51,7 @@ def world_of(ranks: Ranks, own: Any = None) -> World:
 
 def test_all_replies_are_taken_before_an_error_is_raised() -> None:
     ranks = Ranks({"error": "broken", "exit_code": 2}, {})
-    with pytest.raises(EngineError, match="^rank 1: broken$"):
+    with pytest.raises(EngineError, match=r"^rank 1: broken$"):
         world_of(ranks).ask_all({"kind": "train"})
     assert ranks.received == [1, 2]
 

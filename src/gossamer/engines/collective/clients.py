@@ -164,8 +164,11 @@ class ClientRank:
     def _settle(self, message: Message, arrays: list[Tensor]) -> Letter:
         """Copy and sync files of rows, see `gossamer.storage.row_files.settle`."""
         assert self._shared is not None
-        described = zip(message["work"], arrays, strict=True)
-        settle(self._shared.directory, [Work(*one, slots.numpy(), row_bytes) for (*one, row_bytes), slots in described])
+        work = [
+            Work(part, source, target, slots.numpy(), row_bytes)
+            for (part, source, target, row_bytes), slots in zip(message["work"], arrays, strict=True)
+        ]
+        settle(self._shared.directory, work)
         return Letter({})
 
 

@@ -21,7 +21,6 @@ from gossamer.errors import storage_errors
 from gossamer.storage.checkpoint import ROWS, STATE, describe_file, save_arrays
 from gossamer.storage.stored_arrays import StoredArrays
 from gossamer.threads import one_thread
-from gossamer.workloads.base import Workload
 
 
 class PeerRank:
@@ -40,9 +39,8 @@ class PeerRank:
         self._low, self._high = spans[group.rank]
         self._bounds, self._num_blocks = bounds[group.rank], sum(map(len, bounds))
         self._first_block = sum(map(len, bounds[: group.rank]))
-        if isinstance(task.workload, Workload):
-            chunks = np.arange(group.rank, task.workload.num_evaluation_chunks, group.size)
-            task.workload.hold(np.arange(self._low, self._high), chunks)
+        chunks = np.arange(group.rank, task.workload.num_evaluation_chunks, group.size)
+        task.workload.hold(np.arange(self._low, self._high), chunks)
         x = task.workload.init(task.seed)
         initial = initial_rows(task, x, self._low, self._high)
         state = {name: rows.contiguous().clone() for name, rows in initial.items()}
