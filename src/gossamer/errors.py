@@ -100,6 +100,14 @@ class Dropped(TransportError):
         self.reason = reason
 
 
+class AuthenticationError(GossamerError):
+    """A node is not who it says, or its certificate, token or start-up kit is missing, expired or revoked."""
+
+
+class PolicyError(GossamerError):
+    """The policy of a client refuses what a server asks of it."""
+
+
 class Interrupted(GossamerError):
     """The user or a scheduler asked the run to stop; finished rounds are committed."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from gossamer.errors import ConfigError, GossamerError, RegistryError, nearest, one_line, plugin_errors
-from gossamer.registry.origins import defined_as, files_of, is_installed
+from gossamer.registry.origins import defined_as, files_of, is_installed, is_within
 
 
 def _same(module: str, names: str) -> dict[str, str]:
@@ -144,11 +144,13 @@ class _Policy:
     Attributes:
         all: whether it may be anything.
         own: whether it may be a module that is not installed.
+        only: modules that it may be, whatever else is said here, with all below them; None: any.
         announce: callback that gets the name of a module, and a sentence, before it is imported.
     """
 
     all: bool = False
     own: bool = True
+    only: tuple[str, ...] | None = None
     announce: Callable[[str, str], None] = lambda module, sentence: None
 
 
@@ -177,6 +179,21 @@ def importing(announce: Callable[[str], None], own: bool = True) -> Iterator[Non
             announce(sentence)
 
     reset = _POLICY.set(replace(_POLICY.get(), own=own, announce=once))
+    try:
+        yield
+    finally:
+        _POLICY.reset(reset)
+
+
+@contextmanager
+def only(modules: Collection[str]) -> Iterator[None]:
+    """Let nothing be imported within the block but what is included here, and `modules` with all modules below them.
+
+    Neither `trusting` nor an entry point changes that.
+    """
+    before = _POLICY.get().only
+    both = modules if before is None else [module for module in modules if is_within(module, before)]
+    reset = _POLICY.set(replace(_POLICY.get(), only=tuple(both)))
     try:
         yield
     finally:
@@ -225,6 +242,19 @@ def is_trusting() -> bool:
     return _POLICY.get().all
 
 
+def is_builtin(kind: str, name: str) -> bool:
+    """Say whether a name, short or in full, stands for what is included here."""
+    return name in BUILTIN.get(kind, {}) or name in BUILTIN.get(kind, {}).values()
+
+
+def module_of(kind: str, name: str) -> str | None:
+    """Return the module that a name would be imported from, without doing so; None: the name is unknown."""
+    if is_builtin(kind, name) or (":" in name and name[0] not in ".:"):
+        return BUILTIN.get(kind, {}).get(name, name).partition(":")[0]
+    points = (point for point in entry_points(group=f"gossamer.{kind}") if point.name == name)
+    return next((point.value.partition(":")[0] for point in points), None)
+
+
 def names(kind: str) -> list[str]:
     """List the short names known for `kind`, entry points included."""
     return sorted({*BUILTIN.get(kind, {}), *(point.name for point in entry_points(group=f"gossamer.{kind}"))})
@@ -261,9 +291,8 @@ def resolve(kind: str, name: str) -> Any:
             " gossamer.run(...) or gossamer.resume(DIR, model=..., data=..., partition=...)"
         )
     builtin = BUILTIN.get(kind, {})
-    target = builtin.get(name)
-    if target is not None or name in builtin.values():
-        return _load(kind, name, target or name)
+    if is_builtin(kind, name):
+        return _load(kind, name, builtin.get(name, name))
     if ":" in name and name[0] not in ".:":
         module = name.partition(":")[0]
         _require_trusted(f"{kind} {name!r}", module)
@@ -275,6 +304,7 @@ def resolve(kind: str, name: str) -> Any:
         return found
     for point in entry_points(group=f"gossamer.{kind}"):
         if point.name == name:
+            _require_listed(f"{kind} {name!r}", point.value.partition(":")[0])
             _announce(f"{kind} {name!r}", point.value.partition(":")[0])
             return _load(kind, name, point.value)
     known = names(kind)
@@ -327,7 +357,8 @@ def _require_trusted(plugin: str, module: str) -> None:
     """
     policy, top = _POLICY.get(), module.partition(".")[0]
     files = files_of(top)
-    if policy.all or _is_declared(top):
+    _require_listed(plugin, module)
+    if policy.only is not None or policy.all or _is_declared(top):
         return
     where = "of Python's library" if files == [] else f"in {files[0] if files else top!r}"
     if files is not None and (not files or top == "gossamer" or any(map(is_installed, files))):
@@ -337,6 +368,19 @@ def _require_trusted(plugin: str, module: str) -> None:
         )
     if not policy.own:
         raise RegistryError(f"{plugin} names code {where}, which this command imports only with --trust")
+
+
+def _require_listed(plugin: str, module: str) -> None:
+    """Check that a module is among those that may be imported, see `only`.
+
+    Raises:
+        RegistryError: it is not.
+    """
+    listed = _POLICY.get().only
+    if listed is not None and not is_within(module, listed):
+        raise RegistryError(
+            f"{plugin} names code in {module!r}, which the policy here does not list: name something else, or list it"
+        )
 
 
 def _announce(plugin: str, module: str) -> None:

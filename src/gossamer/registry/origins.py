@@ -8,6 +8,7 @@ import inspect
 import operator
 import sys
 import sysconfig
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def is_installed(file: str) -> bool:
     roots = [known[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     is_packaged = not {"site-packages", "dist-packages"}.isdisjoint(path.parts)
     return is_packaged or any(path.is_relative_to(Path(root).resolve()) for root in roots)
+
+
+def is_within(module: str, modules: Collection[str]) -> bool:
+    """Say whether a module is one of `modules`, or below one."""
+    return any(f"{module}.".startswith(f"{one}.") for one in modules)
 
 
 def importable_as(found: Any) -> str | None:
