@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gossamer.errors import ConfigError
+from gossamer.transport.rate_limits import Bucket, take
 
 Compression = Literal["none", "zstd"]
 MAX_CHUNK_BYTES = 4 << 20
@@ -166,26 +167,20 @@ class Slots:
                 self._free.release()
 
 
-class Bucket:
+class Rate:
     """How often something may happen: so many times a second on average, twice as many at once."""
 
     def __init__(self, per_second: float) -> None:
         """Start full."""
-        self._per_second = per_second
-        self._tokens = 2 * per_second
-        self._last = time.monotonic()
-        self._lock = threading.Lock()
+        self._per_second, self._lock = per_second, threading.Lock()
+        self._bucket = Bucket(2 * per_second, time.monotonic())
 
     def take(self) -> bool:
         """Say whether it may happen now, and count it."""
         with self._lock:
-            now = time.monotonic()
-            self._tokens = min(2 * self._per_second, self._tokens + (now - self._last) * self._per_second)
-            self._last = now
-            if self._tokens < 1:
-                return False
-            self._tokens -= 1
-            return True
+            now, rate = time.monotonic(), self._per_second
+            self._bucket, wait = take(self._bucket, now, 1.0, rate, 2 * rate)
+            return wait == 0
 
 
 class Account:
@@ -193,11 +188,11 @@ class Account:
 
     Attributes:
         counts: of what went over the wire, and was dropped.
-        calls, bucket: how many messages the node may send at a time, and a second.
+        calls, rate: how many messages the node may send at a time, and a second.
     """
 
     def __init__(self, limits: Limits) -> None:
         """Start with nothing."""
         self.counts = Counts()
         self.calls = Slots(limits.calls_per_node)
-        self.bucket = Bucket(limits.messages_per_second)
+        self.rate = Rate(limits.messages_per_second)

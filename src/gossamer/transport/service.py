@@ -207,7 +207,7 @@ class Service:
         return account
 
     def _limit_rate(self, account: Account) -> None:
-        if not account.bucket.take():
+        if not account.rate.take():
             raise Failure("ABORTED", f"more than {self._limits.messages_per_second:g} calls a second: wait")
 
     def _enter(self, link: Link) -> None:
