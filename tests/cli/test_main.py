@@ -286,6 +286,7 @@ class TestHelp:
             "runs",
             "table",
             "topology",
+            "node",
         ]
         assert re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE) == commands
         assert "--install-completion" in done.stdout

@@ -1,4 +1,4 @@
-"""The command line: ``gossamer run | resume | sweep | plot | coverage | describe | export | topology | doctor``.
+"""The command line: ``gossamer run | resume | sweep | plot | coverage | describe | export | topology | node | doctor``.
 
 Results go to standard output, everything else to standard error: progress is a bar on a terminal, else a line now and
 then.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gossamer.cli import results, topology
+from gossamer.cli import node, results, topology
 from gossamer.cli.plug_ins import Trust, plug_ins
 from gossamer.errors import GossamerError, GossamerWarning
 
@@ -84,6 +84,7 @@ app = typer.Typer(
 )
 
 app.add_typer(topology.app, name="topology")
+app.add_typer(node.app, name="node")
 
 
 def _print_version(asked: bool) -> None:

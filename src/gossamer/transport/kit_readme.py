@@ -1,0 +1,49 @@
+"""The README of a start-up kit."""
+
+from __future__ import annotations
+
+from datetime import date
+
+from gossamer.transport.authentication import KEY_FILE, MEMBERS_FILE, TOKEN_FILE, KitFacts
+
+HEAD = """# {federation}: start-up kit of {kind} {node}
+
+Copy this folder to the machine of {node}, and nowhere else. Install gossamer there, and run, in this folder:
+
+    {command}
+
+- `{key}` and `{token}` are secret: whoever has them is {node}. Only your account may read them (`chmod 600`).
+- The certificate holds until {expires}. Ask for a new kit before:
+  `gossamer node provision FEDERATION.yaml -o DIR --renew {node}`
+- If this folder was lost or stolen: `gossamer node provision FEDERATION.yaml -o DIR --revoke {node}`
+"""
+CLIENT = """- Nobody dials this machine: it dials {server}, and needs that port open outwards only.
+- Your data stay here. What the server may ask of you is limited by a policy: add `--policy policy.yaml`, such as
+
+      algorithms: [fedavg, fedrolex]
+      models: [mlp, cnn]
+      max_epochs: 5
+
+  Without one, everything that gossamer includes is accepted, and neither code nor files that the server names.
+"""
+LISTENING = """- Open port {port} to those who dial this machine, and no other one.
+- `{members}` says who is let in. After nodes were added, renewed or revoked, copy it here again from where the
+  federation was made; it is read anew while the node runs.
+"""
+
+
+def text(kit: KitFacts, expires: date, port: int) -> str:
+    """Return the README of a kit.
+
+    Args:
+        expires: last day of its certificate.
+        port: port on which the node listens, if it does.
+    """
+    command = {
+        "server": f"gossamer node server EXPERIMENT.yaml --kit . --listen 0.0.0.0:{port}",
+        "client": "gossamer node client --kit . --data DATA",
+        "peer": f"gossamer node peer EXPERIMENT.yaml --kit . --id K --listen 0.0.0.0:{port} --peers ADDRESSES.yaml",
+    }[kit.kind]
+    facts = kit.model_dump() | {"command": command, "expires": expires, "port": port, "members": MEMBERS_FILE}
+    rest = CLIENT if kit.kind == "client" else LISTENING
+    return (HEAD + rest).format(**facts, key=KEY_FILE, token=TOKEN_FILE)
