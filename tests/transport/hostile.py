@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -288,6 +289,7 @@ class Attacker:
 
     def __init__(self, address: str) -> None:
         options = [("grpc.max_send_message_length", -1)]
+        self._closed = threading.Event()
         self._channel = grpc.insecure_channel(address, options)
         self._metadata = [(NODE, NODE_NAME)]
         hello = pb.Hello(version=VERSION, instance="x").SerializeToString()
@@ -308,6 +310,16 @@ class Attacker:
         receipt = pb.Receipt.FromString(answer)
         return "taken" if receipt.outcome == pb.TAKEN else f"dropped: {receipt.reason}"
 
+    def begin(self, frames: Frames) -> Any:
+        """Send frames, and leave the call open; returns it."""
+
+        def and_wait() -> Iterator[bytes]:
+            yield from frames
+            self._closed.wait(30)
+
+        return self._deliver_stream.future(and_wait(), timeout=30, metadata=self._metadata)
+
     def close(self) -> None:
+        self._closed.set()
         self._call.cancel()
         self._channel.close()

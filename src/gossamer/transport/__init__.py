@@ -1,5 +1,7 @@
 """Messages between machines over gRPC: a server that listens, clients that dial. The only package that imports grpc."""
 
+import os
+
 from gossamer.transport.client import Client
 from gossamer.transport.credentials import Caller, Credentials, verify_tokens
 from gossamer.transport.limits import Limits, Traffic
@@ -21,6 +23,9 @@ from gossamer.transport.messages import (
 )
 from gossamer.transport.order import Expectations
 from gossamer.transport.server import Server
+
+# gRPC would write to standard error what is raised here; whoever sets the variable gets it.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 __all__ = [
     "SERVER",

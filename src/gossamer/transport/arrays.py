@@ -52,7 +52,12 @@ def encode_specs(arrays: Mapping[str, Tensor]) -> bytes:
     """
     described, end = {}, 0
     for name, array in arrays.items():
-        if array.dtype not in _NAMES or array.device.type != "cpu" or not array.is_contiguous() or len(name) > _MAX_NAME:
+        if (
+            array.dtype not in _NAMES
+            or array.device.type != "cpu"
+            or not array.is_contiguous()
+            or len(name) > _MAX_NAME
+        ):
             raise TransportError(
                 f"array {name[:80]!r} ({array.dtype}, strides {array.stride()}, on {array.device}) cannot be sent: give"
                 f" contiguous ones in the machine's memory, of {', '.join(str(dtype) for dtype in _NAMES)}"

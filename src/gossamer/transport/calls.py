@@ -13,7 +13,7 @@ SERVICE = "gossamer.transport.v1.Transport"
 JOIN, DELIVER, DELIVER_STREAM = "Join", "Deliver", "DeliverStream"
 NODE, TOKEN, SESSION = "gossamer-node", "gossamer-token", "gossamer-session"  # keys of metadata
 LONGEST_WAIT_SECONDS = 5.0
-WINDOW_BYTES = 4 << 20  # of one call, that may be on its way
+WINDOW_BYTES = 2 << 20  # of one call, that may be on its way
 _METADATA_BYTES = 8192
 
 
@@ -42,8 +42,8 @@ def options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.absolute_max_metadata_size", _METADATA_BYTES),
         ("grpc.keepalive_time_ms", alive),
         ("grpc.keepalive_timeout_ms", answer),
-        ("grpc.http2.ping_timeout_ms", answer),  # a minute otherwise, whatever the one above
-        # Its pings would wait behind the data on a slow line, and be taken for a cut cable: the window is fixed instead.
+        ("grpc.http2.ping_timeout_ms", round(limits.silence_seconds * 1000)),
+        # A window that is found by pings grows until these wait behind megabytes of data, on a slow line for too long.
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
         ("grpc.keepalive_permit_without_calls", 1),

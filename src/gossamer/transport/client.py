@@ -119,7 +119,8 @@ class Client:
             Whether it was taken now; False: it, or a later one, was taken before.
 
         Raises:
-            Disconnected: the connection is lost, or the deadline is over. It may have arrived: `reconnect`, and send it again.
+            Disconnected: the connection is lost, or the deadline is over. It may have arrived: `reconnect`, and send it
+                again.
             Dropped: the server does not want it.
             Refused: the server does not want this node any more.
             TransportError: the message is malformed or over a limit.
@@ -184,8 +185,8 @@ class Client:
             else:
                 return connection
         raise Disconnected(
-            f"could not join the server at {self._server} within {timeout_seconds:g} seconds ({last}): check that it runs,"
-            " and its address"
+            f"could not join the server at {self._server} within {timeout_seconds:g} seconds ({last}): check that it"
+            " runs, and its address"
         )
 
     def begin(self, server_id: str) -> None:

@@ -36,12 +36,12 @@ class Credentials:
     """Mutual TLS and a token.
 
     Attributes:
-        certificate: PEM, the chain of this node's certificate; its common name, or a DNS name in it, is the node's name.
+        certificate: PEM, the chain of this node's certificate; its common name, or a DNS name in it, is the node's.
         key: PEM of its private key.
         authority: PEM of the certificates of the private authority; nobody else's are trusted.
         token: secret that a client shows.
-        verify: of a server; asked at every call, before anything of it is read, and before each message that is sent to a
-            node; raises an error of gossamer's whose sentence is told the caller. It must be quick.
+        verify: of a server; asked at every call, before anything of it is read, and before each message that is sent to
+            a node; raises an error of gossamer's whose sentence is told the caller. It must be quick.
     """
 
     certificate: bytes = field(repr=False)
@@ -101,8 +101,8 @@ def require_protected(address: str, credentials: Credentials | None, what: str) 
     host, _ = host_and_port(address, what)
     if credentials is None and not is_loopback(host):
         raise ConfigError(
-            f"{what} {address} without mutual TLS and a token is refused: make credentials with `gossamer node provision"
-            " FEDERATION.yaml -o DIR` and give the start-up kit of this node, or stay on 127.0.0.1"
+            f"{what} {address} without mutual TLS and a token is refused: make credentials with `gossamer node"
+            " provision FEDERATION.yaml -o DIR` and give the start-up kit of this node, or stay on 127.0.0.1"
         )
 
 
@@ -123,5 +123,7 @@ def caller_of(context: Any, metadata: Mapping[str, str]) -> Caller:
         address=context.peer(),
     )
     if caller.certificate is not None and caller.name not in caller.identities:
-        raise Refused(f"node {caller.name[:80]!r} shows a certificate of another name: give the start-up kit of this node")
+        raise Refused(
+            f"node {caller.name[:80]!r} shows a certificate of another name: give the start-up kit of this node"
+        )
     return caller

@@ -1,7 +1,7 @@
 """Messages as frames: one header, chunks of data, a digest at last (`gossamer.proto`).
 
-A chunk is by far the most of what is sent. Its frame is therefore put together, and taken apart, by hand: protobuf's own
-code would copy it twice more at either end. What comes out is what that code makes, which a test holds it against.
+A chunk is by far the most of what is sent. Its frame is therefore put together, and taken apart, by hand: protobuf's
+own code would copy it twice more at either end. What comes out is what that code makes, which a test holds it against.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def split(frame: bytes) -> Frame:
 
 
 def in_chunks(views: Sequence[memoryview], chunk_bytes: int) -> Iterator[tuple[list[memoryview], int]]:
-    """Yield pieces of the views, in order, that make chunks of `chunk_bytes`, the last one of what is left; and sizes."""
+    """Yield pieces of the views, in order, that make chunks of `chunk_bytes`, at last of what is left, and sizes."""
     pieces: list[memoryview] = []
     room = chunk_bytes
     for view in views:

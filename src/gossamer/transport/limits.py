@@ -34,12 +34,15 @@ class Limits:
         senders: of one node that are told apart, see `gossamer.transport.Address`.
         queued_messages: to one node, that are not sent yet.
         calls_per_node: messages that a node sends at a time.
-        messages_per_second: that a server takes from a node on average, in bursts of twice as many; joining counts as one.
+        messages_per_second: that a server takes from a node on average, in bursts of twice as many; joining is one.
         chunk_bytes: of a message, in one frame.
         call_seconds: deadline of the call that sends one message.
         join_seconds: after which a node has to join again.
         keepalive_seconds: after which a silent connection is asked whether it is alive.
-        keepalive_timeout_seconds: within which it has to answer, or is given up.
+        keepalive_timeout_seconds: within which the other machine has to acknowledge what is sent to it (the system
+            does, for any process), or it is cut off: with the one before, how soon a cut cable is noticed.
+        silence_seconds: within which the other process has to answer what it is asked, or it is taken for stopped; the
+            answer may wait behind `gossamer.transport.calls.WINDOW_BYTES` of data, so slow lines need time.
         compression: of what is sent; what is received may have any.
     """
 
@@ -55,8 +58,9 @@ class Limits:
     chunk_bytes: int = 1 << 20
     call_seconds: float = 600.0
     join_seconds: float = 86_400.0
-    keepalive_seconds: float = 1.0
+    keepalive_seconds: float = 0.8
     keepalive_timeout_seconds: float = 1.5
+    silence_seconds: float = 30.0
     compression: Compression = "none"
 
     def __post_init__(self) -> None:

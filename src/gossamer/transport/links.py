@@ -53,8 +53,8 @@ class Link:
                 raise Disconnected(f"node {self.node!r} is not connected")
             if len(self._waiting) >= self._max_waiting:
                 raise TransportError(
-                    f"{self._max_waiting} messages wait to be sent to node {self.node!r}: wait for their futures, or raise"
-                    " queued_messages"
+                    f"{self._max_waiting} messages wait to be sent to node {self.node!r}: wait for their futures, or"
+                    " raise queued_messages"
                 )
             self._waiting.append((outgoing, future))
             self._changed.notify_all()

@@ -30,10 +30,10 @@ _KIND = re.compile(r"[a-z0-9_-]{1,32}")
 class Address:
     """What a message belongs to; it is applied at most once.
 
-    Of one (run, sender, kind of message), only what is later than the last one applied is taken, in the order of (round,
-    phase, attempt): an equal one is a duplicate, an earlier one is stale. A reply carries the address of its job. A job
-    that is repeated carries a higher attempt if a new answer is wanted, the same if it only may not have arrived. A
-    restarted server is a new one to its nodes: it may repeat a round with the same addresses.
+    Of one (run, sender, kind of message), only what is later than the last one applied is taken, in the order of
+    (round, phase, attempt): an equal one is a duplicate, an earlier one is stale. A reply carries the address of its
+    job. A job that is repeated carries a higher attempt if a new answer is wanted, the same if it only may not have
+    arrived. A restarted server is a new one to its nodes: it may repeat a round with the same addresses.
 
     Attributes:
         run: id of the run.
@@ -62,8 +62,9 @@ class Message:
         kind: what it is, such as "train", "update" or "row".
         address: see `Address`.
         body: JSON values, nothing large.
-        arrays: contiguous tensors in the memory of this machine, of any dtype that safetensors names. They are sent from
-            where they are, so must not change until `Client.send` has returned, or the future of `Server.send` is done.
+        arrays: contiguous tensors in the memory of this machine, of any dtype that safetensors names. They are sent
+            from where they are, so must not change until `Client.send` has returned, or the future of `Server.send` is
+            done.
     """
 
     kind: str
@@ -191,9 +192,7 @@ def check_address(kind: str, address: Address) -> None:
         TransportError: they are malformed.
     """
     if not _KIND.fullmatch(kind):
-        raise TransportError(
-            f"{kind[:80]!r} is no kind of message: give 1 to 32 small letters, digits, '_' and '-'"
-        )
+        raise TransportError(f"{kind[:80]!r} is no kind of message: give 1 to 32 small letters, digits, '_' and '-'")
     if not _RUN.fullmatch(address.run):
         raise TransportError(f"{address.run[:80]!r} is no id of a run: give 1 to 64 letters, digits and '._:-'")
     numbers = {"round": address.round, "phase": address.phase, "attempt": address.attempt}
@@ -201,7 +200,9 @@ def check_address(kind: str, address: Address) -> None:
         if not 0 <= number <= MAX_NUMBER:
             raise TransportError(f"{name} {number} of a message is out of range: give 0 to {MAX_NUMBER}")
     if not SERVER <= address.sender < 2**63:
-        raise TransportError(f"sender {address.sender} of a message is out of range: give {SERVER} (the server) or more")
+        raise TransportError(
+            f"sender {address.sender} of a message is out of range: give {SERVER} (the server) or more"
+        )
 
 
 def encode_json(body: Json, max_bytes: int) -> bytes:
@@ -215,7 +216,9 @@ def encode_json(body: Json, max_bytes: int) -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         raise TransportError(f"a body must hold JSON values ({error}): send arrays as arrays") from None
     if len(encoded) > max_bytes:
-        raise TransportError(f"a body takes {len(encoded)} bytes, more than {max_bytes}: send less, or raise body_bytes")
+        raise TransportError(
+            f"a body takes {len(encoded)} bytes, more than {max_bytes}: send less, or raise body_bytes"
+        )
     return encoded
 
 

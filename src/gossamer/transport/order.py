@@ -75,8 +75,8 @@ class Order:
 class Expectations:
     """Takes only messages that were asked for: an `Accept`.
 
-    One that nobody expects is dropped as "unexpected"; of other arrays as "wrong arrays". One that may come early, from a
-    peer that is a round ahead, is held back unread, by flow control, for some time.
+    One that nobody expects is dropped as "unexpected"; of other arrays as "wrong arrays". One that may come early, from
+    a peer that is a round ahead, is held back unread, by flow control, for some time.
     """
 
     def __init__(self, hold_seconds: float = 0.0) -> None:

@@ -70,8 +70,8 @@ class Reader:
         Args:
             node: that sends it.
             patience_seconds: for which there may be no room in the inbox; None: for ever.
-            deliver: called with the message and the bytes that it takes of the inbox; if it raises, the message counts as
-                never received.
+            deliver: called with the message and the bytes that it takes of the inbox; if it raises, the message counts
+                as never received.
 
         Raises:
             Dropped: the message is not taken.

@@ -48,9 +48,9 @@ class Server:
             listen: "host:port"; port 0: one that is free, see `address`.
             admit: asked before a node has joined, in any thread.
             accept: see `Accept`; None: all that is within the limits.
-            audit: told of what happens, ``audit(kind, **fields)``, in any thread; kinds: "joined", "left", "refused", "sent",
-                "received", "dropped"; fields: node, and where there are some: peer (of the connection), reason, message
-                (its kind), address (a mapping), sha256, num_bytes, wire_bytes.
+            audit: told of what happens, ``audit(kind, **fields)``, in any thread; kinds: "joined", "left", "refused",
+                "sent", "received", "dropped"; fields: node, and where there are some: peer (address of the connection),
+                reason, message (its kind), address (a mapping), sha256, num_bytes, wire_bytes.
 
         Raises:
             ConfigError: it would listen beyond loopback without mutual TLS and a token, or cannot listen there.
@@ -64,14 +64,16 @@ class Server:
         self._inbox = Inbox(limits.inbox_bytes)
         self._events: queue.SimpleQueue[tuple[Event, int] | None] = queue.SimpleQueue()
         self._closed = False
-        self._service = Service(
-            limits, admit, Reader(limits, accept, self._inbox), credentials, audit, self._put
-        )
+        self._service = Service(limits, admit, Reader(limits, accept, self._inbox), credentials, audit, self._put)
         self._pool = ThreadPoolExecutor(limits.nodes + SPARE_CALLS, thread_name_prefix="transport")
         self._grpc = grpc.server(
             self._pool,
             handlers=(self._service.handlers(),),
-            options=[*options(limits), ("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", limits.calls_per_node + 4)],
+            options=[
+                *options(limits),
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_concurrent_streams", limits.calls_per_node + 4),
+            ],
             maximum_concurrent_rpcs=limits.nodes + SPARE_CALLS,
         )
         self._health = _add_health(self._grpc)
@@ -86,8 +88,8 @@ class Server:
         except RuntimeError:
             self._pool.shutdown(wait=False)
             raise ConfigError(
-                f"cannot listen on {listen}: choose a port that is free (0: any) of an address of this machine, and check"
-                " certificate and key"
+                f"cannot listen on {listen}: choose a port that is free (0: any) of an address of this machine, and"
+                " check certificate and key"
             ) from None
         self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._grpc.start()
@@ -114,8 +116,8 @@ class Server:
         """Queue a message to a node.
 
         Returns:
-            a future that is done when all of it was handed to the connection: its SHA-256; or it fails with `Disconnected`.
-            Whether it has arrived is known from its answer only.
+            a future that is done when all of it was handed to the connection: its SHA-256; or it fails with
+            `Disconnected`. Whether it has arrived is known from its answer only.
 
         Raises:
             Disconnected: the node is not connected.

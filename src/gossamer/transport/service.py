@@ -180,8 +180,8 @@ class Service:
         if asked.version != VERSION:
             raise Failure(
                 "PERMISSION_DENIED",
-                f"the server speaks version {VERSION} of the protocol, the node version {asked.version}: install the same"
-                " version of gossamer at both",
+                f"the server speaks version {VERSION} of the protocol, the node version {asked.version}: install the"
+                " same version of gossamer at both",
             )
         account = self._account(caller.name)
         decision = self._admit(hello)
@@ -223,7 +223,8 @@ class Service:
             if before is not None and before.instance != link.instance:
                 raise Failure(
                     "UNAVAILABLE",
-                    f"node {link.node!r} is connected already, from {before.caller.address}: give each node a name of its own",
+                    f"node {link.node!r} is connected already, from {before.caller.address}: give each node a name of"
+                    " its own",
                 )
             if before is None and len(self._links) >= self._limits.nodes:
                 raise Failure("UNAVAILABLE", f"{self._limits.nodes} nodes are connected, as many as may be")
