@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from gossamer.build import Parts, build
 from gossamer.config.loading import parse
 from gossamer.errors import ConfigError
 from gossamer.experiment import resume
-from gossamer.submodel import Layout
 from slow import initial_model
 from slow_federated import (
     UNEQUAL,
@@ -168,8 +168,9 @@ class TestStreaming:
     def test_slow_version(self, tmp_path: Path, mode: dict[str, bool]) -> None:
         config = configure({"algorithm": STREAMING, "clients.per_round": 8} | modes(**mode))
         parts = build(parse(config))
-        fragments = divided(parts.workload.layout, 3)
-        assert [name for names in fragments for name in names] == list(parts.workload.layout.names)
+        layout = parts.workload.layout
+        fragments = divided(layout.names, [math.prod(shape) for shape in layout.shapes], 3)
+        assert [name for names in fragments for name in names] == list(layout.names)
         found = run(config, out=tmp_path / "run")
         assert relative_error(found.params, SlowStreaming(parts, fragments, 0.6, 0.7, 0.4).run()) < 1e-5
 
@@ -192,10 +193,10 @@ class TestStreaming:
 
     @pytest.mark.parametrize("count", [2, 3, 4])
     def test_fragments(self, count: int) -> None:
-        layout = Layout.of({"a": (4,), "b": (1000,), "c": (3,), "d": (3,)}, dict.fromkeys("abcd", (None,)))
-        found = divided(layout, count)
+        sizes = (4, 1000, 3, 3)
+        found = divided("abcd", sizes, count)
         assert len(found) == count
         assert all(found)
         assert [name for names in found for name in names] == list("abcd")
         with pytest.raises(ConfigError, match=r"algorithm\.fragments = 5, but the model has 4 parameters only"):
-            divided(layout, 5)
+            divided("abcd", sizes, 5)

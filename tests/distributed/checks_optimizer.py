@@ -18,8 +18,9 @@ from gossamer.algorithms.decentralized.diffusion import ExactDiffusion
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.decentralized.outer import GASLoC, NoLoCo
 from gossamer.algorithms.decentralized.tracking import DSGT
+from gossamer.build import build
+from gossamer.config.loading import parse
 from gossamer.errors import ConfigError, EngineError
-from gossamer.workloads.convex import LeastSquares
 
 SIZE = 4
 METHODS: dict[str, tuple[dict[str, Any], Any, int]] = {  # arguments, the simulator's algorithm, steps of a round
@@ -123,34 +124,39 @@ def check_outer_optimizers_of_whole_runs(rank: int) -> None:
     """Against what `gossamer run` made, see test_ranks.py."""
     with open(os.environ["REFERENCES"], encoding="utf-8") as file:
         references = json.load(file)
-    assert {each["config"]["algorithm"]["name"] for each in references} == {"gasloc", "noloco", "diloco"}
+    names = [each["config"]["algorithm"]["name"] for each in references]
+    assert names == ["gasloc", "noloco", "diloco", "streaming-diloco"]
     for one in references:
-        config, models = one["config"], np.array(one["models"])
-        options = {name: value for name, value in config["workload"].items() if name != "name"}
-        workload = LeastSquares(options, num_clients=SIZE, partition="iid", seed=config["seed"])
-        every = np.arange(config["train"]["batch_size"])[None]
-        samples = {name: value[0] for name, value in workload.batch(np.array([rank]), every).samples.items()}
-        x = nn.Parameter(workload.layout.views(workload.init(config["seed"]))["x"].clone())
+        config, models = one["config"], one["models"]
+        workload, train = build(parse(config)).workload, config["train"]
+        batch = workload.batch(np.array([rank]), np.arange(train["batch_size"])[None])
+        samples = {name: value[0] for name, value in (batch.samples | batch.client).items()}
+        views = workload.layout.views(workload.init(config["seed"]))
+        params = {name: nn.Parameter(value.clone()) for name, value in views.items()}
         graph = None
         if "peers" in config:
             graph = gd.topology(config["peers"]["topology"], seed=config["seed"])
-        inner = torch.optim.AdamW([x], lr=config["train"]["lr"])
-        optimizer = gd.DecentralizedOptimizer(inner, graph, every=config["train"]["steps"], outer=config["algorithm"])
-        for _ in range(config["rounds"] * config["train"]["steps"]):
+        inner = torch.optim.AdamW(params.values(), lr=train["lr"])
+        optimizer = gd.DecentralizedOptimizer(inner, graph, every=train["steps"], outer=config["algorithm"])
+        for _ in range(config["rounds"] * config["algorithm"].get("fragments", 1) * train["steps"]):
             optimizer.zero_grad()
-            workload.loss({"x": x}, samples).backward()
+            workload.loss(params, samples).backward()
             optimizer.step()
-        assert np.allclose(x.detach().numpy(), models[rank % len(models)], rtol=0, atol=1e-6), config["algorithm"]
-        assert not np.allclose(x.detach().numpy(), 0.0, atol=0.1)
+        found = [*params.values()] if graph is not None else optimizer.outer_parameters()
+        for (name, initial), value in zip(views.items(), found, strict=True):
+            expected = models[rank % len(models)][name]
+            assert np.allclose(value.detach().numpy(), expected, rtol=0, atol=1e-6), (config["algorithm"], name)
+            assert not np.allclose(initial.numpy(), expected, atol=0.02), name
 
 
 def check_a_state_continues_with_the_same_bits(rank: int) -> None:
-    for name, (arguments, _, every) in METHODS.items():
-        graph = gd.topology("ring")
+    ring, streaming = gd.topology("ring"), {"name": "streaming-diloco", "fragments": 2}
+    methods = {name: (arguments | {"topology": ring}, every) for name, (arguments, _, every) in METHODS.items()}
+    for name, (arguments, every) in (methods | {"streaming": ({"outer": streaming}, 2)}).items():
 
         def made(model: nn.Module, arguments: Any = arguments, every: int = every) -> gd.DecentralizedOptimizer:
             inner = torch.optim.Adam(model.parameters(), lr=0.01)
-            return gd.DecentralizedOptimizer(inner, gd.topology("ring"), every=every, bucket_bytes=64, **arguments)
+            return gd.DecentralizedOptimizer(inner, every=every, bucket_bytes=64, **arguments)
 
         model = mlp()
         optimizer = made(model)
@@ -165,7 +171,7 @@ def check_a_state_continues_with_the_same_bits(rank: int) -> None:
         train(again, later, rank, range(3, 6))
         assert later.rounds == optimizer.rounds == 6 // every
         assert equal(model, again), name
-        other = gd.DecentralizedOptimizer(torch.optim.SGD(mlp().parameters(), lr=0.1), graph, every=3)
+        other = gd.DecentralizedOptimizer(torch.optim.SGD(mlp().parameters(), lr=0.1), ring, every=3)
         with pytest.raises(ConfigError, match="the state is that of"):
             other.load_state_dict(saved)
         with pytest.raises(ConfigError, match="a state without 'decentralized'"):
@@ -220,7 +226,7 @@ def check_infinite_gradients_skip_a_step_and_no_exchange(rank: int) -> None:
 
 def check_compiled_models_autocast_and_schedules(rank: int) -> None:
     model = mlp()
-    run = torch.compile(model, backend="eager") if rank == 0 else model
+    run = torch.compile(model, backend="aot_eager") if rank == 0 else model
     optimizer = gd.DecentralizedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), gd.topology("complete"), "combine-while-adapt"
     )
@@ -230,12 +236,30 @@ def check_compiled_models_autocast_and_schedules(rank: int) -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = nn.functional.mse_loss(run(x).float(), y)
+        before = gd.bytes_sent()
         loss.backward()
+        assert gd.bytes_sent() - before == 3 * 4 * sum(each.numel() for each in model.parameters())
         optimizer.step()
         schedule.step()
     assert optimizer.param_groups[0]["lr"] == 0.025
     gd.neighbor_allreduce([each.detach() for each in model.parameters()], topology=gd.topology("complete"))
     assert 0 < gd.consensus_distance([*model.parameters()]) < 0.1  # a step apart
+
+
+def check_running_moments_are_averaged_where_asked(rank: int) -> None:
+    model, (x, _) = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), batch(rank)
+    gd.broadcast([*model.parameters()])
+    alone = copy.deepcopy(model)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gd.DecentralizedOptimizer(inner, gd.topology("complete"), buffers=model.buffers())
+    for module in (model, alone):
+        module(x).square().sum().backward()
+    optimizer.step()
+    own = [alone[1].running_mean, alone[1].running_var]
+    assert gd.consensus_distance(own) > 0.01
+    for found, expected in zip((model[1].running_mean, model[1].running_var), gd.allreduce(own), strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+    assert model[1].num_batches_tracked == 1
 
 
 def check_arguments_of_an_optimizer(rank: int) -> None:
@@ -248,7 +272,7 @@ def check_arguments_of_an_optimizer(rank: int) -> None:
         ("DSGD does not go with topology 'ceca'", gd.topology("ceca"), {}),
         ("averages over all processes, not over 'ring'", ring, {"outer": "diloco"}),
         ("ChocoSGD does more than an outer step", ring, {"outer": "choco-sgd"}),
-        ("StreamingDiLoCo does more than an outer step", None, {"outer": "streaming-diloco"}),
+        ("fragments = 9, but the model has 4", None, {"outer": {"name": "streaming-diloco", "fragments": 9}}),
         ("leave mode out", ring, {"outer": "gasloc", "mode": "gradient-tracking"}),
         ("gamma", ring, {"outer": {"name": "gasloc", "gamma": 2.0}}),
         ("the ranks do not agree: ranks 0, 1, 2 have .* every 1 over", ring, {"every": 1 + (rank == 3)}),
@@ -266,6 +290,8 @@ def check_arguments_of_an_optimizer(rank: int) -> None:
     with pytest.raises(ConfigError, match="needs parameters that require gradients"):
         gd.DecentralizedOptimizer(frozen, ring)
     optimizer = gd.DecentralizedOptimizer(torch.optim.SGD(mlp().parameters(), lr=0.1), ring)
+    with pytest.raises(ConfigError, match="no model that all ranks share without outer"):
+        optimizer.outer_parameters()
     with pytest.raises(ConfigError, match="groups are fixed"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
 

@@ -52,7 +52,7 @@ def main() -> None:
     sys.path[:0] = [str(HERE), str(HERE.parent / "algorithms" / "decentralized")]
     torch.set_num_threads(1)
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
-    for name in ("gossamer.distributed", "scipy.sparse.csgraph", "networkx", "torch._dynamo", "sklearn.datasets"):
+    for name in ("gossamer.build", "scipy.sparse.csgraph", "networkx", "torch._dynamo", "sklearn.datasets"):
         importlib.import_module(name)  # which every rank would do anew
     ranks = []
     for rank in range(size):

@@ -32,6 +32,16 @@ OUTER: list[dict[str, Any]] = [
     {"algorithm": {"name": "gasloc", "gamma": 0.4}, "peers": {"num": SIZE, "topology": "od-equidyn"}},
     {"algorithm": {"name": "noloco"}, "peers": {"num": SIZE, "topology": "random-match"}},
     {"algorithm": {"name": "diloco"}, "clients": {"num": SIZE, "per_round": SIZE}},
+    {
+        "algorithm": {"name": "streaming-diloco", "fragments": 3, "alpha": 0.4},
+        "clients": {"num": SIZE, "per_round": SIZE},
+        "workload": {
+            "name": "image-classification",
+            "dataset": {"name": "synthetic", "num_train": 20 * SIZE, "num_test": 4},
+            "model": {"name": "mlp", "hidden": [4]},
+        },
+        "train": RUN["train"] | {"precision": "float64"},
+    },
 ]
 
 
@@ -39,8 +49,9 @@ def reference(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the models that a run of the simulator ends with: of all peers, or the server's."""
     run = gossamer.run(config, out=folder)
     loaded = gossamer.load(run.directory)
-    peers = range(SIZE) if "peers" in config else [None]
-    return {"config": config, "models": [loaded.state_dict(peer=peer)["x"].tolist() for peer in peers]}
+    models = [loaded.state_dict(peer=peer) for peer in (range(SIZE) if "peers" in config else [None])]
+    as_json = [{name: value.tolist() for name, value in model.items()} for model in models]
+    return {"config": config, "models": as_json}
 
 
 @pytest.fixture(scope="module")

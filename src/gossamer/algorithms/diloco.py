@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import Field
@@ -17,6 +17,8 @@ from gossamer.algorithms.base import Arrays, BaseAlgorithm, where_held
 from gossamer.algorithms.federated import FedAvg
 from gossamer.errors import ConfigError
 from gossamer.submodel import Layout
+
+T = TypeVar("T")
 
 
 class DiLoCo(FedAvg):
@@ -97,7 +99,8 @@ class StreamingDiLoCo(DiLoCo):
     def of_model(self, layout: Layout) -> Self:
         """Return a copy that has divided the model into fragments."""
         bound = copy.copy(self)
-        bound._fragments = divided(layout, self.options.fragments)
+        sizes = [math.prod(shape) for shape in layout.shapes]
+        bound._fragments = divided(layout.names, sizes, self.options.fragments)
         bound._masks = [layout.mask(names) for names in bound._fragments]
         return bound
 
@@ -117,11 +120,15 @@ class StreamingDiLoCo(DiLoCo):
 
     def begin(self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor]) -> Arrays:
         """Return a copy of the worker's own model, into which the last fragment was taken over; and moments."""
-        local, alpha = client_state["local"], self.options.alpha
+        local = client_state["local"]
         arrived = self._masks[self._phase - 1].to(local.device)
-        own = torch.where(arrived, alpha * local + (1 - alpha) * state["x"], local)
+        own = torch.where(arrived, self.taken_over(local, state["x"]), local)
         x = torch.where(local.isnan(), state["x"], own)
         return {"x": x} | self.moments(x, client_state)
+
+    def taken_over(self, local: Tensor, shared: Tensor) -> Tensor:
+        """Return what a worker goes on with of parameters that have come back."""
+        return self.options.alpha * local + (1 - self.options.alpha) * shared
 
     def end(
         self, state: Mapping[str, Tensor], client_state: Mapping[str, Tensor], carry: Arrays, steps: int, lr: float
@@ -136,22 +143,26 @@ class StreamingDiLoCo(DiLoCo):
         return where_held(mask if held is None else mask & held, moved, state)
 
 
-def divided(layout: Layout, count: int) -> list[list[str]]:
+def divided(parameters: Sequence[T], sizes: Sequence[int], count: int) -> list[list[T]]:
     """Divide the parameters of a model, in their order, into fragments of about equal size.
+
+    Args:
+        parameters: names of parameters, or themselves.
+        sizes: numbers in each of them.
+        count: number of fragments.
 
     Raises:
         ConfigError: there are fewer parameters than fragments.
     """
-    if count > len(layout.names):
+    if count > len(parameters):
         raise ConfigError(
-            f"algorithm.fragments = {count}, but the model has {len(layout.names)} parameters only: lower it"
+            f"algorithm.fragments = {count}, but the model has {len(parameters)} parameters only: lower it"
         )
-    sizes = [math.prod(shape) for shape in layout.shapes]
-    totals, found, start = list(itertools.accumulate(sizes)), list[list[str]](), 0
+    totals, found, start = list(itertools.accumulate(sizes)), list[list[T]](), 0
     for number in range(1, count + 1):
         end, last = start + 1, len(sizes) - (count - number)  # one parameter at least for each fragment that is left
         while end < last and (number == count or totals[end] <= totals[-1] * number / count):
             end += 1
-        found.append(list(layout.names[start:end]))
+        found.append(list(parameters[start:end]))
         start = end
     return found

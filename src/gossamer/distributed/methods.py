@@ -17,6 +17,7 @@ from gossamer.algorithms.decentralized.base import PeerSGD
 from gossamer.algorithms.decentralized.diffusion import ExactDiffusion
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.decentralized.tracking import DSGT
+from gossamer.algorithms.diloco import DiLoCo, StreamingDiLoCo, divided
 from gossamer.distributed.exchange import Mixed
 from gossamer.distributed.flat import Bucket
 from gossamer.distributed.neighbors import ALONE, of_mixing
@@ -48,6 +49,11 @@ class Network:
             lazy: whether (I + W) / 2 takes the place of W.
         """
         self._world, self._topology, self._wire, self._lazy = world, topology, wire, lazy
+
+    @property
+    def has_neighbors(self) -> bool:
+        """Whether means are those of neighbours."""
+        return self._topology is not None
 
     def start(self, rows: Sequence[Tensor], round: int) -> Mixed:
         """Send rows [1, width], not to be changed before they are mixed, and return what is under way."""
@@ -216,18 +222,49 @@ class Resident:
 
     def combine(self, network: Network, round: int, lr: float) -> None:
         """Mix what the method sends, and update its state and the parameters."""
+        self._exchange(range(len(self.buckets)), network, round, lr)
+
+    def _exchange(self, numbers: Sequence[int], network: Network, round: int, lr: float) -> None:
+        """Do so for some of the buckets."""
         payloads = []
-        for bucket, arrays in zip(self.buckets, self.arrays, strict=True):
-            carry = {"x": bucket.gather().clone()}
+        for number in numbers:
+            carry, arrays = {"x": self.buckets[number].gather().clone()}, self.arrays[number]
             payload, kept = self._algorithm.end(arrays, {}, carry, self._every, lr)
             arrays.update(kept)
             payloads.append(payload)
         (name,) = self._algorithm.traits.uplink
         mixed = network.mix([payload[name] for payload in payloads], round)
-        for bucket, arrays, payload, row in zip(self.buckets, self.arrays, payloads, mixed, strict=True):
+        for number, payload, row in zip(numbers, payloads, mixed, strict=True):
+            arrays = self.arrays[number]
             inbox: dict[str, Any] = {name: row, "sent": payload, "held": None, "lr": lr}
             arrays.update(self._algorithm.update(arrays, inbox, self._num_peers))
-            bucket.scatter_(arrays["x"])
+            self.buckets[number].scatter_(self._taken(self.buckets[number], arrays["x"]))
+
+    def _taken(self, bucket: Bucket, x: Tensor) -> Tensor:
+        """Return the parameters of the next round."""
+        return x
+
+
+class Streaming(Resident):
+    """Streaming DiLoCo: in turn, a fragment of the model takes DiLoCo's outer step and is merged into the parameters.
+
+    The model of the outer optimizer is kept apart from the parameters, which a process has of its own.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], algorithm: StreamingDiLoCo, every: int, num_peers: int) -> None:
+        sizes, count = [each.numel() for each in parameters], algorithm.options.fragments
+        fragments = [Bucket.by_dtype(some) for some in divided(parameters, sizes, count)]
+        outer = DiLoCo(algorithm.options.model_dump(exclude={"fragments", "alpha"}))
+        super().__init__([bucket for some in fragments for bucket in some], outer, every, num_peers)
+        self._streaming, numbers = algorithm, iter(range(len(self.buckets)))
+        self._fragments = [[next(numbers) for _ in some] for some in fragments]
+
+    def combine(self, network: Network, round: int, lr: float) -> None:
+        """Exchange the fragment whose turn it is."""
+        self._exchange(self._fragments[round % len(self._fragments)], network, round, lr)
+
+    def _taken(self, bucket: Bucket, x: Tensor) -> Tensor:
+        return self._streaming.taken_over(bucket.gather(), x)
 
 
 def algorithm_of(mode: str, outer: Algorithm | str | Mapping[str, Any] | None) -> BaseAlgorithm:
@@ -247,6 +284,8 @@ def algorithm_of(mode: str, outer: Algorithm | str | Mapping[str, Any] | None) -
         outer = resolve("algorithm", str(options.pop("name", "")))(options)
     if not isinstance(outer, BaseAlgorithm):
         raise ConfigError(f"outer = {outer!r} is no algorithm: name one, such as 'gasloc', 'noloco' or 'diloco'")
+    if isinstance(outer, StreamingDiLoCo):
+        return outer
     traits, name = outer.traits, type(outer).__name__
     is_plain = outer.takes_optimizer and not (outer.changes_gradients or traits.transforms_parameters)
     is_server = traits.downlink is not None

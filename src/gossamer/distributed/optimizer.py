@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from gossamer.algorithms.base import Algorithm, BaseAlgorithm
 from gossamer.algorithms.decentralized.base import PeerSGD
 from gossamer.algorithms.decentralized.dsgd import DSGD
 from gossamer.algorithms.decentralized.tracking import DSGT
+from gossamer.algorithms.diloco import StreamingDiLoCo
 from gossamer.distributed.agreement import agree, agree_on, described
 from gossamer.distributed.flat import Bucket
 from gossamer.distributed.methods import (
@@ -22,6 +23,7 @@ from gossamer.distributed.methods import (
     Network,
     Overlapping,
     Resident,
+    Streaming,
     Tracking,
     algorithm_of,
 )
@@ -63,6 +65,7 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         *,
         wire_dtype: torch.dtype | None = None,
         bucket_bytes: int = BUCKET_BYTES,
+        buffers: Iterable[Tensor] = (),
     ) -> None:
         """Wrap an optimizer, all of whose parameter groups are there.
 
@@ -72,10 +75,13 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
                 processes where `outer` is a server's.
             mode: see the class.
             every: steps from one exchange to the next.
-            outer: name of an outer optimizer, such as "gasloc", "noloco" or "diloco", or its section of a
-                configuration, ``{"name": "gasloc", "gamma": 0.5}``, or an algorithm of the simulator itself.
+            outer: name of an outer optimizer, such as "gasloc", "noloco", "diloco" or "streaming-diloco", or its
+                section of a configuration, ``{"name": "gasloc", "gamma": 0.5}``, or an algorithm of the
+                simulator.
             wire_dtype: dtype of what travels between neighbours; None: that of the parameters.
             bucket_bytes: size of the messages of combine-while-adapt at most, but for larger parameters.
+            buffers: what a forward pass keeps, such as ``model.buffers()`` with BatchNorm's running moments; those of
+                floats are averaged after each exchange as the parameters are, those of integers are left alone.
 
         Raises:
             ConfigError: theory excludes the topology, an argument is out of range, or ranks disagree.
@@ -91,8 +97,9 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         graph = _checked(world, algorithm, topology)
         parameters = [each for group in self.param_groups for each in group["params"] if each.requires_grad]
         self._steps = self._rounds = 0
-        self._identity = _compared(world, algorithm, graph, parameters, mode, every, wire_dtype)
-        self._parameters = parameters
+        averaged = [each for each in buffers if each.dtype in FLOATS]
+        self._identity = _compared(world, algorithm, graph, parameters, averaged, mode, every, wire_dtype)
+        self._parameters, self._buffers = parameters, Bucket.by_dtype(averaged)
         self._network = Network(world, graph, wire_dtype, algorithm.traits.lazy)
         self._method = self._made(algorithm, world.size, bucket_bytes)
 
@@ -100,6 +107,8 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
         if isinstance(algorithm, DSGD) and algorithm.combines_first:
             late_first = self._parameters[::-1]  # about the order in which gradients arrive
             return Overlapping(Bucket.by_dtype(late_first, bucket_bytes), self._network)
+        if isinstance(algorithm, StreamingDiLoCo):
+            return Streaming(self._parameters, algorithm, self._every, num_peers)
         buckets = Bucket.by_dtype(self._parameters)
         if isinstance(algorithm, DSGT):
             return Tracking(buckets, algorithm)
@@ -139,8 +148,32 @@ class DecentralizedOptimizer(torch.optim.Optimizer):
             self._steps += 1
             if self._steps == self._every:
                 self._method.combine(self._network, self._rounds, float(self.param_groups[0]["lr"]))
+                self._average_buffers()
                 self._steps, self._rounds = 0, self._rounds + 1
         return loss
+
+    def _average_buffers(self) -> None:
+        if self._buffers:
+            mixed = self._network.mix([bucket.gather() for bucket in self._buffers], self._rounds)
+            for bucket, row in zip(self._buffers, mixed, strict=True):
+                bucket.scatter_(row)
+
+    def outer_parameters(self) -> list[Tensor]:
+        """Return copies of the parameters, in their order, as the outer optimizer has them, the same on all ranks.
+
+        With streaming-diloco these are the model that is trained; the parameters are partly this process's own.
+
+        Raises:
+            ConfigError: the outer optimizer is not one of all processes.
+        """
+        if self._network.has_neighbors or not isinstance(self._method, Resident):
+            raise ConfigError("there is no model that all ranks share without outer = 'diloco' or 'streaming-diloco'")
+        found = {
+            id(each): value.clone()
+            for bucket, arrays in zip(self._method.buckets, self._method.arrays, strict=True)
+            for each, value in zip(bucket.tensors, bucket.views(arrays["x"]), strict=True)
+        }
+        return [found[id(each)] for each in self._parameters]
 
     def _unscale(self) -> bool:
         """Undo the scale of a `GradScaler`, which sets two attributes for this call; returns whether to take a step."""
@@ -222,6 +255,7 @@ def _compared(
     algorithm: BaseAlgorithm,
     topology: Topology | None,
     parameters: list[Tensor],
+    buffers: list[Tensor],
     mode: str,
     every: int,
     wire: torch.dtype | None,
@@ -234,7 +268,7 @@ def _compared(
     if not parameters or any(each.dtype not in FLOATS for each in parameters):
         raise ConfigError("an optimizer needs parameters that require gradients, and are of floats: give some")
     if topology is not None:
-        agree_on(world, topology, parameters, wire)
+        agree_on(world, topology, [*parameters, *buffers], wire)
     name = type(algorithm).__name__
     options = algorithm.options.model_dump(mode="json")
     if wire is not None and not isinstance(algorithm, PeerSGD):
@@ -243,9 +277,14 @@ def _compared(
     said = f"{mode} by {name}{options or ''} every {every} over {graph}"
     agree(world, said, "give every rank's optimizer the same arguments", again=True)
     if not isinstance(algorithm, PeerSGD):
-        values = hashlib.blake2b(digest_size=6)
-        for each in parameters:
-            values.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         remedy = "call gossamer.distributed.broadcast([*model.parameters()]) before"
-        agree(world, f"initial parameters [{values.hexdigest()}]", remedy, again=True)
+        agree(world, f"initial parameters [{_digest(parameters)}]", remedy, again=True)
     return said
+
+
+def _digest(tensors: list[Tensor]) -> str:
+    """Return a digest of the tensors' numbers, which are copied to the processor."""
+    values = hashlib.blake2b(digest_size=6)
+    for each in tensors:
+        values.update(each.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return values.hexdigest()
