@@ -92,6 +92,15 @@ def check_a_list_travels_together_in_its_dtypes(rank: int) -> None:
         assert torch.allclose(value.double(), expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
 
 
+def check_handles_in_any_order(rank: int) -> None:
+    graph, x = gd.topology("ring"), rows(3, 5)
+    handles = [gd.neighbor_allreduce(each, topology=graph, async_op=True) for each in x[rank]]
+    matrix = torch.from_numpy(graph.mixing(0).dense())
+    for number in (2, 0, 1):
+        expected = (matrix @ x[:, number])[rank]
+        assert torch.allclose(handles[number].wait(), expected, rtol=0, atol=1e-12)
+
+
 def check_half_the_bytes_on_the_wire(rank: int) -> None:
     graph, x, before = gd.topology("ring"), rows(5).float(), gd.bytes_sent()
     found = gd.neighbor_allreduce(x[rank], topology=graph, wire_dtype=torch.bfloat16)
@@ -138,6 +147,15 @@ def check_all_of_the_neighbours(rank: int) -> None:
     assert nobody.shape == (0, 2)
 
 
+def check_every_dtype_that_is_not_averaged(rank: int) -> None:
+    for dtype in (*DTYPES, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool):
+        own = torch.tensor([[rank, 1]]).to(dtype)
+        expected = torch.tensor([[other, 1] for other in sorted({(rank - 1) % SIZE, (rank + 1) % SIZE})]).to(dtype)
+        assert torch.equal(gd.neighbor_allgather(own, topology=gd.topology("ring")), expected)
+        gd.broadcast([own], root=3)
+        assert torch.equal(own, torch.tensor([[3, 1]]).to(dtype))
+
+
 def check_pairs(rank: int) -> None:
     x = rows(2, 2)
     if rank < 3:  # the last one does not take part
@@ -149,9 +167,10 @@ def check_pairs(rank: int) -> None:
 
 def check_means_of_all(rank: int) -> None:
     x, y = rows(2, 2), rows(3, seed=1).float()
-    mean, other = gd.allreduce([x[rank], y[rank]])
+    mean, other, large = gd.allreduce([x[rank], y[rank], torch.full((2,), 4e4, dtype=torch.float16)])
     assert torch.allclose(mean, x.mean(0), rtol=0, atol=1e-12)
     assert torch.allclose(other, y.mean(0), rtol=0, atol=1e-6)
+    assert torch.equal(large, torch.full((2,), 4e4, dtype=torch.float16))  # the sum is beyond its range
     distance = gd.consensus_distance([x[rank], y[rank]])
     squares = (x - x.mean(0)).square().sum() + (y - y.mean(0)).double().square().sum()
     assert abs(distance - float((squares / SIZE).sqrt())) < 1e-6

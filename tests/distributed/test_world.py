@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv(module.INTERFACE, "")  # restored in the end, whatever is set meanwhile
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # too
     yield monkeypatch
     gd.shutdown()
 

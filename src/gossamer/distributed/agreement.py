@@ -77,17 +77,18 @@ def _gathered(world: World, message: bytes) -> list[bytes]:
     """Return the messages, of one length, of all ranks."""
     import torch.distributed as dist
 
-    device = world.device if world.backend == "nccl" and not _has_gloo() else torch.device("cpu")
-    own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device)
+    own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device_of_messages(world))
     every = [torch.empty_like(own) for _ in range(world.size)]
     dist.all_gather(every, own)
     return [bytes(each.tolist()) for each in every]
 
 
-def _has_gloo() -> bool:
+def device_of_messages(world: World) -> torch.device:
+    """Return where small messages lie that a program reads: the processor, unless the group has NCCL alone."""
     import torch.distributed as dist
 
-    return "gloo" in str(dist.get_backend_config())
+    has_gloo = world.backend == "gloo" or "gloo" in str(dist.get_backend_config())
+    return torch.device("cpu") if has_gloo else world.device
 
 
 def _by_rank(said: Sequence[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,7 +14,19 @@ from gossamer.distributed.neighbors import Neighbors
 from gossamer.distributed.world import World, first_line
 from gossamer.errors import EngineError
 
-_HALF = (torch.float16, torch.bfloat16)  # dtypes whose sums are taken in float32
+HALVES = (torch.float16, torch.bfloat16)  # dtypes whose sums are taken in float32
+
+
+@contextmanager
+def waiting_for_all(world: World) -> Iterator[None]:
+    """Say in a sentence, as an `EngineError`, that not all came to a collective call."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(
+            f"rank {world.rank} waited in vain for the others ({first_line(error)}): see whether they still run, and"
+            " call the same functions in the same order on all ranks"
+        ) from None
 
 
 class Exchange:
@@ -116,12 +130,16 @@ class Mixed:
         self._exchange.wait()
         near, found = self._near, []
         for number, own in enumerate(self._rows):
-            precise = torch.float32 if own.dtype in _HALF else own.dtype
-            weights = [
-                own.new_tensor(each, dtype=precise)[:, None] for each in (near.self_weights, *near.sources.values())
-            ]
+            precise = torch.float32 if own.dtype in HALVES else own.dtype
+            weights = [_column(each, precise, own.device) for each in (near.self_weights, *near.sources.values())]
             total = own.to(precise) * weights[0]
             for values, weight in zip(self._heard.values(), weights[1:], strict=True):
                 total.addcmul_(values[number].to(precise), weight)
             found.append(total.to(own.dtype))
         return found
+
+
+@lru_cache(maxsize=256)  # so that a device gets them once, and is not waited for
+def _column(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the weights of rows, [rows, 1]."""
+    return torch.tensor(weights, dtype=dtype, device=device)[:, None]

@@ -8,8 +8,8 @@ from typing import Generic, Literal, TypeVar, overload
 import torch
 from torch import Tensor
 
-from gossamer.distributed.agreement import agree, agree_on, shapes
-from gossamer.distributed.exchange import Exchange, Mixed
+from gossamer.distributed.agreement import agree, agree_on, device_of_messages, shapes
+from gossamer.distributed.exchange import HALVES, Exchange, Mixed, waiting_for_all
 from gossamer.distributed.flat import Bucket
 from gossamer.distributed.neighbors import ALONE, Neighbors, of_round, of_weights
 from gossamer.distributed.world import World, current
@@ -175,10 +175,11 @@ def _asked(world: World, sources: Mapping[int, float]) -> list[int]:
     """Return who wants to hear from this process, as all tell each other."""
     import torch.distributed as dist
 
-    wanted = torch.zeros(world.size, dtype=torch.uint8, device=world.device)
+    wanted = torch.zeros(world.size, dtype=torch.uint8, device=device_of_messages(world))
     wanted[[rank for rank in sources if 0 <= rank < world.size]] = 1
     every = [torch.empty_like(wanted) for _ in range(world.size)]
-    dist.all_gather(every, wanted)
+    with waiting_for_all(world):
+        dist.all_gather(every, wanted)
     return [rank for rank, theirs in enumerate(every) if theirs[world.rank] and rank != world.rank]
 
 
@@ -211,8 +212,8 @@ def neighbor_allgather(tensor: Tensor, *, topology: Topology | None = None, roun
         return tensor[:0].clone()
     agree_on(world, graph, [tensor[:0]])
     near = of_round(graph, round, world.rank)
-    counts = {rank: torch.zeros(1, dtype=torch.int64) for rank in near.sources}
-    own = torch.tensor([len(tensor)])
+    own = torch.tensor([len(tensor)], device=device_of_messages(world))
+    counts = {rank: torch.zeros_like(own) for rank in near.sources}
     Exchange(world, [(rank, own) for rank in near.destinations], [*counts.items()]).wait()
     parts = {rank: tensor.new_empty(int(count), *tensor.shape[1:]) for rank, count in counts.items()}
     flat = [(rank, part.view(-1)) for rank, part in parts.items()]
@@ -254,7 +255,7 @@ def allreduce(tensor: Tensors) -> Tensors:
     """Return the mean over all processes, the same bits on each.
 
     Args:
-        tensor: a tensor, or a list of them; float16, bfloat16, float32 or float64.
+        tensor: a tensor, or a list of them; float16 and bfloat16, which are added in float32, float32 or float64.
 
     Raises:
         ConfigError, EngineError: see `neighbor_allreduce`.
@@ -267,11 +268,13 @@ def allreduce(tensor: Tensors) -> Tensors:
     agree(world, f"{shapes(tensors)} of all", "give tensors of the same shapes and dtypes")
     found: list[Tensor] = [torch.empty(0)] * len(tensors)
     for bucket in Bucket.by_dtype(tensors):
-        row = bucket.gather().clone()
+        row = bucket.gather()
+        total = row.float() if row.dtype in HALVES else row.clone()
         if world.size > 1:
-            dist.all_reduce(row)
-            row /= world.size
-        for place, value in zip(bucket.places, bucket.views(row), strict=True):
+            with waiting_for_all(world):
+                dist.all_reduce(total)
+            total /= world.size
+        for place, value in zip(bucket.places, bucket.views(total.to(row.dtype)), strict=True):
             found[place] = value
     return found[0] if isinstance(tensor, Tensor) else found
 
@@ -295,7 +298,8 @@ def broadcast(tensors: Sequence[Tensor], root: int = 0) -> None:
     agree(world, f"{shapes(tensors)} from rank {root}", "give tensors of the same shapes and dtypes")
     for each in tensors:
         value = each.detach().contiguous()
-        dist.broadcast(value, root)
+        with waiting_for_all(world):
+            dist.broadcast(value.view(-1).view(torch.uint8), root)  # gloo does not know every dtype
         each.detach().copy_(value)
 
 
@@ -312,11 +316,12 @@ def consensus_distance(tensor: Tensor | Sequence[Tensor]) -> float:
 
     tensors = [tensor] if isinstance(tensor, Tensor) else list(tensor)
     means = allreduce([each.detach() for each in tensors])
-    squares = [(own - mean).double().square().sum().cpu() for own, mean in zip(tensors, means, strict=True)]
     world = current()
-    total = torch.stack(squares).sum().to(world.device)
+    squares = [(own - mean).double().square().sum() for own, mean in zip(tensors, means, strict=True)]
+    total = torch.stack([each.to(world.device) for each in squares]).sum()
     if world.size > 1:
-        dist.all_reduce(total)
+        with waiting_for_all(world):
+            dist.all_reduce(total)
     return float((total / world.size).sqrt())
 
 

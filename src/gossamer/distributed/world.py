@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from gossamer.distributed.ending import end_in_a_sentence
 from gossamer.errors import ConfigError, EngineError
 from gossamer.topology import Topology, find
 
@@ -61,6 +62,8 @@ def init(
 
     A group that the program has initialised by ``torch.distributed.init_process_group`` itself is taken as it is.
 
+    From now on an error of gossamer's that the program does not catch ends it with its sentence and exit code 2.
+
     Args:
         backend: "nccl" or "gloo"; None: nccl if each process of this machine has a CUDA device of its own.
         device: where this process keeps its model; None: the CUDA device of its local rank with nccl, else "cpu".
@@ -74,6 +77,7 @@ def init(
     """
     import torch.distributed as dist
 
+    end_in_a_sentence()
     if timeout_seconds <= 0:
         raise ConfigError(f"timeout_seconds = {timeout_seconds}: give a number above 0")
     if dist.is_initialized():
@@ -93,6 +97,9 @@ def init(
         torch.cuda.set_device(where)
     if not dist.is_initialized():
         _form(chosen, rank, size, timeout_seconds)
+        end_in_a_sentence()  # again, because torch has put a hook of its own before it
+    if chosen == "nccl":
+        dist.all_reduce(torch.zeros(1, device=where))  # connects all, which messages between a few alone would not
     _joined[:] = [World(rank, size, local_rank, where, chosen, timeout_seconds)]
     return _joined[0]
 
@@ -110,11 +117,19 @@ def current() -> World:
     """Return the group that this process has joined.
 
     Raises:
-        ConfigError: it has not yet.
+        ConfigError: it has not yet, or the group is no longer the one that it joined.
     """
+    import torch.distributed as dist
+
     if not _joined:
         raise ConfigError("this process has joined no group yet: call gossamer.distributed.init() first")
-    return _joined[0]
+    world, size = _joined[0], dist.get_world_size() if dist.is_initialized() else 0
+    if size != world.size:
+        raise ConfigError(
+            f"this process joined a group of {world.size}, which now has {size}: call gossamer.distributed.init()"
+            " again, and make topologies and optimizers anew"
+        )
+    return world
 
 
 def rank() -> int:
