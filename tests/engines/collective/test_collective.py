@@ -205,20 +205,6 @@ for name in sys.argv[2:]:
 """
 
 
-def test_ranks_that_disagree(torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
-    script = tmp_path / "other.py"
-    script.write_text(
-        "import os, gossamer\nfrom gossamer.cli.main import app\n"
-        "app(['run', f'{os.environ[\"RANK\"]}.yaml', '--out', 'run'], prog_name='gossamer')\n"
-    )
-    for rank in range(2):
-        (tmp_path / f"{rank}.yaml").write_text(yaml.safe_dump(on(CLIENTS, name="collective") | {"seed": rank}))
-    told = ended(torchrun(2, str(script)), 1)
-    assert "error: rank 1 has configuration" in told
-    assert told.count("error: ") == 1
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_plug_in_that_fails_at_one_rank(torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     """One sentence, by rank 0, and both end."""
     (tmp_path / "broken.py").write_text(BROKEN)

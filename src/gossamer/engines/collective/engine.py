@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gossamer.engines.base import EngineSetup
+from gossamer.engines.collective.agreement import digests
 from gossamer.engines.collective.clients import ClientRank, take_sums
 from gossamer.engines.collective.peers import CollectivePeerEngine
 from gossamer.engines.collective.world import Letter, current_world
@@ -51,7 +52,7 @@ class CollectiveEngine(FederatedEngine):
             store.settle = self._settle
             shared = {"directory": os.path.abspath(store.directory), "dtype": str(self._state["x"].dtype)}
         rank = ClientRank(task, self._world.group, self._state, self._order, shared)
-        self._world.begin(rank, setup, store=shared)
+        self._world.begin(rank, setup, task=digests(task), store=shared)
         self._is_fresh = False  # whether all ranks have the state
         self._counts: dict[int, int] | None = None  # rows of each variant, until all ranks know them
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup
+from gossamer.engines.collective.agreement import digests
 from gossamer.engines.collective.peer_rank import PeerRank, partial_sums
 from gossamer.engines.collective.world import Letter, World
 from gossamer.engines.peers import MERGED, Message, PeerEngine, mix_message
@@ -47,7 +48,8 @@ class CollectivePeerEngine(PeerEngine):
         blocks = blocks_of_ranks(task.workload.num_clients, world.size)
         spans = [[bounds[0][0], bounds[-1][1]] for bounds in blocks]
         super().__init__(task, x, spans, setup)
-        world.begin(PeerRank(task, world.group, spans, blocks), setup, spans=spans, bounds=blocks)
+        rank = PeerRank(task, world.group, spans, blocks)
+        world.begin(rank, setup, task=digests(task), spans=spans, bounds=blocks)
         self._num_blocks = sum(map(len, blocks))
 
     def read(self) -> Arrays:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gossamer.engines.collective.agreement import require_same
 from gossamer.engines.collective.clients import ClientRank
 from gossamer.engines.collective.environment import is_leader
 from gossamer.engines.collective.group import TIMEOUT_SECONDS, Group, GroupBroken, Message
@@ -103,6 +104,7 @@ def serve(describe: Callable[[], Mapping[str, Any]], stop: Callable[[], bool]) -
 def handler_of(message: Message, group: Group) -> Handler:
     """Return what handles the messages of an engine on this rank."""
     task = rebuild(message["recipe"])
+    require_same(task, message["task"])
     group.limit(message["timeout_seconds"])
     if task.topology is not None:
         return PeerRank(task, group, message["spans"], message["bounds"])

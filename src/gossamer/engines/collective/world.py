@@ -58,13 +58,14 @@ class World:
         Raises:
             ConfigError: another rank has another value of a part.
         """
-        for rank, (message, _) in enumerate(self._ask_others({"kind": "compare"}), 1):
-            for part, value in described.items():
-                if (other := message["described"].get(part)) != value:
-                    raise ConfigError(
-                        f"rank {rank} has {part} {other!r}, but rank 0 has {value!r}: start all ranks with the same"
-                        " command, files and versions"
-                    )
+        others = [message["described"] for message, _ in self._ask_others({"kind": "compare"})]
+        for part, value in described.items():
+            differing = {rank: theirs.get(part) for rank, theirs in enumerate(others, 1) if theirs.get(part) != value}
+            if differing:
+                told = ", ".join(f"rank {rank} has {part} {other!r}" for rank, other in differing.items())
+                raise ConfigError(
+                    f"{told}, but rank 0 has {value!r}: start all ranks with the same command, files and versions"
+                )
 
     def require_shared(self, directory: Path) -> None:
         """Check that all ranks see a directory of rank 0.
