@@ -1,4 +1,5 @@
-"""Rows that cross ranks, between real processes."""
+"""Rows             assert sorted(came.tolist()) == sorted(told - set(range(low, high)))
+that cross ranks, between real processes."""
 
 from __future__ import annotations
 
@@ -99,7 +100,7 @@ def run_member(member: Member, mode: str) -> None:
             for name, value in everyone.items():
                 mine[name][low:high] = value[low:high]
             try:
-                sent = swap_rows_(group, SPANS, mine, heard_of(edges))
+                sent, came = swap_rows_(group, SPANS, mine, heard_of(edges))
             except GroupBroken:
                 print("broken")
                 return
