@@ -132,7 +132,7 @@ class TestLowRank:
         row = ((left * torch.arange(1, 9) ** -power) @ right.T).reshape(1, -1)
         kept = (compressed(codec, row.expand(200, -1).contiguous()) ** 2).sum(1) / (row**2).sum()
         slack = 5 * float(kept.std()) / math.sqrt(200)
-        assert float(kept.mean()) >= codec.contraction(80) - slack
+        assert float(kept.mean()) >= codec.contraction(80) - slack - 1e-6
 
     def test_iterations_come_closer_to_the_best(self) -> None:
         row = normal(1, 400)
@@ -237,7 +237,7 @@ def test_bytes_are_those_of_the_packed_code(spec: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_codes(spec: Any, dtype: torch.dtype) -> None:
-    """They have the bytes that are counted, and whoever hears some of the rows decodes what their senders reckon with."""
+    """They have the bytes that are counted, and who hears some of the rows decodes what their senders reckon with."""
     codec, peers = make_codec(spec).of_shapes(SHAPES), np.array([4, 0, 7])
     rows = normal(3).to(dtype)
     rows[1] = 0

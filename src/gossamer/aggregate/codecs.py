@@ -229,6 +229,7 @@ class Quantise(BaseCodec):
         level = unpack_bits(codes[:, : -dtype.itemsize], d, self._num_bits) - self.levels
         return self._scaled_(level.to(dtype), norm)
 
+    @property
     def _num_bits(self) -> int:
         return math.ceil(math.log2(2 * self.levels + 1))
 

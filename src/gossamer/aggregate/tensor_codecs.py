@@ -134,28 +134,28 @@ class LowRank(BaseCodec):
         """Return the numbers that are sent, tensor after tensor: P and ``M^T P``, or the tensor itself."""
         found = []
         for number, (part, shape) in enumerate(self.parts(rows.shape[1])):
-            if self._shrinks(shape):
-                factors = []
-                for row, peer in zip(rows[:, part], peers.tolist(), strict=True):
-                    source = rng.generator(seed, "codec-low-rank", round, phase, participant=peer, extra=number)
-                    matrix = row.view(shape[0], -1)
-                    drawn = torch.from_numpy(source.standard_normal((matrix.shape[1], self.rank))).to(matrix)
-                    factors.append(torch.cat([factor.flatten() for factor in self._factors(matrix, drawn)]))
-                found.append(torch.stack(factors))
-            else:
+            if not self._shrinks(shape):
                 found.append(rows[:, part])
+                continue
+            found.append(rows.new_empty(len(rows), self._num_sent(shape)))
+            for row, out, peer in zip(rows[:, part], found[-1], peers.tolist(), strict=True):
+                source = rng.generator(seed, "codec-low-rank", round, phase, participant=peer, extra=number)
+                matrix = row.view(shape[0], -1)
+                drawn = torch.from_numpy(source.standard_normal((matrix.shape[1], self.rank))).to(matrix)
+                torch.cat([factor.flatten() for factor in self._factors(matrix, drawn)], out=out)
         return torch.cat(found, dim=1)
 
     def _read(self, sent: Tensor, d: int) -> Tensor:
         """Return rows [s, d] of what is sent."""
         parts = self.parts(d)
         found = list(torch.split(sent, [self._num_sent(shape) for _, shape in parts], dim=1))
-        for number, (_, shape) in enumerate(parts):
+        for number, (part, shape) in enumerate(parts):
             if self._shrinks(shape):
-                # One by one, in memory of their own, because a row's bits do not depend on others.
-                factors = [row.tensor_split([self.rank * shape[0]]) for row in found[number]]
-                products = [p.clone().view(-1, self.rank) @ q.clone().view(self.rank, -1) for p, q in factors]
-                found[number] = torch.stack(products).flatten(1)
+                whole = sent.new_empty(len(sent), part.stop - part.start)
+                for row, out in zip(found[number], whole, strict=True):
+                    left, right = row.clone().tensor_split([self.rank * shape[0]])  # in memory of its own, for its bits
+                    torch.mm(left.view(-1, self.rank), right.clone().view(self.rank, -1), out=out.view(shape[0], -1))
+                found[number] = whole
         return torch.cat(found, dim=1)
 
     def _factors(self, matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

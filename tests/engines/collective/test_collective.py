@@ -171,7 +171,7 @@ def test_bits(num_ranks: int, torchrun: Callable[..., subprocess.Popen[str]], tm
         require_equal(tmp_path / "collective" / name, run)
     for name in coded:
         sent = [int((tmp_path / "collective" / name / f"bytes.{rank}").read_text()) for rank in range(num_ranks)]
-        assert sum(sent) == sum(record["bytes_up"] for record in local[name].metrics)
+        assert sum(sent) == local[name].metrics[-1]["total_bytes_up"]
 
 
 def test_killed_and_stopped(torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:

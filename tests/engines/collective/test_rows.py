@@ -1,4 +1,4 @@
-"""Rows             assert sorted(came.tolist()) == sorted(told - set(range(low, high)))
+"""Rows that cross ranks, between real processes."""
 that cross ranks, between real processes."""
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ def run_member(member: Member, mode: str) -> None:
                 print("broken")
                 return
             told = {sender for receiver, sender in edges if low <= receiver < high} | set(range(low, high))
+            assert sorted(came.tolist()) == sorted(told - set(range(low, high)))
             for name, value in everyone.items():
                 rows = sorted(told)
                 assert torch.equal(mine[name][rows], value[rows]), (name, seed)

@@ -97,7 +97,6 @@ class PeerRank:
         task, mixer = self._task.phases[message["phase"]], self._mixers[message["phase"]]
         codes = {name: rows for name, rows in self._peers.codes.items() if name in task.algorithm.traits.codecs}
         sent = {name: self._peers.payload(name) for name in task.algorithm.traits.uplink} | codes
-| self._peers.codes
         if self._peers.holders is not None:
             sent[HOLDERS] = self._peers.holders
         own = [self._low, self._high]
