@@ -1,5 +1,4 @@
 """Rows that cross ranks, between real processes."""
-that cross ranks, between real processes."""
 
 from __future__ import annotations
 
