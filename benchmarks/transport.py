@@ -3,8 +3,8 @@
 ``bulk``: parameters up (client to server) and down over loopback, each into memory that is there: a TCP socket; a TCP
 socket with the SHA-256 of all data at both ends; a stream of bare grpcio whose chunks are copied to where they belong;
 gossamer, plain and with mutual TLS. ``small``: round trips of messages without arrays: a bare unary call and a bare
-stream of grpcio; a message of a client with its receipt, and a job with its answer, of gossamer. ``idle``: memory and
-processor time of a server with clients that are connected and silent. ``chunks``: ``bulk`` of gossamer by size of chunk.
+stream of grpcio; a message of a client with its receipt, and a job with its answer, of gossamer. ``idle``: memory
+and processor time of a server with clients that are connected and silent. ``chunks``: ``bulk`` of gossamer by size of chunk.
 
 Contenders run in turn, each a client and a server in processes of their own. Goals are ratios to the TCP socket. As
 a processor's second costs more on a busy machine too, but not ten times more, they report these besides.
@@ -463,9 +463,7 @@ def main() -> None:
                 for way in ("up", "down")
             }
         if "chunks" in options.parts:
-            commands = {
-                f"gossamer-{size}": command("gossamer", *shared, "--chunk-bytes", str(size)) for size in CHUNKS
-            }
+            commands = {f"gossamer-{size}": command("gossamer", *shared, "--chunk-bytes", str(size)) for size in CHUNKS}
             result["chunks"] = bulk_report(interleaved(commands, options, gate), options.bytes)
     if "small" in options.parts:
         trips = ["--times", str(options.round_trips), "--bytes", "4", "--small-bytes", str(options.small_bytes)]
