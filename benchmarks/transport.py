@@ -3,11 +3,10 @@
 ``bulk``: parameters up (client to server) and down over loopback, each into memory that is there: a TCP socket; a TCP
 socket with the SHA-256 of all data at both ends; a stream of bare grpcio whose chunks are copied to where they belong;
 gossamer, plain and with mutual TLS. ``small``: round trips of messages without arrays: a bare unary call and a bare
-stream of grpcio; a message of a client with its receipt, and a job with its answer, of gossamer. ``idle``: memory
-and processor time of a server with clients that are connected and silent. ``chunks``: ``bulk`` of gossamer by size of chunk.
+stream of grpcio; a message of a client with its receipt, and a job with its answer, of gossamer. ``idle``: memory and
+processor time of a server whose clients are connected and silent. ``chunks``: ``bulk`` of gossamer by size of chunk.
 
-Contenders run in turn, each a client and a server in processes of their own. Goals are ratios to the TCP socket. As
-a processor's second costs more on a busy machine too, but not ten times more, they report these besides.
+Contenders run in turn, each a client and a server in processes of their own. Goals are ratios to the TCP socket.
 """
 
 from __future__ import annotations
