@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ import torch
 from gossamer.algorithms.base import Algorithm
 from gossamer.config import diagnosis
 from gossamer.config.buffers import require_averages
+from gossamer.config.clock import goes_by_the_clock, wall_clock
 from gossamer.config.communication import check_codecs, require_whole_downlink
-from gossamer.config.inputs import configuration_inputs
+from gossamer.config.inputs import configuration_inputs, run_id
 from gossamer.config.optimizers import require_moments
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
@@ -26,6 +27,7 @@ from gossamer.engines.task import Task
 from gossamer.engines.training.modes import measured_modes, modes_by_rule
 from gossamer.errors import ConfigError, plugin_errors
 from gossamer.memory import require_memory
+from gossamer.planning.absences import absences
 from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
 from gossamer.planning.base import Planner
 from gossamer.planning.clients import ClientPlanner
@@ -42,6 +44,7 @@ from gossamer.storage.runlog import RunLog
 from gossamer.task import load_workload, make_task, on_device
 from gossamer.workloads.base import Workload
 from gossamer.workloads.datasets import ImageData
+from gossamer.workloads.held import ToldWorkload
 
 MAX_STEPS = 1 << 31  # of a participant in a round, which plans count in 32 bits
 WORKER_BYTES = 10_000_000  # of a process of its own, at least
@@ -84,10 +87,14 @@ class Parts:
     def start_engine(self, directory: Path, hooks: EngineHooks = NO_HOOKS) -> tuple[Engine, ClientStore | None]:
         """Start the engine from the initial model, with a store for private state if clients keep some."""
         options, x = self.config.engine, self.workload.init(self.config.seed)
+        block_size = None if options.block_size == "auto" else options.block_size
+        if self.config.replay is not None:  # in which single clients are left out
+            absent = absences(Path(self.config.replay), self.workload.num_clients)
+            block_size, hooks = 1, replace(hooks, absent=absent)
         counts_cpus = self.engine_class.is_remote and options.workers == "auto"
         setup = EngineSetup(
             workers=0 if counts_cpus else num_workers(self.config, self.workload),
-            block_size=None if options.block_size == "auto" else options.block_size,
+            block_size=block_size,
             hooks=hooks,
             straggler_seconds=options.straggler_seconds,
             address=options.address,
@@ -95,8 +102,10 @@ class Parts:
                 "factory": "gossamer.task:task_of",
                 "config": self.config.model_dump(mode="json"),
                 "paths": [os.path.abspath(path) for path in sys.path],
+                "run": run_id(self.config.model_dump(mode="json")),
             },
             directory=directory,
+            clock=wall_clock(self.config),
         )
         if self.task.topology is not None:
             return self.engine_class.of_peers(self.task, x, setup), None
@@ -156,6 +165,9 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     if resolved.engine_class.is_remote:
         require_loadable(config, workload)
     check_sizes(config, algorithm, workload, is_remote=resolved.engine_class.is_remote)
+    if wall_clock(config) is not None:
+        told: Any = ToldWorkload(workload)
+        workload = told
     task = make_task(config, algorithm, resolved.topology, workload)
     dtype = workload.init(config.seed).dtype
     require_precision(config, dtype)
@@ -275,6 +287,7 @@ def make_planner(config: Config, task: Task) -> Planner:
         weighting=clients.weighting,
         deadline_seconds=math.inf if clients.deadline_seconds is None else clients.deadline_seconds,
         over_selection=clients.over_selection,
+        drops_late=not goes_by_the_clock(config),
     )
 
 

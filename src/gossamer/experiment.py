@@ -98,11 +98,17 @@ class Hooks:
         observer: called for each single run, with its name and number of rounds; returns what watches it.
         spans: returns what listens to the spans of a single run.
         is_ended: whether the run that goes on shall end after its round, as if it had no more of them.
+        tell: gets lines about who joins and leaves a run of real clients.
     """
 
     observer: Callable[[str, int], Observer | None] = lambda name, num_rounds: None
     spans: Callable[[], Spans] = Spans
     is_ended: Callable[[], bool] = lambda: False
+    tell: Callable[[str], None] = lambda line: None
+
+    def of_engine(self, log: RunLog, stop: StopRequest) -> EngineHooks:
+        """Return those of the engine of a run with this log."""
+        return EngineHooks(lambda: stop() or self.is_ended(), log.log_event, stop.is_overdue, tell=self.tell)
 
 
 def run(
@@ -348,8 +354,7 @@ def _run_rounds(
         return Run(directory, read_metrics(directory), parts.workload.params_of(row), stop_reason=reason)
     done = None if latest is None else latest.round
     log.sinks = make_sinks(config.log.sinks, TrackedRun.of(directory, config.model_dump(mode="json"), done))
-    engine_hooks = EngineHooks(lambda: stop() or hooks.is_ended(), log.log_event, stop.is_overdue)
-    engine, store = parts.start_engine(directory, engine_hooks)
+    engine, store = parts.start_engine(directory, hooks.of_engine(log, stop))
     with closing(engine):
         loop = parts.loop(engine, store, log, checkpoints)
         loop.observer, loop.spans = hooks.observer(name or config.name, config.rounds), hooks.spans()

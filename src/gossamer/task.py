@@ -21,6 +21,7 @@ from gossamer.submodel import Cutter, Layout
 from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload, find_workload, require_workload
+from gossamer.workloads.held import HeldWorkload
 from gossamer.workloads.samples import reading_later
 
 
@@ -140,3 +141,25 @@ def load_workload(config: Config, data: Any = None) -> Workload:
         workload = make(options, num_clients=config.population.num, partition=partition, seed=config.seed, **given)
     require_workload(f"workload {name!r}", workload)
     return workload
+
+
+def held_task_of(config: Mapping[str, Any], client: int, dataset: Any) -> Task:
+    """Rebuild the task of a resolved configuration at a client that has data of its own.
+
+    Args:
+        config: resolved configuration, as JSON.
+        client: number of the client.
+        dataset: name, or name and options, of its data set, which takes the place of the configuration's.
+
+    Raises:
+        GossamerError: the data is missing or does not suit the workload.
+    """
+    parsed = parse(config)
+    if parsed.clients is None or not 0 <= client < parsed.clients.num:
+        raise ConfigError(f"there is no client {client} in this run: give a number below {parsed.population.num}")
+    alone = parsed.clients.model_copy(update={"num": 1, "per_round": 1, "partition": {"name": "iid"}})
+    workload = load_workload(
+        parsed.model_copy(update={"clients": alone, "workload": {**parsed.workload, "dataset": dataset}})
+    )
+    held: Any = HeldWorkload(workload, client, parsed.clients.num)
+    return make_task(parsed, make_algorithm(parsed), None, held)

@@ -11,23 +11,16 @@ import os
 import re
 import signal
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from gossamer.cli import node, results, topology
+from gossamer.cli.following import Quiet, follow, plan_of, to_stderr, warnings_to
 from gossamer.cli.plug_ins import Trust, plug_ins
-from gossamer.errors import GossamerError, GossamerWarning
-
-if TYPE_CHECKING:
-    from gossamer.experiment import Hooks, Run
-    from gossamer.reports.progress import Display, Plan
-
+from gossamer.errors import GossamerError
 
 CLOSED_PIPE = 141  # exit code where whoever read the output is gone: 128 + SIGPIPE, as shells have it
 
@@ -38,10 +31,10 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
-            with _warnings_to(_to_stderr):
+            with warnings_to(to_stderr):
                 return super().invoke(ctx)
         except GossamerError as error:
-            _to_stderr(re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}...", f"error: {error}"))
+            to_stderr(re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}...", f"error: {error}"))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("error: interrupted", err=True)
@@ -50,29 +43,6 @@ class Commands(TyperGroup):
 
 def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _to_stderr(line: str) -> None:
-    typer.echo(line, err=True)
-
-
-@contextmanager
-def _warnings_to(write: Callable[[str], None]) -> Iterator[None]:
-    """Give each `GossamerWarning` to `write`, as one line and once; other warnings are shown as before."""
-    told, show_others = set[str](), warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        """Show a warning."""
-        line = f"warning: {message}"
-        if not issubclass(category, GossamerWarning):
-            show_others(message, category, *where, **more)
-        elif line not in told:
-            told.add(line)
-            write(line)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show
-        yield
 
 
 app = typer.Typer(
@@ -104,7 +74,6 @@ def options(
     """Accept the options before a command."""
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings are shown all the same.")]
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="Where gradients are computed, such as cuda; for engine.device=NAME.")
 ]
@@ -121,6 +90,10 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Where to train; short for engine.name=NAME.")
     ] = None,
     device: Device = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Drop again whom the clock dropped in this run of real clients."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/<name>-<time>.")] = None,
     quiet: Quiet = False,
     trust: Trust = False,
@@ -129,8 +102,9 @@ def run(
     from gossamer import experiment
 
     changes = _changes(overrides, engine, device)
+    changes += [] if replay is None else [f"replay={replay}"]
     with plug_ins(trust):
-        _follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: _plan(file, changes), quiet)
+        follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: plan_of(file, changes), quiet)
 
 
 @app.command()
@@ -158,9 +132,9 @@ def resume(
     changes = _changes(overrides, engine, device)
     whole = directory / EXPERIMENT
     with plug_ins(trust):
-        _follow(
+        follow(
             lambda hooks: experiment.resume(directory, hooks, changes, restart),
-            lambda: _plan(whole) if os.path.exists(whole) else {},
+            lambda: plan_of(whole) if os.path.exists(whole) else {},
             quiet,
         )
 
@@ -189,7 +163,7 @@ def sweep(
     """Run every combination of settings with every seed; prints one table, and as its last line the directory."""
     from gossamer import sweep as sweeps
 
-    progress = (lambda row: None) if quiet else (lambda row: _to_stderr(sweeps.line(row)))
+    progress = (lambda row: None) if quiet else (lambda row: to_stderr(sweeps.line(row)))
     with plug_ins(trust):
         found = sweeps.sweep(
             file, _changes(settings, None, device), sweeps.parse_seeds(seeds), engine, out, parallel, progress
@@ -278,50 +252,9 @@ for command in (results.export, results.runs, results.table):
     app.command()(command)
 
 
-def _follow(start: Callable[[Hooks], Run], plan: Callable[[], Plan], quiet: bool) -> None:
-    """Start or resume runs, show their progress, and print their directory.
-
-    Args:
-        plan: returns the runs that there are to be, see `gossamer.reports.progress.Plan`.
-        quiet: whether nothing but warnings is shown.
-    """
-    from gossamer.engines.collective.environment import is_leader
-    from gossamer.experiment import Hooks
-
-    display: AbstractContextManager[Display | None] = nullcontext()
-    if not quiet and is_leader():
-        from rich.console import Console
-
-        from gossamer.cli.progress import ProgressDisplay, ProgressLines
-
-        on_terminal = sys.stderr.isatty()
-        display = ProgressDisplay(plan(), Console(stderr=True)) if on_terminal else ProgressLines(plan, _to_stderr)
-    with display as shown, _warnings_to(_to_stderr if shown is None else shown.print):
-        finished = start(Hooks() if shown is None else Hooks(observer=shown.observer))
-    if not is_leader():
-        return
-    for one in finished.runs or [finished]:
-        if one.stop_reason:
-            name = f"{one.directory.relative_to(finished.directory)}: " if finished.runs else ""
-            typer.echo(f"{name}ended after round {len(one.metrics)}: {one.stop_reason}", err=True)
-    if finished.runs:
-        from gossamer.reports import summary
-
-        typer.echo(summary.render([finished.directory]))
-    typer.echo(finished.directory)
-
-
 def _changes(overrides: list[str] | None, engine: str | None, device: str | None) -> list[str]:
     given = {"engine.name": engine, "engine.device": device}
     return [*(overrides or ()), *(f"{key}={value}" for key, value in given.items() if value is not None)]
-
-
-def _plan(file: Path, overrides: list[str] | None = None) -> Plan:
-    """Return the runs of an experiment's file."""
-    from gossamer.config import loading
-
-    singles = loading.expand(loading.load(file, overrides or ()))
-    return {name: rounds if isinstance(rounds := one.get("rounds"), int) else 0 for name, one in singles.items()}
 
 
 def main() -> None:

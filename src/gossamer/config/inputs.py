@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -108,3 +109,8 @@ def _first_difference(committed: Any, found: Any, key: str = "") -> tuple[str, s
         if difference := _first_difference(committed[name], found[name], below):
             return difference
     return None
+
+
+def run_id(config: Mapping[str, Any]) -> str:
+    """Return the id of a run: two of the same id train the same, so that what clients keep of one serves the other."""
+    return hashlib.sha256(json.dumps(configuration_inputs(config), sort_keys=True).encode()).hexdigest()[:32]

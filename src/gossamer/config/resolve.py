@@ -147,7 +147,8 @@ def _with_absolute_paths(config: Config) -> Config:
     workload = dict(config.workload)
     if "dataset" in workload:
         workload["dataset"] = absolute("dataset", workload["dataset"])
-    return config.model_copy(update={section: population, "workload": workload})
+    replay = None if config.replay is None else str(Path(config.replay).absolute())
+    return config.model_copy(update={section: population, "workload": workload, "replay": replay})
 
 
 def fill_in(config: Config, algorithm: Any) -> Config:

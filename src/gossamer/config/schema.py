@@ -39,7 +39,7 @@ class EngineOptions(Options):
     """Where training runs. `workers` and `block_size` change no bits; `modes` do, and are written once chosen.
 
     Attributes:
-        name: local, ray, collective (on the ranks of torchrun), or a plug-in's.
+        name: local, ray, collective (on the ranks of torchrun), network (on clients that dial in), or a plug-in's.
         workers: processes, or Ray actors, that train; "auto": one for each core, on a cluster counted every round.
         block_size: participants that are trained together.
         modes: mode of each capacity, or one mode for all; "auto": by a rule of shapes and numbers, see `modes_by_rule`;
@@ -277,6 +277,7 @@ class Config(Options):
         devices: several profiles instead, by share or by capacity.
         engine: where training runs; a bare name is its `name`.
         log: trackers.
+        replay: path of the directory of a run of real clients; those whom the clock dropped there are dropped again.
         methods: ``{name: {key: value}}``, each a run (of each seed) in which these keys are replaced.
     """
 
@@ -299,6 +300,7 @@ class Config(Options):
     devices: list[DeviceShare] | None = None
     engine: EngineOptions = EngineOptions()
     log: LogOptions = LogOptions()
+    replay: str | None = None
     methods: dict[str, dict[str, Any]] | None = None
 
     @field_validator("name")

@@ -18,6 +18,9 @@ from gossamer.storage.checkpoint import Files
 from gossamer.workloads.base import Sums
 
 Record = dict[str, Any]
+Absent = Callable[[int, int], Mapping[int, str]]  # (round, phase) -> {client: reason}
+DEADLINE, OVER_SELECTION, GONE = "deadline", "over-selection", "gone"
+BY_THE_CLOCK = (DEADLINE, OVER_SELECTION, GONE)  # why real clients are dropped that have not answered
 STOP_SIGNALS = tuple(  # that end a process unless it handles them, and ask a run to stop
     signal.Signals[name]
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
@@ -28,6 +31,11 @@ STOP_SIGNALS = tuple(  # that end a process unless it handles them, and ask a ru
 def never() -> bool:
     """Return false."""
     return False
+
+
+def nobody(round: int, phase: int) -> Mapping[int, str]:
+    """Return that nobody is absent."""
+    return {}
 
 
 def _ignore(kind: str, **fields: Any) -> None:
@@ -42,11 +50,15 @@ class EngineHooks:
         stop_requested: asked between blocks and steps; once it is true, the participants left are reported as missing.
         report: callback for what goes wrong and is repaired: ``report(kind, **fields)``.
         must_stop: asked where to stop would lose work; true a few seconds after `stop_requested`.
+        absent: asked who does not train in a phase, because it was dropped in the run that is replayed, and why.
+        tell: gets lines that whoever watches the run should see.
     """
 
     stop_requested: Callable[[], bool] = never
     report: Callable[..., None] = _ignore
     must_stop: Callable[[], bool] = never
+    absent: Absent = nobody
+    tell: Callable[[str], None] = lambda line: None
 
     def check(self) -> None:
         """Raise `Interrupted` if what is under way must be given up."""
@@ -55,6 +67,19 @@ class EngineHooks:
 
 
 NO_HOOKS = EngineHooks()
+
+
+@dataclass(frozen=True)
+class WallClock:
+    """When a phase of real clients goes on without those who have not answered.
+
+    Attributes:
+        deadline_seconds: after it began; None: it waits for them.
+        num_awaited: number of answers after which it goes on; None: all.
+    """
+
+    deadline_seconds: float | None = None
+    num_awaited: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +92,11 @@ class EngineSetup:
         block_size: number of participants that are trained together, a power of two; None: a suitable one.
         hooks: see `EngineHooks`.
         straggler_seconds: see `gossamer.config.schema.EngineOptions`.
-        address: address of a Ray cluster, or "auto"; None: Ray is started here.
+        address: address of a Ray cluster, or "auto"; None: Ray is started here. Of engine network, host:port to listen
+            on; None: on loopback, for processes that are started here.
         recipe: recipe by which actors rebuild the task, see `gossamer.task.task_of`.
         directory: run directory, into which other processes may write what they hold; None: nobody does.
+        clock: see `WallClock`; None: nobody is dropped by the clock.
     """
 
     workers: int
@@ -79,6 +106,7 @@ class EngineSetup:
     address: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
+    clock: WallClock | None = None
 
 
 class Engine(Protocol):

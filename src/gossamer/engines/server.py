@@ -24,6 +24,7 @@ from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.rows import row_norms
 from gossamer.engines.updating import Collected, update_
+from gossamer.errors import ConfigError
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
 from gossamer.storage.checkpoint import Files
 from gossamer.storage.client_store import ClientStore
@@ -33,6 +34,7 @@ from gossamer.workloads.base import Sums, add_sums
 
 STACKED_BLOCK_FLOATS = 1 << 20  # weights of one stacked block: a few MB, to stay in cache
 ORDER = "order."
+KEPT = "private.kept"  # state array of runs whose clients keep their private state themselves, see engine network
 MAX_BLOCK_ROWS = 64
 MAX_BLOCK_ROWS_ONE_BY_ONE = 8
 BLOCKS_PER_WORKER = 8
@@ -70,6 +72,7 @@ class FederatedEngine(ABC):
         self._trees: dict[tuple[int, str], TreeSum] = {}
         self._collected = Collected()
         self._private: dict[int, dict[str, Tensor]] = {}
+        self._reasons: dict[int, str] = {}  # why rows of the plan return nothing; without one: a stop was requested
         self._rows = PrivateRows(store, self._state["x"].dtype)
         self._statistics = Statistics()
 
@@ -113,13 +116,16 @@ class FederatedEngine(ABC):
             trees |= {(variant.index, name): TreeSum(count) for name in self._phase.algorithm.traits.uplink if count}
             blocks += of_variant
         missing = {block.rows.start: block for block in blocks}
+        absent = self.hooks.absent(plan.round, plan.phase)
+        lost = {row: absent[client] for row, client in enumerate(plan.client.tolist()) if client in absent}
+        self._reasons = lost
         self._begin()
-        for result in self._results_of(plan, blocks):
+        for result in self._results_of(plan, [block for block in blocks if block.rows.start not in lost]):
             del missing[result.block.rows.start]
             self._keep(result)
             yield result.report
         for block in missing.values():  # sums do without them
-            report = TrainReport.of_missing(block.rows, STOPPED)
+            report = TrainReport.of_missing(block.rows, self._reasons.get(block.rows.start, STOPPED))
             described = {"arrays": [], "loss": report.loss, "finite": report.finite, "norm": report.norm}
             self._keep(self._block_result(block, described, []))
             yield report
@@ -187,7 +193,13 @@ class FederatedEngine(ABC):
         return {}
 
     def write(self, state: Mapping[str, Tensor]) -> None:
-        """Replace state arrays; those that are already in place cost nothing."""
+        """Replace state arrays; those that are already in place cost nothing.
+
+        Raises:
+            ConfigError: the private state of clients is with these, where this engine does not find it.
+        """
+        if KEPT in state:
+            raise ConfigError("the clients keep their private state themselves: resume with --engine network")
         for name, value in self._statistics.take(state).items():
             target = self._order[name.removeprefix(ORDER)] if name.startswith(ORDER) else self._state[name]
             if value is not target:

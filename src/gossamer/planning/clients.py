@@ -50,7 +50,11 @@ def first_to_finish(
 
 @dataclass(kw_only=True)
 class ClientPlanner(Planner):
-    """Builds the plans of a round."""
+    """Builds the plans of a round.
+
+    Attributes:
+        drops_late: whether those are left out who are late in simulated time.
+    """
 
     section = "clients"
     seed: int
@@ -59,6 +63,7 @@ class ClientPlanner(Planner):
     weighting: str
     deadline_seconds: float = math.inf
     over_selection: float = 1.0
+    drops_late: bool = True
 
     def phases(self, round: int, now: float) -> list[TimedPlan]:
         """Return the plan of each phase of a round, rows in canonical order, and how it goes in simulated time.
@@ -82,9 +87,10 @@ class ClientPlanner(Planner):
         found, waited, num_unavailable = list[TimedPlan](), began - now, self._num_wanted - len(clients)
         for phase, costs in enumerate(self.costs):
             efforts = costs.efforts(clients, variant, self.samples_trained(clients, steps), round)
-            left = min(num_expected, len(clients))
-            kept, seconds = first_to_finish(efforts.seconds, clients, left, self.deadline_seconds)
-            too_slow = efforts.seconds > self.deadline_seconds
+            left = min(num_expected, len(clients)) if self.drops_late else len(clients)
+            deadline = self.deadline_seconds if self.drops_late else math.inf
+            kept, seconds = first_to_finish(efforts.seconds, clients, left, deadline)
+            too_slow = efforts.seconds > deadline
             late = {
                 "deadline": np.sort(clients[too_slow]),
                 "over-selection": np.sort(clients[~kept & ~too_slow]),

@@ -84,6 +84,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "local": "gossamer.engines.local.engine:LocalEngine",
         "ray": "gossamer.engines.ray.engine:RayEngine",
         "collective": "gossamer.engines.collective.engine:CollectiveEngine",
+        "network": "gossamer.engines.network.engine:NetworkEngine",
     },
     "workload": {
         "image-classification": "gossamer.workloads.images:ImageClassification",

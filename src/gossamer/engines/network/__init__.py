@@ -1,0 +1,1 @@
+"""Training by clients that dial a server: processes on this machine, or machines that keep their data to themselves."""

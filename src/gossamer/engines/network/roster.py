@@ -1,0 +1,166 @@
+"""Who is there: the nodes that have joined a server, the clients that each of them is, and what it was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+
+from gossamer.engines.task import Task
+from gossamer.transport import Hello, Refusal, Welcome
+from gossamer.workloads.held import ToldWorkload
+
+MAX_SAMPLES = 1 << 40
+
+
+class Asked(NamedTuple):
+    """A job that a node has, and when it got it (seconds of a monotonic clock)."""
+
+    attempt: int
+    at: float
+
+
+@dataclass(eq=False)
+class Node:
+    """A node that has joined.
+
+    Attributes:
+        name: its name, which its certificate has, if there is one.
+        clients: numbers of the clients that it is.
+        models: numbers of what it was sent in the phase, see `NetworkEngine`.
+        asked: jobs that it has not answered, by client.
+    """
+
+    name: str
+    clients: frozenset[int]
+    models: dict[Any, int] = field(default_factory=dict)
+    asked: dict[int, Asked] = field(default_factory=dict)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions by which bits may differ."""
+    return {"gossamer": version("gossamer"), "torch": torch.__version__, "Python": platform.python_version()}
+
+
+def model_digest(task: Task) -> str:
+    """Return a digest of the names and shapes of the model's parameters."""
+    layout = task.workload.layout
+    return hashlib.sha256(repr([*zip(layout.names, layout.shapes, strict=True)]).encode()).hexdigest()
+
+
+class Roster:
+    """The nodes of a run. `admit` is called from threads of the transport, the rest by the engine.
+
+    A node joins twice: at first to learn what is trained, then with what it tells of the clients that it is.
+    """
+
+    def __init__(self, task: Task, told: Mapping[str, Any], secret: str | None) -> None:
+        """Bind a run.
+
+        Args:
+            task: its task.
+            told: what every node is told when it joins, JSON values.
+            secret: what nodes must say that were started by this process; None: any node may join that the transport
+                lets in.
+        """
+        self._task, self._told, self._secret = task, told, secret
+        self._nodes: dict[str, Node] = {}
+        self._node_of: dict[int, Node] = {}
+        self._model = model_digest(task)
+
+    def admit(self, hello: Hello) -> Welcome | Refusal:
+        """Say whether a node may join."""
+        reason = self._objection(hello.node, hello.body)
+        return Welcome(self._told) if reason is None else Refusal(reason)
+
+    def join(self, hello: Hello) -> None:
+        """Take a node that was admitted, and what it tells."""
+        clients = {int(client): facts for client, facts in hello.body["clients"].items()}
+        if not clients:  # it only asked what is trained
+            return
+        workload = self._task.workload
+        if isinstance(workload, ToldWorkload):
+            for client, facts in clients.items():
+                workload.tell(client, facts["num_samples"], facts["labels"])
+        self.leave(hello.node)
+        self._nodes[hello.node] = node = Node(hello.node, frozenset(clients))
+        self._node_of |= dict.fromkeys(clients, node)
+
+    def leave(self, name: str) -> None:
+        """Forget a node."""
+        node = self._nodes.pop(name, None)
+        for client in () if node is None else node.clients:
+            self._node_of.pop(client, None)
+
+    def node_of(self, client: int) -> Node | None:
+        """Return the node that is a client, if it is there."""
+        return self._node_of.get(client)
+
+    def get(self, name: str) -> Node | None:
+        """Return a node, if it is there."""
+        return self._nodes.get(name)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Those that are there."""
+        return list(self._nodes.values())
+
+    @property
+    def present(self) -> set[int]:
+        """Clients that are there."""
+        return set(self._node_of)
+
+    def begin_phase(self) -> None:
+        """Forget what nodes were asked and sent before."""
+        for node in self.nodes:
+            node.models, node.asked = {}, {}
+
+    def _objection(self, name: str, body: Mapping[str, Any]) -> str | None:
+        """Return why a node may not join; None: it may."""
+        if self._secret is not None and not secrets.compare_digest(str(body.get("secret")), self._secret):
+            return "this server takes only nodes that it has started: give it an address to listen on, engine.address"
+        told = body.get("versions")
+        for part, value in (versions() if body.get("is_simulated") else {"gossamer": version("gossamer")}).items():
+            other = told.get(part) if isinstance(told, dict) else None
+            if other != value:
+                return f"{name} has {part} {other!r:.80}, but the server has {value!r}: install the same version"
+        if body.get("model") not in (None, self._model):
+            return (
+                f"{name} has data of another shape, or of other labels, than the server: give it such as the server has"
+            )
+        clients = body.get("clients")
+        if not isinstance(clients, dict):
+            return f"{name} says not which clients it is: give their numbers, and what they hold"
+        for client, facts in clients.items():
+            reason = self._objection_to(name, client, facts)
+            if reason is not None:
+                return reason
+        return None
+
+    def _objection_to(self, name: str, told: Any, facts: Any) -> str | None:
+        """Return what is wrong with a client, as its node tells of it; None: nothing."""
+        workload = self._task.workload
+        if not (isinstance(told, str) and told.isdecimal() and len(told) < 19 and int(told) < workload.num_clients):
+            return f"{name} says that it is client {told!r:.80}: give a number in 0..{workload.num_clients - 1}"
+        client, facts = int(told), facts if isinstance(facts, dict) else {}
+        other = self.node_of(client)
+        if other is not None and other.name != name:
+            return f"client {client} is there already, as {other.name}: stop that one, or give another number"
+        number, labels, known = facts.get("num_samples"), facts.get("labels"), range(workload.num_labels)
+        if type(number) is not int or not 0 < number < MAX_SAMPLES:
+            return f"{name} has {number!r:.80} samples for client {client}: give it one or more"
+        is_told = isinstance(workload, ToldWorkload)
+        if (is_told or labels is not None) and not (
+            isinstance(labels, list) and all(type(label) is int and label in known for label in labels)
+        ):
+            return f"{name} has labels {labels!r:.80} for client {client}: give some of 0..{len(known) - 1}"
+        if not is_told and number != int(workload.num_samples[client]):
+            expected = int(workload.num_samples[client])
+            return f"{name} has {number} samples for client {client}, not {expected}: give it the data of the run"
+        return None

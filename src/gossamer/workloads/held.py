@@ -1,0 +1,114 @@
+"""Workloads of real clients: at the server, what they tell of their data; at a client, its own data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gossamer.errors import ConfigError
+from gossamer.storage.strict_yaml import parse_yaml
+from gossamer.workloads.base import Batch, Sums, Workload
+
+
+class _Around:
+    """Does what another workload does, but for what is defined here."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._around = workload
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the other workload's attribute."""
+        return getattr(self._around, name)
+
+
+class ToldWorkload(_Around):
+    """A server's workload, whose clients hold other data than its own: as many samples, of the labels, as they tell.
+
+    Attributes:
+        num_samples: int64 [num_clients]; those of its own partition until a client tells its number.
+    """
+
+    def __init__(self, workload: Workload) -> None:
+        """Take a workload, from which the model and the test data are."""
+        super().__init__(workload)
+        self.num_samples = workload.num_samples.copy()
+        self._labels = workload.client_labels(np.arange(workload.num_clients)).clone()
+
+    def tell(self, client: int, num_samples: int, labels: Iterable[int]) -> None:
+        """Take what a client tells of its data, for the rounds that are planned from now on."""
+        self.num_samples[client] = num_samples
+        self._labels[client] = False
+        self._labels[client, list(labels)] = True
+
+    def client_labels(self, clients: NDArray[np.int64]) -> Tensor:
+        """Return bool [s, num_labels]: the labels that each client holds."""
+        return self._labels[torch.from_numpy(clients)]
+
+
+class HeldWorkload(_Around):
+    """A client's workload: a workload of one client, which is client `client` of the run. Others hold nothing.
+
+    Attributes:
+        num_clients: clients of the run.
+        num_samples: int64 [num_clients], its number of samples; 1 of the others, which are never trained here.
+    """
+
+    def __init__(self, workload: Workload, client: int, num_clients: int) -> None:
+        """Take a workload made with ``num_clients=1``."""
+        super().__init__(workload)
+        self.num_clients = num_clients
+        self.num_samples = np.ones(num_clients, dtype=np.int64)
+        self.num_samples[client] = workload.num_samples[0]
+
+    def batch(self, clients: NDArray[np.int64], positions: NDArray[np.int64], round: int = 0, phase: int = 0) -> Batch:
+        """Assemble samples of the one client."""
+        return self._around.batch(np.zeros_like(clients), positions, round, phase)
+
+    def client_labels(self, clients: NDArray[np.int64]) -> Tensor:
+        """Return the labels of the one client, for each of `clients`."""
+        return self._around.client_labels(np.zeros_like(clients))
+
+    def client_statistics(self, params: dict[str, Tensor], client: int) -> dict[str, Tensor]:
+        """Return sums over the one client's training data."""
+        return self._around.client_statistics(params, 0)
+
+    def client_metrics(self, sums: Sums, client: int) -> dict[str, float]:
+        """Return metrics of the one client's test data."""
+        return self._around.client_metrics(sums, 0)
+
+
+def spec_of(text: str) -> Any:
+    """Return the data set that a client names: a mapping in YAML, a folder or a file, or a name.
+
+    A folder of folders is of images (``image-folder``), one of ``.npy`` files, or an ``.npz`` file, is of ``arrays``, a
+    ``.csv`` or ``.parquet`` file, or a folder of the latter, is a ``table``; anything else is the name of a data set or
+    ``module:attribute``.
+
+    Raises:
+        ConfigError: it is a folder, or a file, of something else.
+    """
+    if text.lstrip().startswith("{"):
+        return parse_yaml(text, "--data")
+    path = Path(text)
+    if not path.exists():
+        return text
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    suffixes = {one.suffix.lower() for one in found if one.is_file()}
+    if any(one.is_dir() for one in found):
+        name = "image-folder"
+    elif suffixes & {".npz", ".npy"}:
+        name = "arrays"
+    elif suffixes & {".csv", ".parquet"}:
+        name = "table"
+    else:
+        raise ConfigError(
+            f"--data {text!r} is neither a folder of images nor a table: give {{name: NAME, path: PATH}}, see gossamer"
+            " describe dataset"
+        )
+    return {"name": name, "path": str(path.absolute())}

@@ -1,0 +1,229 @@
+"""Federations whose clients dial in have the bits of the local engine, whatever happens to servers and clients."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import gossamer
+from federation import STACKED, assert_same, configure, mixed, modes
+from gossamer import experiment
+from gossamer.engines.network.client import ClientNode
+from gossamer.storage.runlog import read_events, read_metrics
+from gossamer.task import held_task_of, task_of
+from gossamer.transport import Client
+
+pytestmark = pytest.mark.timeout(120)
+
+RUNS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "mixed capacities": mixed("fedrolex", **STACKED) | {"evaluation.by_capacity": True},
+    "private state": {"algorithm": "scaffold", "clients.per_round": 3} | modes(**STACKED),
+    "private windows": mixed("federated-dropout"),
+    "ranked channels": mixed("fiarse"),
+    "residuals": {"communication.uplink": {"name": "top-k", "share": 0.1}},
+    "updates too large": mixed("fedrolex")
+    | {"train.lr_by_capacity": {1.0: 30.0}, "aggregation.max_update_norm_ratio": 5, "clients.quorum": 0.1},
+}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+class Nodes:
+    """Nodes in threads of this process, each of which is some clients, and dials one server."""
+
+    def __init__(self, directory: Path) -> None:
+        self.address, self._directory = f"127.0.0.1:{free_port()}", directory
+        self._threads: list[threading.Thread] = []
+        self._over = threading.Event()
+        self.errors: list[BaseException] = []
+
+    def start(
+        self, clients: Sequence[int], make_task: Callable[[Mapping[str, Any]], Any] = task_of, **options: Any
+    ) -> None:
+        """Start a node."""
+        name = f"node-{clients[0]}"
+
+        def dial(hello: Mapping[str, Any], seconds: float) -> Client:
+            return Client(self.address, name=name, hello=hello, timeout_seconds=seconds)
+
+        given = {"is_simulated": True, "linger_seconds": 0.0, "patience_seconds": 60.0} | options
+        node = ClientNode(
+            dial=dial,
+            clients=clients,
+            make_task=make_task,
+            directory=self._directory / name,
+            stop=self._over.is_set,
+            **given,
+        )
+        self._threads.append(threading.Thread(target=self._run, args=(node,), daemon=True))
+        self._threads[-1].start()
+
+    def _run(self, node: ClientNode) -> None:
+        try:
+            node.run()
+        except BaseException as error:
+            self.errors.append(error)
+
+    def join(self) -> None:
+        """Wait for all of them to end."""
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+    def end(self) -> None:
+        """End them."""
+        self._over.set()
+        self.join()
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    made = Nodes(tmp_path / "nodes")
+    yield made
+    made.end()
+
+
+def real(config: Mapping[str, Any], nodes: Nodes, **engine: Any) -> dict[str, Any]:
+    """Return a configuration whose clients are nodes."""
+    return {**config, "engine": {**config["engine"], "name": "network", "address": nodes.address, **engine}}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bits(name: str, nodes: Nodes, tmp_path: Path) -> None:
+    config = configure(RUNS[name])
+    nodes.start([0, 2, 4, 6])
+    nodes.start([1, 3, 5, 7])
+    run = gossamer.run(real(config, nodes), out=tmp_path / "network")
+    nodes.join()
+    assert not nodes.errors
+    assert_same(run, gossamer.run(config, out=tmp_path / "local"))
+
+
+def stalled(until: threading.Event) -> Callable[[Mapping[str, Any]], Any]:
+    """Return what makes the task of a node that trains nothing before `until`."""
+
+    def make(config: Mapping[str, Any]) -> Any:
+        task = task_of(config)
+        batch = task.workload.batch
+
+        def late(clients: Any, positions: Any, *address: int) -> Any:
+            if positions.size > 1:  # it is asked for one sample first, to see how large they are
+                until.wait(60)
+            return batch(clients, positions, *address)
+
+        vars(task.workload)["batch"] = late
+        return task
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"deadline_seconds": 2.0}, "deadline"), ({"over_selection": 1.6}, "over-selection")]
+)
+def test_clients_dropped_by_the_clock_are_dropped_again(
+    options: dict[str, float], reason: str, nodes: Nodes, tmp_path: Path
+) -> None:
+    """With private state, which must be that of the last round whose update was used."""
+    clients = {"num": 5, "per_round": 3 if reason == "over-selection" else 5, "quorum": 0.1, **options}
+    config = configure({"algorithm": "scaffold", "clients": clients, "rounds": 2})
+    over = threading.Event()
+    nodes.start([0, 1, 2, 3])
+    nodes.start([4], make_task=stalled(over))
+    run = gossamer.run(real(config, nodes), out=tmp_path / "network")
+    over.set()
+    dropped = [event for event in read_events(run.directory) if event["kind"] == "update-dropped"]
+    assert {event["reason"] for event in dropped} == {reason}
+    assert 4 in {event["client"] for event in dropped}
+    again = gossamer.run({**config, "replay": str(run.directory)}, out=tmp_path / "replayed")
+    assert_same(run, again)
+
+
+def test_own_data(nodes: Nodes, tmp_path: Path) -> None:
+    """Clients of other data than the server's tell how many samples there are, and of which labels; nothing else."""
+    config = configure({"clients": {"num": 2, "per_round": 2}, "rounds": 2})
+    shared = {"name": "synthetic", "num_test": 40, "noise": 2.0}
+    for client, num_train in ((0, 50), (1, 80)):
+        own = {**shared, "num_train": num_train}
+        nodes.start(
+            [client],
+            make_task=lambda told, client=client, own=own: held_task_of(told, client, own),  # type: ignore[misc]
+            is_simulated=False,
+        )
+    run = gossamer.run(real(config, nodes), out=tmp_path / "network")
+    nodes.join()
+    assert not nodes.errors
+    assert [record["total_samples"] for record in run.metrics] == [130, 260]
+
+
+def test_processes_that_are_killed(tmp_path: Path) -> None:
+    """One command starts server and clients, and starts those again that die."""
+    config = configure({"algorithm": "scaffold", "rounds": 4} | modes(**STACKED))
+    config = {**config, "checkpoint": {"every_seconds": 1000}}
+
+    class Killing:
+        def on_block(self, round: int, done: int, total: int) -> None:
+            """Do nothing."""
+
+        def on_round(self, record: Mapping[str, Any]) -> None:
+            """Kill a process after the second round."""
+            if record["round"] == 2:
+                pattern = ["pgrep", "-P", str(os.getpid()), "-f", "clients-1"]
+                found = subprocess.run(pattern, capture_output=True, text=True, check=True)
+                os.kill(int(found.stdout.split()[0]), signal.SIGKILL)
+
+    hooks = experiment.Hooks(observer=lambda name, num_rounds: Killing())
+    given = {**config, "engine": {**config["engine"], "name": "network", "workers": 2}}
+    run = experiment.run(given, out=tmp_path / "network", hooks=hooks)
+    assert [event["worker"] for event in read_events(run.directory) if event["kind"] == "worker-restarted"] == [
+        "clients-1"
+    ]
+    assert_same(run, gossamer.run(config, out=tmp_path / "local"))
+
+
+def test_server_that_is_killed(nodes: Nodes, tmp_path: Path) -> None:
+    """Its clients wait for it; started again, it goes on from its last commit."""
+    config = configure({"algorithm": "scaffold", "rounds": 6} | modes(**STACKED))
+    file, out = tmp_path / "config.yaml", tmp_path / "network"
+    file.write_text(yaml.safe_dump(config))
+    nodes.start([0, 1, 2, 3])
+    nodes.start([4, 5, 6, 7])
+    command = [sys.executable, "-m", "gossamer", "node", "server", str(file), "--listen", nodes.address]
+    command += ["--out", str(out), "--quiet"]
+    first = subprocess.Popen(command)
+    try:
+        wait_for(lambda: len(read_metrics(out)) >= 2, out)
+    finally:
+        first.kill()
+        first.wait()
+    assert len(read_metrics(out)) < 6
+    subprocess.run(command, check=True, timeout=100)
+    nodes.join()
+    assert not nodes.errors
+    assert_same(experiment.resume(out), gossamer.run(config, out=tmp_path / "local"))
+
+
+def wait_for(is_so: Callable[[], bool], directory: Path) -> None:
+    """Wait until something is so of a run."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if (directory / "config.yaml").exists() and is_so():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it never was")

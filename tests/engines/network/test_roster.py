@@ -1,0 +1,80 @@
+"""Which nodes may join, and what is known of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from federation import configure
+from gossamer.build import build
+from gossamer.config.loading import parse
+from gossamer.engines.network.roster import Roster, model_digest, versions
+from gossamer.engines.task import Task
+from gossamer.transport import Hello, Refusal, Welcome
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Task:
+    return build(parse(configure())).task
+
+
+@pytest.fixture(scope="module")
+def real() -> Task:
+    return build(parse(configure({"engine.name": "network", "engine.address": "127.0.0.1:1"}))).task
+
+
+def hello(task: Task, node: str = "a", **changes: Any) -> Hello:
+    facts = {"num_samples": int(task.workload.num_samples[3]), "labels": [0, 2]}
+    body = {"versions": versions(), "is_simulated": False, "secret": "", "clients": {"3": facts}}
+    return Hello(node, {**body, "model": model_digest(task), **changes}, "127.0.0.1:2")
+
+
+def test_a_node_joins_and_leaves(simulated: Task) -> None:
+    roster = Roster(simulated, {"run": "r"}, None)
+    assert roster.admit(hello(simulated)) == Welcome({"run": "r"})
+    roster.join(hello(simulated))
+    assert roster.present == {3}
+    node = roster.node_of(3)
+    assert node is not None
+    assert node.name == "a"
+    assert isinstance(roster.admit(hello(simulated, "b")), Refusal)
+    assert isinstance(roster.admit(hello(simulated, "a")), Welcome), "it may join again"
+    roster.leave("a")
+    assert roster.node_of(3) is None
+    assert not roster.present
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"secret": "guess"}, "only nodes that it has started"),
+        ({"versions": {"gossamer": "0"}}, "gossamer '0'"),
+        ({"versions": None}, "gossamer None"),
+        ({"clients": None}, "which clients"),
+        ({"clients": {"-1": {}}}, "client '-1'"),
+        ({"clients": {"8": {}}}, "client '8'"),
+        ({"clients": {"9" * 5000: {}}}, "client '999"),
+        ({"clients": {"3": None}}, "None samples"),
+        ({"clients": {"3": {"num_samples": True}}}, "True samples"),
+        ({"clients": {"3": {"num_samples": 5, "labels": "all"}}}, "labels 'all'"),
+        ({"clients": {"3": {"num_samples": 5, "labels": [10]}}}, "labels [10]"),
+        ({"clients": {"3": {"num_samples": 5, "labels": [1]}}}, "not 1"),
+        ({"model": "another"}, "another shape"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], told: str, simulated: Task) -> None:
+    roster = Roster(simulated, {}, "secret")
+    answer = roster.admit(hello(simulated, **{"secret": "secret", **changes}))
+    assert isinstance(answer, Refusal)
+    assert told in answer.reason
+    assert len(answer.reason) < 400
+
+
+def test_real_clients_tell_what_they_hold(real: Task) -> None:
+    roster, workload = Roster(real, {}, None), real.workload
+    before = workload.num_samples.copy()
+    roster.join(hello(real, clients={"3": {"num_samples": 7, "labels": [0, 2]}}))
+    assert workload.num_samples[3] == 7
+    assert (workload.num_samples != before).sum() == 1
+    assert workload.client_labels(before[:1] * 0 + 3)[0].nonzero().flatten().tolist() == [0, 2]
