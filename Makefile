@@ -67,11 +67,14 @@ bench: $(VENV)/.installed rivals
 	$(BIN)/python benchmarks/ray_peers.py
 	$(BIN)/python benchmarks/actor_start.py
 	$(BIN)/python benchmarks/collective.py
+	$(BIN)/python benchmarks/transport.py
 
 # Kills actors, drivers and nodes of Ray runs, and compares bits; stops runs by signals, and times their end.
+# Sends bad messages to a server.
 faults: $(VENV)/.installed
 	$(BIN)/python benchmarks/faults.py --faults 200
 	$(BIN)/python benchmarks/stopping.py
+	$(BIN)/python tests/fuzz/messages.py --number 10000
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -19,7 +19,7 @@ from typing import Any
 
 RANKS = (1, 2, 4)
 NUM_PEERS, HIDDEN = 64, 8000  # models of about 0.6 million parameters: 154 MB in all
-NUM_SAMPLES, NUM_FEATURES = 400_000, 64  # 102 MB
+NUM_SAMPLES, NUM_FEATURES = 200_000, 256  # 205 MB
 NUM_TEST = 1000
 Report = dict[str, Any]
 

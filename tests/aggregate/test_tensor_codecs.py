@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer import rng
-from gossamer.aggregate.codec_base import BaseCodec
-from gossamer.aggregate.codecs import make_codec
+from gossamer.aggregate.codec_base import BaseCodec, Draws
+from gossamer.aggregate.codecs import Bitmap, make_codec
 
 SHAPES = ((6, 9), (6,), (4, 3, 2, 2), (4,), (5, 5), (3, 2))
 D = sum(math.prod(shape) for shape in SHAPES)
@@ -132,7 +132,7 @@ class TestLowRank:
         row = ((left * torch.arange(1, 9) ** -power) @ right.T).reshape(1, -1)
         kept = (compressed(codec, row.expand(200, -1).contiguous()) ** 2).sum(1) / (row**2).sum()
         slack = 5 * float(kept.std()) / math.sqrt(200)
-        assert float(kept.mean()) >= codec.contraction(80) - slack
+        assert float(kept.mean()) >= codec.contraction(80) - slack - 1e-6
 
     def test_iterations_come_closer_to_the_best(self) -> None:
         row = normal(1, 400)
@@ -232,3 +232,25 @@ def test_bytes_are_those_of_the_packed_code(spec: Any) -> None:
     packed, read = packed_and_read(spec, decoded)
     assert len(packed) == codec.row_bytes(D, 4)
     np.testing.assert_allclose(read, decoded.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_codes(spec: Any, dtype: torch.dtype) -> None:
+    """They have the bytes that are counted, and who hears some of the rows decodes what their senders reckon with."""
+    codec, peers = make_codec(spec).of_shapes(SHAPES), np.array([4, 0, 7])
+    rows = normal(3).to(dtype)
+    rows[1] = 0
+    codes = codec.encode(rows, seed=1, round=2, phase=1, peers=peers)
+    assert (codes.dtype, codes.shape) == (torch.uint8, (3, codec.row_bytes(D, dtype.itemsize)))
+    expected = codec.compress(rows, seed=1, round=2, phase=1, peers=peers)
+    for heard in ([2, 0], [1], []):
+        draws = Draws(seed=1, round=2, phase=1, peers=peers[heard])
+        assert torch.equal(codec.decode(codes[heard], D, dtype, **draws), expected[heard])
+
+
+def test_codes_of_bits() -> None:
+    mask, draws = torch.tensor([[1.0, 0, 0, 1, 1, 0, 1, 0, 1]]), Draws(seed=0, round=0, peers=np.array([0]))
+    codes = Bitmap().encode(mask, **draws)
+    assert codes.shape == (1, Bitmap().row_bytes(9, 4)) == (1, 2)
+    assert torch.equal(Bitmap().decode(codes, 9, torch.float32, **draws), mask)

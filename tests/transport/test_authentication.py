@@ -186,13 +186,28 @@ class TestMembers:
     @pytest.mark.parametrize("text", ["", "{}", "[]", '{"federation": "banks"}', None])
     def test_without_a_list_nobody_is_let_in(self, directory: Path, text: str | None) -> None:
         kit, path = load_kit(directory / "kits" / "ucsf"), directory / "kits" / "server" / "members.json"
-        members = MemberList(path, "hospitals")
+        times, before = [datetime.now(UTC)], path.read_text()
+        members = MemberList(path, "hospitals", lambda: times[-1])
         path.unlink()
         if text is not None:
             path.write_text(text)
+        for _ in range(2):  # while it is being replaced, the old one holds
+            members.verify(kit.certificate, "ucsf", kit.token)
+            times.append(times[-1] + timedelta(seconds=9))
         for _ in range(2):
             with pytest.raises(ConfigError):
                 members.verify(kit.certificate, "ucsf", kit.token)
+        path.write_text(before)
+        members.verify(kit.certificate, "ucsf", kit.token)
+
+    @pytest.mark.parametrize("text", ["", "{}", '{"federation": "banks"}', None])
+    def test_a_list_that_never_was_one(self, directory: Path, text: str | None) -> None:
+        path = directory / "kits" / "server" / "members.json"
+        path.unlink()
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ConfigError):
+            load_kit(path.parent).credentials()
 
     def test_tokens_are_compared_in_constant_time(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         compared: list[tuple[str, str]] = []

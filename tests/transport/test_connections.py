@@ -16,7 +16,7 @@ import torch
 
 from gossamer.errors import Disconnected, TransportError
 from gossamer.transport import Address, Client, Gone, Joined, Limits, Message, Received, Server
-from gossamer.transport.limits import Bucket, Inbox
+from gossamer.transport.limits import Inbox
 from transport.hostile import EXPECTED, Attacker, good
 from transport.wires import Wire
 
@@ -155,10 +155,6 @@ class TestRates:
             Client(server.address, name="a") as client,
         ):
             assert all(client.send(message(round, 0)) for round in range(45))
-
-    def test_bucket(self) -> None:
-        bucket = Bucket(2.0)
-        assert [bucket.take() for _ in range(5)] == [True, True, True, True, False]
 
     def test_inbox(self) -> None:
         inbox = Inbox(10)

@@ -21,7 +21,7 @@ from gossamer.workloads.digests import digest_of
 from gossamer.workloads.files import arrays, hugging_face, image_folder, table
 from gossamer.workloads.images import ImageClassification
 from gossamer.workloads.leaf import LETTERS, leaf
-from gossamer.workloads.samples import ArraySource, LazySamples, channel_moments
+from gossamer.workloads.samples import ArraySource, LazySamples, channel_moments, moments_in_pieces
 
 
 def save_images(folder: Path, sizes: tuple[int, ...] = (6,), count: int = 10) -> None:
@@ -197,6 +197,18 @@ class TestArrays:
         assert in_pieces[0] == pytest.approx(mean, rel=1e-12)
         assert in_pieces[1] == pytest.approx(std, rel=1e-12)
         assert in_pieces != (mean, std)  # so that this is another way
+
+
+def test_moments_do_not_depend_on_the_number_of_threads() -> None:
+    values, threads = torch.randn(200_000, 1, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    found = set()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found |= {channel_moments(values), moments_in_pieces(values)}
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 1  # a single piece
 
 
 def test_a_hugging_face_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

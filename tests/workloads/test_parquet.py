@@ -102,6 +102,34 @@ def test_a_batch_reads_the_row_groups_of_its_rows_once(path: str, reads: list[in
     assert reads[2:] == [4]
 
 
+def test_samples_of_some_clients_are_read_once(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, read = list[int](), RowGroupSource.read_group
+
+    def counted(source: RowGroupSource, number: int) -> Tensor:
+        made.append(number)
+        return read(source, number)
+
+    monkeypatch.setattr(RowGroupSource, "read_group", counted)
+    (tmp_path / "parts.json").write_text(json.dumps([[*range(18)], [*range(18, 36)], [*range(36, 60)]]))
+    with samples.reading_later():
+        workload = ImageClassification(
+            {"dataset": options(path) | {"test_path": path}, "model": "softmax", "evaluation_chunk": 20},
+            num_clients=3, seed=0, partition={"name": "file", "path": str(tmp_path / "parts.json")},
+        )  # fmt: skip
+    whole = [workload.batch(np.array([client]), np.array([[3, 1]])).samples["x"] for client in range(3)]
+    for found in (workload.data.train_images, workload.data.test_images):
+        found.source.forget()
+    made.clear()
+    workload.hold(np.array([1]), np.array([2]))
+    assert made == [3, 4, 5, 6, 7, 8, 9]
+    made.clear()
+    assert torch.equal(workload.batch(np.array([1]), np.array([[3, 1]])).samples["x"], whole[1])
+    workload.evaluate(workload.layout.views(workload.init(0)), {}, 2)
+    assert made == []
+    assert torch.equal(workload.batch(np.array([2]), np.array([[3, 1]])).samples["x"], whole[2])
+    assert made == [6]
+
+
 def test_the_bits_are_those_of_a_table_that_is_read_whole(
     path: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from typing import NotRequired, Protocol, Self, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,15 @@ from gossamer.options import Options
 Shapes = tuple[tuple[int, ...], ...]
 
 
+class Draws(TypedDict):
+    """Whose random numbers rows have: see `Codec.compress`."""
+
+    seed: int
+    round: int
+    phase: NotRequired[int]
+    peers: NDArray[np.int64]
+
+
 @runtime_checkable
 class Codec(Protocol):
     """Compresses rows before they are sent; contracts: ``E ||Q(v) - v||^2 <= (1 - contraction) ||v||^2``."""
@@ -30,6 +39,18 @@ class Codec(Protocol):
             rows: float32 or float64 [s, d], finite.
             seed, round, phase: seed of the run, and numbers of the round and the phase.
             peers: int64 [s], sender of each row.
+        """
+        ...
+
+    def encode(self, rows: Tensor, **draws: Unpack[Draws]) -> Tensor:
+        """Return what travels of rows, uint8 [s, bytes of a row]; arguments as of `compress`."""
+        ...
+
+    def decode(self, codes: Tensor, d: int, dtype: torch.dtype, **draws: Unpack[Draws]) -> Tensor:
+        """Return what `compress` makes of the rows [s, d] of a dtype that were encoded, bit for bit but for signs of 0.
+
+        Args:
+            codes: what `encode` returned, or some of its rows, with their senders.
         """
         ...
 
@@ -65,6 +86,14 @@ class BaseCodec(Options):
     def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """See `Codec`."""
         raise NotImplementedError
+
+    def encode(self, rows: Tensor, **draws: Unpack[Draws]) -> Tensor:
+        """See `Codec`; here all numbers of the rows."""
+        return as_bytes(self.compress(rows, **draws))
+
+    def decode(self, codes: Tensor, d: int, dtype: torch.dtype, **draws: Unpack[Draws]) -> Tensor:
+        """See `Codec`."""
+        return numbers(codes, dtype)
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """See `Codec`."""
@@ -112,3 +141,31 @@ def uniform(rows: Tensor, purpose: str, *, seed: int, round: int, phase: int = 0
     for i, peer in enumerate(peers.tolist()):
         rng.generator(seed, purpose, round, phase, participant=peer).random(dtype=drawn.dtype.type, out=drawn[i])
     return torch.from_numpy(drawn).to(rows.device)
+
+
+def as_bytes(*columns: Tensor) -> Tensor:
+    """Return rows of several arrays [s, k] of any dtypes as uint8, those of one row side by side."""
+    return torch.cat([each.contiguous().view(torch.uint8) for each in columns], dim=1)
+
+
+def numbers(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers [s, k] of a dtype that have these bytes."""
+    return codes.clone(memory_format=torch.contiguous_format).view(dtype)  # of aligned memory
+
+
+def pack_bits(values: Tensor, num_bits: int) -> Tensor:
+    """Pack whole numbers from 0 to 2 ** num_bits - 1, [s, d], into uint8 [s, ceil(num_bits d / 8)]."""
+    if num_bits == 8:
+        return values.to(torch.uint8)
+    whole = values.to(torch.int64)
+    bits = torch.stack([((whole >> place) & 1).to(torch.uint8) for place in range(num_bits)], dim=2)
+    return torch.from_numpy(np.packbits(bits.flatten(1).cpu().numpy(), axis=1)).to(values.device)
+
+
+def unpack_bits(packed: Tensor, d: int, num_bits: int) -> Tensor:
+    """Return the d whole numbers in each row of what `pack_bits` returned, int64 [s, d]."""
+    if num_bits == 8:
+        return packed.to(torch.int64)
+    bits = torch.from_numpy(np.unpackbits(packed.cpu().numpy(), axis=1, count=num_bits * d)).to(packed.device)
+    places = bits.view(len(packed), d, num_bits).unbind(2)
+    return torch.stack([bit.to(torch.int64) << place for place, bit in enumerate(places)]).sum(0)

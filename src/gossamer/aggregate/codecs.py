@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gossamer import rng
-from gossamer.aggregate.codec_base import BaseCodec, Codec, uniform
+from gossamer.aggregate.codec_base import BaseCodec, Codec, Draws, as_bytes, numbers, pack_bits, uniform, unpack_bits
 from gossamer.aggregate.tensor_codecs import Int4, Int8, LowRank
 from gossamer.errors import ConfigError, nearest
 from gossamer.options import parse_options
@@ -41,6 +41,14 @@ class Identity(BaseCodec):
 
 class Bitmap(Identity):
     """Numbers that are 0 or 1, a bit each."""
+
+    def encode(self, rows: Tensor, **draws: Unpack[Draws]) -> Tensor:
+        """Return d bits."""
+        return pack_bits(rows, 1)
+
+    def decode(self, codes: Tensor, d: int, dtype: torch.dtype, **draws: Unpack[Draws]) -> Tensor:
+        """Return zeros and ones."""
+        return unpack_bits(codes, d, 1).to(dtype)
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """Return the bytes that d bits fill."""
@@ -78,8 +86,22 @@ class TopK(_Sparse):
 
     def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows with k entries other than 0."""
-        kept = rows.abs().topk(self.count(rows.shape[1]), dim=1, sorted=False).indices
+        kept = self._kept(rows)
         return torch.zeros_like(rows).scatter_(1, kept, rows.gather(1, kept))
+
+    def encode(self, rows: Tensor, **draws: Unpack[Draws]) -> Tensor:
+        """Return k places and k numbers."""
+        kept = self._kept(rows)
+        return as_bytes(kept.to(torch.int32), rows.gather(1, kept))
+
+    def decode(self, codes: Tensor, d: int, dtype: torch.dtype, **draws: Unpack[Draws]) -> Tensor:
+        """Put the numbers at their places, and 0 elsewhere."""
+        size = self.count(d) * INDEX_BYTES
+        kept, values = numbers(codes[:, :size], torch.int32).long(), numbers(codes[:, size:], dtype)
+        return values.new_zeros(len(codes), d).scatter_(1, kept, values)
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        return rows.abs().topk(self.count(rows.shape[1]), dim=1, sorted=False).indices
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """Return the size of k numbers and k indices of 32 bits."""
@@ -110,16 +132,29 @@ class RandomK(_Sparse):
 
     def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows with k entries other than 0."""
-        d = rows.shape[1]
-        kept = torch.empty(len(rows), self.count(d), dtype=torch.int64)
+        kept = self._places(rows.shape[1], seed=seed, round=round, phase=phase, peers=peers).to(rows.device)
+        return torch.zeros_like(rows).scatter_(1, kept, self._values(rows, kept))
+
+    def encode(self, rows: Tensor, **draws: Unpack[Draws]) -> Tensor:
+        """Return k numbers."""
+        return as_bytes(self._values(rows, self._places(rows.shape[1], **draws).to(rows.device)))
+
+    def decode(self, codes: Tensor, d: int, dtype: torch.dtype, **draws: Unpack[Draws]) -> Tensor:
+        """Put the numbers at their places, which are drawn again, and 0 elsewhere."""
+        values = numbers(codes, dtype)
+        return values.new_zeros(len(codes), d).scatter_(1, self._places(d, **draws).to(codes.device), values)
+
+    def _values(self, rows: Tensor, kept: Tensor) -> Tensor:
+        values = rows.gather(1, kept)
+        return values.mul_(rows.shape[1] / kept.shape[1]) if self.unbiased else values
+
+    def _places(self, d: int, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
+        """Return which of d entries are kept, int64 [s, k]."""
+        kept = np.empty((len(peers), self.count(d)), dtype=np.int64)
         for i, peer in enumerate(peers.tolist()):
             source = rng.generator(seed, "codec-random-k", round, phase, participant=peer)
-            kept[i] = torch.from_numpy(source.choice(d, kept.shape[1], replace=False, shuffle=False))
-        kept = kept.to(rows.device)
-        values = rows.gather(1, kept)
-        if self.unbiased:
-            values.mul_(d / kept.shape[1])
-        return torch.zeros_like(rows).scatter_(1, kept, values)
+            kept[i] = source.choice(d, kept.shape[1], replace=False, shuffle=False)
+        return torch.from_numpy(kept)
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """Return the size of k numbers."""
@@ -136,6 +171,16 @@ class Sign(BaseCodec):
         """Return rows of two values each."""
         scale = rows.abs().mean(dim=1, keepdim=True)
         return torch.where(rows >= 0, scale, -scale)
+
+    def encode(self, rows: Tensor, **draws: Unpack[Draws]) -> Tensor:
+        """Return d bits, and the mean absolute value."""
+        return as_bytes(pack_bits(rows >= 0, 1), rows.abs().mean(dim=1, keepdim=True))
+
+    def decode(self, codes: Tensor, d: int, dtype: torch.dtype, **draws: Unpack[Draws]) -> Tensor:
+        """Give the mean absolute value the signs."""
+        size = -(-d // 8)
+        scale = numbers(codes[:, size:], dtype)
+        return torch.where(unpack_bits(codes[:, :size], d, 1) == 1, scale, -scale)
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """Return the size of d bits and one number."""
@@ -171,18 +216,38 @@ class Quantise(BaseCodec):
 
     def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows on a grid."""
+        return self._scaled_(*self._rounded(rows, seed=seed, round=round, phase=phase, peers=peers))
+
+    def encode(self, rows: Tensor, **draws: Unpack[Draws]) -> Tensor:
+        """Return d whole numbers, packed, and the norm."""
+        level, norm = self._rounded(rows, **draws)
+        return as_bytes(pack_bits(level + self.levels, self._num_bits), norm)
+
+    def decode(self, codes: Tensor, d: int, dtype: torch.dtype, **draws: Unpack[Draws]) -> Tensor:
+        """Return rows on a grid."""
+        norm = numbers(codes[:, -dtype.itemsize :], dtype)
+        level = unpack_bits(codes[:, : -dtype.itemsize], d, self._num_bits) - self.levels
+        return self._scaled_(level.to(dtype), norm)
+
+    @property
+    def _num_bits(self) -> int:
+        return math.ceil(math.log2(2 * self.levels + 1))
+
+    def _rounded(self, rows: Tensor, **draws: Unpack[Draws]) -> tuple[Tensor, Tensor]:
+        """Return levels with the signs of their entries, and norms [s, 1]."""
         norm = rows.norm(dim=1, keepdim=True, dtype=torch.float64).to(rows.dtype)  # squares of small floats vanish
         ratio = rows.abs().div_(torch.where(norm > 0, norm, 1.0))
-        drawn = uniform(rows, "codec-quantise", seed=seed, round=round, phase=phase, peers=peers)
-        level = ratio.mul_(self.levels).add_(drawn).floor_()
+        level = ratio.mul_(self.levels).add_(uniform(rows, "codec-quantise", **draws)).floor_()
         level.clamp_(max=self.levels)  # the sum may be rounded up to the next whole number
-        shrinking = 1.0 if self.unbiased else 1.0 + self.omega(rows.shape[1])
-        return level.copysign_(rows).mul_(norm / (self.levels * shrinking))
+        return level.copysign_(rows), norm
+
+    def _scaled_(self, level: Tensor, norm: Tensor) -> Tensor:
+        shrinking = 1.0 if self.unbiased else 1.0 + self.omega(level.shape[1])
+        return level.mul_(norm / (self.levels * shrinking))
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """Return the size of d entries of 2 levels + 1 values, without entropy coding, and one number."""
-        bits = math.ceil(math.log2(2 * self.levels + 1))
-        return -(-d * bits // 8) + bytes_per_number
+        return -(-d * self._num_bits // 8) + bytes_per_number
 
     def contraction(self, d: int) -> float:
         """Return 1 / (1 + omega), or what is left of 1 - omega."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer import rng
-from gossamer.aggregate.codec_base import BaseCodec, uniform
+from gossamer.aggregate.codec_base import BaseCodec, Draws, as_bytes, numbers, pack_bits, uniform, unpack_bits
 
 
 class _Integers(BaseCodec):
@@ -55,17 +55,34 @@ class _Integers(BaseCodec):
 
     def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows on a grid."""
-        found = torch.empty_like(rows)
-        drawn = None
-        if self.is_unbiased:
-            drawn = uniform(rows, f"codec-int{self.bits}", seed=seed, round=round, phase=phase, peers=peers)
-        for part, _ in self.parts(rows.shape[1]):
-            values = rows[:, part]
-            largest = values.abs().amax(dim=1, keepdim=True)
-            level = (values / torch.where(largest > 0, largest, 1.0)).mul_(self.levels)
-            level.add_(0.5 if drawn is None else drawn[:, part]).floor_().clamp_(-self.levels, self.levels)
-            found[:, part] = level.div_(self.levels).mul_(largest)
-        return found
+        return self._scaled_(*self._rounded(rows, seed=seed, round=round, phase=phase, peers=peers))
+
+    def encode(self, rows: Tensor, **draws: Unpack[Draws]) -> Tensor:
+        """Return whole numbers, packed, and the largest absolute value of each tensor."""
+        level, largest = self._rounded(rows, **draws)
+        return as_bytes(pack_bits(level + self.levels, self.bits), largest)
+
+    def decode(self, codes: Tensor, d: int, dtype: torch.dtype, **draws: Unpack[Draws]) -> Tensor:
+        """Return rows on a grid."""
+        size = -(-d * self.bits // 8)
+        level = (unpack_bits(codes[:, :size], d, self.bits) - self.levels).to(dtype)
+        return self._scaled_(level, numbers(codes[:, size:], dtype))
+
+    def _rounded(self, rows: Tensor, **draws: Unpack[Draws]) -> tuple[Tensor, Tensor]:
+        """Return whole numbers [s, d], and the largest absolute value of each tensor, [s, tensors]."""
+        parts = self.parts(rows.shape[1])
+        largest = torch.cat([rows[:, part].abs().amax(dim=1, keepdim=True) for part, _ in parts], dim=1)
+        level = uniform(rows, f"codec-int{self.bits}", **draws) if self.is_unbiased else torch.full_like(rows, 0.5)
+        for number, (part, _) in enumerate(parts):
+            scale = largest[:, number, None]
+            level[:, part] += (rows[:, part] / torch.where(scale > 0, scale, 1.0)).mul_(self.levels)
+        return level.floor_().clamp_(-self.levels, self.levels), largest
+
+    def _scaled_(self, level: Tensor, largest: Tensor) -> Tensor:
+        level.div_(self.levels)
+        for number, (part, _) in enumerate(self.parts(level.shape[1])):
+            level[:, part] *= largest[:, number, None]
+        return level
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """Return the size of d whole numbers, packed, and of one number a tensor."""
@@ -102,24 +119,57 @@ class LowRank(BaseCodec):
 
     def compress(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
         """Return rows whose matrices have rank r."""
-        found = rows.clone()
-        for number, (part, shape) in enumerate(self.parts(rows.shape[1])):
-            if self._shrinks(shape):
-                for i, peer in enumerate(peers.tolist()):
-                    source = rng.generator(seed, "codec-low-rank", round, phase, participant=peer, extra=number)
-                    matrix = rows[i, part].view(shape[0], -1)
-                    drawn = torch.from_numpy(source.standard_normal((matrix.shape[1], self.rank))).to(matrix)
-                    found[i, part] = self._project(matrix, drawn).reshape(-1)
-        return found
+        sent = self._sent(rows, seed=seed, round=round, phase=phase, peers=peers)
+        return self._read(sent, rows.shape[1])
 
-    def _project(self, matrix: Tensor, start: Tensor) -> Tensor:
+    def encode(self, rows: Tensor, **draws: Unpack[Draws]) -> Tensor:
+        """Return two factors of each matrix that shrinks, and the rest."""
+        return as_bytes(self._sent(rows, **draws))
+
+    def decode(self, codes: Tensor, d: int, dtype: torch.dtype, **draws: Unpack[Draws]) -> Tensor:
+        """Multiply the factors."""
+        return self._read(numbers(codes, dtype), d)
+
+    def _sent(self, rows: Tensor, *, seed: int, round: int, phase: int = 0, peers: NDArray[np.int64]) -> Tensor:
+        """Return the numbers that are sent, tensor after tensor: P and ``M^T P``, or the tensor itself."""
+        found = []
+        for number, (part, shape) in enumerate(self.parts(rows.shape[1])):
+            if not self._shrinks(shape):
+                found.append(rows[:, part])
+                continue
+            found.append(rows.new_empty(len(rows), self._num_sent(shape)))
+            for row, out, peer in zip(rows[:, part], found[-1], peers.tolist(), strict=True):
+                source = rng.generator(seed, "codec-low-rank", round, phase, participant=peer, extra=number)
+                matrix = row.view(shape[0], -1)
+                drawn = torch.from_numpy(source.standard_normal((matrix.shape[1], self.rank))).to(matrix)
+                torch.cat([factor.flatten() for factor in self._factors(matrix, drawn)], out=out)
+        return torch.cat(found, dim=1)
+
+    def _read(self, sent: Tensor, d: int) -> Tensor:
+        """Return rows [s, d] of what is sent."""
+        parts = self.parts(d)
+        found = list(torch.split(sent, [self._num_sent(shape) for _, shape in parts], dim=1))
+        for number, (part, shape) in enumerate(parts):
+            if self._shrinks(shape):
+                whole = sent.new_empty(len(sent), part.stop - part.start)
+                for row, out in zip(found[number], whole, strict=True):
+                    left, right = row.clone().tensor_split([self.rank * shape[0]])  # in memory of its own, for its bits
+                    torch.mm(left.view(-1, self.rank), right.clone().view(self.rank, -1), out=out.view(shape[0], -1))
+                found[number] = whole
+        return torch.cat(found, dim=1)
+
+    def _factors(self, matrix: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
         largest = matrix.abs().max()
         scaled = matrix / torch.where(largest > 0, largest, 1.0)  # so that no square vanishes
         basis = torch.linalg.qr(scaled @ start).Q
         for _ in range(self.power_iterations):
             basis = torch.linalg.qr(scaled @ (scaled.T @ basis)).Q
-        projected: Tensor = basis @ (basis.T @ scaled)
-        return projected.mul_(largest)
+        return basis, (basis.T @ scaled).mul_(largest)
+
+    def _num_sent(self, shape: tuple[int, ...]) -> int:
+        """Return how many numbers are sent of a tensor."""
+        size = math.prod(shape)
+        return self.rank * (shape[0] + size // shape[0]) if self._shrinks(shape) else size
 
     def _shrinks(self, shape: tuple[int, ...]) -> bool:
         size = math.prod(shape)
@@ -127,11 +177,7 @@ class LowRank(BaseCodec):
 
     def row_bytes(self, d: int, bytes_per_number: int) -> int:
         """Return the size of two factors of each matrix that shrinks, and of the rest."""
-        sizes = (
-            self.rank * (shape[0] + math.prod(shape) // shape[0]) if self._shrinks(shape) else math.prod(shape)
-            for _, shape in self.parts(d)
-        )
-        return bytes_per_number * sum(sizes)
+        return bytes_per_number * sum(self._num_sent(shape) for _, shape in self.parts(d))
 
     def contraction(self, d: int) -> float:
         """Return the least r / min(m, n), in expectation, reached by equal singular values.

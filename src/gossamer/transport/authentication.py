@@ -30,6 +30,7 @@ KIT_FILE, MEMBERS_FILE = "kit.json", "members.json"
 MAX_FILE_BYTES = 16 << 20
 MAX_TOKEN_CHARACTERS = 200
 WARN_DAYS = 30
+GRACE_SECONDS = 10.0
 SERVER = "server"  # the name of a federation's server
 Kind = Literal["server", "client", "peer"]
 HOW = "make kits with gossamer node provision FEDERATION.yaml -o DIR and give --kit DIR/kits/NODE"
@@ -198,34 +199,50 @@ class MemberList:
             ConfigError: it is missing, malformed, or that of another federation.
         """
         self.path, self._federation, self._clock = path, federation, clock
-        self._lock, self._stamp = threading.Lock(), (0, 0, 0)
+        self._lock = threading.Lock()
+        self._stamp: tuple[int, int, int] | None = None
+        self._broken: datetime | None = None  # since when it cannot be read
         self._members = Members(federation=federation)
         self.current()
 
     def current(self) -> Members:
         """Return the members.
 
+        While the file is being replaced, for `GRACE_SECONDS`, those that it listed before hold.
+
         Raises:
             ConfigError: the file is missing, malformed, or that of another federation: then nobody is let in.
         """
         with self._lock:
             try:
-                found = os.stat(self.path)
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot read the list of members {str(self.path)!r} ({error.strerror}): copy it again from where"
-                    " the federation was made"
-                ) from None
-            stamp = found.st_mtime_ns, found.st_size, found.st_ino
-            if stamp != self._stamp:
-                members = read_members(self.path)
-                if members.federation != self._federation:
-                    raise ConfigError(
-                        f"{str(self.path)!r} lists the members of federation {members.federation!r}, not of"
-                        f" {self._federation!r}: copy the right one"
-                    )
-                self._members, self._stamp = members, stamp
+                self._read()
+                self._broken = None
+            except ConfigError:
+                now = self._clock()
+                self._broken = self._broken or now
+                if self._stamp is None or now - self._broken >= timedelta(seconds=GRACE_SECONDS):
+                    raise
             return self._members
+
+    def _read(self) -> None:
+        """Read the file, if it has changed."""
+        try:
+            found = os.stat(self.path)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the list of members {str(self.path)!r} ({error.strerror}): copy it again from where the"
+                " federation was made"
+            ) from None
+        stamp = found.st_mtime_ns, found.st_size, found.st_ino
+        if stamp == self._stamp:
+            return
+        members = read_members(self.path)
+        if members.federation != self._federation:
+            raise ConfigError(
+                f"{str(self.path)!r} lists the members of federation {members.federation!r}, not of"
+                f" {self._federation!r}: copy the right one"
+            )
+        self._members, self._stamp = members, stamp
 
     def verify_caller(self, caller: Caller) -> None:
         """Verify who makes a call, see `verify`."""

@@ -21,6 +21,7 @@ Json = Mapping[str, Any]
 Spec = tuple[torch.dtype, tuple[int, ...]]  # of an array
 Audit = Callable[..., None]  # audit(kind, **fields)
 
+_TO_JSON = json.JSONEncoder(separators=(",", ":"))
 _RUN = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KIND = re.compile(r"[a-z0-9_-]{1,32}")
@@ -212,7 +213,7 @@ def encode_json(body: Json, max_bytes: int) -> bytes:
         TransportError: it holds what JSON cannot, or is longer than `max_bytes`.
     """
     try:
-        encoded = json.dumps(body, separators=(",", ":")).encode()
+        encoded = _TO_JSON.encode(body).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise TransportError(f"a body must hold JSON values ({error}): send arrays as arrays") from None
     if len(encoded) > max_bytes:

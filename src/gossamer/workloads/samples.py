@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gossamer.threads import one_thread
+
 SMALL_BYTES = 1 << 30  # up to which samples are kept in memory, and moments are computed at once
 _later: ContextVar[bool] = ContextVar("later", default=False)
 PIECE_BYTES = 1 << 24  # that are read at a time where all samples are gone through
@@ -195,7 +197,8 @@ def channel_moments(samples: Samples) -> tuple[tuple[float, ...], tuple[float, .
     if samples.dtype == torch.uint8:
         return _moments_of_bytes(samples)
     if isinstance(samples, Tensor) and num_bytes(samples) <= SMALL_BYTES:
-        each = [torch.var_mean(_channel(samples, c).to(torch.float64), correction=0) for c in range(samples.shape[1])]
+        with one_thread():  # because the bits of a long sum depend on their number
+            each = [torch.var_mean(_channel(samples, c).double(), correction=0) for c in range(samples.shape[1])]
         variance, mean = (torch.stack(list(values)) for values in zip(*each, strict=True))
     else:
         return moments_in_pieces(samples)
@@ -204,7 +207,8 @@ def channel_moments(samples: Samples) -> tuple[tuple[float, ...], tuple[float, .
 
 def moments_in_pieces(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return what `channel_moments` does of floats, always in pieces: the same bits in memory or read while needed."""
-    variance, mean = _moments_of_pieces(samples)
+    with one_thread():
+        variance, mean = _moments_of_pieces(samples)
     return tuple(map(float, mean)), tuple(float(one) or 1.0 for one in variance.sqrt())
 
 
@@ -231,7 +235,7 @@ def _moments_of_pieces(samples: Samples) -> tuple[Tensor, Tensor]:
     count, mean = 0, torch.zeros(samples.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(mean)
     for piece in pieces(samples):
-        values = piece.to(torch.float64).transpose(0, 1).flatten(1)
+        values = piece.transpose(0, 1).flatten(1).to(torch.float64)
         variance, mean_here = torch.var_mean(values, dim=1, correction=0)
         more, total = values.shape[1], count + values.shape[1]
         apart = mean_here - mean

@@ -71,14 +71,31 @@ RUNS: dict[str, dict[str, Any]] = {
     "peers": PEERS | {"algorithm": "dsgd"},
     "windowed peers": PEERS | {"algorithm": "dsgd", "submodel": {"capacities": LEVELS}, "engine": {"modes": STACKED}},
     "push-sum": PEERS | {"algorithm": "push-sum", "peers": {"num": 9, "topology": "static-exp", "final_merge": True}},
+    "codes": PEERS | {"algorithm": "choco-sgd", "peers": {"num": 9, "topology": "ring"}},
 }
-EVERY = "\n".join(
-    (
-        "import json, sys, gossamer",
-        "for name, config in json.loads(sys.argv[1]).items():",
-        "    gossamer.run(config, out=f'{sys.argv[2]}/{name}')",
-    )
-)
+CODECS: list[dict[str, Any]] = [
+    {"name": "top-k", "share": 0.1},
+    {"name": "random-k", "share": 0.1},
+    {"name": "sign"},
+    {"name": "int8", "rounding": "nearest"},
+    {"name": "quantise", "levels": 4},
+]
+EVERY = """
+import json, os, sys
+import gossamer
+from gossamer.engines.collective import peer_rank
+swap, num_bytes = peer_rank.swap_rows_, [0]
+def counting(*arguments):
+    found = swap(*arguments)
+    num_bytes[0] += found[0]
+    return found
+peer_rank.swap_rows_ = counting
+for name, config in json.loads(sys.argv[1]).items():
+    num_bytes[0] = 0
+    gossamer.run(config, out=f"{sys.argv[2]}/{name}")
+    with open(f"{sys.argv[2]}/{name}/bytes.{os.environ['RANK']}", "w") as file:
+        file.write(str(num_bytes[0]))
+"""
 
 
 def on(config: dict[str, Any], **engine: Any) -> dict[str, Any]:
@@ -137,13 +154,24 @@ def test_bits(num_ranks: int, torchrun: Callable[..., subprocess.Popen[str]], tm
     """All at once, because starting processes takes longer than what they do."""
     script = tmp_path / "every.py"
     script.write_text(EVERY)
-    runs = RUNS | {"table": PEERS | {"algorithm": "dsgd", "workload": {**IMAGES, "dataset": table_in(tmp_path)}}}
+    # One peer a rank, so that all messages cross ranks.
+    alone = PEERS | {"peers": {"num": num_ranks, "topology": "complete"}, "evaluation": {}}
+    coded = {
+        codec["name"]: alone | {"algorithm": {"name": "choco-sgd", "compressor": codec, "gamma": 0.02}}
+        for codec in CODECS
+    }
+    runs = (
+        RUNS | coded | {"table": PEERS | {"algorithm": "dsgd", "workload": {**IMAGES, "dataset": table_in(tmp_path)}}}
+    )
     configs = {name: on(config, name="collective") for name, config in runs.items()}
     job = torchrun(num_ranks, str(script), json.dumps(configs), str(tmp_path / "collective"))
     local = {name: gossamer.run(on(config, workers=0), out=tmp_path / "local" / name) for name, config in runs.items()}
     ended(job, 0)
     for name, run in local.items():
         require_equal(tmp_path / "collective" / name, run)
+    for name in coded:
+        sent = [int((tmp_path / "collective" / name / f"bytes.{rank}").read_text()) for rank in range(num_ranks)]
+        assert sum(sent) == local[name].metrics[-1]["total_bytes_up"]
 
 
 def test_killed_and_stopped(torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:

@@ -99,11 +99,12 @@ def run_member(member: Member, mode: str) -> None:
             for name, value in everyone.items():
                 mine[name][low:high] = value[low:high]
             try:
-                sent = swap_rows_(group, SPANS, mine, heard_of(edges))
+                sent, came = swap_rows_(group, SPANS, mine, heard_of(edges))
             except GroupBroken:
                 print("broken")
                 return
             told = {sender for receiver, sender in edges if low <= receiver < high} | set(range(low, high))
+            assert sorted(came.tolist()) == sorted(told - set(range(low, high)))
             for name, value in everyone.items():
                 rows = sorted(told)
                 assert torch.equal(mine[name][rows], value[rows]), (name, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from gossamer.aggregate import TreeSum
+from gossamer.aggregate.codec_base import Draws
+from gossamer.algorithms.base import Arrays
 from gossamer.engines.collective.group import Group, Message
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.engines.collective.world import Letter
 from gossamer.engines.task import Task
-from gossamer.engines.training.mixing import HOLDERS, SENT, Mixer, column_sums, squared_distance
+from gossamer.engines.training.mixing import HOLDERS, SENT, Mixer, column_sums, sparse_zeros, squared_distance
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 from gossamer.errors import storage_errors
 from gossamer.storage.checkpoint import ROWS, STATE, describe_file, save_arrays
@@ -49,9 +52,20 @@ class PeerRank:
             """Return memory for the rank's peers."""
             return torch.zeros(self._high - self._low, d, dtype=dtype)
 
-        self._peers = PeerState.of(task, state, zeros, torch.zeros(1, len(x), dtype=x.dtype), self._low)
+        peers = PeerState.of(task, state, zeros, torch.zeros(1, len(x), dtype=x.dtype), self._low)
+        self._peers = replace(peers, codes=self._codes(x.dtype) if group.size > 1 else {})
         self._workers = [PeerWorker(phase, self._peers) for phase in task.phases]
         self._mixers = [Mixer(phase) for phase in task.phases]
+
+    def _codes(self, dtype: torch.dtype) -> Arrays:
+        """Return memory for the codes that travel in the place of payloads; those of windows, which differ, do not."""
+        num_peers, d = self._high - self._low, self._task.cutter.layout.num_parameters
+        return {
+            name: torch.zeros(num_peers, codec.row_bytes(d, dtype.itemsize), dtype=torch.uint8)
+            for phase in self._task.phases
+            if phase.is_whole
+            for name, codec in phase.algorithm.traits.codecs.items()
+        }
 
     def handle(self, message: Message, arrays: list[Tensor]) -> Letter:
         """Do one job, see `World.ask`."""
@@ -81,17 +95,38 @@ class PeerRank:
     def _mix(self, message: Message, arrays: list[Tensor]) -> Letter:
         """Exchange what crosses ranks, mix and update; see `mix_message`."""
         task, mixer = self._task.phases[message["phase"]], self._mixers[message["phase"]]
-        sent = {name: self._peers.payload(name) for name in task.algorithm.traits.uplink}
+        codes = {name: rows for name, rows in self._peers.codes.items() if name in task.algorithm.traits.codecs}
+        sent = {name: self._peers.payload(name) for name in task.algorithm.traits.uplink} | codes
         if self._peers.holders is not None:
             sent[HOLDERS] = self._peers.holders
         own = [self._low, self._high]
         everyone = mixer.laid_out([own], [{f"{SENT}{name}": value for name, value in sent.items()}])
-        num_bytes = swap_rows_(self._group, self._spans, everyone, lambda *bounds: mixer.heard(message, *bounds))
+        _, heard = swap_rows_(self._group, self._spans, everyone, lambda *bounds: mixer.heard(message, *bounds))
+        for name in codes:
+            everyone[name] = self._decoded(message, name, everyone[name][heard], heard)
         holders = everyone.pop(HOLDERS, None)
         updated = mixer.update(message, everyone, holders, self._peers.state, slice(*own))
         for name, value in updated.items():
             self._peers.state[name].copy_(value)
-        return Letter({"num_bytes": num_bytes})
+        return Letter({})
+
+    def _decoded(self, message: Message, name: str, codes: Tensor, heard: Tensor) -> Tensor:
+        """Return the payload of all n peers, [n, d], with the rows of this rank and those heard filled in.
+
+        Args:
+            name: of the payload.
+            codes: uint8 [s, bytes], what was heard.
+            heard: int64 [s], of which peers.
+        """
+        task, own = self._task.phases[message["phase"]], self._peers.payload(name)
+        layout = task.cutter.layout
+        draws = Draws(seed=task.seed, round=message["round"], phase=message["phase"], peers=heard.numpy())
+        rows = own.new_zeros(len(heard), layout.d)
+        codec = task.algorithm.traits.codecs[name]
+        rows[:, layout.coordinates] = codec.decode(codes, layout.num_parameters, own.dtype, **draws)
+        found = sparse_zeros((task.workload.num_clients, layout.d), own.dtype)
+        found[self._low : self._high], found[heard] = own, rows
+        return found
 
     def _sum(self, message: Message, arrays: list[Tensor]) -> Letter:
         """Return the partial sums of the models, see `column_sums`."""

@@ -15,7 +15,7 @@ Rows = Mapping[str, Tensor]  # {name: [n, width]}, of any dtypes
 Heard = Callable[[int, int, int, int], NDArray[np.int64] | None]
 
 
-def swap_rows_(group: Group, spans: Sequence[Sequence[int]], rows: Rows, heard: Heard) -> int:
+def swap_rows_(group: Group, spans: Sequence[Sequence[int]], rows: Rows, heard: Heard) -> tuple[int, Tensor]:
     """Send and receive the rows that cross ranks, and fill in those that this rank's peers hear.
 
     All ranks call it at the same time, with the same `spans` and the same answers of `heard`.
@@ -28,7 +28,7 @@ def swap_rows_(group: Group, spans: Sequence[Sequence[int]], rows: Rows, heard: 
             last - 1 hears, ascending, or None.
 
     Returns:
-        number of bytes sent.
+        number of bytes sent, and int64 peers whose rows have come.
 
     Raises:
         GroupBroken: see `Group.exchange`.
@@ -50,7 +50,8 @@ def swap_rows_(group: Group, spans: Sequence[Sequence[int]], rows: Rows, heard: 
     group.exchange(outgoing, incoming)
     for rank, peers in senders.items():
         _unpack_(rows, peers, incoming[rank])
-    return sum(value.nbytes for value in outgoing.values())
+    num_bytes = sum(value.nbytes for value in outgoing.values())
+    return num_bytes, torch.cat([torch.empty(0, dtype=torch.int64), *senders.values()])
 
 
 def _packed(rows: Rows, peers: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gossamer.aggregate.codec_base import Draws
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import never
 from gossamer.engines.task import Task
@@ -34,6 +35,7 @@ class PeerState:
         holders: uint8 [n, d], which coordinates each peer's window of the round holds; None: everybody holds all.
         merged: [1, d], the mean of all peers' models.
         first: number of the peer in row 0.
+        codes: uint8 [n, bytes], what travels of payloads that a codec compresses, where it is to be kept.
     """
 
     state: Arrays
@@ -41,6 +43,7 @@ class PeerState:
     holders: Tensor | None
     merged: Tensor
     first: int = 0
+    codes: Arrays = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -130,11 +133,10 @@ class PeerWorker:
         reply = {"first": message["first"], "loss": losses, "finite": usable(norms, bounds), "norm": norms}
         if job.max_norm is None and any(norm > bound for norm, bound in zip(norms, allowed, strict=True)):
             return reply | {"again": True}  # and nothing is written
-        real = layout.coordinates  # padding takes no part in a codec
-        for name, codec in task.algorithm.traits.codecs.items():
-            rows = payload[name][:, real]
-            payload[name][:, real] = codec.compress(rows, seed=task.seed, round=job.round, phase=job.phase, peers=peers)
+        codes = self._compress_(job, payload, layout.coordinates)
         self._before_writing()
+        for name, rows in codes.items():
+            self._peers.codes[name][where] = rows
         for name, rows in payload.items():
             self._write(job, where, self._peers.payload(name), rows)
         for name, rows in site.items():
@@ -144,6 +146,22 @@ class PeerWorker:
             held = torch.ones(len(peers), layout.d, dtype=torch.uint8)
             self._write(job, where, self._peers.holders, held)
         return reply | {"again": False}
+
+    def _compress_(self, job: Job, payload: Arrays, real: slice | Tensor) -> Arrays:
+        """Overwrite payloads by what receivers decode; return the codes that are to be kept.
+
+        Args:
+            real: coordinates of the model; padding takes no part in a codec.
+        """
+        codes, draws = Arrays(), Draws(seed=self._task.seed, round=job.round, phase=job.phase, peers=job.client)
+        for name, codec in self._task.algorithm.traits.codecs.items():
+            rows = payload[name][:, real]
+            if name in self._peers.codes:
+                codes[name] = codec.encode(rows, **draws)
+                payload[name][:, real] = codec.decode(codes[name], rows.shape[1], rows.dtype, **draws)
+            else:
+                payload[name][:, real] = codec.compress(rows, **draws)
+        return codes
 
     def _read(self, job: Job, where: slice | Tensor) -> Arrays:
         """Return the rows [s, d_sub] of all state arrays."""
