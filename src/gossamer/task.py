@@ -128,7 +128,8 @@ def load_workload(config: Config, data: Any = None) -> Workload:
         GossamerError: its options are wrong, its data missing or malformed, or one of its plug-ins fails.
     """
     # Of peers on ranks, each rank has the samples of its own, see `Workload.hold`.
-    loading = reading_later() if config.engine.name == "collective" and config.peers is not None else nullcontext()
+    is_shared_out = config.engine.name == "collective" and config.peers is not None
+    loading = reading_later() if is_shared_out else nullcontext(list[Any]())
     (name, options), partition = split(config.workload), config.population.partition
     make = find_workload(name)
     given: dict[str, Any] = {} if data is None else {"data": data}
@@ -137,9 +138,11 @@ def load_workload(config: Config, data: Any = None) -> Workload:
     precision = config.train.precision
     if precision == "float64" and "dtype" in inspect.signature(make).parameters:
         given["dtype"] = torch_dtype(precision)
-    with plugin_errors(f"workload {config.workload} on partition {partition['name']!r}"), loading:
+    with plugin_errors(f"workload {config.workload} on partition {partition['name']!r}"), loading as passes:
         workload = make(options, num_clients=config.population.num, partition=partition, seed=config.seed, **given)
     require_workload(f"workload {name!r}", workload)
+    if is_shared_out:
+        workload.passes = tuple(passes)
     return workload
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gossamer.workloads import samples
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.digests import digest_of
 from gossamer.workloads.files import arrays, table
-from gossamer.workloads.samples import ArraySource, LazySamples, reading_later
+from gossamer.workloads.samples import ArraySource, LazySamples, reading_later, telling
 
 VALUES = np.random.default_rng(0).normal(5, 3, (60, 3)).astype(np.float32)
 
@@ -96,6 +97,28 @@ def test_read_later_with_the_same_bits_and_digest(tmp_path: Path, make: Any) -> 
     held = later.holding(torch.arange(5), torch.arange(2))
     assert torch.equal(held.train_images[:], whole.train_images)
     assert torch.equal(held.test_images[:], whole.test_images)
+
+
+@pytest.mark.parametrize("make", [of_table, of_images, of_numbers])
+def test_what_one_process_has_found_spares_another_its_passes(
+    tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with reading_later() as found:
+        first = make(tmp_path)
+    assert found
+
+    told, pieces = json.loads(json.dumps(found)), samples.pieces
+
+    def of_few(given: samples.Samples) -> Any:
+        """Go through samples in memory, but through no others."""
+        assert isinstance(given, Tensor)
+        return pieces(given)
+
+    monkeypatch.setattr(samples, "pieces", of_few)
+    with telling(told), reading_later() as again:
+        second = make(tmp_path)
+    assert again == told
+    assert (second.mean, second.std) == (first.mean, first.std)
 
 
 def test_pages_that_only_this_process_has_changed_stay(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ class Workload(Protocol):
         num_statistics_chunks: fixed pieces into which the training data is divided for `statistics`; 0: none needed.
         num_evaluation_chunks: fixed pieces into which the test data is divided for `evaluate`.
         warnings: what is allowed, but hardly meant, a sentence each; logged when the run starts.
+        passes: what came of going through all samples as they were loaded, see `gossamer.workloads.samples.telling`.
     """
 
     traits: WorkloadTraits
@@ -137,6 +138,7 @@ class Workload(Protocol):
     num_statistics_chunks: int = 0
     num_evaluation_chunks: int = 1
     warnings: tuple[str, ...] = ()
+    passes: tuple[Any, ...] = ()
 
     @abstractmethod
     def init(self, seed: int) -> Tensor:

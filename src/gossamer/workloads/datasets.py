@@ -23,7 +23,7 @@ from gossamer.memory import require_memory
 from gossamer.options import Options, parse_options, takes
 from gossamer.workloads.datasets_hub import HubSource, load
 from gossamer.workloads.partitions import rounded
-from gossamer.workloads.samples import LazySamples, Samples, channel_moments, pieces, take
+from gossamer.workloads.samples import LazySamples, Samples, are_finite, channel_moments, passed, take
 
 WHERE = "workload.dataset"
 MAX_RATIO = 50.0  # of standard deviations in one unit; 0 .. 255 and 0 .. 1 differ by a factor of 255
@@ -235,7 +235,7 @@ def _check_labels(where: str, samples: Samples, labels: Tensor, num_labels: int)
         raise DataError(
             f"{where} has the label {int(wrong[0])}, outside 0 .. {num_labels - 1}: correct it or num_labels"
         )
-    if samples.dtype == torch.float32 and not all(bool(torch.isfinite(piece).all()) for piece in pieces(samples)):
+    if samples.dtype == torch.float32 and not passed(samples, lambda: are_finite(samples)):
         raise DataError(f"{where} has a pixel that is not finite: remove or repair that image")
 
 

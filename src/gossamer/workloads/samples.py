@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,23 +18,54 @@ from torch import Tensor
 from gossamer.threads import one_thread
 
 SMALL_BYTES = 1 << 30  # up to which samples are kept in memory, and moments are computed at once
-_later: ContextVar[bool] = ContextVar("later", default=False)
 PIECE_BYTES = 1 << 24  # that are read at a time where all samples are gone through
+_told: ContextVar[Sequence[Any]] = ContextVar("told", default=())
+_found: ContextVar[list[Any] | None] = ContextVar("found", default=None)
+T = TypeVar("T")
 
 
 @contextmanager
-def reading_later() -> Iterator[None]:
-    """Have all samples that can be read later be left in their files by what is loaded in the block, however few."""
-    token = _later.set(True)
+def reading_later() -> Iterator[list[Any]]:
+    """Have all samples that can be read later be left in their files by what is loaded in the block, however few.
+
+    Yields:
+        JSON values that come of going through all samples, pass after pass, for `telling` another process.
+    """
+    found = list[Any]()
+    token = _found.set(found)
+    try:
+        yield found
+    finally:
+        _found.reset(token)
+
+
+@contextmanager
+def telling(found: Sequence[Any]) -> Iterator[None]:
+    """Spare what is loaded in the block, by `reading_later`, the passes that another process has made for the same.
+
+    Args:
+        found: what came of them.
+    """
+    token = _told.set(found)
     try:
         yield
     finally:
-        _later.reset(token)
+        _told.reset(token)
+
+
+def passed(samples: Samples, find: Callable[[], T]) -> T:
+    """Return what `find` does, a JSON value that comes of going through all of `samples`, unless it was told."""
+    found, told = _found.get(), _told.get()
+    if found is None or isinstance(samples, Tensor):
+        return find()
+    found.append(told[len(found)] if len(found) < len(told) else find())
+    value: T = found[-1]
+    return value
 
 
 def is_kept(num_bytes: int) -> bool:
     """Say whether samples of that many bytes are to be kept in memory."""
-    return num_bytes <= SMALL_BYTES and not _later.get()
+    return num_bytes <= SMALL_BYTES and _found.get() is None
 
 
 class Source(Protocol):
@@ -173,7 +204,7 @@ def take(samples: Samples, index: Tensor) -> Samples:
 
 def with_digest(samples: LazySamples, digest: Callable[[], str]) -> LazySamples:
     """Return samples with the digest of their source, where there are too many to be digested as a tensor is."""
-    return samples if num_bytes(samples) <= SMALL_BYTES else replace(samples, digest=digest())
+    return samples if num_bytes(samples) <= SMALL_BYTES else replace(samples, digest=passed(samples, digest))
 
 
 def num_bytes(samples: Samples) -> int:
@@ -188,6 +219,11 @@ def pieces(samples: Samples) -> Iterator[Tensor]:
         yield samples[start : start + step]
 
 
+def are_finite(samples: Samples) -> bool:
+    """Say whether all numbers of samples are finite."""
+    return all(bool(torch.isfinite(piece).all()) for piece in pieces(samples))
+
+
 def channel_moments(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel (or feature) of uint8 or float32 samples [N, C, ...].
 
@@ -195,7 +231,7 @@ def channel_moments(samples: Samples) -> tuple[tuple[float, ...], tuple[float, .
     `SMALL_BYTES` are gone through in pieces whose moments are merged (Chan, Golub and LeVeque, 1979).
     """
     if samples.dtype == torch.uint8:
-        return _moments_of_bytes(samples)
+        return _as_moments(passed(samples, lambda: _moments_of_bytes(samples)))
     if isinstance(samples, Tensor) and num_bytes(samples) <= SMALL_BYTES:
         with one_thread():  # because the bits of a long sum depend on their number
             each = [torch.var_mean(_channel(samples, c).double(), correction=0) for c in range(samples.shape[1])]
@@ -207,9 +243,19 @@ def channel_moments(samples: Samples) -> tuple[tuple[float, ...], tuple[float, .
 
 def moments_in_pieces(samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return what `channel_moments` does of floats, always in pieces: the same bits in memory or read while needed."""
-    with one_thread():
-        variance, mean = _moments_of_pieces(samples)
-    return tuple(map(float, mean)), tuple(float(one) or 1.0 for one in variance.sqrt())
+
+    def find() -> tuple[list[float], list[float]]:
+        """Go through all samples."""
+        with one_thread():
+            variance, mean = _moments_of_pieces(samples)
+        return mean.tolist(), [float(one) or 1.0 for one in variance.sqrt()]
+
+    return _as_moments(passed(samples, find))
+
+
+def _as_moments(found: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean, std = found
+    return tuple(mean), tuple(std)
 
 
 def _channel(samples: Tensor, channel: int) -> Tensor:

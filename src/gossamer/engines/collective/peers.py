@@ -48,8 +48,8 @@ class CollectivePeerEngine(PeerEngine):
         blocks = blocks_of_ranks(task.workload.num_clients, world.size)
         spans = [[bounds[0][0], bounds[-1][1]] for bounds in blocks]
         super().__init__(task, x, spans, setup)
-        rank = PeerRank(task, world.group, spans, blocks)
-        world.begin(rank, setup, task=digests(task), spans=spans, bounds=blocks)
+        rank, passes = PeerRank(task, world.group, spans, blocks), list(task.workload.passes)
+        world.begin(rank, setup, task=digests(task), spans=spans, bounds=blocks, passes=passes)
         self._num_blocks = sum(map(len, blocks))
 
     def read(self) -> Arrays:

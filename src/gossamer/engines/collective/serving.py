@@ -24,6 +24,7 @@ from gossamer.engines.collective.world import Handler, Letter, leading
 from gossamer.engines.recipe import rebuild
 from gossamer.errors import GossamerError
 from gossamer.registry import errors_of_plug_ins
+from gossamer.workloads.samples import telling
 
 T = TypeVar("T")
 
@@ -103,7 +104,8 @@ def serve(describe: Callable[[], Mapping[str, Any]], stop: Callable[[], bool]) -
 
 def handler_of(message: Message, group: Group) -> Handler:
     """Return what handles the messages of an engine on this rank."""
-    task = rebuild(message["recipe"])
+    with telling(message.get("passes", ())):
+        task = rebuild(message["recipe"])
     require_same(task, message["task"])
     group.limit(message["timeout_seconds"])
     if task.topology is not None:
