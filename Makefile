@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Where pip looks for torch first; empty: its default index. README.md says when to set it.
 TORCH_INDEX ?=
 JOBS ?= auto
-PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadgroup
+PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 DEMO_OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 # make experiment NAME=fedrolex-mnist: run it, draw it, hold it against what theory and publications say

@@ -5,6 +5,7 @@ Several threads would fight with the workers that tests start, and with other te
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ HERE = Path(__file__).parent
 
 sys.path[:0] = [str(HERE), str(HERE / "plugins")]
 torch.set_num_threads(1)
+
+# Nothing here cuts the power, and what a killed process wrote stays: waiting for the disk takes longer than most runs.
+os.fsync = os.fstat  # which refuses what is not open, too
 
 # Processes inherit which signals are ignored, as in the background or under nohup, and a run leaves these alone.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,9 +62,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.write_line("every case of all sweeps was run" if config.option.all_sweeps else sample)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from sampling import left_out
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return what hands out tests to workers in whole files; None where xdist was told another way."""
+    from scheduling import ByFile
 
+    return ByFile(config, log) if config.option.dist == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not sampled, and begin with what takes long, so that no worker has that left at the end."""
+    from sampling import left_out
+    from scheduling import turn
+
+    items.sort(key=lambda item: turn(item.nodeid))
     if not config.option.all_sweeps:
         dropped = left_out(items, config.option.sweep_seed)
         items[:] = [item for item in items if item not in dropped]
@@ -75,7 +90,7 @@ def no_plug_ins_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Start a Ray, which all runs in this process find and use; tests of such runs are xdist's group "ray".
+    """Start a Ray, which all runs in this process find and use; `scheduling` gives such tests to one worker.
 
     It has four CPUs and is told of two GPUs, which are not there.
 

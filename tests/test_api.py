@@ -421,7 +421,6 @@ def test_ray_refuses_what_its_actors_cannot_import(
         run(tmp_path / "run", model=Net, data=pairs(data), engine={"name": "ray"})
 
 
-@pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("one_ray")
 def test_ray_trains_what_can_be_imported_on_data_in_memory(tmp_path: Path, data: ImageData) -> None:
     """Arrays go to the actors through Ray's object store, a class of a module by its name, lists in a file."""

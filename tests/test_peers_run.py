@@ -213,6 +213,7 @@ class TestNotFinite:
         assert all(bool(torch.isfinite(value).all()) for value in latest.arrays.values())
         assert done.metrics[-1]["loss"] < done.metrics[0]["loss"]
 
+    @pytest.mark.sweep(keep=0.34)
     @pytest.mark.parametrize(("workers", "block_size"), [(0, "auto"), (0, 1), (2, 2)])
     @pytest.mark.parametrize("kind", ["windows", "choco-sgd", "push-sum", "quasi-global-momentum"])
     def test_too_large_is_as_bad(self, tmp_path: Path, kind: str, workers: int, block_size: int | str) -> None:

@@ -120,6 +120,7 @@ def test_peers(tmp_path: Path) -> None:
 # ---- the same bits, whoever trains
 
 
+@pytest.mark.sweep(keep=0.5)
 @EACH_KIND
 @pytest.mark.parametrize("way", [{"workers": 2}, {"workers": 2, "block_size": 1}, {"block_size": 2}], ids=str)
 def test_workers_and_blocks(tmp_path: Path, undisturbed: Callable[[str], Run], kind: str, way: dict[str, Any]) -> None:
@@ -176,6 +177,7 @@ class TestRecords:
 
 
 class TestInterrupted:
+    @pytest.mark.sweep(keep=0.34, together=("name", "number", "started"))
     @EACH_KIND
     @pytest.mark.parametrize("started", [True, False], ids=["start", "end"])
     @pytest.mark.parametrize("number", [3, 4])

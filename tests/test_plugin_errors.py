@@ -99,7 +99,6 @@ def test_in_the_second_round(tmp_path: Path, plug_in: Any, workers: int, part: s
     assert_resumable(tmp_path / "run", plug_in, {"workers": workers}, part)
 
 
-@pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("one_ray")
 def test_on_ray(tmp_path: Path, plug_in: Any) -> None:
     assert_resumable(tmp_path / "run", plug_in, {"name": "ray", "workers": 1}, "Clients")

@@ -181,6 +181,7 @@ class Traits:
                 object.__setattr__(self, name, MappingProxyType(value))
 
     @classmethod
+    @cache
     def names(cls) -> tuple[str, ...]:
         """Return the names of all traits."""
         return tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]

@@ -103,6 +103,7 @@ class TestFederation:
         nova, plain = (run(configure(changes | {"algorithm": a}), out=tmp_path / a) for a in ("fednova", "fedavg"))
         assert relative_error(nova.params, plain.params) < 1e-6
 
+    @pytest.mark.sweep(keep=0.5, at_least=1)
     @EITHER
     def test_workers_and_blocks_change_no_bits(self, tmp_path: Path, mode: dict[str, bool]) -> None:
         config = configure({"algorithm": "fednova"} | modes(**mode) | UNEQUAL | {"clients.num": 20})
@@ -119,6 +120,7 @@ class TestFederation:
         assert record["total_bytes_up"] == other["total_bytes_up"] + 4 * record["num_participants"]
         assert record["total_bytes_down"] == other["total_bytes_down"]
 
+    @pytest.mark.sweep(keep=0.5)
     @EITHER
     @pytest.mark.parametrize("workers", [0, 2])
     def test_dropped_updates_do_not_count(self, tmp_path: Path, mode: dict[str, bool], workers: int) -> None:

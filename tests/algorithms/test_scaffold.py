@@ -72,6 +72,7 @@ class TestFederation:
         plain = {"algorithm": {"name": "fedavg", "server_lr": server_lr}}
         assert relative_error(found, run(config | plain, out=tmp_path / "plain").params) > 1e-2
 
+    @pytest.mark.sweep(keep=0.5, at_least=1)
     @EITHER
     def test_workers_and_blocks_change_no_bits(self, tmp_path: Path, mode: dict[str, bool]) -> None:
         changes = {"algorithm": {"name": "scaffold", "server_lr": 0.5}, "train.weight_decay": 0.1}

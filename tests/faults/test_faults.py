@@ -12,7 +12,7 @@ import pytest
 
 from federation import environment
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 KINDS = {"kill-at-boundary", "kill-driver", "kill-in-round", "stop"}

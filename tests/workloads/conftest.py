@@ -1,4 +1,4 @@
-"""Real image sets, which take seconds to decode, are read once in each process; tests of them are a group of xdist."""
+"""Real image sets, which take seconds to decode, are read once in each process; one worker has all tests of them."""
 
 from __future__ import annotations
 

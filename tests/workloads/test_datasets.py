@@ -394,7 +394,6 @@ def test_names_of_the_hub_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.sweep(keep=0.5, at_least=1)
 @needs_data
-@pytest.mark.xdist_group("real images")
 @pytest.mark.usefixtures("decoded_once")
 @pytest.mark.parametrize(
     ("make", "shape", "counts"), [(mnist, (1, 28, 28), (60000, 3000)), (cifar10, (3, 32, 32), (50000, 10000))]

@@ -76,6 +76,7 @@ def check(workload: Workload, row: Tensor, layout: Any, stacked: bool) -> None:
         assert grad is None or grad.device.type == "meta"
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("label_mask", ["none", "zero", "minus-inf"])
 @pytest.mark.parametrize("case", CASES)
 def test_loss_and_gradients(case: str, label_mask: str) -> None:

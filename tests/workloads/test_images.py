@@ -407,7 +407,6 @@ def test_wrong_options_are_explained(options: dict[str, Any], error: type[Except
 
 
 @needs_data
-@pytest.mark.xdist_group("real images")
 @pytest.mark.usefixtures("decoded_once")
 def test_real_images_are_divided_and_evaluated() -> None:
     workload = build(100, {"name": "n-classes", "n": 2}, dataset={"name": "mnist", "limit": 2000}, model="mlp")

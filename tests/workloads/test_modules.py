@@ -635,6 +635,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 class TestFrozen:
     """Parameters that require no gradient."""
 
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize("training", TRAININGS)
     @pytest.mark.parametrize("name", FROZEN)
     def test_keep_their_bits(self, name: str, training: str, tmp_path: Path) -> None:

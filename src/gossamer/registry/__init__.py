@@ -359,16 +359,17 @@ def _require_trusted(plugin: str, module: str) -> None:
     policy, top = _POLICY.get(), module.partition(".")[0]
     files = files_of(top)
     _require_listed(plugin, module)
-    if policy.only is not None or policy.all or _is_declared(top):
+    is_own = files is None or (bool(files) and top != "gossamer" and not any(map(is_installed, files)))
+    is_allowed = policy.only is not None or policy.all or (policy.own and is_own)
+    if is_allowed or _is_declared(top):  # which reads files of all packages that are installed
         return
     where = "of Python's library" if files == [] else f"in {files[0] if files else top!r}"
-    if files is not None and (not files or top == "gossamer" or any(map(is_installed, files))):
+    if not is_own:
         raise RegistryError(
             f"{plugin} names code {where}, which is no plug-in of gossamer: if you trust the file that names it, say so"
             " with --trust (in Python: trust=True)"
         )
-    if not policy.own:
-        raise RegistryError(f"{plugin} names code {where}, which this command imports only with --trust")
+    raise RegistryError(f"{plugin} names code {where}, which this command imports only with --trust")
 
 
 def _require_listed(plugin: str, module: str) -> None:

@@ -15,6 +15,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
@@ -352,6 +353,7 @@ def _require_run(directory: Path) -> Path:
     return directory
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

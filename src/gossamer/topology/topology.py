@@ -267,7 +267,7 @@ def _enough_memory(name: str, n: Any) -> Iterator[None]:
 def is_file(name: str) -> bool:
     """Say whether the name of a topology is the path of a YAML file or of a graph."""
     is_path = Path(name).suffix.lower() in SUFFIXES or "/" in name
-    return is_path or (":" not in name and name not in names("topology") and os.path.isfile(name))
+    return is_path or (":" not in name and os.path.isfile(name) and name not in names("topology"))
 
 
 def find(name: str, parameters: Mapping[str, Any], *, default_n: int | None = None, default_seed: int = 0) -> Topology:

@@ -26,7 +26,7 @@ from gossamer.engines.collective.peers import blocks_of_ranks
 from gossamer.errors import ConfigError
 from gossamer.storage.runlog import read_metrics
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("torchrun")]
+pytestmark = pytest.mark.timeout(300)
 
 SYNTHETIC = {"name": "synthetic", "num_train": 90, "num_test": 20, "noise": 2.0}
 IMAGES = {"name": "image-classification", "dataset": SYNTHETIC, "model": {"name": "mlp", "hidden": [16]}}
@@ -105,12 +105,14 @@ def on(config: dict[str, Any], **engine: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def torchrun(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start processes by torchrun."""
+    """Start processes by torchrun if it is given options, and else as it does."""
     started: list[subprocess.Popen[str]] = []
 
     def start(num_ranks: int, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
-        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *options, *arguments]
+        command = [sys.executable, str(Path(__file__).with_name("launch.py")), str(num_ranks), *arguments]
+        if options:
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)]
+            command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", *options, *arguments]
         pipe = subprocess.PIPE
         process = subprocess.Popen(
             command, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}

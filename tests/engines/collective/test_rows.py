@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -119,16 +120,17 @@ def run_group() -> Iterator[Callable[[list[Member], str], list[list[str]]]]:
     started: list[subprocess.Popen[str]] = []
 
     def run(members: list[Member], mode: str = "") -> list[list[str]]:
-        commands = [[sys.executable, __file__, json.dumps(member), mode] for member in members]
-        started.extend(subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands)
-        ended = [process.communicate(timeout=100)[0].split() for process in started]
-        died = [process.returncode for process in started]
+        command = [sys.executable, __file__, json.dumps(members), mode]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        ended = json.loads(started[-1].communicate(timeout=100)[0])
+        died = [code for code, _ in ended]
         assert died == [-signal.SIGKILL if mode == "die" and member.rank == 0 else 0 for member in members]
-        return ended
+        return [printed for _, printed in ended]
 
     yield run
     for process in started:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_rows_that_others_hear(run_group: Callable[..., list[list[str]]]) -> None:
@@ -194,8 +196,36 @@ def test_interfaces() -> None:
         address_of("no-such")
 
 
-def main(arguments: list[Any]) -> None:
-    run_member(Member(*json.loads(arguments[0])), arguments[1])
+def start(member: Member, mode: str) -> tuple[int, int]:
+    """Fork a member, which does not import torch anew; return its process, and where it is read what it prints."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.dup2(writing, 1)
+        code = 1
+        try:
+            run_member(member, mode)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(code)
+    os.close(writing)
+    return process, reading
+
+
+def read(descriptor: int) -> str:
+    """Read until all that write have ended."""
+    with open(descriptor) as file:
+        return file.read()
+
+
+def main(arguments: list[str]) -> None:
+    """Run the members of a group; print how each ended, and what it printed."""
+    started = [start(Member(*member), arguments[1]) for member in json.loads(arguments[0])]
+    printed = [read(reading).split() for _, reading in started]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process, _ in started]
+    print(json.dumps([*zip(codes, printed, strict=True)]))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def ragged(changes: dict[str, Any]) -> dict[str, Any]:
     return configure(digits | skew | {"checkpoint.every_seconds": 1000, "evaluation": {"every": 2}} | changes)
 
 
-@pytest.mark.sweep(keep=0.5)
+@pytest.mark.sweep(keep=0.34)
 @EITHER
 @pytest.mark.parametrize("algorithm", ["fedavg", *SUB_MODEL_METHODS])
 def test_workers_and_blocks_change_no_bits(tmp_path: Path, algorithm: str, mode: dict[str, bool]) -> None:
@@ -47,7 +47,7 @@ def test_workers_and_blocks_change_no_bits(tmp_path: Path, algorithm: str, mode:
     assert_same_bits(ragged(mixed(algorithm, levels, **mode)), tmp_path, WAYS)
 
 
-@pytest.mark.sweep(keep=0.5)
+@pytest.mark.sweep(keep=0.3)
 @EITHER
 @pytest.mark.parametrize(
     "changes",

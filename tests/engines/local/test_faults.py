@@ -40,6 +40,7 @@ def faulty(changes: dict[str, Any], **options: Any) -> dict[str, Any]:
 
 
 class TestNotFinite:
+    @pytest.mark.sweep(keep=0.5)
     @EITHER
     @WAYS
     def test_as_if_it_were_absent(
@@ -60,6 +61,7 @@ class TestNotFinite:
                 {"round": round, "client": client, "reason": "not finite"} for round in (1, 2, 3)
             ]
 
+    @pytest.mark.sweep(keep=0.5)
     @EITHER
     @pytest.mark.parametrize("algorithm", ["fedrolex", "federated-dropout"])
     @pytest.mark.parametrize("workers", [0, 2])
@@ -94,6 +96,7 @@ ONE_STEP = {"train": {"lr": 0.1, "batch_size": 20, "steps": 1}}  # of two, the s
 class TestTooLarge:
     """Updates that are finite, but 1e30 times as large as others, are as good as absent."""
 
+    @pytest.mark.sweep(keep=0.5)
     @EITHER
     @WAYS
     def test_as_if_it_were_absent(
@@ -188,6 +191,7 @@ class TestQuorum:
 
 
 class TestWorkers:
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize(("fault", "code"), [("exit", 7), ("kill", -9)])
     @EITHER
     def test_one_that_dies(self, tmp_path: Path, fault: str, code: int, mode: dict[str, bool]) -> None:

@@ -63,6 +63,7 @@ def models(config: dict[str, Any]) -> Tensor:
 
 
 class TestSlowSimulator:
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize("strategy", ["rolling", "static", "random"])
     @pytest.mark.parametrize("method", METHODS)
     def test_methods(self, method: str, strategy: str) -> None:

@@ -115,6 +115,7 @@ class TestBits:
         for way in [(0, 1), (0, 2), (0, 8), (1, None), (2, 4), (2, 1)]:
             assert bits(drive(parts, *way)) == reference, f"workers and block size {way} change the result"
 
+    @pytest.mark.sweep(keep=0.5)
     @pytest.mark.parametrize("method", METHODS)
     def test_panels(self, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
         """Panels of 16 columns, mixed by workers at once, give the state of a single panel."""

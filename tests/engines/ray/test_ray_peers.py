@@ -19,9 +19,9 @@ from gossamer.plan import RoundPlan
 from gossamer.profiling.spans import Spans
 from slow_peers import LEAST_SQUARES, decentralized
 
-pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
 
-RAY = {"engine.name": "ray", "engine.workers": 3}
+RAY = {"engine.name": "ray", "engine.workers": 2}
 CASES: dict[str, dict[str, Any]] = {
     "a shift, epochs of unequal lengths": {"peers.num": 9, "peers.topology": {"name": "d-equistatic", "M": 3}},
     "a matching, mixed and merged": {

@@ -28,6 +28,7 @@ def state() -> dict[str, Tensor]:
     return {"x": torch.arange(4.0)[None], "velocity": torch.full((1, 4), 7.0)}
 
 
+@pytest.mark.sweep(keep=0.5, at_least=1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_another_process_reads_and_writes(dtype: torch.dtype) -> None:
     memory = Mappable(3, dtype)

@@ -138,6 +138,7 @@ def test_measuring_changes_no_bits(tmp_path: Path, model: dict[str, Any]) -> Non
     assert pinned_modes(again.directory) == resolved["engine"]["modes"]
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("mode", [SINGLY, LAST, PADDED, VariantMode(padding=True)])
 def test_a_pinned_mode_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: VariantMode) -> None:
     """Nothing is measured, in a run or in one that is resumed, and training is what was asked for."""

@@ -84,6 +84,7 @@ def trained_slowly(parts: Parts, name: str, capacity: float = 1.0) -> dict[str, 
     return model
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("capacity", [1.0, 0.5])
@@ -140,6 +141,7 @@ def test_what_is_kept_matters(tmp_path: Path, name: str) -> None:
     ), "in the first round there is nothing to keep"
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("algorithm", ["dsgd", "gossip-pga", "push-sum", "dsgd-ceca", "choco-sgd", "gasloc", "noloco"])
 @pytest.mark.parametrize("state", ["keep", "reset"])
 def test_peers_with_sgd_by_either_name(tmp_path: Path, algorithm: str, state: str) -> None:

@@ -122,6 +122,7 @@ def test_slow_version(tmp_path: Path, algorithm: str, mode: dict[str, bool]) -> 
     assert relative_error(run(config, out=tmp_path / "run").params, slow_federation(config)) < 1e-5
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @pytest.mark.parametrize(
     "changes",
@@ -142,6 +143,7 @@ def test_slow_version_with_options(tmp_path: Path, changes: dict[str, Any], mode
     assert relative_error(run(config, out=tmp_path / "run").params, slow_federation(config)) < 1e-5
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @pytest.mark.parametrize("large", [1, models.LARGE_WEIGHT])
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedrolex"])
@@ -213,6 +215,7 @@ def test_one_mode_for_all_capacities(tmp_path: Path) -> None:
         parse(configure({"engine.modes": {"stack": True}}))
 
 
+@pytest.mark.sweep(keep=0.5)
 @EITHER
 @pytest.mark.parametrize("algorithm", ["fedrolex", "federated-dropout", "scaffold"])
 def test_channels_last_changes_rounding_only(tmp_path: Path, algorithm: str, mode: dict[str, bool]) -> None:
@@ -241,6 +244,7 @@ def test_padding_and_formats_change_rounding_only(tmp_path: Path, num: int) -> N
             assert relative_error(other, reference) < 1e-5, way
 
 
+@pytest.mark.sweep(keep=0.34)
 @EITHER
 @pytest.mark.parametrize("algorithm", SUB_MODEL_METHODS)
 @pytest.mark.parametrize("per_label", [False, True], ids=["plain-mean", "mean-per-label"])
