@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # Where pip looks for torch first; empty: its default index. README.md says when to set it.
 TORCH_INDEX ?=
 JOBS ?= auto
-PYTEST = $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Bytecode is written, or each of the many processes that tests start would compile the sources anew.
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 DEMO_OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 
 # make experiment NAME=fedrolex-mnist: run it, draw it, hold it against what theory and publications say
