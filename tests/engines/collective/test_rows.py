@@ -89,12 +89,12 @@ def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_member(member: Member, mode: str) -> None:
-    """Be one member of a group: swap the rows of all cases, or go before it comes to that."""
+    """Be one member of a group: swap the rows of all cases, or go after the first one."""
     with closing(member.join()) as group:
-        if mode == "die" and member.rank == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
         low, high = SPANS[member.rank]
         for seed, edges in enumerate(CASES.values()):
+            if mode == "die" and member.rank == 0 and seed:  # not while the others join
+                os.kill(os.getpid(), signal.SIGKILL)
             everyone = arrays(seed)
             mine = {name: torch.zeros_like(value) for name, value in everyone.items()}
             for name, value in everyone.items():
@@ -153,7 +153,7 @@ def test_rows_that_others_hear(run_group: Callable[..., list[list[str]]]) -> Non
 def test_a_member_that_dies(run_group: Callable[..., list[list[str]]]) -> None:
     rendezvous = Rendezvous()
     told = run_group(rendezvous.members(3, 90), "die")
-    assert told == [[], ["broken"], ["broken"]]
+    assert [printed[-1] for printed in told[1:]] == ["broken", "broken"]
 
 
 def test_members_that_do_not_come(run_group: Callable[..., list[list[str]]]) -> None:
