@@ -15,6 +15,7 @@ LONG = (
     "engines/collective",
     "distributed",
     "faults",
+    "transport",
     "test_sweep.py",
     "test_api.py",
     "test_plugin_errors.py",
