@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 from gossamer.transport.frames import Outgoing
@@ -27,7 +26,7 @@ def _told(node: str, message: Message, sha256: str, wire_bytes: int) -> dict[str
     return {
         "node": node,
         "message": message.kind,
-        "address": asdict(message.address),
+        "address": dict(vars(message.address)),
         "sha256": sha256,
         "num_bytes": message.num_bytes,
         "wire_bytes": wire_bytes,

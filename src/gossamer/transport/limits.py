@@ -67,7 +67,7 @@ class Limits:
         """Check what would not work.
 
         Raises:
-            ConfigError: a limit is out of range, or zstandard is not installed.
+            ConfigError: a limit is out of range.
         """
         if not 1 <= self.chunk_bytes <= MAX_CHUNK_BYTES:
             raise ConfigError(f"chunk_bytes is {self.chunk_bytes}: give 1 to {MAX_CHUNK_BYTES}")

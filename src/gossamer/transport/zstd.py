@@ -23,8 +23,11 @@ def decompress(packed: memoryview, max_bytes: int) -> memoryview:
     import zstandard
 
     try:
-        if zstandard.get_frame_parameters(packed).content_size > max_bytes:  # also where it is not said: 2^64 - 1
+        size = zstandard.get_frame_parameters(packed).content_size
+        if size > max_bytes:  # also where it is not said: 2^64 - 1
             raise Dropped("too much data")
+        if not size:  # or a node could send these without end
+            raise Dropped("malformed compression")
         return memoryview(zstandard.ZstdDecompressor().decompress(packed))
     except zstandard.ZstdError:
         raise Dropped("malformed compression") from None
