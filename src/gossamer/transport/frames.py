@@ -16,6 +16,7 @@ from torch import Tensor
 from gossamer.errors import Dropped, TransportError
 from gossamer.transport import arrays as wire
 from gossamer.transport import gossamer_pb2 as pb
+from gossamer.transport.digests import Digest
 from gossamer.transport.limits import MAX_CHUNK_BYTES, Limits
 from gossamer.transport.messages import Address, Header, Message, check_address, decode_json, encode_json
 from gossamer.transport.zstd import compress, decompress
@@ -72,19 +73,20 @@ class Outgoing:
 
     def frames(self) -> Iterator[bytes]:
         """Yield the frames, each made when it is asked for; then `wire_bytes` and `sha256` are known."""
-        digest, self.wire_bytes = hashlib.sha256(self.header), 0
-        if self.is_one_frame:
-            data = b"".join(self._views)
-            digest.update(data)
-            frames = iter((self._frame(header=self.header, chunk=self._packed(data), sha256=digest.digest()),))
-        else:
-            frames = self._stream(digest)
-        for frame in frames:
+        self.wire_bytes = 0
+        for frame in self._single() if self.is_one_frame else self._stream():
             self.wire_bytes += len(frame) + GRPC_BYTES
-            self.sha256 = digest.hexdigest()
             yield frame
 
-    def _stream(self, digest: Any) -> Iterator[bytes]:
+    def _single(self) -> Iterator[bytes]:
+        data = b"".join(self._views)
+        digest = hashlib.sha256(self.header)
+        digest.update(data)
+        self.sha256 = digest.hexdigest()
+        yield self._frame(header=self.header, chunk=self._packed(data), sha256=digest.digest())
+
+    def _stream(self) -> Iterator[bytes]:
+        digest = Digest(self.header)
         yield self._frame(header=self.header)
         for pieces, size in in_chunks(self._views, self._chunk_bytes):
             if self._compression == "none":
@@ -93,11 +95,13 @@ class Outgoing:
                 digest.update(memoryview(frame)[len(prefix) :])
             else:
                 data = b"".join(pieces)
-                digest.update(data)
+                digest.update(memoryview(data))
                 packed = self._packed(data)
                 frame = b"".join((_CHUNK_TAG, _varint(len(packed)), packed))
             yield frame
-        yield self._frame(sha256=digest.digest())
+        sha256 = digest.digest()
+        self.sha256 = sha256.hex()
+        yield self._frame(sha256=sha256)
 
     def _packed(self, data: bytes) -> bytes:
         return compress(data) if self._compression == "zstd" and data else data
@@ -131,7 +135,7 @@ class Incoming:
         specs = wire.decode_specs(header.arrays, header.num_bytes, limits.arrays)
         self.header = Header(node, header.kind, address, body, specs, header.num_bytes)
         self._is_compressed = header.compression == pb.ZSTD
-        self._digest = hashlib.sha256(encoded)
+        self._digest = Digest(encoded)
         self._arrays: dict[str, Tensor] = {}
         self._views: list[memoryview] = []
         self._left = header.num_bytes
