@@ -190,3 +190,15 @@ def test_more_calls_of_a_node_than_may_be() -> None:
         assert attacker.send(good(EXPECTED, kind="other")) == "failed: ABORTED"
         call.cancel()
         attacker.close()
+
+
+def test_a_server_may_have_a_file_for_each_node() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], 1000), before[1]))
+    try:
+        with Server("127.0.0.1:0", limits=Limits(nodes=1000)):
+            allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        assert allowed > 1000 or allowed == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

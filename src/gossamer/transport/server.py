@@ -21,6 +21,7 @@ from gossamer.transport.reading import Reader
 from gossamer.transport.service import Service
 
 DRAIN_SECONDS = 2.0  # that `close` gives to what waits to be sent
+SPARE_FILES = 256  # open at a time, besides the connection of each node
 SPARE_CALLS = 64  # at a time, besides one of each node that has joined
 
 
@@ -61,6 +62,7 @@ class Server:
         if credentials is not None and credentials.verify is None:
             raise ConfigError("a server needs Credentials.verify, or it would take any token: give verify_tokens(...)")
         self._limits = limits = limits or Limits()
+        _allow_files(limits.nodes + SPARE_FILES)
         self._inbox = Inbox(limits.inbox_bytes)
         self._events: queue.SimpleQueue[tuple[Event, int] | None] = queue.SimpleQueue()
         self._closed = False
@@ -190,3 +192,15 @@ def _add_health(server: Any) -> Any:
     servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     return servicer
+
+
+def _allow_files(number: int) -> None:
+    """Let this process have so many files open, as far as the system permits: each connection is one."""
+    try:
+        import resource
+    except ImportError:  # not Unix, and no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
