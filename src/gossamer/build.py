@@ -98,6 +98,7 @@ class Parts:
             hooks=hooks,
             straggler_seconds=options.straggler_seconds,
             address=options.address,
+            kit=None if options.kit is None else Path(options.kit),
             recipe={
                 "factory": "gossamer.task:task_of",
                 "config": self.config.model_dump(mode="json"),

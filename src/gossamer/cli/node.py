@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +21,16 @@ from gossamer.errors import ConfigError
 if TYPE_CHECKING:
     from gossamer.engines.task import Task
     from gossamer.experiment import Hooks, Run
+    from gossamer.transport.policy import Policy
 
 app = typer.Typer(no_args_is_help=True, help="Train with machines that keep their data to themselves.")
 
 app.command()(provision)
 
+KitFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="This node's start-up kit, see provision; needed beyond this machine."),
+]
 RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -38,6 +44,7 @@ def server(
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where clients dial; port 0: any that is free.")
     ] = "127.0.0.1:8443",
+    kit: KitFolder = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Run directory; a run that is there goes on. Default: runs/<name>-<time>."),
@@ -50,6 +57,7 @@ def server(
     from gossamer.storage.runlog import CONFIG, EXPERIMENT
 
     changes = ["engine.name=network", f"engine.address={listen}"]
+    changes += [] if kit is None else [f"engine.kit={kit.absolute()}"]
     begun = out if out is not None and any((out / name).exists() for name in (CONFIG, EXPERIMENT)) else None
 
     def start(hooks: Hooks) -> Run:
@@ -64,7 +72,14 @@ def server(
 
 @app.command()
 def client(
-    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server to dial.")],
+    server: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="The server to dial; default: that of the kit.")
+    ] = None,
+    kit: KitFolder = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What the server may ask for; default: all that gossamer includes."),
+    ] = None,
     number: Annotated[
         int | None, typer.Option("--id", metavar="K", help="Number of this client, with --data; default: 0.")
     ] = None,
@@ -76,7 +91,9 @@ def client(
         str | None,
         typer.Option(metavar="K,...", help="Be these clients, each with its part of the experiment's own data."),
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="Name of this node; default: client-K.")] = None,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its name; default: that of the kit, or client-K.")
+    ] = None,
     directory: Annotated[
         Path, typer.Option(metavar="DIR", help="Where private state is kept from round to round.")
     ] = Path("gossamer-node"),
@@ -92,14 +109,21 @@ def client(
     """Be a client: dial the server, and train for it until the run is over."""
     if (simulate is None) == (data is None) or (simulate is not None and number is not None):
         raise ConfigError("a client has its own data, or a part of the experiment's: give --data SPEC, or --simulate K")
+    if trust and policy is not None:
+        raise ConfigError(f"--trust lets the server ask for anything, and --policy {policy} does not: give one of them")
+    from gossamer.transport.policy import Policy
+
     clients = [number or 0] if simulate is None else _numbers(simulate)
-    with plug_ins(trust, own=trust):
+    rules = None if trust else Policy.load(policy)
+    with plug_ins(trust, own=trust or rules != Policy() or ":" in (data or "")):
         _take_part(
             server,
-            name or f"client-{clients[0]}",
+            name,
+            kit,
             clients=clients,
-            make_task=_task_maker(clients[0], data),
+            make_task=_task_maker(clients[0], data, rules),
             directory=directory,
+            policy=rules,
             patience_seconds=math.inf if patience is None else patience,
             linger_seconds=linger,
             is_simulated=data is None,
@@ -123,19 +147,38 @@ def stop(directory: RunDirectory) -> None:
     os.kill(state.read(directory)["process"], signal.SIGTERM)
 
 
-def _take_part(server: str, name: str, **options: Any) -> None:
-    """Be a node of a server, see `ClientNode`."""
+def _take_part(server: str | None, name: str | None, kit: Path | None, **options: Any) -> None:
+    """Be a node of a server, see `ClientNode`.
+
+    Raises:
+        ConfigError: no server is named, or the kit is another node's.
+    """
     from gossamer.engines.network.client import ClientNode
     from gossamer.engines.network.processes import SECRET
     from gossamer.engines.stopping import stop_on_signals
+    from gossamer.errors import storage_errors
     from gossamer.transport import Client
+    from gossamer.transport.audit import AUDIT, AuditLog
+    from gossamer.transport.authentication import load_kit
+
+    own = None if kit is None else load_kit(kit)
+    address, node = server or (own and own.server), name or (own and own.node) or f"client-{options['clients'][0]}"
+    if address is None:
+        raise ConfigError("no server is named: give --server HOST:PORT, or the --kit DIR of a federation that has one")
+    if own is not None and node != own.node:
+        raise ConfigError(f"--name {node} is not the name of the kit, {own.node!r}: leave it out")
+    with storage_errors(options["directory"]):
+        options["directory"].mkdir(parents=True, exist_ok=True)
 
     def dial(hello: Mapping[str, Any], seconds: float) -> Client:
         """Join the server."""
-        return Client(server, name=name, hello=hello, timeout_seconds=seconds)
+        credentials = None if own is None else own.credentials()
+        return Client(
+            address, name=node, hello=hello, credentials=credentials, audit=log.record, timeout_seconds=seconds
+        )
 
     secret = os.environ.pop(SECRET, "")
-    with stop_on_signals() as stop:
+    with closing(AuditLog(options["directory"] / AUDIT)) as log, stop_on_signals() as stop:
         ClientNode(dial=dial, secret=secret, tell=to_stderr, stop=stop, **options).run()
 
 
@@ -154,8 +197,12 @@ def _numbers(given: str) -> list[int]:
     return numbers
 
 
-def _task_maker(client: int, data: str | None) -> Callable[[Mapping[str, Any]], Task]:
-    """Return what rebuilds the task of a resolved configuration, with data of the client's own if it has some."""
+def _task_maker(client: int, data: str | None, policy: Policy | None) -> Callable[[Mapping[str, Any]], Task]:
+    """Return what rebuilds the task of a resolved configuration, with data of the client's own if it has some.
+
+    Args:
+        policy: what is refused; None: nothing.
+    """
     import torch
 
     from gossamer.engines.memory import keep_freed_memory
@@ -164,7 +211,18 @@ def _task_maker(client: int, data: str | None) -> Callable[[Mapping[str, Any]], 
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    if data is None:
-        return task_of
-    dataset = spec_of(data)
-    return lambda config: held_task_of(config, client, dataset)
+    dataset = None if data is None else spec_of(data)
+    chosen = dataset.get("name") if isinstance(dataset, Mapping) else dataset
+
+    def make(config: Mapping[str, Any]) -> Task:
+        """Rebuild the task."""
+        return task_of(config) if data is None else held_task_of(config, client, dataset)
+
+    def make_within(config: Mapping[str, Any]) -> Task:
+        """Rebuild the task, if the policy accepts it."""
+        assert policy is not None
+        policy.check(config, own=() if data is None else ("workload.dataset", "clients.partition"))
+        with policy.enforced(own=[chosen] if isinstance(chosen, str) else []):
+            return make(config)
+
+    return make if policy is None else make_within

@@ -11,7 +11,9 @@ from gossamer.errors import CheckpointError, ConfigError
 from gossamer.planning.schedule import FOLLOW_END
 
 # Where a run that has begun may go on: what changes no bits, but for the device, which changes the last ones.
-MOVABLE = tuple(f"engine.{key}" for key in ("name", "workers", "block_size", "device", "address", "straggler_seconds"))
+MOVABLE = tuple(
+    f"engine.{key}" for key in ("name", "workers", "block_size", "device", "address", "kit", "straggler_seconds")
+)
 END = "rounds"  # may be changed, too, where nothing depends on it
 CHANGED = {
     "data": "the data, or their partition, are not those that the run was committed with: restore them",

@@ -48,6 +48,8 @@ class EngineOptions(Options):
         device: device of the gradients of all capacities, such as "cuda", in the place of those of `modes`; changes the
             last bits. None: those of `modes`.
         address: address of a Ray cluster, "auto" for the one on this machine; None: the run starts its own.
+        kit: folder of the server's start-up kit (``gossamer node provision``), without which engine network listens on
+            loopback only; None: there is none.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least. Of a
             local worker, seconds without an answer and without processor time after which it is replaced. None: 120. Of
@@ -61,6 +63,7 @@ class EngineOptions(Options):
     modes: list[ModeOptions] | VariantMode | Literal["auto", "measured"] = "auto"
     device: Device | None = None
     address: str | None = None
+    kit: str | None = None
     straggler_seconds: float | None = Field(default=None, gt=0)
 
     @field_validator("workers", "block_size")

@@ -94,6 +94,7 @@ class EngineSetup:
         straggler_seconds: see `gossamer.config.schema.EngineOptions`.
         address: address of a Ray cluster, or "auto"; None: Ray is started here. Of engine network, host:port to listen
             on; None: on loopback, for processes that are started here.
+        kit: folder of the start-up kit of a server of engine network; None: there is none.
         recipe: recipe by which actors rebuild the task, see `gossamer.task.task_of`.
         directory: run directory, into which other processes may write what they hold; None: nobody does.
         clock: see `WallClock`; None: nobody is dropped by the clock.
@@ -104,6 +105,7 @@ class EngineSetup:
     hooks: EngineHooks = NO_HOOKS
     straggler_seconds: float | None = None
     address: str | None = None
+    kit: Path | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
     clock: WallClock | None = None

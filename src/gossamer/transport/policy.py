@@ -46,7 +46,7 @@ TEXTS = {  # what is only recorded, or is a pattern of the names of parameters
     *("clients.personal", "workload.frozen", "workload.lora.targets", "workload.lora.train", "train.groups.match"),
 }
 CODE = re.compile(r"\s*[^\W\d][\w.-]*:[^\W\d][\w.]*\s*")
-PLACE = re.compile(r"(.*_)?(path|file|folder|directory|dir|root|address|ur[il])s?")  # keys of paths and addresses
+PLACE = re.compile(r"(.*_)?(path|file|folder|directory|dir|root|address|kit|ur[il])s?")  # keys of paths and addresses
 SUFFIXES: tuple[str, ...] = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".txt", ".xml", ".graphml", ".npy", ".npz")
 SUFFIXES += (".parquet", ".safetensors", ".pt", ".pth", ".bin", ".pkl", ".py", ".so", ".zip", ".gz", ".tar")
 MAX_DEPTH = 32
@@ -140,9 +140,13 @@ class Policy(Options):
                 f" {self.max_epochs}"
             )
 
-    def enforced(self) -> AbstractContextManager[None]:
-        """Return a context in which this thread imports no plug-in that the policy does not list."""
-        listed = [name for option in LISTS.values() for name in vars(self)[option] or ()]
+    def enforced(self, own: Collection[str] = ()) -> AbstractContextManager[None]:
+        """Return a context in which this thread imports no plug-in that the policy does not list.
+
+        Args:
+            own: names ``module:attribute`` of the client's own choice, which may be imported, too.
+        """
+        listed = [*own, *(name for option in LISTS.values() for name in vars(self)[option] or ())]
         return registry.only({*self.plug_ins, *(name.partition(":")[0] for name in listed if ":" in name)})
 
     def _check_name(self, key: str, value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +25,10 @@ from gossamer.engines.private_rows import PrivateRows
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.worker import Worker
-from gossamer.errors import Disconnected, Dropped, EngineError, Interrupted
+from gossamer.errors import Disconnected, Dropped, EngineError, Interrupted, PolicyError
 from gossamer.threads import one_thread
 from gossamer.transport import Client, Message
+from gossamer.transport.policy import Policy
 
 POLL_SECONDS = 0.2
 DIAL_SECONDS = 5.0
@@ -48,6 +50,7 @@ class ClientNode:
         secret: what a server asks of the processes that it has started.
         tell: callback for lines about what happens.
         stop: asked whether it shall end.
+        policy: what a server may ask for; None: anything.
     """
 
     dial: Dial
@@ -60,6 +63,7 @@ class ClientNode:
     secret: str = ""
     tell: Callable[[str], None] = lambda line: None
     stop: Callable[[], bool] = never
+    policy: Policy | None = None
     _training: Training | None = field(default=None, init=False)
 
     def run(self) -> None:
@@ -91,7 +95,9 @@ class ClientNode:
             told: Mapping[str, Any] = asking.welcome
         if self._training is None or self._training.run != told["run"]:
             self._training = None  # whose memory is free from here on
-            self._training = Training(self.make_task(told["config"]), told["run"], self.directory, self.stop)
+            self._training = Training(
+                self.make_task(told["config"]), _run_of(told), self.directory, self.stop, self.policy
+            )
         return told
 
     def _join(self, clients: Mapping[str, Any], patience: float) -> Client:
@@ -150,15 +156,23 @@ class Training:
         model: see `model_digest`.
     """
 
-    def __init__(self, task: Task, run: str, directory: Path, stop: Callable[[], bool] = never) -> None:
+    def __init__(
+        self,
+        task: Task,
+        run: str,
+        directory: Path,
+        stop: Callable[[], bool] = never,
+        policy: Policy | None = None,
+    ) -> None:
         """Bind a task.
 
         Args:
             directory: where clients keep their private state of runs.
             stop: asked whether training shall be given up.
+            policy: see `ClientNode`.
         """
         require_devices(task)
-        self.run, self._task, self._directory = run, task, directory / run
+        self.run, self._task, self._directory, self._policy = run, task, directory / run, policy
         self._dtype = task.workload.init(task.seed).dtype
         self.model = model_digest(task)
         self._state: Arrays = {}
@@ -200,6 +214,9 @@ class Training:
 
     def _result(self, job: Job, body: Mapping[str, Any]) -> tuple[str, dict[str, Any], Arrays]:
         trainer, client = self._worker.trainers[job.phase], int(job.client[0])
+        if self._policy is not None:
+            held = int(self._task.workload.num_samples[client])
+            self._policy.check_steps(int(job.steps.max()), self._task.batch_size, held)
         self._receive(job, body["model"])
         phase = trainer.task
         state = self._private_state(client, body)
@@ -242,6 +259,18 @@ class Training:
         else:
             _replace(self._state, rows)
         self._taken = number
+
+
+def _run_of(told: Mapping[str, Any]) -> str:
+    """Return the id of the run, which names a folder of this machine.
+
+    Raises:
+        PolicyError: it is no id.
+    """
+    run = told["run"]
+    if not isinstance(run, str) or not re.fullmatch("[0-9a-f]{1,64}", run):
+        raise PolicyError(f"the server calls its run {str(run)[:80]!r}, which is no id: it must not name a folder here")
+    return run
 
 
 def _replace(arrays: Arrays, new: Mapping[str, Tensor]) -> None:

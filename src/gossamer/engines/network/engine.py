@@ -30,6 +30,9 @@ from gossamer.plan import Block, RoundPlan
 from gossamer.storage.client_store import ClientStore
 from gossamer.threads import one_thread
 from gossamer.transport import SERVER, Address, Event, Expectations, Gone, Joined, Message, Received, Server
+from gossamer.transport.audit import AUDIT, AuditLog
+from gossamer.transport.auditing import no_audit
+from gossamer.transport.authentication import load_kit
 from gossamer.workloads.base import Sums
 
 AHEAD = 2  # jobs that a node has, so that it need not wait for the next one
@@ -76,7 +79,7 @@ class NetworkEngine(FederatedEngine):
         secret = secrets.token_hex(16) if setup.address is None else None
         told = {"run": self._run, "instance": secrets.token_hex(16), "config": for_clients(config)}
         self._roster, self._expected = Roster(task, told, secret), Expectations()
-        self._server = Server(setup.address or LOOPBACK, admit=self._roster.admit, accept=self._expected)
+        self._audit, self._server = self._listen()
         self._file: StateFile | None = None
         self._processes: Processes | None = None
         try:
@@ -88,6 +91,25 @@ class NetworkEngine(FederatedEngine):
             self._gather()
         except BaseException:
             self.close()
+            raise
+
+    def _listen(self) -> tuple[AuditLog | None, Server]:
+        """Open the audit log, unless all clients are processes of this machine, and listen."""
+        setup, log = self._setup, None
+        credentials = None if setup.kit is None else load_kit(setup.kit).credentials()
+        if setup.address is not None and setup.directory is not None:
+            log = AuditLog(setup.directory / AUDIT)
+        try:
+            return log, Server(
+                setup.address or LOOPBACK,
+                admit=self._roster.admit,
+                accept=self._expected,
+                credentials=credentials,
+                audit=no_audit if log is None else log.record,
+            )
+        except BaseException:
+            if log is not None:
+                log.close()
             raise
 
     @staticmethod
@@ -108,6 +130,8 @@ class NetworkEngine(FederatedEngine):
         """Tell the nodes that it is over, or will go on later, and stop those that were started here."""
         self._dismiss()
         self._server.close()
+        if self._audit is not None:
+            self._audit.close()
         if self._processes is not None:
             self._processes.close()
 
