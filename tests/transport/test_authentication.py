@@ -39,10 +39,11 @@ def again(directory: Path, **changes: list[str]) -> None:
 class TestKits:
     def test_what_is_read(self, directory: Path) -> None:
         kit = load_kit(directory / "kits" / "ucsf")
-        assert (kit.federation, kit.node, kit.kind, kit.server) == (
+        assert (kit.federation, kit.node, kit.kind, kit.number, kit.server) == (
             "hospitals",
             "ucsf",
             "client",
+            1,
             "fl.example.org:8443",
         )
         assert kit.key.startswith(b"-----BEGIN PRIVATE KEY-----")

@@ -123,7 +123,7 @@ class TestWhatIsMade:
         server = (self.directory / "kits/server/README.md").read_text()
         assert "gossamer node server EXPERIMENT.yaml --kit . --listen 0.0.0.0:8443" in server
         facts = json.loads((self.directory / "kits/ucsf/kit.json").read_text())
-        assert facts["server"] == "fl.example.org:8443"
+        assert (facts["server"], facts["number"]) == ("fl.example.org:8443", 1)
 
     def test_again_nothing_changes(self, file: Path) -> None:
         before = content(self.directory)
@@ -139,7 +139,8 @@ class TestWhatIsMade:
         after = content(self.directory)
         changed = {name for name, text in before.items() if after[name] != text}
         assert changed == {"members.json", "kits/server/members.json"}
-        assert "upenn" in read_members(self.directory / "kits/server/members.json").nodes
+        numbers = {name: one.number for name, one in read_members(self.directory / "members.json").nodes.items()}
+        assert numbers == {"server": None, "charite": 0, "ucsf": 1, "upenn": 2}
 
     def test_a_kit_that_was_handed_over_is_not_made_again(self, file: Path) -> None:
         os.rename(self.directory / "kits" / "ucsf", self.directory.parent / "ucsf")

@@ -21,6 +21,7 @@ from gossamer.errors import ConfigError
 if TYPE_CHECKING:
     from gossamer.engines.task import Task
     from gossamer.experiment import Hooks, Run
+    from gossamer.transport.authentication import Kit
     from gossamer.transport.policy import Policy
 
 app = typer.Typer(no_args_is_help=True, help="Train with machines that keep their data to themselves.")
@@ -30,6 +31,20 @@ app.command()(provision)
 KitFolder = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="This node's start-up kit, see provision; needed beyond this machine."),
+]
+ServerAddress = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="The server to dial; default: that of the kit.")
+]
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What the server may ask for; default: all that gossamer includes."),
+]
+Number = Annotated[
+    int | None,
+    typer.Option("--id", metavar="K", help="Number of this client, with --data; default: that of the kit, or 0."),
+]
+Simulated = Annotated[
+    str | None, typer.Option(metavar="K,...", help="Be these clients, each with its part of the experiment's own data.")
 ]
 RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -72,25 +87,15 @@ def server(
 
 @app.command()
 def client(
-    server: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The server to dial; default: that of the kit.")
-    ] = None,
+    server: ServerAddress = None,
     kit: KitFolder = None,
-    policy: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="What the server may ask for; default: all that gossamer includes."),
-    ] = None,
-    number: Annotated[
-        int | None, typer.Option("--id", metavar="K", help="Number of this client, with --data; default: 0.")
-    ] = None,
+    policy: PolicyFile = None,
+    number: Number = None,
     data: Annotated[
         str | None,
         typer.Option(metavar="SPEC", help="Its own data: a folder, a .csv, .parquet or .npz file, or module:attr."),
     ] = None,
-    simulate: Annotated[
-        str | None,
-        typer.Option(metavar="K,...", help="Be these clients, each with its part of the experiment's own data."),
-    ] = None,
+    simulate: Simulated = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Its name; default: that of the kit, or client-K.")
     ] = None,
@@ -111,15 +116,18 @@ def client(
         raise ConfigError("a client has its own data, or a part of the experiment's: give --data SPEC, or --simulate K")
     if trust and policy is not None:
         raise ConfigError(f"--trust lets the server ask for anything, and --policy {policy} does not: give one of them")
+    from gossamer.transport.authentication import load_kit
     from gossamer.transport.policy import Policy
 
-    clients = [number or 0] if simulate is None else _numbers(simulate)
+    own = None if kit is None else load_kit(kit)
+    held = (own and own.number) or 0 if number is None else number
+    clients = [held] if simulate is None else _numbers(simulate)
     rules = None if trust else Policy.load(policy)
     with plug_ins(trust, own=trust or rules != Policy() or ":" in (data or "")):
         _take_part(
             server,
             name,
-            kit,
+            own,
             clients=clients,
             make_task=_task_maker(clients[0], data, rules),
             directory=directory,
@@ -147,7 +155,7 @@ def stop(directory: RunDirectory) -> None:
     os.kill(state.read(directory)["process"], signal.SIGTERM)
 
 
-def _take_part(server: str | None, name: str | None, kit: Path | None, **options: Any) -> None:
+def _take_part(server: str | None, name: str | None, kit: Kit | None, **options: Any) -> None:
     """Be a node of a server, see `ClientNode`.
 
     Raises:
@@ -159,20 +167,19 @@ def _take_part(server: str | None, name: str | None, kit: Path | None, **options
     from gossamer.errors import storage_errors
     from gossamer.transport import Client
     from gossamer.transport.audit import AUDIT, AuditLog
-    from gossamer.transport.authentication import load_kit
 
-    own = None if kit is None else load_kit(kit)
-    address, node = server or (own and own.server), name or (own and own.node) or f"client-{options['clients'][0]}"
+    address = server or (None if kit is None else kit.server)
+    node = name or (f"client-{options['clients'][0]}" if kit is None else kit.node)
     if address is None:
         raise ConfigError("no server is named: give --server HOST:PORT, or the --kit DIR of a federation that has one")
-    if own is not None and node != own.node:
-        raise ConfigError(f"--name {node} is not the name of the kit, {own.node!r}: leave it out")
+    if kit is not None and node != kit.node:
+        raise ConfigError(f"--name {node} is not the name of the kit, {kit.node!r}: leave it out")
     with storage_errors(options["directory"]):
         options["directory"].mkdir(parents=True, exist_ok=True)
 
     def dial(hello: Mapping[str, Any], seconds: float) -> Client:
         """Join the server."""
-        credentials = None if own is None else own.credentials()
+        credentials = None if kit is None else kit.credentials()
         return Client(
             address, name=node, hello=hello, credentials=credentials, audit=log.record, timeout_seconds=seconds
         )

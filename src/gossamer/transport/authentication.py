@@ -41,6 +41,7 @@ class Member(Options):
 
     Attributes:
         kind: server, client or peer.
+        number: number of the client, or the peer, in a run; the server has none.
         hosts: names and addresses in its certificate.
         serial: serial number of its certificate, hexadecimal.
         token_sha256: hash of its token, hexadecimal.
@@ -49,6 +50,7 @@ class Member(Options):
     """
 
     kind: Kind
+    number: int | None = None
     hosts: list[str] = []
     serial: str
     token_sha256: str
@@ -76,6 +78,7 @@ class KitFacts(Options):
 
     Attributes:
         federation, node, kind: whose kit it is.
+        number: see `Member`.
         server: ``HOST:PORT`` of the federation's server; None: it has none.
     """
 
@@ -83,6 +86,7 @@ class KitFacts(Options):
     federation: str
     node: str
     kind: Kind
+    number: int | None = None
     server: str | None = Field(default=None)
 
 
@@ -92,6 +96,7 @@ class Kit:
 
     Attributes:
         federation, node, kind: whose it is; the name is the common name of the certificate.
+        number: see `Member`.
         server: ``HOST:PORT`` of the federation's server; None: it has none.
         authority, certificate, key: PEM.
         token: what it shows besides when it joins, within TLS.
@@ -101,6 +106,7 @@ class Kit:
     federation: str
     node: str
     kind: Kind
+    number: int | None
     server: str | None
     authority: bytes = field(repr=False)
     certificate: bytes = field(repr=False)
@@ -137,6 +143,7 @@ def load_kit(directory: Path) -> Kit:
         facts.federation,
         facts.node,
         facts.kind,
+        facts.number,
         facts.server,
         files[AUTHORITY_FILE],
         files[CERTIFICATE_FILE],

@@ -17,7 +17,8 @@ Copy this folder to the machine of {node}, and nowhere else. Install gossamer th
   `gossamer node provision FEDERATION.yaml -o DIR --renew {node}`
 - If this folder was lost or stolen: `gossamer node provision FEDERATION.yaml -o DIR --revoke {node}`
 """
-CLIENT = """- Nobody dials this machine: it dials {server}, and needs that port open outwards only.
+CLIENT = """- {node} is client {number} of a run.
+- Nobody dials this machine: it dials {server}, and needs that port open outwards only.
 - Your data stay here. What the server may ask of you is limited by a policy: add `--policy policy.yaml`, such as
 
       algorithms: [fedavg, fedrolex]
@@ -42,7 +43,8 @@ def text(kit: KitFacts, expires: date, port: int) -> str:
     command = {
         "server": f"gossamer node server EXPERIMENT.yaml --kit . --listen 0.0.0.0:{port}",
         "client": "gossamer node client --kit . --data DATA",
-        "peer": f"gossamer node peer EXPERIMENT.yaml --kit . --id K --listen 0.0.0.0:{port} --peers ADDRESSES.yaml",
+        "peer": f"gossamer node peer EXPERIMENT.yaml --kit . --id {kit.number} --listen 0.0.0.0:{port}"
+        " --peers ADDRESSES.yaml",
     }[kit.kind]
     facts = kit.model_dump() | {"command": command, "expires": expires, "port": port, "members": MEMBERS_FILE}
     rest = CLIENT if kit.kind == "client" else LISTENING

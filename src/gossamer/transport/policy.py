@@ -46,7 +46,9 @@ TEXTS = {  # what is only recorded, or is a pattern of the names of parameters
     *("clients.personal", "workload.frozen", "workload.lora.targets", "workload.lora.train", "train.groups.match"),
 }
 CODE = re.compile(r"\s*[^\W\d][\w.-]*:[^\W\d][\w.]*\s*")
-PLACE = re.compile(r"(.*_)?(path|file|folder|directory|dir|root|address|kit|ur[il])s?")  # keys of paths and addresses
+PLACE = re.compile(
+    r"(.*_)?(path|file|folder|directory|dir|root|replay|address|kit|ur[il])s?"
+)  # keys of paths and addresses
 SUFFIXES: tuple[str, ...] = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".txt", ".xml", ".graphml", ".npy", ".npz")
 SUFFIXES += (".parquet", ".safetensors", ".pt", ".pth", ".bin", ".pkl", ".py", ".so", ".zip", ".gz", ".tar")
 MAX_DEPTH = 32

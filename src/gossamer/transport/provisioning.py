@@ -172,9 +172,11 @@ class _Provisioning:
         hosts = [*entry.hosts, *(host for host in LOOPBACK if entry.hosts and host not in entry.hosts)]
         pair = certificates.issue(self.authority, federation.name, name, hosts, federation.days, self.now)
         token, facts = secrets.token_urlsafe(TOKEN_BYTES), certificates.read(pair.certificate)
-        kit = KitFacts(federation=federation.name, node=name, kind=kind, server=federation.address)
+        number = self._number(entry)
+        kit = KitFacts(federation=federation.name, node=name, kind=kind, number=number, server=federation.address)
         member = Member(
             kind=kind,
+            number=number,
             hosts=entry.hosts,
             serial=facts.serial,
             token_sha256=hash_of(token),
@@ -194,6 +196,14 @@ class _Provisioning:
         if name in self.nodes:
             self.revoked[self.nodes[name].serial] = name
         self.nodes[name] = member
+
+    def _number(self, entry: NodeEntry) -> int | None:
+        """Return the number that a node has, or the next one."""
+        if entry.kind == "server":
+            return None
+        if entry.name in self.nodes:
+            return self.nodes[entry.name].number
+        return 1 + max((-1 if one.number is None else one.number for one in self.nodes.values()), default=-1)
 
     def _port(self) -> int:
         return 8443 if self.federation.server is None else self.federation.server.port
