@@ -304,5 +304,5 @@ def check_a_rank_that_is_gone(rank: int) -> None:
         with pytest.raises(ConfigError, match="joined no group"):
             gd.size()
         return
-    with pytest.raises(EngineError, match=rf"rank {rank} waited in vain for one of the ranks .*3.*same order"):
+    with pytest.raises(EngineError, match=rf"rank {rank} waited in vain for .*3.*same order"):
         gd.neighbor_allreduce(torch.zeros(7), topology=gd.topology("complete"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gossamer.distributed as gd
-from gossamer.distributed import world as module
+from gossamer.distributed import environment as module
 from gossamer.errors import ConfigError, EngineError
 
 TORCHRUN = {

@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gossamer.distributed.world import World, check_size, first_line
+from gossamer.distributed.environment import first_line
+from gossamer.distributed.world import World, check_size
 from gossamer.errors import ConfigError, EngineError
 from gossamer.topology import Topology
 

@@ -1,98 +1,19 @@
-"""Messages between neighbours: sent and received at once, counted, and waited for with a sentence if nobody answers."""
+"""Means of neighbours: sent and received at once, and added up by their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gossamer.distributed.links import Exchange
 from gossamer.distributed.neighbors import Neighbors
-from gossamer.distributed.world import World, first_line
-from gossamer.errors import EngineError
+from gossamer.distributed.world import World
 
 HALVES = (torch.float16, torch.bfloat16)  # dtypes whose sums are taken in float32
-
-
-@contextmanager
-def waiting_for_all(world: World) -> Iterator[None]:
-    """Say in a sentence, as an `EngineError`, that not all came to a collective call."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise EngineError(
-            f"rank {world.rank} waited in vain for the others ({first_line(error)}): see whether they still run, and"
-            " call the same functions in the same order on all ranks"
-        ) from None
-
-
-class Exchange:
-    """Messages under way: a few to each of some ranks, and a few from each."""
-
-    def __init__(
-        self, world: World, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[tuple[int, Tensor]]
-    ) -> None:
-        """Send and receive.
-
-        Args:
-            world: the group.
-            outgoing: ranks, and contiguous tensors of any dtype, not to be changed before `wait` returns.
-            incoming: ranks, and contiguous tensors that `wait` overwrites, in the order in which the rank sends them.
-        """
-        self._world, self._incoming = world, [each for each in incoming if each[1].numel()]
-        sent = [(rank, self._carried(value)) for rank, value in outgoing if value.numel()]
-        self._received = [
-            (rank, value if self._is_carried(value) else torch.empty_like(value, device="cpu"))
-            for rank, value in self._incoming
-        ]
-        world.bytes_sent += sum(value.nbytes for _, value in sent)
-        self._sent = sent  # kept until the messages have left
-        try:
-            self._works = _posted(sent, self._received)
-        except RuntimeError as error:
-            raise self._failure(error) from None
-
-    def wait(self) -> None:
-        """Wait until everything has been sent and received.
-
-        Raises:
-            EngineError: a rank is gone, or did not answer in time.
-        """
-        try:
-            for work in self._works:  # gloo has one for each message
-                work.wait()
-        except RuntimeError as error:
-            raise self._failure(error) from None
-        for (_, target), (_, value) in zip(self._incoming, self._received, strict=True):
-            if value is not target:
-                target.copy_(value)
-        self._works, self._sent = [], []
-
-    def _is_carried(self, value: Tensor) -> bool:
-        """Say whether the backend takes tensors of this device."""
-        return value.device.type == "cpu" or self._world.backend == "nccl"
-
-    def _carried(self, value: Tensor) -> Tensor:
-        return value if self._is_carried(value) else value.cpu()
-
-    def _failure(self, error: RuntimeError) -> EngineError:
-        others = sorted({rank for rank, _ in (*self._sent, *self._received)})
-        return EngineError(
-            f"rank {self._world.rank} waited in vain for one of the ranks {', '.join(map(str, others))}"
-            f" ({first_line(error)}): see whether they still run, and call the same functions in the same order on all"
-            " ranks"
-        )
-
-
-def _posted(sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]) -> list[Any]:
-    import torch.distributed as dist
-
-    messages = [dist.P2POp(dist.isend, value.view(torch.uint8), rank) for rank, value in sent]
-    messages += [dist.P2POp(dist.irecv, value.view(torch.uint8), rank) for rank, value in received]
-    return list(dist.batch_isend_irecv(messages)) if messages else []  # a peer may idle
+_PIECE = 1 << 17  # numbers that are mixed at a time, so that they stay in cache
+_CPU = torch.device("cpu")
 
 
 class Mixed:
@@ -115,9 +36,8 @@ class Mixed:
             for rank, factor in near.destinations.items()
             for value in messages
         ]
-        self._heard = {rank: [torch.empty_like(value) for value in messages] for rank in near.sources}
-        incoming = [(rank, value) for rank, values in self._heard.items() for value in values]
-        self._exchange = Exchange(world, outgoing, incoming)
+        incoming = [(rank, len(value), value.dtype) for rank in near.sources for value in messages]
+        self._exchange = Exchange(world.links, outgoing, incoming, rows[0].device if rows else _CPU)
 
     def wait(self) -> list[Tensor]:
         """Return the weighted sums as new tensors of the shapes and dtypes of the rows.
@@ -125,21 +45,29 @@ class Mixed:
         Neighbours are added by ascending rank, whoever answers first; halves in single precision.
 
         Raises:
-            EngineError: see `Exchange.wait`.
+            GroupBroken: see `Exchange`.
         """
-        self._exchange.wait()
-        near, found = self._near, []
-        for number, own in enumerate(self._rows):
-            precise = torch.float32 if own.dtype in HALVES else own.dtype
-            weights = [_column(each, precise, own.device) for each in (near.self_weights, *near.sources.values())]
-            total = own.to(precise) * weights[0]
-            for values, weight in zip(self._heard.values(), weights[1:], strict=True):
-                total.addcmul_(values[number].to(precise), weight)
-            found.append(total.to(own.dtype))
-        return found
+        with self._exchange as received:
+            number = len(self._rows)
+            of_ranks = [received[first : first + number] for first in range(0, len(received), number)]
+            heard = dict(zip(self._near.sources, of_ranks, strict=True))
+            return [
+                _weighted(own, {rank: values[place] for rank, values in heard.items()}, self._near)
+                for place, own in enumerate(self._rows)
+            ]
 
 
-@lru_cache(maxsize=256)  # so that a device gets them once, and is not waited for
-def _column(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the weights of rows, [rows, 1]."""
-    return torch.tensor(weights, dtype=dtype, device=device)[:, None]
+def _weighted(own: Tensor, heard: Mapping[int, Tensor], near: Neighbors) -> Tensor:
+    """Return the weighted sums of rows, [rows, width], and of what was heard, [width] each."""
+    found = torch.empty_like(own)
+    precise = torch.float32 if own.dtype in HALVES else own.dtype
+    size = _PIECE if own.device.type == "cpu" else max(own.shape[1], 1)
+    for start in range(0, own.shape[1], size):
+        piece = slice(start, start + size)
+        parts = {rank: value[piece].to(own.device, precise) for rank, value in heard.items()}
+        for row, weight in enumerate(near.self_weights):
+            total = own[row, piece].to(precise) * weight
+            for rank, part in parts.items():
+                total.add_(part, alpha=near.sources[rank][row])
+            found[row, piece] = total
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, Literal, TypeVar, overload
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gossamer.distributed.agreement import agree, agree_on, device_of_messages, shapes
-from gossamer.distributed.exchange import HALVES, Exchange, Mixed, waiting_for_all
+from gossamer.distributed.exchange import HALVES, Mixed
 from gossamer.distributed.flat import Bucket
+from gossamer.distributed.links import Exchange
 from gossamer.distributed.neighbors import ALONE, Neighbors, of_round, of_weights
 from gossamer.distributed.world import World, current
 from gossamer.distributed.world import topology as build_topology
@@ -178,7 +180,7 @@ def _asked(world: World, sources: Mapping[int, float]) -> list[int]:
     wanted = torch.zeros(world.size, dtype=torch.uint8, device=device_of_messages(world))
     wanted[[rank for rank in sources if 0 <= rank < world.size]] = 1
     every = [torch.empty_like(wanted) for _ in range(world.size)]
-    with waiting_for_all(world):
+    with world.links.waiting():
         dist.all_gather(every, wanted)
     return [rank for rank, theirs in enumerate(every) if theirs[world.rank] and rank != world.rank]
 
@@ -212,14 +214,19 @@ def neighbor_allgather(tensor: Tensor, *, topology: Topology | None = None, roun
         return tensor[:0].clone()
     agree_on(world, graph, [tensor[:0]])
     near = of_round(graph, round, world.rank)
-    own = torch.tensor([len(tensor)], device=device_of_messages(world))
-    counts = {rank: torch.zeros_like(own) for rank in near.sources}
-    Exchange(world, [(rank, own) for rank in near.destinations], [*counts.items()]).wait()
-    parts = {rank: tensor.new_empty(int(count), *tensor.shape[1:]) for rank, count in counts.items()}
-    flat = [(rank, part.view(-1)) for rank, part in parts.items()]
-    sent = tensor.contiguous().view(-1)
-    Exchange(world, [(rank, sent) for rank in near.destinations], flat).wait()
-    return torch.cat([*parts.values(), tensor[:0]])
+    own, row = torch.tensor([len(tensor)], device=device_of_messages(world)), math.prod(tensor.shape[1:])
+    sent, sources = tensor.contiguous(), [*near.sources]
+    told = [(rank, own) for rank in near.destinations]
+    with Exchange(world.links, told, [(rank, 1, own.dtype) for rank in sources], own.device) as counts:
+        lengths = [int(count) for count in counts]
+    incoming = [(rank, length * row, tensor.dtype) for rank, length in zip(sources, lengths, strict=True)]
+    outgoing = [(rank, sent) for rank in near.destinations]
+    with Exchange(world.links, outgoing, incoming, tensor.device) as parts:
+        pieces = [
+            part.view(-1, *tensor.shape[1:]) if row else tensor.new_empty(length, *tensor.shape[1:])
+            for part, length in zip(parts, lengths, strict=True)
+        ]
+        return torch.cat([*(piece.to(tensor.device) for piece in pieces), tensor[:0]])
 
 
 @torch.no_grad()
@@ -271,7 +278,7 @@ def allreduce(tensor: Tensors) -> Tensors:
         row = bucket.gather()
         total = row.float() if row.dtype in HALVES else row.clone()
         if world.size > 1:
-            with waiting_for_all(world):
+            with world.links.waiting():
                 dist.all_reduce(total)
             total /= world.size
         for place, value in zip(bucket.places, bucket.views(total.to(row.dtype)), strict=True):
@@ -298,7 +305,7 @@ def broadcast(tensors: Sequence[Tensor], root: int = 0) -> None:
     agree(world, f"{shapes(tensors)} from rank {root}", "give tensors of the same shapes and dtypes")
     for each in tensors:
         value = each.detach().contiguous()
-        with waiting_for_all(world):
+        with world.links.waiting():
             dist.broadcast(value.view(-1).view(torch.uint8), root)  # gloo does not know every dtype
         each.detach().copy_(value)
 
@@ -320,7 +327,7 @@ def consensus_distance(tensor: Tensor | Sequence[Tensor]) -> float:
     squares = [(own - mean).double().square().sum() for own, mean in zip(tensors, means, strict=True)]
     total = torch.stack([each.to(world.device) for each in squares]).sum()
     if world.size > 1:
-        with waiting_for_all(world):
+        with world.links.waiting():
             dist.all_reduce(total)
     return float((total / world.size).sqrt())
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Literal
@@ -12,13 +10,14 @@ from typing import Any, Literal
 import torch
 
 from gossamer.distributed.ending import end_in_a_sentence
+from gossamer.distributed.environment import choose_interface, first_line, ranks
+from gossamer.distributed.links import Links
 from gossamer.errors import ConfigError, EngineError
 from gossamer.topology import Topology, find
 
 Backend = Literal["gloo", "nccl"]
-INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own variable: where it listens
 TIMEOUT_SECONDS = 300.0
-_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+REMEDY = "see whether they still run, and call the same functions in the same order on all ranks"
 
 
 @dataclass
@@ -33,7 +32,7 @@ class World:
         backend: "gloo", between processors, through which CUDA tensors pass by way of the processor; or "nccl", between
             CUDA devices, beside which tensors of processors travel by gloo.
         timeout_seconds: how long to wait for others, for each message.
-        bytes_sent: bytes of the messages to neighbours that this process has sent; not of collectives of all.
+        links: the ways to the other processes.
         compared: what all ranks were found to agree on.
     """
 
@@ -43,7 +42,7 @@ class World:
     device: torch.device
     backend: str
     timeout_seconds: float
-    bytes_sent: int = 0
+    links: Links = field(compare=False, repr=False)
     compared: set[str] = field(default_factory=set, repr=False)
     default_topology: Topology | None = field(default=None, repr=False)
 
@@ -57,6 +56,7 @@ def init(
     device: str | torch.device | None = None,
     interface: str | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    shared_memory: bool = True,
 ) -> World:
     """Join the group of the processes that torchrun has started, and wait for the others.
 
@@ -70,6 +70,8 @@ def init(
         interface: name of the network interface to listen on; None: that of the environment's ``GLOO_SOCKET_IFNAME``,
             or loopback if all processes are on one machine.
         timeout_seconds: how long to wait for others, now and for each message.
+        shared_memory: whether processes of one machine send each other messages through memory that both have mapped,
+            and not through sockets.
 
     Raises:
         ConfigError: the environment is not that of torchrun, or an argument does not fit this machine.
@@ -88,10 +90,10 @@ def init(
         rank, size = dist.get_rank(), dist.get_world_size()
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
     else:
-        rank, size, local_rank = _ranks()
+        rank, size, local_rank = ranks()
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         chosen = _backend(backend, local_size)
-        _choose_interface(interface, is_local=local_size == size)
+        choose_interface(interface)
     where = torch.device(device or (f"cuda:{local_rank}" if chosen == "nccl" else "cpu"))
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -100,7 +102,12 @@ def init(
         end_in_a_sentence()  # again, because torch has put a hook of its own before it
     if chosen == "nccl":
         dist.all_reduce(torch.zeros(1, device=where))  # connects all, which messages between a few alone would not
-    _joined[:] = [World(rank, size, local_rank, where, chosen, timeout_seconds)]
+    links = Links(dist.group.WORLD, rank, size, timeout_seconds, REMEDY, has_nccl=chosen == "nccl")
+    if shared_memory and "gloo" in str(dist.get_backend_config()):
+        links.share_memory()
+    if _joined:
+        _joined.pop().links.close()
+    _joined[:] = [World(rank, size, local_rank, where, chosen, timeout_seconds, links)]
     return _joined[0]
 
 
@@ -108,7 +115,8 @@ def shutdown() -> None:
     """Leave the group; the others' messages to this process fail from now on."""
     import torch.distributed as dist
 
-    _joined.clear()
+    if _joined:
+        _joined.pop().links.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -144,7 +152,7 @@ def size() -> int:
 
 def bytes_sent() -> int:
     """Return how many bytes this process has sent to neighbours; collectives of all processes are not counted."""
-    return current().bytes_sent
+    return current().links.bytes_sent
 
 
 def topology(name: str, **parameters: Any) -> Topology:
@@ -180,24 +188,6 @@ def check_size(world: World, topology: Topology) -> None:
         )
 
 
-def _ranks() -> tuple[int, int, int]:
-    """Return rank, number of processes and local rank from the environment."""
-    missing = [name for name in _VARIABLES if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set in the environment, so torchrun has"
-            " not started this process: start it by torchrun --nproc-per-node 4 train.py"
-        )
-    try:
-        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    except ValueError as error:
-        raise ConfigError(f"RANK, WORLD_SIZE or LOCAL_RANK is no whole number ({error}): use torchrun") from None
-    if not 0 <= rank < size:
-        raise ConfigError(f"RANK = {rank} is not below WORLD_SIZE = {size}: use torchrun")
-    return rank, size, local_rank
-
-
 def _backend(asked: str | None, local_size: int) -> Backend:
     import torch.distributed as dist
 
@@ -216,34 +206,6 @@ def _backend(asked: str | None, local_size: int) -> Backend:
     return "nccl" if has_devices and dist.is_nccl_available() else "gloo"
 
 
-def _choose_interface(interface: str | None, is_local: bool) -> None:
-    """Let gloo listen on one interface: the given one, the environment's, or loopback."""
-    names = [name for _, name in socket.if_nameindex()]
-    loopback = next((name for name in names if name.startswith("lo")), "lo")
-    is_local = is_local or _is_loopback(os.environ["MASTER_ADDR"])
-    chosen = interface or os.environ.get(INTERFACE) or (loopback if is_local else None)
-    if chosen is None:
-        raise ConfigError(
-            f"the processes of several machines would listen on every network of {socket.gethostname()}: give"
-            f" interface, or set {INTERFACE}, to that of a private one, because they know neither authentication nor"
-            f" encryption ({', '.join(names)})"
-        )
-    unknown = [name for name in chosen.split(",") if name not in names]
-    if unknown:
-        raise ConfigError(
-            f"{'interface' if interface else INTERFACE} = {chosen!r} is no network interface of"
-            f" {socket.gethostname()}: name one of {', '.join(names)}"
-        )
-    os.environ[INTERFACE] = chosen
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _form(backend: str, rank: int, size: int, timeout_seconds: float) -> None:
     import torch.distributed as dist
 
@@ -260,8 +222,3 @@ def _form(backend: str, rank: int, size: int, timeout_seconds: float) -> None:
             f"rank {rank} found no group of {size} processes at {at} within {timeout_seconds:g} s"
             f" ({first_line(error)}): see whether all of them run"
         ) from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, 200 characters at most."""
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.memory import Mappable, attach
 from gossamer.engines.slots import Slots, read_arrays
+from gossamer.memory import Mappable, attach
 
 
 class SharedMemory:
