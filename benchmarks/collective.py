@@ -3,7 +3,8 @@
 ``exchange``: `neighbor_allreduce` of 10^6 floats over a one-peer graph, another peer every round, against
 `torch.distributed.all_reduce` of as many, with 4 and with 16 processes. ``training``: `DecentralizedOptimizer` over the
 one-peer exponential graph against DistributedDataParallel, the same model and batches, 4 processes: samples a second,
-and the bytes that a process sends, as the operating system counts those of its connections and as gossamer does.
+and, over sockets, the bytes that a process sends, as the operating system counts those of its connections and as gossamer
+does.
 ``sums``: the exchange of engine collective, sums completed in shards in the order of a tree, against `all_reduce` of
 as many floats, 4 processes. ``round``: a round of the CNN of federated_round.py on 2 ranks of engine collective, on 2
 workers of the local engine, and by pfl under torchrun. ``memory``: the peak memory of a rank, by the number of ranks.
@@ -45,6 +46,7 @@ from rank_memory import measure_memory
 NUM_FLOATS = 1_000_000
 EXCHANGES = {"one-peer-exp": "one-peer-exp", "od-equidyn": "od-equidyn-complete"}  # contenders, and their topologies
 GOALS = {4: 0.6, 16: 0.25}  # of exchange / all-reduce, by processes
+SOCKETS = " over sockets"  # of the name of a contender that does without shared memory
 BATCH_SIZE, WIDTH = 32, 700  # of a model of about 1.05 million parameters
 TCP_INFO = 11  # Linux: option of a socket; uint64 at 200 and 208: bytes sent, and of these again
 Round = Callable[[int], object]
@@ -97,11 +99,12 @@ def training(contender: str) -> Round:
     model: nn.Module = nn.Sequential(
         nn.Linear(784, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10)
     )
-    if contender == "ddp":
+    mode = contender.removesuffix(SOCKETS)
+    if mode == "ddp":
         model = nn.parallel.DistributedDataParallel(model)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    if contender != "ddp":
-        optimizer = gd.DecentralizedOptimizer(optimizer, gd.topology("one-peer-exp"), contender)  # type: ignore[arg-type]
+    if mode != "ddp":
+        optimizer = gd.DecentralizedOptimizer(optimizer, gd.topology("one-peer-exp"), mode)  # type: ignore[arg-type]
     x, y = torch.rand(BATCH_SIZE, 784), torch.randint(10, (BATCH_SIZE,))
 
     def step(number: int) -> None:
@@ -125,7 +128,7 @@ def bytes_of_sockets() -> int:
 
 def run_rank(kind: str, contender: str, options: Rounds) -> None:
     """Run all rounds; rank 0 prints their JSON."""
-    world = gd.init(timeout_seconds=120)
+    world = gd.init(timeout_seconds=120, shared_memory=not contender.endswith(SOCKETS))
     one_round = (training if kind == "training" else exchange)(contender)
     clock = RoundClock(options) if world.rank == 0 else None
     counted = sent = 0
@@ -217,12 +220,13 @@ def measure_exchange(arguments: argparse.Namespace, gate: Gate) -> Report:
 
 def measure_training(arguments: argparse.Namespace, gate: Gate, size: int = 4) -> Report:
     """Return samples a second and bytes a step of a process, of our optimizer and of DistributedDataParallel."""
-    names = ["adapt-then-combine", "combine-while-adapt", "ddp"]
+    modes = ["adapt-then-combine", "combine-while-adapt"]
+    names = [*modes, *(mode + SOCKETS for mode in modes), "ddp"]
     found = measured("training", dict.fromkeys(names, size), arguments, gate)
     goals = {}
     for name, one in found.items():
         one["samples_per_second"] = size * BATCH_SIZE / one["seconds_per_round"]
-        if name != "ddp":
+        if name.endswith(SOCKETS):
             excess = abs(one["system_bytes"] / one["counted_bytes"] - 1)
             goals[f"{name}: bytes of the system against those counted, relative difference"] = gate.goal(excess, 0.01)
     return {"cases": {f"{size} processes, batches of {BATCH_SIZE}": found}, "goals": goals}

@@ -12,7 +12,7 @@ from gossamer.distributed.neighbors import Neighbors
 from gossamer.distributed.world import World
 
 HALVES = (torch.float16, torch.bfloat16)  # dtypes whose sums are taken in float32
-_PIECE = 1 << 17  # numbers that are mixed at a time, so that they stay in cache
+_PIECE = 1 << 16  # numbers that are mixed at a time, so that they stay in cache
 _CPU = torch.device("cpu")
 
 
@@ -64,10 +64,12 @@ def _weighted(own: Tensor, heard: Mapping[int, Tensor], near: Neighbors) -> Tens
     size = _PIECE if own.device.type == "cpu" else max(own.shape[1], 1)
     for start in range(0, own.shape[1], size):
         piece = slice(start, start + size)
-        parts = {rank: value[piece].to(own.device, precise) for rank, value in heard.items()}
+        parts = [(near.sources[rank], value[piece].to(own.device, precise)) for rank, value in heard.items()]
         for row, weight in enumerate(near.self_weights):
-            total = own[row, piece].to(precise) * weight
-            for rank, part in parts.items():
-                total.add_(part, alpha=near.sources[rank][row])
-            found[row, piece] = total
+            mine, target = own[row, piece], found[row, piece]
+            total = torch.mul(mine, weight, out=target) if own.dtype == precise else mine.to(precise) * weight
+            for weights, part in parts:
+                total.add_(part, alpha=weights[row])
+            if total is not target:
+                target.copy_(total)
     return found

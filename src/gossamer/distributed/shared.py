@@ -133,7 +133,7 @@ class SharedMemory:
             self._wait_for_readers(*self._finished.popleft(), timeout_seconds)
 
     def close(self) -> None:
-        """Wait, for some seconds at most, until others have read what was sent; tell them that nothing more will come."""
+        """Wait, for some seconds at most, until others have read all; tell them that nothing more will come."""
         for used in self._finished:
             with suppress(RuntimeError):
                 self._wait_for_readers(*used, CLOSING_SECONDS)
