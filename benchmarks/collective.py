@@ -3,8 +3,8 @@
 ``exchange``: `neighbor_allreduce` of 10^6 floats over a one-peer graph, another peer every round, against
 `torch.distributed.all_reduce` of as many, with 4 and with 16 processes. ``training``: `DecentralizedOptimizer` over the
 one-peer exponential graph against DistributedDataParallel, the same model and batches, 4 processes: samples a second,
-and, over sockets, the bytes that a process sends, as the operating system counts those of its connections and as gossamer
-does.
+and, over sockets, the bytes that a process sends, as the operating system counts those of its connections and as
+gossamer does.
 ``sums``: the exchange of engine collective, sums completed in shards in the order of a tree, against `all_reduce` of
 as many floats, 4 processes. ``round``: a round of the CNN of federated_round.py on 2 ranks of engine collective, on 2
 workers of the local engine, and by pfl under torchrun. ``memory``: the peak memory of a rank, by the number of ranks.

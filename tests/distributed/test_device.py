@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import gossamer.distributed as gd
-from gossamer.distributed import agreement, exchange, optimizer, world
+from gossamer.distributed import agreement, links, optimizer, world
 from gossamer.distributed.flat import Bucket
 
 RANK, SIZE = 1, 4
@@ -39,13 +39,14 @@ def messages(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         found.extend(value for _, value in (*sent, *received))
         return []
 
-    monkeypatch.setattr(world, "_joined", [world.World(RANK, SIZE, RANK, device, "nccl", 1.0)])
+    ways = links.Links(None, RANK, SIZE, 1.0, "", has_nccl=True)
+    monkeypatch.setattr(world, "_joined", [world.World(RANK, SIZE, RANK, device, "nccl", 1.0, ways)])
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: SIZE)
     monkeypatch.setattr(dist, "all_reduce", found.append)
     monkeypatch.setattr(agreement, "_gathered", lambda group, message: [message] * SIZE)
     monkeypatch.setattr(optimizer, "_digest", lambda tensors: "")  # which is taken once, before all rounds
-    monkeypatch.setattr(exchange, "_posted", posted)
+    monkeypatch.setattr(links, "_posted", posted)
     return found
 
 

@@ -140,7 +140,7 @@ class Exchange:
         self._used: Use | None = None
         self._buffers, self._asked, self._release = dict[int, Tensor](), dict[int, int](), list[Callable[[], object]]()
         self._kept = [(rank, value) for rank, value in outgoing if value.numel()]  # until they have left
-        self._is_nccl = links.has_nccl and device.type == "cuda"
+        self._is_nccl = links.has_nccl and device.type != "cpu"
         self._came_to = device if self._is_nccl else _CPU
         self._others = [*(rank for rank, _ in self._kept), *(rank for rank, _, _ in incoming)]
         with links.waiting(*self._others):
@@ -166,15 +166,11 @@ class Exchange:
             self._used = links.memory.send(near) if near else None
 
     def _begin_nccl(self) -> None:
-        import torch.distributed as dist
-
-        messages = [dist.P2POp(dist.isend, value.view(-1).view(torch.uint8), rank) for rank, value in self._kept]
-        for number, (rank, length, dtype) in enumerate(self._incoming):
+        for number, (_, length, dtype) in enumerate(self._incoming):
             if length:
                 self._buffers[number] = torch.empty(length * dtype.itemsize, dtype=torch.uint8, device=self._came_to)
-                messages.append(dist.P2POp(dist.irecv, self._buffers[number], rank))
-        if messages:
-            self._works = [(self._others[0], work) for work in dist.batch_isend_irecv(messages)]
+        received = [(self._incoming[number][0], buffer) for number, buffer in self._buffers.items()]
+        self._works = [(self._others[0], work) for work in _posted(self._kept, received)]
 
     def __enter__(self) -> list[Tensor]:
         """Wait until everything has been sent and received.
@@ -217,3 +213,12 @@ class Exchange:
         if used is not None and links.memory is not None and kind is None:
             with links.waiting(*(rank for rank, _ in self._kept)):
                 links.memory.finish(used, links.timeout_seconds)
+
+
+def _posted(sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]) -> list[Any]:
+    """Post messages to NCCL, all at once."""
+    import torch.distributed as dist
+
+    messages = [dist.P2POp(dist.isend, value.view(-1).view(torch.uint8), rank) for rank, value in sent]
+    messages += [dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in received]
+    return list(dist.batch_isend_irecv(messages)) if messages else []  # a peer may idle
