@@ -204,7 +204,7 @@ def ended(pids: list[int], folder: Path) -> list[tuple[int, str]] | None:
 
 
 torch.set_num_threads(1)
-for name in ("gossamer.experiment", "networkx", "rich.console"):
+for name in ("gossamer.experiment", "networkx", "rich.console", "torch._dynamo"):
     importlib.import_module(name)  # which every rank would do anew
 results: dict[str, list[tuple[int, str]] | None] = {}
 holder, ports = stores(len(CASES))
