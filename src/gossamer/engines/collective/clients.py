@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
+from gossamer.engines.collective.environment import use_own_device
 from gossamer.engines.collective.group import DTYPES, Group, Message
 from gossamer.engines.collective.world import Letter
 from gossamer.engines.private_rows import PrivateRows
@@ -39,6 +40,7 @@ class ClientRank:
             state, order: the arrays of the state and the order of channels, changed in place.
             store: ``directory`` of the store of private client state, and ``dtype``; None: the clients keep none.
         """
+        use_own_device(variant.mode.device for variant in task.variants)
         self._task, self._group, self._state, self._order = task, group, state, order
         self._shared, dtype = None, torch.float32
         if store is not None:

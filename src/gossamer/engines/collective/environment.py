@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+
+import torch
 
 
 def is_rank() -> bool:
@@ -18,3 +21,9 @@ def is_leader() -> bool:
 def is_restarted() -> bool:
     """Say whether torchrun started this process in the place of one that failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def use_own_device(devices: Iterable[str]) -> None:
+    """Let "cuda" be the device of this rank's number on its machine, if it is among the devices that modes name."""
+    if "cuda" in devices and (count := torch.cuda.device_count()):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % count)

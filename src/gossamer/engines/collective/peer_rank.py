@@ -14,6 +14,7 @@ from torch import Tensor
 from gossamer.aggregate import TreeSum
 from gossamer.aggregate.codec_base import Draws
 from gossamer.algorithms.base import Arrays
+from gossamer.engines.collective.environment import use_own_device
 from gossamer.engines.collective.group import Group, Message
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.engines.collective.world import Letter
@@ -38,6 +39,7 @@ class PeerRank:
             spans: [low, high] of the peers of each rank.
             bounds: those of the blocks of each rank, aligned to powers of two, over which sums are taken.
         """
+        use_own_device(variant.mode.device for variant in task.variants)
         self._task, self._group, self._spans = task, group, spans
         self._low, self._high = spans[group.rank]
         self._bounds, self._num_blocks = bounds[group.rank], sum(map(len, bounds))
