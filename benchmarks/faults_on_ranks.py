@@ -38,6 +38,7 @@ import torch
 import gossamer
 from golden_hashes import LEAST_SQUARES, decentralized, digest, federated
 from gossamer import experiment
+from gossamer.engines.collective import serving
 from gossamer.engines.collective.environment import is_restarted
 from gossamer.engines.collective.group import ROWS, Group
 from gossamer.errors import GossamerError
@@ -48,6 +49,7 @@ NUM_RANKS = 2
 NUM_SEEDS = 2
 LIMIT_SECONDS = 120.0  # of a job, after which it counts as hung
 STRAGGLER_SECONDS = 5.0  # after which a stopped rank is given up
+LEADER_SECONDS = 20.0  # and rank 0, where others wait for its next message; a run of a user's own has 600
 GIVEN_UP = "did not answer rank"  # what a rank says of another
 AGAIN = ("kill-in-exchange", "stop-in-exchange", "kill-in-commit")  # after which torchrun starts ranks again
 KINDS = (*AGAIN, "ask-to-stop", "full-disk")
@@ -148,6 +150,7 @@ def run_with(fault: dict[str, Any], directory: Path) -> None:
     """Run on one rank, which brings about the fault if it is meant."""
     if not is_restarted() and os.environ["RANK"] == str(fault["rank"]):
         prepare(fault, directory)
+    serving.TIMEOUT_SECONDS = LEADER_SECONDS  # type: ignore[attr-defined]
     straggler_seconds = STRAGGLER_SECONDS if fault["kind"] == "stop-in-exchange" else None
     experiment.run(configuration(fault, name="collective", straggler_seconds=straggler_seconds), out=directory)
 
