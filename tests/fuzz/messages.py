@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import torch
 
 from gossamer.transport import Received, Server
-from transport.hostile import EXPECTED, KINDS, LIMITS, ROW, TAKEN, Attacker, cases, expectations, good
+from hostile_messages import EXPECTED, KINDS, LIMITS, ROW, TAKEN, Attacker, cases, expectations, good
 
 MAX_GROWTH_BYTES = 64 << 20
 FAULTS = ("failed: INTERNAL", "failed: UNKNOWN")

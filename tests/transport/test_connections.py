@@ -17,8 +17,8 @@ import torch
 from gossamer.errors import Disconnected, TransportError
 from gossamer.transport import Address, Client, Gone, Joined, Limits, Message, Received, Server
 from gossamer.transport.limits import Inbox
-from transport.hostile import EXPECTED, Attacker, good
-from transport.wires import Wire
+from hostile_messages import EXPECTED, Attacker, good
+from wires import Wire
 
 TIMEOUT = 20.0
 NAMESPACE = (

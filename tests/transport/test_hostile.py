@@ -7,7 +7,7 @@ from collections import Counter
 import torch
 
 from gossamer.transport import Joined, Received, Server
-from transport.hostile import EXPECTED, KINDS, LIMITS, ROW, TAKEN, Attacker, cases, expectations, good
+from hostile_messages import EXPECTED, KINDS, LIMITS, ROW, TAKEN, Attacker, cases, expectations, good
 
 NUMBER = 7 * len(KINDS)
 

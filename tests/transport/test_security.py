@@ -11,6 +11,7 @@ import grpc
 import pytest
 import torch
 
+from certificates import Authority
 from gossamer.errors import ConfigError, Disconnected, GossamerError, Refused
 from gossamer.transport import (
     Address,
@@ -25,7 +26,6 @@ from gossamer.transport import (
     verify_tokens,
 )
 from gossamer.transport.calls import SERVICE
-from transport.certificates import Authority
 
 TIMEOUT = 20.0
 TOKENS = {"a": "token-of-a", "b": "token-of-b"}

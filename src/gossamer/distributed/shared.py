@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from gossamer.memory import Mappable, attach
+from gossamer.shared_memory import Mappable, attach
 
 ALIGNMENT = 64
 LEAST_BYTES = 4096  # of a segment

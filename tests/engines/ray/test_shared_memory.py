@@ -11,13 +11,13 @@ from torch import Tensor
 
 from gossamer.engines.ray.shared_memory import AttachedMemory, SharedMemory
 from gossamer.engines.slots import write_arrays
-from gossamer.memory import Mappable, attach
+from gossamer.shared_memory import Mappable, attach
 
 pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="maps memory by /proc"), pytest.mark.timeout(60)]
 
 CHILD = """
 import json, sys
-from gossamer.memory import attach
+from gossamer.shared_memory import attach
 tensor = attach(json.loads(sys.argv[1]))
 print(tensor.tolist(), flush=True)
 tensor[1] = 5.0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
-import torch
-
 
 def is_rank() -> bool:
     """Say whether torchrun started this process."""
@@ -25,5 +23,9 @@ def is_restarted() -> bool:
 
 def use_own_device(devices: Iterable[str]) -> None:
     """Let "cuda" be the device of this rank's number on its machine, if it is among the devices that modes name."""
-    if "cuda" in devices and (count := torch.cuda.device_count()):
+    if "cuda" not in devices:
+        return
+    import torch
+
+    if count := torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % count)

@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.aggregate import TreeSum
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.slots import Slots, read_arrays
-from gossamer.memory import Mappable, attach
+from gossamer.shared_memory import Mappable, attach
 
 
 class SharedMemory:
