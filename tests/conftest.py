@@ -27,6 +27,9 @@ torch.set_num_threads(1)
 # Nothing here cuts the power, and what a killed process wrote stays: waiting for the disk takes longer than most runs.
 os.fsync = os.fstat  # which refuses what is not open, too
 
+# Ray's actors would otherwise have what the tests of other processes leave of the processors, and start within a minute.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 # Processes inherit which signals are ignored, as in the background or under nohup, and a run leaves these alone.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGHUP, signal.SIGQUIT):
@@ -41,6 +44,11 @@ settings.register_profile("whole", max_examples=100, **UNTIMED)
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-sweeps", action="store_true", help="run every case of every sweep, and more examples")
     parser.addoption("--sweep-seed", help="seed of the samples of sweeps; default: the commit that is checked out")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return one process more than there are processors: tests that start others wait for a third of their time."""
+    return (os.cpu_count() or 1) + 1
 
 
 def pytest_configure(config: pytest.Config) -> None:
