@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 # Nothing here cuts the power, and what a killed process wrote stays: waiting for the disk takes longer than most runs.
 os.fsync = os.fstat  # which refuses what is not open, too
 
-# Ray's actors would otherwise have what the tests of other processes leave of the processors, and start within a minute.
+# Ray's actors, 15 by default, would get what the tests of other processes leave, and take a minute to start.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 # Processes inherit which signals are ignored, as in the background or under nohup, and a run leaves these alone.
