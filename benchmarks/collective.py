@@ -48,6 +48,7 @@ EXCHANGES = {"one-peer-exp": "one-peer-exp", "od-equidyn": "od-equidyn-complete"
 GOALS = {4: 0.6, 16: 0.25}  # of exchange / all-reduce, by processes
 SOCKETS = " over sockets"  # of the name of a contender that does without shared memory
 BATCH_SIZE, WIDTH = 32, 700  # of a model of about 1.05 million parameters
+PORT_DIGITS = 5
 TCP_INFO = 11  # Linux: option of a socket; uint64 at 200 and 208: bytes sent, and of these again
 Round = Callable[[int], object]
 
@@ -164,16 +165,13 @@ def run_ranks(kind: str, contender: str, size: int, options: Rounds) -> None:
         SystemExit: one of them failed.
     """
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told, tell = os.pipe()
     processes = []
     for rank in range(size):
         process = os.fork()
         if process == 0:
-            shared = {
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-            }
+            port = os.read(told, PORT_DIGITS).decode()
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True"}
             sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
             os.environ.update(shared | sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             code = 1
@@ -184,6 +182,8 @@ def run_ranks(kind: str, contender: str, size: int, options: Rounds) -> None:
                 print(f"rank {rank}: {error}", file=sys.stderr)
             os._exit(code)
         processes.append(process)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # after forks, for it has a thread
+    os.write(tell, f"{store.port:0{PORT_DIGITS}d}".encode() * size)
     if sum(os.waitpid(process, 0)[1] for process in processes):
         raise SystemExit(1)
 
