@@ -13,24 +13,6 @@ from gossamer.transport import authentication, certificates
 from gossamer.transport.authentication import Kit, MemberList, load_kit
 from gossamer.transport.provisioning import provision
 
-FEDERATION = "name: hospitals\nserver: {hosts: [fl.example.org]}\nnodes: [charite, ucsf]\n"
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("federations")
-    (root / "FEDERATION.yaml").write_text(FEDERATION)
-    for name in ("federation", "stranger"):
-        provision(root / "FEDERATION.yaml", root / name)
-    return root
-
-
-@pytest.fixture
-def directory(made: Path, tmp_path: Path) -> Path:
-    """A federation of one's own, and beside it another one of the same names."""
-    shutil.copytree(made, tmp_path / "copy")
-    return tmp_path / "copy" / "federation"
-
 
 def again(directory: Path, **changes: list[str]) -> None:
     provision(directory.parent / "FEDERATION.yaml", directory, **changes)
@@ -90,18 +72,18 @@ class TestKits:
             (-2, 30, r"certificate of node 'ucsf' holds from .*: set the clock"),
         ],
     )
-    def test_out_of_date(self, tmp_path: Path, made_days_ago: int, days: int, sentence: str) -> None:
+    def test_out_of_date(self, made: Path, tmp_path: Path, made_days_ago: int, days: int, sentence: str) -> None:
         file = tmp_path / "FEDERATION.yaml"
-        file.write_text(FEDERATION + f"days: {days}\n")
+        file.write_text((made / "FEDERATION.yaml").read_text() + f"days: {days}\n")
         now = datetime.now(UTC) - timedelta(days=made_days_ago)
         told = provision(file, tmp_path / "federation", now=now) if days > 30 else warned(file, tmp_path, now)
         assert told
         with pytest.raises(AuthenticationError, match=sentence):
             load_kit(tmp_path / "federation" / "kits" / "ucsf")
 
-    def test_a_warning_before(self, tmp_path: Path) -> None:
+    def test_a_warning_before(self, made: Path, tmp_path: Path) -> None:
         file = tmp_path / "FEDERATION.yaml"
-        file.write_text(FEDERATION + "days: 20\n")
+        file.write_text((made / "FEDERATION.yaml").read_text() + "days: 20\n")
         assert warned(file, tmp_path, datetime.now(UTC))
         with pytest.warns(GossamerWarning, match=r"certificate of node 'ucsf' expires on .*--renew ucsf"):
             load_kit(tmp_path / "federation" / "kits" / "ucsf")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,23 +20,7 @@ from gossamer.transport.authentication import Kit, load_kit
 from gossamer.transport.provisioning import provision
 
 TIMEOUT = 20.0
-FEDERATION = "name: hospitals\nserver: {hosts: [fl.example.org]}\nnodes: [charite, ucsf]\n"
 MESSAGE = Message("update", Address("run", 0, 0, 0), {"loss": 0.5}, {"x": torch.ones(10_000)})
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("federations")
-    (root / "FEDERATION.yaml").write_text(FEDERATION)
-    for name in ("federation", "stranger"):
-        provision(root / "FEDERATION.yaml", root / name)
-    return root
-
-
-@pytest.fixture
-def directory(made: Path, tmp_path: Path) -> Path:
-    shutil.copytree(made, tmp_path / "copy")
-    return tmp_path / "copy" / "federation"
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.storage.jsonl import LogFile
+from gossamer.transport.frames import Outgoing
+from gossamer.transport.messages import Message, Received
 from gossamer.transport.rate_limits import Bucket, take
 
 AUDIT = "audit.jsonl"
@@ -74,3 +76,28 @@ class AuditLog:
         with self._lock:
             self._file.sync()
             self._file.close()
+
+
+def no_audit(kind: str, **fields: Any) -> None:
+    """Tell nobody."""
+
+
+def of_sent(node: str, outgoing: Outgoing) -> dict[str, Any]:
+    """Return what is told of a message that was sent to a node."""
+    return _told(node, outgoing.message, outgoing.sha256, outgoing.wire_bytes)
+
+
+def of_received(received: Received) -> dict[str, Any]:
+    """Return what is told of a message that was received."""
+    return _told(received.node, received.message, received.sha256, received.wire_bytes)
+
+
+def _told(node: str, message: Message, sha256: str, wire_bytes: int) -> dict[str, Any]:
+    return {
+        "node": node,
+        "message": message.kind,
+        "address": dict(vars(message.address)),
+        "sha256": sha256,
+        "num_bytes": message.num_bytes,
+        "wire_bytes": wire_bytes,
+    }

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from gossamer.errors import Disconnected, Dropped, Refused, TransportError
 from gossamer.transport import gossamer_pb2 as pb
-from gossamer.transport.auditing import no_audit, of_received, of_sent
+from gossamer.transport.audit import no_audit, of_received, of_sent
 from gossamer.transport.calls import VERSION, waits
 from gossamer.transport.connection import Connection, Foreign
 from gossamer.transport.credentials import Credentials, require_protected

@@ -59,6 +59,7 @@ def verify_tokens(sha256_by_name: Mapping[str, str]) -> Callable[[Caller], None]
     """
 
     def verify(caller: Caller) -> None:
+        """Compare in constant time."""
         found = hashlib.sha256(caller.token.encode()).hexdigest()
         if not hmac.compare_digest(found, sha256_by_name.get(caller.name, "")):
             raise Refused(f"node {caller.name!r} is unknown here, or its token is another one")

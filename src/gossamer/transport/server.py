@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gossamer.errors import ConfigError, Disconnected
-from gossamer.transport.auditing import no_audit
+from gossamer.transport.audit import no_audit
 from gossamer.transport.calls import SERVICE, Failure, options
 from gossamer.transport.credentials import Credentials, host_and_port, require_protected
 from gossamer.transport.frames import Outgoing

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from gossamer.errors import Dropped, GossamerError, TransportError, one_line
 from gossamer.transport import gossamer_pb2 as pb
-from gossamer.transport.auditing import of_received, of_sent
+from gossamer.transport.audit import of_received, of_sent
 from gossamer.transport.calls import DELIVER, DELIVER_STREAM, JOIN, NODE, SERVICE, SESSION, VERSION, Failure
 from gossamer.transport.credentials import Caller, Credentials, caller_of
 from gossamer.transport.frames import Outgoing
@@ -76,9 +76,11 @@ class Service:
         import grpc
 
         def failing(failure: Failure, context: Any) -> None:
+            """End a call with a status."""
             context.abort(grpc.StatusCode[failure.code], failure.sentence)
 
         def join(request: bytes, context: Any) -> Iterator[bytes]:
+            """Serve Join."""
             try:
                 yield from self._join(request, context)
                 return
@@ -87,6 +89,7 @@ class Service:
             failing(failure, context)
 
         def deliver(frames: Iterator[bytes], context: Any) -> Any:
+            """Serve Deliver and DeliverStream."""
             try:
                 return self._deliver(frames, context)
             except Exception as error:

@@ -30,8 +30,7 @@ from gossamer.plan import Block, RoundPlan
 from gossamer.storage.client_store import ClientStore
 from gossamer.threads import one_thread
 from gossamer.transport import SERVER, Address, Event, Expectations, Gone, Joined, Message, Received, Server
-from gossamer.transport.audit import AUDIT, AuditLog
-from gossamer.transport.auditing import no_audit
+from gossamer.transport.audit import AUDIT, AuditLog, no_audit
 from gossamer.transport.authentication import load_kit
 from gossamer.workloads.base import Sums
 
