@@ -19,6 +19,11 @@ def again(directory: Path, **changes: list[str]) -> None:
 
 
 class TestKits:
+    def test_of_another_kind(self, directory: Path) -> None:
+        assert load_kit(directory / "kits" / "server", "server").kind == "server"
+        with pytest.raises(ConfigError, match=r"is that of server 'server': give the kit of a client"):
+            load_kit(directory / "kits" / "server", "client")
+
     def test_what_is_read(self, directory: Path) -> None:
         kit = load_kit(directory / "kits" / "ucsf")
         assert (kit.federation, kit.node, kit.kind, kit.number, kit.server) == (

@@ -119,7 +119,7 @@ def client(
     from gossamer.transport.authentication import load_kit
     from gossamer.transport.policy import Policy
 
-    own = None if kit is None else load_kit(kit)
+    own = None if kit is None else load_kit(kit, "client")
     held = (own and own.number) or 0 if number is None else number
     clients = [held] if simulate is None else _numbers(simulate)
     rules = None if trust else Policy.load(policy)

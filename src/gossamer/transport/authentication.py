@@ -126,16 +126,24 @@ class Kit:
         return Credentials(self.certificate, self.key, self.authority, self.token, members.verify_caller)
 
 
-def load_kit(directory: Path) -> Kit:
+def load_kit(directory: Path, kind: Kind | None = None) -> Kit:
     """Read a start-up kit, and warn where its certificate expires soon.
 
+    Args:
+        kind: that the node must have; None: any.
+
     Raises:
-        ConfigError: a file is missing or malformed, or does not belong to the others.
+        ConfigError: a file is missing or malformed, or does not belong to the others; or the node is of another kind.
         AuthenticationError: others may read its secrets, or its certificate has expired.
     """
     if not (directory / KIT_FILE).is_file():
         raise ConfigError(f"{str(directory)!r} holds no start-up kit ({KIT_FILE} is missing): {HOW}")
     facts = parse_options(KitFacts, _read_json(directory / KIT_FILE), KIT_FILE)
+    if kind not in (None, facts.kind):
+        raise ConfigError(
+            f"the kit {str(directory)!r} is that of {facts.kind} {facts.node!r}: give the kit of a {kind}, see gossamer"
+            " node provision"
+        )
     for name in (KEY_FILE, TOKEN_FILE):
         _require_private(directory / name)
     files = {name: _read(directory / name) for name in (AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE, TOKEN_FILE)}

@@ -179,7 +179,8 @@ def _from_hub(source: HubSource) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return what an error says, without the address of an object in memory."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition(" <_io.")[0]
 
 
 def _decode(source: HubSource, table: Any, place: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -95,7 +95,7 @@ class NetworkEngine(FederatedEngine):
     def _listen(self) -> tuple[AuditLog | None, Server]:
         """Open the audit log, unless all clients are processes of this machine, and listen."""
         setup, log = self._setup, None
-        credentials = None if setup.kit is None else load_kit(setup.kit).credentials()
+        credentials = None if setup.kit is None else load_kit(setup.kit, "server").credentials()
         if setup.address is not None and setup.directory is not None:
             log = AuditLog(setup.directory / AUDIT)
         try:
