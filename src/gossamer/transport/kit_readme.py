@@ -8,7 +8,7 @@ from gossamer.transport.authentication import KEY_FILE, MEMBERS_FILE, TOKEN_FILE
 
 HEAD = """# {federation}: start-up kit of {kind} {node}
 
-Copy this folder to the machine of {node}, and nowhere else. Install gossamer there, and run, in this folder:
+Copy this folder to the machine of {node}, and nowhere else. Install gossamer there, and {what}:
 
     {command}
 
@@ -40,12 +40,21 @@ def text(kit: KitFacts, expires: date, port: int) -> str:
         expires: last day of its certificate.
         port: port on which the node listens, if it does.
     """
-    command = {
-        "server": f"gossamer node server EXPERIMENT.yaml --kit . --listen 0.0.0.0:{port}",
-        "client": "gossamer node client --kit . --data DATA",
-        "peer": f"gossamer node peer EXPERIMENT.yaml --kit . --id {kit.number} --listen 0.0.0.0:{port}"
-        " --peers ADDRESSES.yaml",
+    run = "run, in this folder"
+    what, command = {
+        "server": (run, f"gossamer node server EXPERIMENT.yaml --kit . --listen 0.0.0.0:{port}"),
+        "client": (run, "gossamer node client --kit . --data DATA"),
+        "peer": (
+            "give what is read here to `Server` and `Client` of gossamer.transport (there is no command for peers yet)",
+            'credentials = gossamer.transport.authentication.load_kit(Path("."), "peer").credentials()',
+        ),
     }[kit.kind]
-    facts = kit.model_dump() | {"command": command, "expires": expires, "port": port, "members": MEMBERS_FILE}
+    facts = kit.model_dump() | {
+        "what": what,
+        "command": command,
+        "expires": expires,
+        "port": port,
+        "members": MEMBERS_FILE,
+    }
     rest = CLIENT if kit.kind == "client" else LISTENING
     return (HEAD + rest).format(**facts, key=KEY_FILE, token=TOKEN_FILE)
