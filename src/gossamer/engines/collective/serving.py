@@ -72,10 +72,15 @@ def serve(describe: Callable[[], Mapping[str, Any]], stop: Callable[[], bool]) -
     """
     group = Group.of_environment()
     handler: Handler | None = None
-    told = False
+    told, reply = False, Letter({})
     with closing(group):
         while True:
-            message, arrays = group.receive(0, TIMEOUT_SECONDS)  # which may be planning or committing
+            try:
+                message, arrays = group.receive(0, TIMEOUT_SECONDS)  # which may be planning or committing
+            except GroupBroken:
+                if "error" in reply.message:  # which rank 0 tells, and has ended by now
+                    sys.exit(reply.message["exit_code"])
+                raise
             if message["kind"] == "end":
                 if message["exit_code"]:
                     sys.exit(message["exit_code"])
