@@ -18,12 +18,13 @@ from gossamer.registry import BUILTIN, resolve
 SOURCE = Path(gossamer.__file__).parent
 FILES = [str(path.relative_to(SOURCE)) for path in sorted(SOURCE.rglob("*.py"))]
 MAX_LINES, MAX_LINES_OF_A_FUNCTION = 400, 50
-NOWHERE = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "ray", "grpc", "torch.distributed"}
+NOWHERE = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "ray", "grpc", "torch.distributed", "tokenizers", "av"}
 ADAPTERS = {
     "engines/ray": {"ray"},
     "engines/collective": {"torch.distributed"},
     "distributed": {"torch.distributed"},
     "transport": {"grpc"},
+    "workloads/multimodal": {"tokenizers", "av"},
 }  # the packages that each of these may be imported in
 # Where they are used, these are imported inside a function, so that a short command does not pay for them.
 LAZY = {
@@ -42,6 +43,8 @@ LAZY = {
     "typer",
     "rich",
     "PIL",
+    "tokenizers",
+    "av",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
