@@ -162,8 +162,16 @@ def test_bits(num_ranks: int, torchrun: Callable[..., subprocess.Popen[str]], tm
         codec["name"]: alone | {"algorithm": {"name": "choco-sgd", "compressor": codec, "gamma": 0.02}}
         for codec in CODECS
     }
+    windowed = {
+        f"{strategy} windows": alone
+        | {"algorithm": "dsgd", "submodel": {"capacities": [0.5, 1.0], "strategy": strategy}}
+        for strategy in ("rolling", "random")
+    }
     runs = (
-        RUNS | coded | {"table": PEERS | {"algorithm": "dsgd", "workload": {**IMAGES, "dataset": table_in(tmp_path)}}}
+        RUNS
+        | coded
+        | windowed
+        | {"table": PEERS | {"algorithm": "dsgd", "workload": {**IMAGES, "dataset": table_in(tmp_path)}}}
     )
     configs = {name: on(config, name="collective") for name, config in runs.items()}
     job = torchrun(num_ranks, str(script), json.dumps(configs), str(tmp_path / "collective"))
@@ -171,7 +179,7 @@ def test_bits(num_ranks: int, torchrun: Callable[..., subprocess.Popen[str]], tm
     ended(job, 0)
     for name, run in local.items():
         require_equal(tmp_path / "collective" / name, run)
-    for name in coded:
+    for name in coded | windowed:
         sent = [int((tmp_path / "collective" / name / f"bytes.{rank}").read_text()) for rank in range(num_ranks)]
         assert sum(sent) == local[name].metrics[-1]["total_bytes_up"]
 

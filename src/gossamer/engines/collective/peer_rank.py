@@ -16,10 +16,10 @@ from gossamer.aggregate.codec_base import Draws
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.collective.environment import use_own_device
 from gossamer.engines.collective.group import Group, Message
-from gossamer.engines.collective.rows import swap_rows_
+from gossamer.engines.collective.rows import Windows, swap_rows_
 from gossamer.engines.collective.world import Letter
 from gossamer.engines.task import Task
-from gossamer.engines.training.mixing import HOLDERS, SENT, Mixer, column_sums, sparse_zeros, squared_distance
+from gossamer.engines.training.mixing import SENT, Mixer, column_sums, sparse_zeros, squared_distance
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 from gossamer.errors import storage_errors
 from gossamer.storage.checkpoint import ROWS, STATE, describe_file, save_arrays
@@ -95,18 +95,28 @@ class PeerRank:
         return Letter({"replies": [worker.train(job) for job in message["jobs"]]})
 
     def _mix(self, message: Message, arrays: list[Tensor]) -> Letter:
-        """Exchange what crosses ranks, mix and update; see `mix_message`."""
+        """Exchange what crosses ranks, mix and update; see `mix_message`.
+
+        Args:
+            message: see `mix_message`.
+            arrays: int16 [n], the number of each peer's variant; none where all hold the whole model.
+        """
         task, mixer = self._task.phases[message["phase"]], self._mixers[message["phase"]]
         codes = {name: rows for name, rows in self._peers.codes.items() if name in task.algorithm.traits.codecs}
         sent = {name: self._peers.payload(name) for name in task.algorithm.traits.uplink} | codes
-        if self._peers.holders is not None:
-            sent[HOLDERS] = self._peers.holders
-        own = [self._low, self._high]
+        own, windows, holders = [self._low, self._high], None, None
         everyone = mixer.laid_out([own], [{f"{SENT}{name}": value for name, value in sent.items()}])
-        _, heard = swap_rows_(self._group, self._spans, everyone, lambda *bounds: mixer.heard(message, *bounds))
+        if self._peers.holders is not None:
+            windows = Windows(task, message["round"], arrays[0].tolist())
+        _, heard = swap_rows_(
+            self._group, self._spans, everyone, lambda *bounds: mixer.heard(message, *bounds), windows
+        )
         for name in codes:
             everyone[name] = self._decoded(message, name, everyone[name][heard], heard)
-        holders = everyone.pop(HOLDERS, None)
+        if windows is not None and self._peers.holders is not None:
+            holders = sparse_zeros((task.workload.num_clients, task.cutter.layout.d), torch.uint8)
+            holders[slice(*own)] = self._peers.holders
+            holders[heard] = windows.holders(torch.uint8, task.cutter.layout.d, heard)
         updated = mixer.update(message, everyone, holders, self._peers.state, slice(*own))
         for name, value in updated.items():
             self._peers.state[name].copy_(value)

@@ -93,7 +93,10 @@ class CollectivePeerEngine(PeerEngine):
             yield from reply.message["replies"]
 
     def _mix(self, plan: RoundPlan) -> None:
-        self._world.ask_all(mix_message(plan))
+        variants = np.zeros(self._num_peers, dtype=np.int16)
+        variants[plan.client] = plan.variant
+        arrays = [] if self._task.is_whole else [torch.from_numpy(variants)]
+        self._world.ask_all(mix_message(plan), arrays)
 
     def _take_mean(self) -> float:
         self._mean = (self._added_up({"kind": "sum"}) / self._num_peers).to(self._dtype)

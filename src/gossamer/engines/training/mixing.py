@@ -66,11 +66,13 @@ class Mixer:
             mixed = {name: _apply(mixing, value, rows) for name, value in sent.items()}
         else:
             mask = holders.to(own[next(iter(own))].dtype)
+            nothing = torch.zeros((), dtype=mask.dtype)
             weight = _apply(mixing, mask, rows)
             held = weight > 0
             weight = torch.where(held, weight, 1.0)
             for name, value in sent.items():
-                mixed[name] = _apply(mixing, value if name in scalars else value * mask, rows)
+                held_value = value if name in scalars else torch.where(holders > 0, value, nothing)
+                mixed[name] = _apply(mixing, held_value, rows)
                 if algorithm.traits.uplink[name] == "mean" and name not in scalars:
                     mixed[name] = torch.where(held, mixed[name] / weight, own[name])
         inbox = {**mixed, "sent": own, "held": held, "lr": plan["lr"]}
