@@ -85,6 +85,14 @@ def bits(
     return pairs.reshape(len(who), 2 * num_blocks)[:, :count]
 
 
+def uniforms(
+    seed: int, purpose: str, round: int, phase: int, participants: NDArray[np.int64], count: int, extra: int = 0
+) -> NDArray[np.float64]:
+    """Draw `count` numbers in [0, 1) for each participant; float64 [len(participants), count], rows as of `bits`."""
+    words = bits(seed, purpose, round, phase, participants, count, extra)
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
 def permutations(
     seed: int,
     purpose: str,

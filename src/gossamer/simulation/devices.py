@@ -241,5 +241,4 @@ def seconds_until_on(stretches: Floats, at: Floats) -> Floats:
 
 def uniform_draws(seed: int, purpose: str, round: int, clients: Ints, extra: int = 0) -> Floats:
     """Draw one number in [0, 1) for each client; float64 [p]."""
-    words = rng.bits(seed, purpose, round, 0, clients, 1, extra)[:, 0]
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return rng.uniforms(seed, purpose, round, 0, clients, 1, extra)[:, 0]
