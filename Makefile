@@ -70,11 +70,12 @@ bench: $(VENV)/.installed rivals
 	$(BIN)/python benchmarks/collective.py
 	$(BIN)/python benchmarks/transport.py
 
-# Kills actors, drivers and nodes of Ray runs, and ranks of torchrun, and compares bits; stops runs by signals, and times
-# their end. Sends bad messages to a server.
+# Kills actors, drivers and nodes of Ray runs, ranks of torchrun, and servers and clients, and compares bits; stops runs by
+# signals, and times their end. Sends bad messages to a server.
 faults: $(VENV)/.installed
 	$(BIN)/python benchmarks/faults.py --faults 200
 	$(BIN)/python benchmarks/faults.py --engine collective --faults 40
+	$(BIN)/python benchmarks/faults.py --engine network --faults 200
 	$(BIN)/python benchmarks/stopping.py
 	$(BIN)/python tests/fuzz/messages.py --number 10000
 

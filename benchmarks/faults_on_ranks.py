@@ -17,7 +17,6 @@ runs it, but ranks are forked from a process that has imported torch: to import 
 from __future__ import annotations
 
 import argparse
-import errno
 import importlib
 import json
 import os
@@ -25,10 +24,8 @@ import random
 import signal
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
@@ -36,7 +33,8 @@ from typing import Any
 import torch
 
 import gossamer
-from golden_hashes import LEAST_SQUARES, decentralized, digest, federated
+from forked import firing, refused, start, wait, write_digest
+from golden_hashes import LEAST_SQUARES, decentralized, federated
 from gossamer import experiment
 from gossamer.engines.collective import serving
 from gossamer.engines.collective.environment import is_restarted
@@ -47,7 +45,6 @@ from gossamer.storage.checkpoint import Checkpoints
 NUM_FAULTS = 40
 NUM_RANKS = 2
 NUM_SEEDS = 2
-LIMIT_SECONDS = 120.0  # of a job, after which it counts as hung
 STRAGGLER_SECONDS = 5.0  # after which a stopped rank is given up
 LEADER_SECONDS = 20.0  # and rank 0, where others wait for its next message; a run of a user's own has 600
 GIVEN_UP = "did not answer rank"  # what a rank says of another
@@ -72,40 +69,7 @@ def configuration(fault: dict[str, Any], **engine: Any) -> dict[str, Any]:
     }
 
 
-# ---- processes, forked from this one, which never computes
-
-
-def start(do: Callable[[], int], log: Path) -> int:
-    """Fork a process that does something, says what it has to say in a file, and ends with the code that it returns."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            with log.open("ab") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            os.setpgid(0, 0)  # a group with all that it starts
-            code = do()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return pid
-
-
-def wait(pid: int, while_waiting: Callable[[], None] = lambda: None) -> int | None:
-    """Return the code with which a process ends, or None if it had to be killed, with all that it started."""
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        while_waiting()
-        time.sleep(0.02)
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+# ---- ranks
 
 
 def torchrun(do: Callable[[], object], max_restarts: int) -> int:
@@ -157,16 +121,9 @@ def run_with(fault: dict[str, Any], directory: Path) -> None:
 
 def prepare(fault: dict[str, Any], directory: Path) -> None:
     """Let something fail at its `fault["at"]`-th call."""
-    kind, calls, marker = fault["kind"], 0, directory.with_suffix(".fired")
+    kind = fault["kind"]
     number = {"stop-in-exchange": signal.SIGSTOP, "ask-to-stop": signal.SIGTERM}.get(kind, signal.SIGKILL)
-
-    def fire(*_: Any) -> None:
-        """Bring the fault about, in the call that was drawn."""
-        nonlocal calls
-        calls += 1
-        if calls == fault["at"]:
-            marker.write_text(str(os.getpid()))
-            os.kill(os.getpid(), number)
+    fire = firing(fault["at"], directory.with_suffix(".fired"), number)
 
     if kind == "kill-in-commit":
         Checkpoints.commit = partialmethod(  # type: ignore[assignment]
@@ -184,22 +141,6 @@ def prepare(fault: dict[str, Any], directory: Path) -> None:
             return begin(group, operation, value, rank, tag)
 
         Group._begin = failing  # type: ignore[method-assign]
-
-
-def refused(call: Callable[..., Any], at: int, directory: Path) -> Callable[..., Any]:
-    """Return a call that a full disk refuses from the `at`-th on, counted from the first commit on."""
-    calls = 0
-
-    def call_or_refuse(*arguments: Any) -> Any:
-        """Be the call, or raise what the system would."""
-        nonlocal calls
-        calls += any((directory / "checkpoints").glob("0*"))
-        if calls < at:
-            return call(*arguments)
-        directory.with_suffix(".fired").touch()
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    return call_or_refuse
 
 
 def try_one(fault: dict[str, Any], directory: Path, expected: str) -> dict[str, Any]:
@@ -227,12 +168,6 @@ def try_one(fault: dict[str, Any], directory: Path, expected: str) -> dict[str, 
         "seconds": round(time.monotonic() - began, 1),
     }
     return fault | found | ({} if found["equal"] else {"codes": codes, "said": log.read_text(errors="replace")[-3000:]})
-
-
-def write_digest(make: Callable[[], Any], path: Path) -> int:
-    """Write the digest of a run's model and metrics."""
-    path.write_text(digest(make()))
-    return 0
 
 
 def drawn(number: int, source: random.Random, experiments: list[str]) -> dict[str, Any]:

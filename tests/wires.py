@@ -16,6 +16,7 @@ class Wire:
 
     Attributes:
         address: host:port to dial.
+        forwarded_bytes: so far.
     """
 
     def __init__(self, target: str, bytes_per_second: float = math.inf) -> None:
@@ -25,6 +26,7 @@ class Wire:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = []
         self._is_cut = threading.Event()
+        self.forwarded_bytes = 0
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -43,7 +45,11 @@ class Wire:
                 self._sockets.append(near)
                 if self._is_cut.is_set():
                     continue
-                far = socket.create_connection(self._target)
+                try:
+                    far = socket.create_connection(self._target)
+                except OSError:  # nobody listens there yet
+                    near.close()
+                    continue
                 self._sockets.append(far)
                 lost = threading.Event()
                 for source, target in ((near, far), (far, near)):
@@ -58,6 +64,7 @@ class Wire:
                     continue
                 time.sleep(len(data) / self._bytes_per_second)
                 target.sendall(data)
+                self.forwarded_bytes += len(data)
             if not lost.is_set():
                 target.shutdown(socket.SHUT_WR)
 
