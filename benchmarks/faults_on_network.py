@@ -315,7 +315,7 @@ def drawn(kind: str, source: random.Random, experiments: list[str]) -> Fault:
         "client": source.randrange(NUM_CLIENTS),
         "where": where,
         "then": then,
-        "at": source.randint(1, CALLS.get(kind, 12)),
+        "at": source.randint(1, CALLS.get(kind, 8)),
     }
 
 

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from wires import Wire
 
-SLOW_BYTES = 50_000  # that have passed through a slow line when it counts as one
+SLOW_BYTES = 20_000  # that have passed through a slow line when it counts as one
 
 _CLONE_NEWNET, _CLONE_NEWUSER = 0x40000000, 0x10000000
 _GET_FLAGS, _SET_FLAGS, _IS_UP = 0x8913, 0x8914, 1
