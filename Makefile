@@ -69,6 +69,7 @@ bench: $(VENV)/.installed rivals
 	$(BIN)/python benchmarks/actor_start.py
 	$(BIN)/python benchmarks/collective.py
 	$(BIN)/python benchmarks/transport.py
+	$(BIN)/python benchmarks/network_round.py
 
 # Kills actors, drivers and nodes of Ray runs, ranks of torchrun, and servers and clients, and compares bits; stops runs by
 # signals, and times their end. Sends bad messages to a server.
