@@ -226,7 +226,7 @@ def _checked_labels(values: Any, source: HubSource, place: str) -> NDArray[np.in
     return labels.astype(np.int64)
 
 
-def decode_image(cell: Any, mode: str, place: str, size: int | None = None) -> NDArray[np.uint8]:
+def decode_image(cell: Any, mode: str, place: str, size: int | tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Decode PNG, JPEG ... bytes, or a mapping that has them as ``"bytes"``, into uint8 [C, H, W].
 
     Pixels of 16 bits are scaled to 8.
@@ -234,7 +234,7 @@ def decode_image(cell: Any, mode: str, place: str, size: int | None = None) -> N
     Args:
         mode: ``"L"`` (grey) or ``"RGB"``.
         place: where it is found, for errors.
-        size: height and width to which it is resized; None: those that it has.
+        size: height and width to which it is resized, one number for both; None: those that it has.
 
     Raises:
         DataError: they are missing or no image.
@@ -249,7 +249,10 @@ def decode_image(cell: Any, mode: str, place: str, size: int | None = None) -> N
                     raise ValueError(f"its pixels are of mode {opened.mode!r}, not of 8 or 16 bits")
                 picture = Image.fromarray(np.rint(np.asarray(opened) / 257).astype(np.uint8))
             picture = picture if picture.mode == mode else picture.convert(mode)
-            pixels = np.asarray(picture if size is None else picture.resize((size, size), Image.Resampling.BILINEAR))
+            if size is not None:
+                height, width = (size, size) if isinstance(size, int) else size
+                picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+            pixels = np.asarray(picture)
     except Exception as error:  # PIL raises many kinds for broken bytes
         raise DataError(f"{place} is not an image ({_first_line(error)}): drop it or fetch the file again") from error
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

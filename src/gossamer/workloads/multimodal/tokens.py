@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ class TokenizerOptions(Options):
     """
 
     kind: Literal["words", "bpe"] = "words"
-    max_tokens: int = Field(1000, ge=len(SPECIAL) + 1)
+    max_tokens: Annotated[int, Field(ge=len(SPECIAL) + 1)] = 1000
     path: str | None = None
 
 
