@@ -51,8 +51,6 @@ def run_contender(options: argparse.Namespace) -> None:
     options.digest = options.contender == "tcp-sha256"
     if options.serve:
         serve(options)
-        report = {"processor_seconds": processor_seconds()}
-        print(json.dumps(report), flush=True)
         return
     began = read()
     with subprocess.Popen(
@@ -148,7 +146,7 @@ def idle(number: int) -> Report:
 
 
 def bulk_report(trials: Any, num_bytes: int) -> dict[str, Report]:
-    """Return speeds by contender, and their ratios to the TCP socket."""
+    """Return speeds by contender, and their ratios to the TCP socket, without and with digests, and to bare grpcio."""
     found: dict[str, Report] = {}
     for name, of_one in trials.items():
         speeds = {
@@ -159,9 +157,10 @@ def bulk_report(trials: Any, num_bytes: int) -> dict[str, Report]:
         found[name] = {**{f"{way}_megabytes_per_second": speed for way, speed in speeds.items()}, **of_one.report()}
         found[name]["processor_seconds_of_the_client"] = used
     for one in found.values():
-        for way in ("up", "down"):
-            key = f"{way}_megabytes_per_second"
-            one[f"{way} / tcp"] = one[key] / found["tcp"][key] if "tcp" in found else None
+        for bound in ("tcp", "tcp-sha256", "grpcio"):
+            for way in ("up", "down"):
+                key = f"{way}_megabytes_per_second"
+                one[f"{way} / {bound}"] = one[key] / found[bound][key] if bound in found else None
     return found
 
 
