@@ -129,6 +129,8 @@ class Parts:
     def loop(self, engine: Engine, store: ClientStore | None, log: RunLog, checkpoints: Checkpoints) -> Loop:
         """Assemble the loop."""
         config = self.config
+        is_real = self.task.topology is not None and config.engine.name == "network" and config.engine.peers is not None
+        is_peer = is_real and config.engine.peer is not None
         return Loop(
             engine=engine,
             workload=self.workload,
@@ -138,10 +140,11 @@ class Parts:
             store=store,
             options=LoopOptions(
                 num_rounds=config.rounds,
-                quorum=config.population.quorum,
+                quorum=None if is_peer else config.population.quorum,
                 evaluate_every=config.evaluation.every,
                 evaluate_variants=self.task.capacities if config.evaluation.by_capacity else (),
-                commit_every_seconds=config.checkpoint.every_seconds,
+                # Others keep what a peer or the observer has yet to commit, which is one phase at most.
+                commit_every_seconds=0.0 if is_real else config.checkpoint.every_seconds,
                 evaluate_own=self._own_models,
                 stop=config.stop,
             ),
@@ -271,7 +274,7 @@ def make_planner(config: Config, task: Task) -> Planner:
         every = peers.merge_every or task.algorithm.traits.merge_every
         overlaps = [phase.algorithm.traits.overlaps for phase in task.phases]
         graph: dict[str, Any] = {"topology": task.topology, "merge_every": every, "final_merge": peers.final_merge}
-        return PeerPlanner(**shared, **graph, overlaps=overlaps)
+        return PeerPlanner(**shared, **graph, overlaps=overlaps, own=config.engine.peer)
     assert clients is not None
     found = resolve_function("sampler", clients.sampler)
 

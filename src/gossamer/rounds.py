@@ -36,7 +36,7 @@ class LoopOptions:
 
     Attributes:
         num_rounds: rounds to run in all.
-        quorum: least share of the updates that a round waits for which must be in time and usable.
+        quorum: least share of the updates that a round waits for which must be in time and usable; None: none need be.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         evaluate_variants: capacities of the variants to evaluate besides the whole model; () for none.
         evaluate_own: participants whose own models are evaluated, and local steps, see `Planner.own_models`.
@@ -45,7 +45,7 @@ class LoopOptions:
     """
 
     num_rounds: int
-    quorum: float
+    quorum: float | None
     evaluate_every: int
     evaluate_variants: tuple[float, ...]
     commit_every_seconds: float
@@ -215,6 +215,8 @@ class Loop:
         return outcome
 
     def _check_quorum(self, timed: TimedPlan, num_left: int, what: str, remedy: Callable[[], str]) -> None:
+        if self.options.quorum is None:
+            return
         needed = max(1, math.ceil(self.options.quorum * timed.num_expected))
         if num_left < needed:
             committed = self.progress.address if self.engine.is_whole else self.committed

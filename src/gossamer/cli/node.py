@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gossamer.cli.following import Quiet, follow, plan_of, to_stderr
+from gossamer.cli.peer import observer, peer
 from gossamer.cli.plug_ins import Trust, plug_ins
 from gossamer.cli.provision import provision
 from gossamer.errors import ConfigError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Train with machines that keep their data to themselves.")
 
 app.command()(provision)
+app.command()(peer)
+app.command()(observer)
 
 KitFolder = Annotated[
     Path | None,

@@ -39,7 +39,8 @@ class EngineOptions(Options):
     """Where training runs. `workers` and `block_size` change no bits; `modes` do, and are written once chosen.
 
     Attributes:
-        name: local, ray, collective (on the ranks of torchrun), network (on clients that dial in), or a plug-in's.
+        name: local, ray, collective (on the ranks of torchrun), network (on clients that dial in, or on peers that dial
+            each other), or a plug-in's.
         workers: processes, or Ray actors, that train; "auto": one for each core, on a cluster counted every round.
         block_size: participants that are trained together.
         modes: mode of each capacity, or one mode for all; "auto": by a rule of shapes and numbers, see `modes_by_rule`;
@@ -48,8 +49,11 @@ class EngineOptions(Options):
         device: device of the gradients of all capacities, such as "cuda", in the place of those of `modes`; changes the
             last bits. None: those of `modes`.
         address: address of a Ray cluster, "auto" for the one on this machine; None: the run starts its own.
-        kit: folder of the server's start-up kit (``gossamer node provision``), without which engine network listens on
-            loopback only; None: there is none.
+        kit: folder of the start-up kit (``gossamer node provision``) of the server, or of the peer, without which engine
+            network listens on loopback only; None: there is none.
+        peer: number of the peer that this process is (``gossamer node peer``); None: it is not one of them.
+        peers: file with the addresses of all peers, or a folder into which those of one machine write theirs; None: the
+            peers of engine network are processes of this machine.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least. Of a
             local worker, seconds without an answer and without processor time after which it is replaced. None: 120. Of
@@ -64,6 +68,8 @@ class EngineOptions(Options):
     device: Device | None = None
     address: str | None = None
     kit: str | None = None
+    peer: int | None = Field(default=None, ge=0)
+    peers: str | None = None
     straggler_seconds: float | None = Field(default=None, gt=0)
 
     @field_validator("workers", "block_size")

@@ -129,6 +129,9 @@ def _of_engine(config: Config, engine_class: Any) -> Iterator[Rule]:
     yield "engine.address", engine.address, None, local
     real = None if engine.name == "network" and engine.address else "nobody dials this machine"
     yield "engine.kit", engine.kit, None, real
+    among = None if engine.name == "network" and config.peers is not None else "no peers dial each other"
+    yield "engine.peer", engine.peer, None, among
+    yield "engine.peers", engine.peers, None, among
     alone = "there is no worker to wait for" if engine.workers == 0 and local else None
     yield "engine.straggler_seconds", engine.straggler_seconds, None, None if by_ranks else alone
 

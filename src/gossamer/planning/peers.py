@@ -23,6 +23,7 @@ class PeerPlanner(Planner):
 
     Attributes:
         overlaps: whether messages travel while peers train, in each phase.
+        own: number of the only peer that plans are for, though costs are those of all; None: they are for all.
     """
 
     section = "peers"
@@ -30,6 +31,7 @@ class PeerPlanner(Planner):
     merge_every: int | None = None
     final_merge: bool = False
     overlaps: Sequence[bool] = (False,)
+    own: int | None = None
 
     def __post_init__(self) -> None:
         self.peers = np.arange(self.topology.n, dtype=np.int64)
@@ -52,11 +54,13 @@ class PeerPlanner(Planner):
         mixing: Literal["topology", "mean"] = "mean" if self._merges(round) else "topology"
         in_order = (variant[1:] == variant[:-1]).all() and (steps[1:] == steps[:-1]).all()
         order = peers if in_order else np.lexsort((peers, -steps, variant))
+        if self.own is not None:
+            order = order[order == self.own]
         plan = RoundPlan(
             round=round,
             phase=0,
             client=peers[order],
-            weight=np.ones(len(peers)),
+            weight=np.ones(len(order)),
             steps=steps[order],
             variant=variant[order],
             lr=self.learning_rate(round),
@@ -69,7 +73,7 @@ class PeerPlanner(Planner):
             else exchanged(one, self._traffic_of(round), overlaps)
             for one, overlaps in zip(efforts, self.overlaps, strict=True)
         ]
-        return [TimedPlan(replace(plan, phase=phase), one, len(peers), {}) for phase, one in enumerate(costs)]
+        return [TimedPlan(replace(plan, phase=phase), one, len(order), {}) for phase, one in enumerate(costs)]
 
     def _merges(self, round: int) -> bool:
         """Say whether a round ends with the mean of all peers."""

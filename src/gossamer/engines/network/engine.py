@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import DEADLINE, GONE, OVER_SELECTION, EngineSetup, Record
 from gossamer.engines.memory import keep_freed_memory
+from gossamer.engines.network.observer import NetworkObserver
+from gossamer.engines.network.peer import NetworkPeer
 from gossamer.engines.network.processes import Processes
 from gossamer.engines.network.roster import Asked, Node, Roster
 from gossamer.engines.network.state import StateFile
+from gossamer.engines.peers import PeerEngine
 from gossamer.engines.server import KEPT, FederatedEngine
 from gossamer.engines.task import Task
 from gossamer.engines.training.compression import decoded_downlink
@@ -112,13 +116,15 @@ class NetworkEngine(FederatedEngine):
             raise
 
     @staticmethod
-    def of_peers(task: Task, x: Tensor, setup: EngineSetup) -> Any:
-        """Refuse a task that has a topology instead of a server.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError("engine network has no peers: take engine local, ray or collective")
+    def of_peers(task: Task, x: Tensor, setup: EngineSetup) -> PeerEngine:
+        """Return the engine of one peer, or of the observer of all, see `gossamer.engines.network.observer`."""
+        options = setup.recipe["config"]["engine"]
+        addresses = None if options["peers"] is None else Path(options["peers"])
+        if options["peer"] is None:
+            return NetworkObserver(task, x, setup, addresses)
+        if addresses is None:
+            raise ConfigError("engine.peer is given without engine.peers, the addresses of all: give --peers")
+        return NetworkPeer(task, x, setup, options["peer"], addresses)
 
     @property
     def address(self) -> str:

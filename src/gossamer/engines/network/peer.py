@@ -1,0 +1,177 @@
+"""One peer of a decentralized run, which trains its own row and exchanges rows with its neighbours: there is no server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gossamer.algorithms.base import Arrays
+from gossamer.engines.base import EngineSetup, Record
+from gossamer.engines.memory import keep_freed_memory
+from gossamer.engines.network.addresses import AddressBook
+from gossamer.engines.network.outbox import Outbox
+from gossamer.engines.network.peer_links import PeerLinks, Place
+from gossamer.engines.network.peer_row import PeerRow
+from gossamer.engines.network.processes import SECRET
+from gossamer.engines.peers import Message, PeerEngine, mix_message
+from gossamer.engines.task import Task, require_devices
+from gossamer.errors import ConfigError
+from gossamer.plan import RoundPlan
+from gossamer.transport.authentication import Kit, load_kit
+
+OUTBOX = "outbox"
+ROW, STATE = "row", "state"  # kinds of messages
+OWN = ("name", "log", "replay", "checkpoint", "stop", "evaluation", "engine")  # sections that may differ between peers
+
+
+def experiment_digest(task: Task, config: Mapping[str, Any]) -> str:
+    """Return the id of a run: that of all peers of one resolved configuration, with the same data and topology."""
+    assert task.topology is not None
+    shared = {key: value for key, value in config.items() if key not in OWN} | {"modes": config["engine"]["modes"]}
+    found = [shared, task.workload.digest(), task.topology.digest()]
+    return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def place_of(task: Task, setup: EngineSetup, number: int | None, listen: str, book: AddressBook, secret: str) -> Place:
+    """Return where a node of a run stands."""
+    config, directory = setup.recipe["config"], setup.directory
+    assert directory is not None
+    return Place(
+        number=number,
+        num_peers=task.workload.num_clients,
+        num_rounds=int(config["rounds"]),
+        run=experiment_digest(task, config),
+        listen=listen,
+        book=book,
+        kit=None if setup.kit is None else load_kit(setup.kit),
+        secret=secret,
+        directory=directory,
+    )
+
+
+class NetworkPeer(PeerEngine):
+    """A peer: its plan has one row, its own, and its model is what is evaluated."""
+
+    trains_in_place = True
+
+    def __init__(self, task: Task, x: Tensor, setup: EngineSetup, number: int, addresses: Path) -> None:
+        """Make the initial row, and listen.
+
+        Args:
+            x: [d], the initial model, of which the peer makes its own.
+            number: of the peer.
+            addresses: see `AddressBook`.
+
+        Raises:
+            ConfigError: there is no such peer, or the address cannot be listened on.
+        """
+        keep_freed_memory()
+        require_devices(task)
+        num_peers = task.workload.num_clients
+        if not 0 <= number < num_peers:
+            raise ConfigError(f"--id {number}: the run has the peers 0..{num_peers - 1}: give one of them")
+        book = AddressBook(addresses, num_peers)
+        listen = setup.address or book.of(number)
+        if listen is None:
+            raise ConfigError("no address to listen on is given: give --listen HOST:PORT")
+        super().__init__(task, x, [[number, number + 1]], setup)
+        secret = os.environ.pop(SECRET, "")
+        self._place = place_of(task, setup, number, listen, book, secret)
+        self._check_kit(self._place.kit, number)
+        self._row = PeerRow(task, number)
+        self._outbox = Outbox(self._place.directory / OUTBOX)
+        self._links = PeerLinks(self._place, ROW, setup.hooks)
+        self._is_begun = self._is_done = False
+        self._told: Record = {}
+        setup.hooks.report("listening", address=self._links.address)
+        setup.hooks.tell(f"peer {number} listens on {self._links.address}")
+
+    @staticmethod
+    def _check_kit(kit: Kit | None, number: int) -> None:
+        if kit is not None and kit.number != number:
+            raise ConfigError(f"--id {number}, but the kit {str(kit.directory)!r} is that of peer {kit.number}: leave it out")
+
+    def read(self) -> Arrays:
+        """Return the state arrays themselves, [1, d]."""
+        return self._row.state | self._statistics.read()
+
+    def write(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the state arrays."""
+        for name, value in self._statistics.take(state).items():
+            self._row.state[name].copy_(value)
+        self._squares, self.is_whole = None, True
+
+    def measure(self, plan: RoundPlan) -> Record:
+        """Return nothing: what there is to tell of other peers is not known here."""
+        return {}
+
+    def close(self) -> None:
+        """Stay until nobody needs anything of this peer, if its run is over, and leave."""
+        if self._is_done:
+            self._links.finish()
+        self._links.close("the peer has ended")
+
+    # ---- inside
+
+    def _train_jobs(self, plan: RoundPlan, jobs: list[list[Message]]) -> Iterator[Message]:
+        at, message = (plan.round, plan.phase), mix_message(plan)
+        if not self._is_begun:
+            self._take_up(at)
+        self._links.begin(at, dict.fromkeys(self._row.senders(message), self._row.specs(plan.phase)))
+        for job in jobs[0]:
+            reply = self._row.train(job)
+            self._told = {name: reply[name] for name in ("loss", "finite", "norm")}
+            yield reply
+
+    def _take_up(self, at: tuple[int, int]) -> None:
+        """Begin at a phase; what was sent before may be needed again."""
+        kept: dict[int, list[Any]] = {}
+        for sent, arrays, receivers in self._outbox.read(at):
+            for receiver in receivers:
+                kept.setdefault(receiver, []).append(self._links.message(ROW, sent, arrays))
+        for receiver, messages in kept.items():
+            self._links.lane(receiver, messages)
+        self._is_begun = True
+
+    def _mix(self, plan: RoundPlan) -> None:
+        at, message = (plan.round, plan.phase), mix_message(plan)
+        senders, receivers = self._row.senders(message), self._row.receivers(message)
+        payload = self._row.payload(plan.phase)
+        self._outbox.write(at, payload, receivers)
+        for receiver in receivers:
+            self._links.lane(receiver).put(self._links.message(ROW, at, payload))
+        self._links.wait(at, senders, receivers, None)
+        received = {sender: dict(one.arrays) for sender, one in self._links.collected(at).items()}
+        self._row.mix(message, received)
+        self._outbox.keep({one for lane in self._links.lanes.values() for one in lane.kept} | {at})
+        self._show(at)
+        is_last = plan.phase + 1 == self._task.num_phases
+        self._is_done = is_last and plan.round + 1 == self._place.num_rounds
+
+    def _show(self, at: tuple[int, int]) -> None:
+        """Send the observer what came of a phase, if there is one."""
+        if self._place.book.has_observer:
+            lane, state = self._links.lane(None), {name: row.clone() for name, row in self._row.state.items()}
+            lane.put(self._links.message(STATE, at, state, self._told))
+            self._links.wait(at, (), [None], None)
+
+    def _take_mean(self) -> float:
+        """Take the peer's own model for the mean."""
+        self._mean = self._row.state["x"][0].clone()
+        return 0.0
+
+    def _models(self, peers: list[int]) -> None:
+        """Return nothing: the row is here."""
+
+    def _map_chunks(self, message: Message, models: Any, num_chunks: int) -> list[list[Any]]:
+        replies = []
+        for chunk in range(num_chunks):
+            self.hooks.check()
+            replies.append(self._row.evaluate({**message, "chunk": chunk}))
+        return [reply["sums"] for reply in replies]

@@ -1,0 +1,347 @@
+"""The connections of one peer, or of the observer of all: it listens for rows, and has a lane to each who needs its."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer.algorithms.base import Arrays
+from gossamer.engines.base import EngineHooks
+from gossamer.engines.network.addresses import AddressBook
+from gossamer.engines.network.gate import Gate, Specs
+from gossamer.engines.network.lanes import Lane, When
+from gossamer.engines.network.roster import versions
+from gossamer.errors import ConfigError, EngineError, Interrupted, TransportError
+from gossamer.transport import (
+    SERVER,
+    Address,
+    Client,
+    Gone,
+    Hello,
+    Joined,
+    Message,
+    Received,
+    Refusal,
+    Server,
+    Welcome,
+)
+from gossamer.transport.audit import AUDIT, AuditLog, no_audit
+from gossamer.transport.authentication import MEMBERS_FILE, Kit, read_members
+
+POLL_SECONDS = 0.2
+LINGER_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Who a node is among the peers of a run, and how it is reached.
+
+    Attributes:
+        number: of the peer; None: it is the observer.
+        num_peers: peers of the run.
+        num_rounds: rounds of the run.
+        run: id of the run, which all nodes of an experiment compute alike.
+        listen: host:port.
+        book: where the others are.
+        kit: start-up kit of the node; None: it stays on loopback.
+        secret: what nodes must say that were started by one process; "": nothing.
+        directory: of the node's run.
+    """
+
+    number: int | None
+    num_peers: int
+    num_rounds: int
+    run: str
+    listen: str
+    book: AddressBook
+    kit: Kit | None
+    secret: str
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the node."""
+        return self.kit.node if self.kit is not None else name_of(self.number)
+
+    @property
+    def members(self) -> dict[str, int | None]:
+        """Number of each node of the federation, by name; without a kit, that of the names which peers have then."""
+        if self.kit is None:
+            return {name_of(number): number for number in range(self.num_peers)} | {name_of(None): None}
+        return {name: one.number for name, one in read_members(self.kit.directory / MEMBERS_FILE).nodes.items()}
+
+
+def name_of(number: int | None) -> str:
+    """Return the name of a node that has no kit."""
+    return "observer" if number is None else f"peer-{number}"
+
+
+class PeerLinks:
+    """Listens, sends and collects; `Collected` arrays are by phase and sender."""
+
+    def __init__(self, place: Place, kind: str, hooks: EngineHooks) -> None:
+        """Listen, and say where.
+
+        Args:
+            place: see `Place`.
+            kind: of the messages that are taken: "row" at a peer, "state" at the observer.
+            hooks: of the run.
+
+        Raises:
+            ConfigError: the address cannot be listened on, or the kit is another node's.
+        """
+        self._place, self._hooks, self._kind = place, hooks, kind
+        self._changed = threading.Condition()
+        self._numbers: dict[str, int | None] = {}  # of nodes that were admitted
+        self._lanes: dict[int | None, Lane] = {}
+        self._collected: dict[When, dict[int, Message]] = defaultdict(dict)
+        self._present: set[int | None] = set()
+        self._at: When = (0, 0)
+        self._parent = os.getppid() if place.secret and place.number is not None else None
+        self._stack = ExitStack()
+        self._gate = Gate(place.run, kind, self._numbers.get)
+        self._audit = no_audit
+        if place.kit is not None:
+            log = AuditLog(place.directory / AUDIT)
+            self._stack.callback(log.close)
+            self._audit = log.record
+        try:
+            self._server = Server(
+                place.listen,
+                admit=self._admit,
+                accept=self._gate,
+                credentials=None if place.kit is None else place.kit.credentials(),
+                audit=self._audit,
+            )
+        except BaseException:
+            self._stack.close()
+            raise
+        place.book.announce(place.number, self._server.address)
+        self._over = False
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    @property
+    def address(self) -> str:
+        """Where others dial, as host:port."""
+        return self._server.address
+
+    @property
+    def present(self) -> set[int | None]:
+        """The numbers of those who have joined."""
+        with self._changed:
+            return set(self._present)
+
+    def begin(self, at: When, specs: Mapping[int, Specs]) -> None:
+        """Take from now on what belongs to a phase, and nothing of those before.
+
+        Args:
+            at: round and phase.
+            specs: arrays that each sender sends in it.
+        """
+        with self._changed:
+            self._at = at
+            for old in [one for one in self._collected if one < at]:
+                del self._collected[old]
+        self._gate.open(at, specs)
+
+    def lane(self, number: int | None, kept: Iterable[Message] = ()) -> Lane:
+        """Return the lane to a peer or to the observer (None); `kept`: see `Lane`."""
+        if number not in self._lanes:
+            self._lanes[number] = Lane(
+                lambda seconds: self._dial(number, seconds),
+                kept,
+                self._changed,
+                lambda is_there: self._tell(number, is_there),
+            )
+        return self._lanes[number]
+
+    @property
+    def lanes(self) -> Mapping[int | None, Lane]:
+        """The lanes that there are, by number."""
+        return self._lanes
+
+    def message(self, kind: str, at: When, arrays: Arrays, body: Mapping[str, Any] | None = None) -> Message:
+        """Return a message of this node's, of a phase."""
+        sender = SERVER if self._place.number is None else self._place.number
+        return Message(kind, Address(self._place.run, *at, sender), body or {}, arrays)
+
+    def wait(self, at: When, senders: Collection[int], receivers: Collection[int | None], until: float | None) -> None:
+        """Wait until all that is sent to this node in a phase is there, and what it sends is taken.
+
+        Args:
+            at: round and phase.
+            senders, receivers: who sends, and to whom this node sends.
+            until: time of the monotonic clock after which it waits no longer; None: it waits for ever.
+
+        Raises:
+            Interrupted: a stop was requested.
+            GossamerError: a node refuses this one.
+        """
+        with self._changed:
+            while True:
+                self.check()
+                missing = set(senders) - self._collected[at].keys()
+                untaken = [one for one in receivers if not self._lanes[one].has_taken(at)]
+                if not (missing or untaken) or (until is not None and time.monotonic() >= until):
+                    return
+                self._changed.wait(POLL_SECONDS)
+
+    def wait_for_some(self, at: When, senders: Collection[int], seconds: float) -> None:
+        """Wait until one of some senders has sent what belongs to a phase, for so many seconds at most.
+
+        Raises:
+            GossamerError: a node refuses this one.
+        """
+        with self._changed:
+            if not set(senders) & self._collected[at].keys():
+                self._changed.wait(seconds)
+            for lane in self._lanes.values():
+                if lane.error is not None:
+                    raise lane.error
+
+    def collected(self, at: When) -> dict[int, Message]:
+        """Return what has come in a phase, by sender."""
+        with self._changed:
+            return dict(self._collected[at])
+
+    def check(self) -> None:
+        """Raise what ends the wait for others.
+
+        Raises:
+            Interrupted: a stop was requested.
+            GossamerError: a node refuses this one.
+        """
+        if self._hooks.stop_requested():
+            raise Interrupted("stopped")
+        if self._parent is not None and os.getppid() != self._parent:
+            raise EngineError("the run that has started this peer is gone")
+        for lane in self._lanes.values():
+            if lane.error is not None:
+                raise lane.error
+
+    def finish(self) -> None:
+        """Tell all who send to this node that it needs nothing more; wait for those who may need something of it."""
+        end = (self._place.num_rounds, 0)
+        with self._changed:
+            self._at, self._over = end, True
+        for name in self._server.nodes():
+            self._say_end(name)
+        until = time.monotonic() + LINGER_SECONDS
+        with self._changed:
+            while not all(lane.is_over for lane in self._lanes.values()) and time.monotonic() < until:
+                if self._hooks.stop_requested():
+                    return
+                self._changed.wait(POLL_SECONDS)
+
+    def close(self, reason: str) -> None:
+        """End all connections."""
+        self._gate.close()
+        for lane in self._lanes.values():
+            lane.close()
+        self._server.close(reason)
+        self._listener.join(POLL_SECONDS)
+        self._stack.close()
+
+    # ---- inside
+
+    def _admit(self, hello: Hello) -> Welcome | Refusal:
+        """Say whether a node may join; in any thread."""
+        reason = self._objection(hello)
+        if reason is not None:
+            return Refusal(reason)
+        number = hello.body["peer"]
+        with self._changed:
+            self._numbers[hello.node] = number
+            at = self._at
+        return Welcome({"peer": self._place.number, "at": list(at)})
+
+    def _objection(self, hello: Hello) -> str | None:
+        """Return why a node may not join; None: it may."""
+        body, who, here = hello.body, hello.node, _described(self._place.number)
+        if self._place.secret and not secrets.compare_digest(str(body.get("secret")), self._place.secret):
+            return f"{here} takes only peers that were started with it"
+        told = body.get("versions")
+        for part, value in versions().items():
+            other = told.get(part) if isinstance(told, dict) else None
+            if other != value:
+                return f"{who} has {part} {other!r:.80}, but {here} has {value!r}: install the same version"
+        number = body.get("peer")
+        is_number = type(number) is int and 0 <= number < self._place.num_peers
+        if not is_number or self._place.members.get(who, -1) != number:
+            return f"{who} says that it is peer {number!r:.80}, which it is not: give it the --id of its kit or its own"
+        if number == self._place.number:
+            return f"{who} is peer {number}, as is {here}: give each a number of its own, --id"
+        if body.get("experiment") != self._place.run:
+            return (
+                f"{who} and {here} have other experiments, or data: give both the same FILE, KEY=VALUE and versions of"
+                " the data"
+            )
+        return None
+
+    def _dial(self, number: int | None, seconds: float) -> Client | None:
+        """Join another node."""
+        place, address = self._place, self._place.book.of(number)
+        if address is None:
+            return None
+        hello = {
+            "peer": place.number,
+            "experiment": place.run,
+            "versions": versions(),
+            "secret": place.secret,
+        }
+        expected = None
+        if place.kit is not None:
+            names = [name for name, its in place.members.items() if its == number]
+            expected = names[0] if names and number is not None else None
+        client = Client(
+            address,
+            name=place.name,
+            hello=hello,
+            credentials=None if place.kit is None else place.kit.credentials(),
+            server_name=expected,
+            audit=self._audit,
+            timeout_seconds=seconds,
+        )
+        if client.welcome.get("peer") != number:
+            client.close()
+            raise ConfigError(
+                f"at {address} listens {_described(client.welcome.get('peer'))}, not {_described(number)}: correct the"
+                f" addresses in {place.book.path.name}, or its --id"
+            )
+        return client
+
+    def _tell(self, number: int | None, is_there: bool) -> None:
+        if not is_there:
+            self._hooks.tell(f"{_described(number)} is away; waiting for it")
+
+    def _listen(self) -> None:
+        """Sort what happens, in a thread of its own."""
+        while (event := self._server.receive(None)) is not None:
+            with self._changed:
+                if isinstance(event, Received):
+                    address = event.message.address
+                    self._collected[address.round, address.phase][address.sender] = event.message
+                elif isinstance(event, Joined):
+                    self._present.add(self._numbers.get(event.node))
+                elif isinstance(event, Gone) and event.node not in self._server.nodes():
+                    self._present.discard(self._numbers.get(event.node))
+                self._changed.notify_all()
+            if isinstance(event, Joined) and self._over:
+                self._say_end(event.node)
+
+    def _say_end(self, node: str) -> None:
+        with suppress(TransportError):
+            self._server.send(node, self.message("end", (self._place.num_rounds, 0), {}))
+
+
+def _described(number: Any) -> str:
+    return "the observer" if number is None else f"peer {number!r:.20}"
