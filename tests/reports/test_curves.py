@@ -51,6 +51,17 @@ class TestRunsFound:
         assert labels(curves) == ["zeta", "alpha"]
         assert [[run.config["seed"] for run in curve.runs] for curve in curves] == [[0, 1, 2], [0, 1, 2]]
 
+    def test_peers_that_trained_together_become_one_curve(self, tmp_path: Path) -> None:
+        places = [tmp_path / place for place in ("berlin/run", "paris/run", "rome/run")]
+        for peer, place in enumerate(places):
+            write_run(place, [0.1 * peer], engine={"name": "network", "peer": peer})
+        other = write_run(tmp_path / "other", [0.5], engine={"name": "network", "peer": 0}, rounds=7)
+        curves = curves_of(*places, other)
+        assert [len(curve.runs) for curve in curves] == [3, 1]
+        line = summarize(curves[0].runs, "accuracy", "round")
+        assert line is not None
+        assert (line.low[0], line.mean[0], line.high[0]) == pytest.approx((0.0, 0.1, 0.2))
+
     def test_a_run_without_rounds_is_left_out_with_a_warning(self, tmp_path: Path) -> None:
         experiment = write_experiment(tmp_path / "exp", ["fedavg"], [0, 1])
         (experiment / "fedavg" / "seed-1" / "metrics.jsonl").write_text("")

@@ -27,7 +27,9 @@ Addresses = Annotated[
 ]
 Listen = Annotated[
     str | None,
-    typer.Option(metavar="HOST:PORT", help="Where others dial; port 0: any that is free. Default: as in ADDRESSES.yaml."),
+    typer.Option(
+        metavar="HOST:PORT", help="Where others dial; port 0: any that is free. Default: as in ADDRESSES.yaml."
+    ),
 ]
 KitFolder = Annotated[
     Path | None,

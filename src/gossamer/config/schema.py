@@ -49,8 +49,8 @@ class EngineOptions(Options):
         device: device of the gradients of all capacities, such as "cuda", in the place of those of `modes`; changes the
             last bits. None: those of `modes`.
         address: address of a Ray cluster, "auto" for the one on this machine; None: the run starts its own.
-        kit: folder of the start-up kit (``gossamer node provision``) of the server, or of the peer, without which engine
-            network listens on loopback only; None: there is none.
+        kit: folder of the start-up kit of the server, or of the peer (``gossamer node provision``), without which
+            engine network listens on loopback only; None: there is none.
         peer: number of the peer that this process is (``gossamer node peer``); None: it is not one of them.
         peers: file with the addresses of all peers, or a folder into which those of one machine write theirs; None: the
             peers of engine network are processes of this machine.
@@ -136,6 +136,10 @@ class PeersOptions(Options):
         merge_every: number of rounds from one mean of all peers to the next (Gossip-PGA); None: that of the algorithm.
         final_merge: whether the last round's mixing is the mean of all peers.
         quorum: least share of the peers' updates that must be usable in a round.
+        absent_neighbour: what a peer on a machine of its own (``gossamer node peer``) does while a neighbour is gone:
+            it waits for it, or goes on after `deadline_seconds`, by dividing the weights of those who are there by
+            their sum.
+        deadline_seconds: wall-clock seconds for which such a peer waits in a phase, unless it waits for ever.
     """
 
     num: int | None = Field(default=None, ge=2)
@@ -144,6 +148,8 @@ class PeersOptions(Options):
     merge_every: int | None = Field(default=None, ge=1)
     final_merge: bool = False
     quorum: float = Field(default=0.5, ge=0, le=1)
+    absent_neighbour: Literal["wait", "renormalise"] = "wait"
+    deadline_seconds: float = Field(default=30.0, gt=0)
 
 
 class SubmodelOptions(Options):

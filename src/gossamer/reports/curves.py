@@ -80,7 +80,7 @@ class SingleRun:
 
 @dataclass(frozen=True)
 class Curve:
-    """The runs of one method that differ in their seeds."""
+    """The runs of one method that differ in their seeds, or of the peers that trained together."""
 
     label: str
     runs: list[SingleRun]
@@ -171,11 +171,13 @@ def group(runs: Sequence[SingleRun]) -> list[Curve]:
     """Group runs into curves: those of one experiment and one name.
 
     Runs that were started one by one form a curve if they are below one of the directories asked for and differ in
-    their seeds only; else each is a curve. Curves of equal name are labelled with their directories.
+    their seeds only; else each is a curve. So do the runs of the peers of one configuration, wherever they are. Curves
+    of equal name are labelled with their directories.
     """
-    by_method: dict[tuple[Path, str], list[SingleRun]] = {}
+    by_method: dict[tuple[Path, str, str], list[SingleRun]] = {}
     for run in runs:
-        by_method.setdefault((run.source, run.name), []).append(run)
+        among = "" if _peer(run) is None else json.dumps(_settings(run), sort_keys=True, default=str)
+        by_method.setdefault((Path() if among else run.source, run.name, among), []).append(run)
     groups: list[list[SingleRun]] = []
     for together in by_method.values():
         groups += [together] if _differ_in_seed_only(together) else [[replace(r, source=r.directory)] for r in together]
@@ -193,9 +195,19 @@ def group(runs: Sequence[SingleRun]) -> list[Curve]:
 def _differ_in_seed_only(runs: Sequence[SingleRun]) -> bool:
     if _experiment(runs[0].directory) is not None:
         return True
-    settings = [{key: value for key, value in run.config.items() if key not in RUN_SPECIFIC} for run in runs]
-    seeds = [run.config.get("seed") for run in runs]
+    settings = [_settings(run) for run in runs]
+    seeds = [(run.config.get("seed"), _peer(run)) for run in runs]
     return len(set(seeds)) == len(seeds) and all(setting == settings[0] for setting in settings)
+
+
+def _settings(run: SingleRun) -> dict[str, Any]:
+    return {key: value for key, value in run.config.items() if key not in RUN_SPECIFIC}
+
+
+def _peer(run: SingleRun) -> int | None:
+    """Return the number of the peer whose run it is; None: it is that of all participants."""
+    engine = run.config.get("engine")
+    return engine.get("peer") if isinstance(engine, dict) else None
 
 
 def summarize(

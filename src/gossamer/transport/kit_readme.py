@@ -27,6 +27,13 @@ CLIENT = """- {node} is client {number} of a run.
 
   Without one, everything that gossamer includes is accepted, and neither code nor files that the server names.
 """
+PEER = """- {node} is peer {number} of a run. EXPERIMENT.yaml is the same at all peers, and so is ADDRESSES.yaml, with the
+  HOST:PORT of each in the order of their numbers:
+
+      peers: [a.example.org:8443, b.example.org:8443]
+
+- There is no server: this machine dials its neighbours, and they dial it.
+"""
 LISTENING = """- Open port {port} to those who dial this machine, and no other one.
 - `{members}` says who is let in. After nodes were added, renewed or revoked, copy it here again from where the
   federation was made; it is read anew while the node runs.
@@ -45,8 +52,8 @@ def text(kit: KitFacts, expires: date, port: int) -> str:
         "server": (run, f"gossamer node server EXPERIMENT.yaml --kit . --listen 0.0.0.0:{port}"),
         "client": (run, "gossamer node client --kit . --data DATA"),
         "peer": (
-            "give what is read here to `Server` and `Client` of gossamer.transport (there is no command for peers yet)",
-            'credentials = gossamer.transport.authentication.load_kit(Path("."), "peer").credentials()',
+            run,
+            f"gossamer node peer EXPERIMENT.yaml --kit . --peers ADDRESSES.yaml --listen 0.0.0.0:{port}",
         ),
     }[kit.kind]
     facts = kit.model_dump() | {
@@ -56,5 +63,5 @@ def text(kit: KitFacts, expires: date, port: int) -> str:
         "port": port,
         "members": MEMBERS_FILE,
     }
-    rest = CLIENT if kit.kind == "client" else LISTENING
+    rest = {"client": CLIENT, "peer": PEER + LISTENING, "server": LISTENING}[kit.kind]
     return (HEAD + rest).format(**facts, key=KEY_FILE, token=TOKEN_FILE)

@@ -77,12 +77,14 @@ class AddressBook:
     def _read(self) -> Addresses:
         data, name = read_yaml(self.path, "list of addresses"), self.path.name
         if not isinstance(data, Mapping):
-            raise ConfigError(f"{str(self.path)!r} must hold a mapping with peers, a list of HOST:PORT, not {data!r:.80}")
+            raise ConfigError(
+                f"{str(self.path)!r} must hold a mapping with peers, a list of HOST:PORT, not {data!r:.80}"
+            )
         found = parse_options(Addresses, data, name)
         if len(found.peers) != self._num_peers:
             raise ConfigError(
-                f"{name} has {len(found.peers)} addresses, but the run has {self._num_peers} peers: give the HOST:PORT of"
-                " each, in the order of their numbers"
+                f"{name} has {len(found.peers)} addresses, but the run has {self._num_peers} peers: give the HOST:PORT"
+                " of each, in the order of their numbers"
             )
         for address in (*found.peers, *([found.observer] if found.observer else [])):
             host_and_port(address, f"an address in {name}")

@@ -68,6 +68,10 @@ class NetworkEngine(FederatedEngine):
             EngineError: a client that was started here ends with an error.
             Interrupted: a stop was requested before they were there.
         """
+        if setup.recipe["config"]["engine"]["peers"] is not None:
+            raise ConfigError(
+                "the run has clients and a server, and no peers: take gossamer node server and gossamer node client"
+            )
         keep_freed_memory()
         super().__init__(task, {name: value.clone() for name, value in state.items()}, None, setup, 1)
         config = setup.recipe["config"]

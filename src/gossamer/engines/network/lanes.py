@@ -30,6 +30,7 @@ class Lane:
         error: why nothing can be sent, which is not mended by waiting; None: nothing is known of any.
         at: phase that the node was in when this one joined it last; `START`: it never did.
         is_over: whether the node has finished the run, and needs nothing more.
+        answer: what it has answered to `ask`.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class Lane:
         self._taken, self._closed, self._is_there = START, False, False
         self.error: GossamerError | None = None
         self.at, self.is_over = START, False
+        self._question: Message | None = None
+        self.answer: Message | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -59,6 +62,12 @@ class Lane:
             self._waiting.append(message)
             while len(self._waiting) > KEPT:  # nobody waits for it any more
                 self._waiting.popleft()
+            self._changed.notify_all()
+
+    def ask(self, message: Message) -> None:
+        """Ask the node for its state, see `answer`."""
+        with self._changed:
+            self._question, self.answer = message, None
             self._changed.notify_all()
 
     def has_taken(self, address: When) -> bool:
@@ -110,18 +119,28 @@ class Lane:
         self._note(True)
         while not self._closed:
             received = client.receive(0.0)
-            if received is not None and received.message.kind == "end":
-                with self._changed:
-                    self.is_over = True
-                    self._changed.notify_all()
+            if received is not None and self._hear(received.message):
                 return
             with self._changed:
-                if not self._waiting:
+                if not (self._waiting or self._question):
                     self._changed.wait(POLL_SECONDS)
-                message = self._waiting[0] if self._waiting else None
+                message, question = self._waiting[0] if self._waiting else None, self._question
+                self._question = None
+            if question is not None:
+                client.send(question)
             if message is not None:
                 client.send(message)
                 self._take(message)
+
+    def _hear(self, message: Message) -> bool:
+        """Take what the node says; return whether it is over for it."""
+        with self._changed:
+            if message.kind == "end":
+                self.is_over = True
+            else:
+                self.answer = message
+            self._changed.notify_all()
+            return self.is_over
 
     def _take(self, message: Message) -> None:
         with self._changed:

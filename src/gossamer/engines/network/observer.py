@@ -28,7 +28,7 @@ POLL_SECONDS = 0.5
 
 
 class NetworkObserver(PeerEngine):
-    """Holds a copy of all peers' rows, which they send after each phase; without addresses it starts the peers itself."""
+    """Holds a copy of all peers' rows, which they send after each phase; without addresses it starts the peers."""
 
     def __init__(self, task: Task, x: Tensor, setup: EngineSetup, addresses: Path | None) -> None:
         """Make the initial rows, and listen.

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.network.lanes import When
@@ -58,12 +58,12 @@ class Outbox:
         for address in sorted(self._addresses()):
             if address < before:
                 try:
+                    arrays = load_file(self._file(address))
                     with safe_open(self._file(address), "pt") as opened:
-                        arrays = {name: opened.get_tensor(name) for name in opened.keys()}
                         receivers = json.loads(opened.metadata()[RECEIVERS])
                 except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
                     raise CheckpointError(
-                        f"cannot read {str(self._file(address))!r}, which neighbours may need again ({error}): restore it"
+                        f"cannot read {str(self._file(address))!r}, which others may need again ({error}): restore it"
                     ) from error
                 yield address, arrays, receivers
 

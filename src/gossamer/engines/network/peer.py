@@ -1,10 +1,11 @@
-"""One peer of a decentralized run, which trains its own row and exchanges rows with its neighbours: there is no server."""
+"""One peer of a decentralized run: it trains its own row, and exchanges rows with its neighbours, without a server."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, Record
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.network.addresses import AddressBook
+from gossamer.engines.network.beginning import go_on_from
+from gossamer.engines.network.lanes import When
 from gossamer.engines.network.outbox import Outbox
 from gossamer.engines.network.peer_links import PeerLinks, Place
 from gossamer.engines.network.peer_row import PeerRow
 from gossamer.engines.network.processes import SECRET
 from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task, require_devices
-from gossamer.errors import ConfigError
+from gossamer.engines.training.mixing import mixing_of
+from gossamer.errors import ConfigError, EngineError, StateLost
 from gossamer.plan import RoundPlan
 from gossamer.transport.authentication import Kit, load_kit
 
 OUTBOX = "outbox"
+ROUNDS_BEHIND = 2  # after which a peer that may renormalise takes up the state of another one
 ROW, STATE = "row", "state"  # kinds of messages
 OWN = ("name", "log", "replay", "checkpoint", "stop", "evaluation", "engine")  # sections that may differ between peers
 
@@ -55,6 +60,26 @@ def place_of(task: Task, setup: EngineSetup, number: int | None, listen: str, bo
     )
 
 
+def require_renormalisable(task: Task, absent_neighbour: str) -> None:
+    """Refuse to go on without neighbours where a method cannot.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if absent_neighbour == "wait":
+        return
+    option = f"peers.absent_neighbour = {absent_neighbour!r}"
+    if any(phase.algorithm.traits.codecs for phase in task.phases):
+        raise ConfigError(
+            f"{option} does not go with an algorithm that sends changes, because those that are lost would be missing"
+            " for ever: set it to wait"
+        )
+    if mixing_of(task, 0, "topology").rows_per_site > 1:
+        raise ConfigError(
+            f"{option} does not go with a topology that mixes two rows of a peer together: set it to wait"
+        )
+
+
 class NetworkPeer(PeerEngine):
     """A peer: its plan has one row, its own, and its model is what is evaluated."""
 
@@ -80,6 +105,7 @@ class NetworkPeer(PeerEngine):
         listen = setup.address or book.of(number)
         if listen is None:
             raise ConfigError("no address to listen on is given: give --listen HOST:PORT")
+        require_renormalisable(task, setup.recipe["config"]["peers"]["absent_neighbour"])
         super().__init__(task, x, [[number, number + 1]], setup)
         secret = os.environ.pop(SECRET, "")
         self._place = place_of(task, setup, number, listen, book, secret)
@@ -87,6 +113,8 @@ class NetworkPeer(PeerEngine):
         self._row = PeerRow(task, number)
         self._outbox = Outbox(self._place.directory / OUTBOX)
         self._links = PeerLinks(self._place, ROW, setup.hooks)
+        options = setup.recipe["config"]["peers"]
+        self._waits, self._deadline_seconds = options["absent_neighbour"] == "wait", options["deadline_seconds"]
         self._is_begun = self._is_done = False
         self._told: Record = {}
         setup.hooks.report("listening", address=self._links.address)
@@ -95,7 +123,9 @@ class NetworkPeer(PeerEngine):
     @staticmethod
     def _check_kit(kit: Kit | None, number: int) -> None:
         if kit is not None and kit.number != number:
-            raise ConfigError(f"--id {number}, but the kit {str(kit.directory)!r} is that of peer {kit.number}: leave it out")
+            raise ConfigError(
+                f"--id {number}, but the kit {str(kit.directory)!r} is that of peer {kit.number}: leave it out"
+            )
 
     def read(self) -> Arrays:
         """Return the state arrays themselves, [1, d]."""
@@ -123,7 +153,8 @@ class NetworkPeer(PeerEngine):
         at, message = (plan.round, plan.phase), mix_message(plan)
         if not self._is_begun:
             self._take_up(at)
-        self._links.begin(at, dict.fromkeys(self._row.senders(message), self._row.specs(plan.phase)))
+        specs, state = self._row.specs(plan.phase), {name: row.clone() for name, row in self._row.state.items()}
+        self._links.begin(at, dict.fromkeys(self._row.senders(message), specs), state)
         for job in jobs[0]:
             reply = self._row.train(job)
             self._told = {name: reply[name] for name in ("loss", "finite", "norm")}
@@ -146,13 +177,47 @@ class NetworkPeer(PeerEngine):
         self._outbox.write(at, payload, receivers)
         for receiver in receivers:
             self._links.lane(receiver).put(self._links.message(ROW, at, payload))
-        self._links.wait(at, senders, receivers, None)
-        received = {sender: dict(one.arrays) for sender, one in self._links.collected(at).items()}
+        until = None if self._waits else time.monotonic() + self._deadline_seconds
+        missing = self._links.wait(at, senders, receivers, until)
+        if missing:
+            self._go_without(at, missing)
+        received = {sender: dict(one.arrays) for sender, one in self._links.collected(at).items() if sender in senders}
+        self._require_finite(at, received)
         self._row.mix(message, received)
         self._outbox.keep({one for lane in self._links.lanes.values() for one in lane.kept} | {at})
         self._show(at)
         is_last = plan.phase + 1 == self._task.num_phases
         self._is_done = is_last and plan.round + 1 == self._place.num_rounds
+
+    def _go_without(self, at: When, missing: set[int]) -> None:
+        """Note whose rows have not come; where others have long gone on, take up the state of one of them.
+
+        Raises:
+            StateLost: that is now the last commit.
+        """
+        where = {"round": at[0] + 1} | ({} if self._task.num_phases == 1 else {"phase": at[1] + 1})
+        ahead = max(sorted(missing), key=self._links.rounds_ahead)
+        is_behind = self._links.rounds_ahead(ahead) >= (1 if self._waits else ROUNDS_BEHIND)
+        specs = {name: (row.dtype, tuple(row.shape)) for name, row in self._row.state.items()}
+        found = self._links.state_of(ahead, specs) if is_behind else None
+        if found is not None and found[0] > at:
+            go_on_from(self._place.directory, *found)
+            self.hooks.report("caught-up", **where, peer=ahead, to_round=found[0][0] + 1)
+            raise StateLost(f"peer {ahead} is in round {found[0][0] + 1}: its state is taken up")
+        if self._waits:
+            raise EngineError(
+                f"peer {ahead} is past round {at[0] + 1} and does not send its row again: start this peer once more"
+            )
+        self.hooks.report("neighbours-absent", **where, peers=sorted(missing))
+
+    @staticmethod
+    def _require_finite(at: When, received: Mapping[int, Arrays]) -> None:
+        for sender, arrays in received.items():
+            if not all(bool(row.isfinite().all()) for row in arrays.values()):
+                raise EngineError(
+                    f"round {at[0] + 1}: what peer {sender} sent is not finite, which no peer of this run sends: look"
+                    " at that machine, and start this peer again"
+                )
 
     def _show(self, at: tuple[int, int]) -> None:
         """Send the observer what came of a phase, if there is one."""

@@ -9,15 +9,15 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineHooks
 from gossamer.engines.network.addresses import AddressBook
-from gossamer.engines.network.gate import Gate, Specs
-from gossamer.engines.network.lanes import Lane, When
+from gossamer.engines.network.gate import ASK, Gate, Specs
+from gossamer.engines.network.lanes import Lane, When, when
 from gossamer.engines.network.roster import versions
 from gossamer.errors import ConfigError, EngineError, Interrupted, TransportError
 from gossamer.transport import (
@@ -38,6 +38,7 @@ from gossamer.transport.authentication import MEMBERS_FILE, Kit, read_members
 
 POLL_SECONDS = 0.2
 LINGER_SECONDS = 60.0
+ASK_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def name_of(number: int | None) -> str:
 
 
 class PeerLinks:
-    """Listens, sends and collects; `Collected` arrays are by phase and sender."""
+    """Listens, sends and collects what others send, by phase and sender."""
 
     def __init__(self, place: Place, kind: str, hooks: EngineHooks) -> None:
         """Listen, and say where.
@@ -104,10 +105,13 @@ class PeerLinks:
         self._lanes: dict[int | None, Lane] = {}
         self._collected: dict[When, dict[int, Message]] = defaultdict(dict)
         self._present: set[int | None] = set()
+        self._absent: set[int | None] = set()  # who was not there when this node waited last
+        self._snapshot: Arrays = {}
+        self._num_questions = 0
         self._at: When = (0, 0)
         self._parent = os.getppid() if place.secret and place.number is not None else None
         self._stack = ExitStack()
-        self._gate = Gate(place.run, kind, self._numbers.get)
+        self._gate = Gate(place.run, kind, self._numbers.get, self._changed)
         self._audit = no_audit
         if place.kit is not None:
             log = AuditLog(place.directory / AUDIT)
@@ -140,15 +144,16 @@ class PeerLinks:
         with self._changed:
             return set(self._present)
 
-    def begin(self, at: When, specs: Mapping[int, Specs]) -> None:
+    def begin(self, at: When, specs: Mapping[int, Specs], snapshot: Arrays | None = None) -> None:
         """Take from now on what belongs to a phase, and nothing of those before.
 
         Args:
             at: round and phase.
             specs: arrays that each sender sends in it.
+            snapshot: state with which it begins, for peers that have fallen behind; None: there is none.
         """
         with self._changed:
-            self._at = at
+            self._at, self._snapshot = at, snapshot or {}
             for old in [one for one in self._collected if one < at]:
                 del self._collected[old]
         self._gate.open(at, specs)
@@ -174,13 +179,19 @@ class PeerLinks:
         sender = SERVER if self._place.number is None else self._place.number
         return Message(kind, Address(self._place.run, *at, sender), body or {}, arrays)
 
-    def wait(self, at: When, senders: Collection[int], receivers: Collection[int | None], until: float | None) -> None:
+    def wait(
+        self, at: When, senders: Collection[int], receivers: Collection[int | None], until: float | None = None
+    ) -> set[int]:
         """Wait until all that is sent to this node in a phase is there, and what it sends is taken.
 
         Args:
             at: round and phase.
             senders, receivers: who sends, and to whom this node sends.
-            until: time of the monotonic clock after which it waits no longer; None: it waits for ever.
+            until: time of the monotonic clock after which it waits no longer, nor does it wait for those who are still
+                away since then; None: it waits for ever.
+
+        Returns:
+            Senders of whom nothing has come, nor will.
 
         Raises:
             Interrupted: a stop was requested.
@@ -190,10 +201,43 @@ class PeerLinks:
             while True:
                 self.check()
                 missing = set(senders) - self._collected[at].keys()
-                untaken = [one for one in receivers if not self._lanes[one].has_taken(at)]
-                if not (missing or untaken) or (until is not None and time.monotonic() >= until):
-                    return
+                past = {one for one in missing if self._gate.is_past(one, at)}
+                untaken = {one for one in receivers if not self._lanes[one].has_taken(at)}
+                away = set() if until is None else self._absent - self._present
+                is_late = until is not None and time.monotonic() >= until
+                if is_late or not (missing - past - away or untaken - away):
+                    self._absent = missing | untaken
+                    return missing
                 self._changed.wait(POLL_SECONDS)
+
+    def rounds_ahead(self, number: int) -> int:
+        """Return by how many rounds another peer is ahead of this one, as far as that is known."""
+        return self._gate.rounds_ahead(number)
+
+    def state_of(self, number: int, specs: Specs) -> tuple[When, Arrays] | None:
+        """Return a phase, and the state arrays with which another peer began it; None: it does not answer.
+
+        Args:
+            specs: dtypes and shapes of the arrays.
+
+        Raises:
+            Interrupted: a stop was requested.
+        """
+        lane, until = self.lane(number), time.monotonic() + ASK_SECONDS
+        self._num_questions += 1
+        asked = self.message(ASK, self._at, {})
+        lane.ask(replace(asked, address=replace(asked.address, attempt=self._num_questions)))
+        with self._changed:
+            while lane.answer is None and time.monotonic() < until:
+                self.check()
+                self._changed.wait(POLL_SECONDS)
+        answer = lane.answer
+        if answer is None:
+            return None
+        found = {name: (row.dtype, tuple(row.shape)) for name, row in answer.arrays.items()}
+        if found != dict(specs) or not all(bool(row.isfinite().all()) for row in answer.arrays.values()):
+            return None
+        return when(answer), dict(answer.arrays)
 
     def wait_for_some(self, at: When, senders: Collection[int], seconds: float) -> None:
         """Wait until one of some senders has sent what belongs to a phase, for so many seconds at most.
@@ -237,7 +281,9 @@ class PeerLinks:
             self._say_end(name)
         until = time.monotonic() + LINGER_SECONDS
         with self._changed:
-            while not all(lane.is_over for lane in self._lanes.values()) and time.monotonic() < until:
+            while time.monotonic() < until:
+                if all(lane.is_over or number in self._absent for number, lane in self._lanes.items()):
+                    return
                 if self._hooks.stop_requested():
                     return
                 self._changed.wait(POLL_SECONDS)
@@ -327,7 +373,9 @@ class PeerLinks:
         """Sort what happens, in a thread of its own."""
         while (event := self._server.receive(None)) is not None:
             with self._changed:
-                if isinstance(event, Received):
+                if isinstance(event, Received) and event.message.kind == ASK:
+                    self._answer(event.node)
+                elif isinstance(event, Received):
                     address = event.message.address
                     self._collected[address.round, address.phase][address.sender] = event.message
                 elif isinstance(event, Joined):
@@ -337,6 +385,10 @@ class PeerLinks:
                 self._changed.notify_all()
             if isinstance(event, Joined) and self._over:
                 self._say_end(event.node)
+
+    def _answer(self, node: str) -> None:
+        with suppress(TransportError):
+            self._server.send(node, self.message("state", self._at, self._snapshot))
 
     def _say_end(self, node: str) -> None:
         with suppress(TransportError):

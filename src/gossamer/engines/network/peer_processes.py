@@ -142,7 +142,8 @@ class PeerProcesses:
         command += ["--listen", "127.0.0.1:0", "--peers", str(self.folder), "--trust", "--quiet"]
         command += ["--out", str(self._directory / f"peer-{peer}")]
         for section, change in self._own_options.items():
-            command += [f"{section}=null"] if change is None else [f"{section}.{key}={one}" for key, one in change.items()]
+            entries = {section: "null"} if change is None else {f"{section}.{key}": one for key, one in change.items()}
+            command += [f"{key}={one}" for key, one in entries.items()]
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
         environment = os.environ | {"PYTHONPATH": paths, SECRET: self._secret}
         with self._log(peer).open("ab") as log:

@@ -97,7 +97,8 @@ class PeerRow:
 
         Args:
             message: see `mix_message`.
-            received: payloads of those from whom this peer hears.
+            received: payloads of those from whom this peer hears; where some are missing, what the others and this one
+                weigh is divided by its sum, or, where payloads are added up, what is missing is lost.
         """
         mixer, own = self._mixers[message["phase"]], self._number
         sent = self.payload(message["phase"])
@@ -111,6 +112,9 @@ class PeerRow:
                 if name in self._peers.codes:
                     everyone[name] = self._decoded(message, name, everyone[name][peers], peers)
             holders = everyone.pop(HOLDERS, None)
+            if holders is None and len(received) < len(self.senders(message)):
+                holders = torch.zeros(self._task.workload.num_clients, 1, dtype=torch.uint8)
+                holders[[own, *received]] = 1
             updated = mixer.update(message, everyone, holders, self.state, slice(own, own + 1))
             for name, value in updated.items():
                 self.state[name].copy_(value)

@@ -1,0 +1,236 @@
+"""Peers that dial each other have the bits of the local engine, whatever happens to them; nobody serves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gossamer
+from federation import LEVELS, STACKED, assert_same, events, modes
+from gossamer.errors import ConfigError, GossamerError, Refused
+from gossamer.experiment import Hooks, Run, resume, run
+from gossamer.storage.runlog import read_metrics
+from slow_peers import LEAST_SQUARES, decentralized
+
+pytestmark = pytest.mark.timeout(120)
+
+NUM_PEERS = 4
+RUNS: dict[str, dict[str, Any]] = {
+    "dsgd": {"peers.topology": "od-equidyn"},
+    "dsgt": {"algorithm": "dsgt", "peers.topology": "one-peer-exp"},
+    "push-sum": {"algorithm": "push-sum", "peers.topology": "slow_peers:pushing"},
+    "d2": LEAST_SQUARES | {"algorithm": "d2", "train.steps": 1, "peers.topology": {"name": "ring", "lazy": True}},
+    "two rows": {"algorithm": "dsgt", "peers.topology": "ceca"},
+    "windows": {"submodel": {"capacities": list(LEVELS), "strategy": "rolling"}} | modes(LEVELS, **STACKED),
+    "codes": {"algorithm": {"name": "choco-sgd", "compressor": {"name": "random-k", "share": 0.2}}},
+    "merges": {"peers.merge_every": 2},
+}
+
+
+def configured(changes: Mapping[str, Any]) -> dict[str, Any]:
+    number = 8 if changes.get("peers.topology") == "slow_peers:pushing" else NUM_PEERS
+    return decentralized({"peers.num": number, **changes})
+
+
+class Watch:
+    """Calls back after each round."""
+
+    def __init__(self, on_round: Callable[[int], None]) -> None:
+        self._on_round = on_round
+
+    def on_block(self, round: int, done: int, total: int) -> None:
+        """Nothing is asked of blocks."""
+
+    def on_round(self, record: Mapping[str, Any]) -> None:
+        self._on_round(record["round"])
+
+
+class Peers:
+    """Peers, and an observer, in threads of this process, which find each other in a folder."""
+
+    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+        self.directory, self.config = directory, config
+        self.book = directory / "addresses"
+        self.book.mkdir(parents=True)
+        self._threads: dict[int | None, threading.Thread] = {}
+        self.runs: dict[int | None, Run] = {}
+        self.errors: dict[int | None, GossamerError] = {}
+
+    def where(self, peer: int | None) -> Path:
+        """Return the run directory of a peer, or of the observer."""
+        return self.directory / f"node-{peer}"
+
+    def start(self, peer: int | None, hooks: Hooks | None = None, **changes: Any) -> None:
+        """Start one, or start it again."""
+        engine = {**self.config["engine"], "name": "network", "peers": str(self.book), "peer": peer, **changes}
+        given = {**self.config, "engine": {**engine, "address": "127.0.0.1:0"}}
+        where = self.where(peer)
+        begin = partial(resume, where, hooks) if where.exists() else partial(run, given, (), where, hooks)
+
+        def take_part() -> None:
+            """Keep what comes of it."""
+            try:
+                self.runs[peer] = begin()
+            except GossamerError as error:
+                self.errors[peer] = error
+
+        self._threads[peer] = threading.Thread(target=take_part, daemon=True)
+        self._threads[peer].start()
+
+    def join(self, *peers: int | None) -> None:
+        """Wait for some to end, or for all."""
+        for peer in peers or list(self._threads):
+            self._threads[peer].join(60)
+            assert not self._threads[peer].is_alive(), f"peer {peer} does not end"
+
+
+def ended_after(number: int) -> Hooks:
+    """Return hooks that end a run after a round."""
+    over = threading.Event()
+    watch = Watch(lambda round: over.set() if round >= number else None)
+    return Hooks(observer=lambda name, num_rounds: watch, is_ended=over.is_set)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bits(name: str, tmp_path: Path) -> None:
+    config = configured(RUNS[name])
+    peers = Peers(tmp_path, config)
+    for peer in (None, *range(config["peers"]["num"])):
+        peers.start(peer)
+    peers.join()
+    assert not peers.errors
+    assert_same(peers.runs[None], run(config, out=tmp_path / "local"))
+
+
+def test_each_has_its_own_row_and_log(tmp_path: Path) -> None:
+    config = configured(RUNS["dsgd"])
+    peers = Peers(tmp_path, config)
+    for peer in range(NUM_PEERS):  # and nobody observes them
+        peers.start(peer)
+    peers.join()
+    assert not peers.errors
+    run(config, out=tmp_path / "local")
+    for name, expected in gossamer.load(tmp_path / "local").params.items():
+        mean = torch.stack([peers.runs[peer].params[name] for peer in range(NUM_PEERS)]).mean(0)
+        assert torch.allclose(mean, expected, atol=1e-6)
+    losses = [read_metrics(peers.where(peer))[-1]["train_loss"] for peer in range(NUM_PEERS)]
+    assert len(set(losses)) == NUM_PEERS
+    expected_loss = read_metrics(tmp_path / "local")[-1]["train_loss"]
+    assert sum(losses) / NUM_PEERS == pytest.approx(expected_loss, rel=1e-6)
+
+
+def test_a_peer_that_stops_goes_on_from_its_own_commit(tmp_path: Path) -> None:
+    config = configured(RUNS["dsgt"] | {"rounds": 8})
+    peers = Peers(tmp_path, config)
+    for peer in (None, 0, 1, 3):
+        peers.start(peer)
+    peers.start(2, ended_after(3))
+    peers.join(2)
+    assert isinstance(peers.errors.pop(2), GossamerError) or 2 in peers.runs
+    peers.start(2)
+    peers.join()
+    assert not peers.errors
+    assert_same(peers.runs[None], run(config, out=tmp_path / "local"))
+
+
+def test_who_renormalises_goes_on_and_who_comes_back_takes_up_a_state(tmp_path: Path) -> None:
+    changes = {"rounds": 40, "peers.absent_neighbour": "renormalise", "peers.deadline_seconds": 0.4}
+    peers = Peers(tmp_path, configured(changes))
+    is_back = threading.Event()
+    watch = Watch(lambda round: is_back.wait(30) if round == 20 else None)  # those who are left would be too quick
+    for peer in range(3):
+        peers.start(peer, Hooks(observer=lambda name, num_rounds: watch))
+    peers.start(3, ended_after(2))
+    peers.join(3)
+    peers.errors.clear()
+    while len(read_metrics(peers.where(0))) < 20:
+        time.sleep(0.05)
+    peers.start(3, Hooks(observer=lambda name, num_rounds: Watch(lambda round: is_back.set())))
+    time.sleep(0.5)
+    is_back.set()
+    peers.join()
+    assert not peers.errors
+    assert [3] in [one["peers"] for one in events(peers.where(0), "neighbours-absent")]
+    assert [one["peer"] for one in events(peers.where(3), "caught-up")]
+    assert {len(read_metrics(peers.where(peer))) for peer in range(3)} == {40}
+    assert read_metrics(peers.where(3))[-1]["round"] == 40
+
+
+@pytest.mark.timeout(120)
+def test_processes_that_are_killed_are_started_again(tmp_path: Path) -> None:
+    config = configured(RUNS["dsgd"] | {"peers.num": 3, "rounds": 60})
+    killed = threading.Event()
+
+    def kill(round: int) -> None:
+        """Kill a peer, once."""
+        if round >= 5 and not killed.is_set():
+            killed.set()
+            os.kill(process_of(tmp_path / "network" / "nodes" / "peer-1"), signal.SIGKILL)
+
+    hooks = Hooks(observer=lambda name, num_rounds: Watch(kill))
+    network = {**config, "engine": {**config["engine"], "name": "network"}}
+    found = run(network, (), tmp_path / "network", hooks)
+    assert [one["peers"] for one in events(tmp_path / "network", "worker-restarted")] == [[1]]
+    assert_same(found, run(config, out=tmp_path / "local"))
+
+
+def process_of(directory: Path) -> int:
+    """Return the process whose command line names a folder."""
+    for found in Path("/proc").iterdir():
+        if found.name.isdigit() and int(found.name) != os.getpid():
+            try:
+                command = (found / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(directory).encode() in command:
+                return int(found.name)
+    raise AssertionError(f"no process works in {directory}")
+
+
+class TestSentences:
+    def test_another_experiment(self, tmp_path: Path) -> None:
+        peers = Peers(tmp_path, configured(RUNS["dsgd"] | {"peers.topology": "complete"}))
+        peers.start(0)
+        peers.config = {**peers.config, "seed": 7}
+        peers.start(1)
+        peers.join(0, 1)
+        for peer in (0, 1):
+            assert isinstance(peers.errors[peer], Refused)
+            assert "have other experiments, or data" in str(peers.errors[peer])
+
+    @pytest.mark.parametrize(
+        ("changes", "engine", "sentence"),
+        [
+            ({}, {"peer": 4}, r"--id 4: the run has the peers 0\.\.3: give one of them"),
+            ({}, {"peer": 0, "address": "0.0.0.0:0"}, "without mutual TLS and a token is refused"),
+            ({}, {"peer": 0, "peers": None}, "the addresses of all: give --peers"),
+            (
+                RUNS["codes"] | {"peers.absent_neighbour": "renormalise"},
+                {"peer": 0},
+                "does not go with an algorithm that sends changes",
+            ),
+            (
+                RUNS["two rows"] | {"peers.absent_neighbour": "renormalise"},
+                {"peer": 0},
+                "does not go with a topology that mixes two rows",
+            ),
+            ({"peers.num": 65}, {"address": None}, "starts a process for each of 65 peers, and 64 at most"),
+        ],
+    )
+    def test_refused(self, changes: dict[str, Any], engine: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+        config = configured(changes)
+        (tmp_path / "book").mkdir()
+        given = {"name": "network", "address": "127.0.0.1:0"}
+        given |= {} if "address" in engine and engine["address"] is None else {"peers": str(tmp_path / "book")}
+        with pytest.raises(ConfigError, match=sentence):
+            run({**config, "engine": {**config["engine"], **given, **engine}}, out=tmp_path / "run")
+        assert not (tmp_path / "run" / "config.yaml").exists()
