@@ -130,7 +130,6 @@ class Parts:
         """Assemble the loop."""
         config = self.config
         is_real = self.task.topology is not None and config.engine.name == "network" and config.engine.peers is not None
-        is_peer = is_real and config.engine.peer is not None
         return Loop(
             engine=engine,
             workload=self.workload,
@@ -140,7 +139,7 @@ class Parts:
             store=store,
             options=LoopOptions(
                 num_rounds=config.rounds,
-                quorum=None if is_peer else config.population.quorum,
+                quorum=None if is_real else config.population.quorum,
                 evaluate_every=config.evaluation.every,
                 evaluate_variants=self.task.capacities if config.evaluation.by_capacity else (),
                 # Others keep what a peer or the observer has yet to commit, which is one phase at most.

@@ -131,7 +131,7 @@ def _of_engine(config: Config, engine_class: Any) -> Iterator[Rule]:
     yield "engine.workers", engine.workers, "auto", by_ranks
     local = by_ranks if by_ranks or engine_class.is_remote else f"engine {engine.name!r} runs on this machine alone"
     yield "engine.address", engine.address, None, local
-    real = None if engine.name == "network" and engine.address else "nobody dials this machine"
+    real = None if engine.name == "network" and (engine.address or engine.peers) else "nobody dials this machine"
     yield "engine.kit", engine.kit, None, real
     among = None if engine.name == "network" and config.peers is not None else "no peers dial each other"
     yield "engine.peer", engine.peer, None, among

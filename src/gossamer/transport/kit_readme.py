@@ -27,10 +27,9 @@ CLIENT = """- {node} is client {number} of a run.
 
   Without one, everything that gossamer includes is accepted, and neither code nor files that the server names.
 """
-PEER = """- {node} is peer {number} of a run. EXPERIMENT.yaml is the same at all peers, and so is ADDRESSES.yaml, with the
-  HOST:PORT of each in the order of their numbers:
+PEER = """- {node} is peer {number} of a run. EXPERIMENT.yaml is the same at all of them, and so is ADDRESSES.yaml:
 
-      peers: [a.example.org:8443, b.example.org:8443]
+      peers: [a.example.org:8443, b.example.org:8443]  # in the order of their numbers
 
 - There is no server: this machine dials its neighbours, and they dial it.
 """

@@ -16,9 +16,14 @@ import torch
 
 import gossamer
 from federation import LEVELS, STACKED, assert_same, events, modes
-from gossamer.errors import ConfigError, GossamerError, Refused
+from gossamer.engines.network.roster import versions
+from gossamer.errors import ConfigError, Disconnected, GossamerError, Refused
 from gossamer.experiment import Hooks, Run, resume, run
+from gossamer.storage.jsonl import read
 from gossamer.storage.runlog import read_metrics
+from gossamer.transport import Client
+from gossamer.transport.authentication import load_kit
+from gossamer.transport.provisioning import provision
 from slow_peers import LEAST_SQUARES, decentralized
 
 pytestmark = pytest.mark.timeout(120)
@@ -29,7 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dsgt": {"algorithm": "dsgt", "peers.topology": "one-peer-exp"},
     "push-sum": {"algorithm": "push-sum", "peers.topology": "slow_peers:pushing"},
     "d2": LEAST_SQUARES | {"algorithm": "d2", "train.steps": 1, "peers.topology": {"name": "ring", "lazy": True}},
-    "two rows": {"algorithm": "dsgt", "peers.topology": "ceca"},
+    "two rows": {"algorithm": "dsgd-ceca", "peers.topology": "ceca"},
     "windows": {"submodel": {"capacities": list(LEVELS), "strategy": "rolling"}} | modes(LEVELS, **STACKED),
     "codes": {"algorithm": {"name": "choco-sgd", "compressor": {"name": "random-k", "share": 0.2}}},
     "merges": {"peers.merge_every": 2},
@@ -234,3 +239,41 @@ class TestSentences:
         with pytest.raises(ConfigError, match=sentence):
             run({**config, "engine": {**config["engine"], **given, **engine}}, out=tmp_path / "run")
         assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+class TestKits:
+    @pytest.fixture(scope="class")
+    def kits(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        root = tmp_path_factory.mktemp("federation")
+        nodes = ", ".join(f"{{name: {name}, hosts: [127.0.0.1]}}" for name in ("berlin", "paris", "watcher"))
+        (root / "FEDERATION.yaml").write_text(f"name: f\nnodes: [{nodes}]\n")
+        provision(root / "FEDERATION.yaml", root / "made")
+        return root / "made" / "kits"
+
+    def test_bits_over_tls(self, kits: Path, tmp_path: Path) -> None:
+        config = configured({"peers.num": 2, "peers.topology": "complete"})
+        peers = Peers(tmp_path, config)
+        for peer, name in ((None, "watcher"), (0, "berlin"), (1, "paris")):
+            peers.start(peer, kit=str(kits / name))
+        peers.join()
+        assert not peers.errors
+        assert_same(peers.runs[None], run(config, out=tmp_path / "local"))
+        audit = [one["kind"] for one in read(peers.where(0) / "audit.jsonl")]
+        assert {"joined", "sent", "received"} <= set(audit)
+
+    def test_who_has_no_kit_or_another_ones_is_kept_out(self, kits: Path, tmp_path: Path) -> None:
+        peers = Peers(tmp_path, configured({"peers.num": 2, "peers.topology": "complete"}))
+        over = threading.Event()
+        peers.start(0, Hooks(is_ended=over.is_set), kit=str(kits / "berlin"))
+        peers.start(1, kit=str(kits / "berlin"))
+        peers.join(1)
+        assert "is that of peer 0: leave it out" in str(peers.errors[1])
+        address = (peers.book / "peer-0").read_text().strip()
+        with pytest.raises(Disconnected):
+            Client(address, name="paris", timeout_seconds=0.5)
+        watcher = load_kit(kits / "watcher").credentials()
+        with pytest.raises(Refused, match="says that it is peer 1, which it is not"):
+            hello = {"peer": 1, "versions": versions()}
+            Client(address, name="watcher", hello=hello, credentials=watcher, timeout_seconds=5.0)
+        over.set()
+        peers.join(0)

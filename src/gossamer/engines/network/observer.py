@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Iterator, Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import EngineSetup
+from gossamer.engines.base import GONE, EngineSetup
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.network.addresses import AddressBook
 from gossamer.engines.network.peer import STATE, place_of
@@ -54,10 +56,12 @@ class NetworkObserver(PeerEngine):
         self._mean = merged[0]
         self._worker = PeerWorker(task.phases[0], PeerState(self._state, {}, None, merged))
         self._specs = {name: (rows.dtype, (1, rows.shape[1])) for name, rows in self._state.items()}
-        self._came: dict[int, Message] = {}
         self._links = PeerLinks(place, STATE, setup.hooks)
-        self._is_begun = self._is_done = False
+        self._is_begun = self._is_done = self._is_given = False
         self._num_rounds = place.num_rounds
+        options = setup.recipe["config"]["peers"]
+        waits = options["absent_neighbour"] == "wait"
+        self._patience_seconds = inf if waits else options["deadline_seconds"]  # after the first of them
         if addresses is not None:
             setup.hooks.report("listening", address=self._links.address)
             setup.hooks.tell(f"listening on {self._links.address} for {num_peers} peers")
@@ -77,9 +81,14 @@ class NetworkObserver(PeerEngine):
         self._is_begun = True
         self._links.begin(at, dict.fromkeys(range(self._num_peers), self._specs))
         row_of = {int(peer): row for row, peer in enumerate(plan.client)}
-        waiting = set(row_of)
+        waiting, until = set(row_of), None
         while waiting and not self.hooks.stop_requested():
             self._links.wait_for_some(at, waiting, POLL_SECONDS)
+            if until is None and len(waiting) < len(row_of):
+                until = time.monotonic() + self._patience_seconds
+            if gone := {peer for peer in waiting if self._links.is_past(peer, at) or time.monotonic() > (until or inf)}:
+                yield from self._missing(row_of, gone, GONE)
+                waiting -= gone
             came = self._links.collected(at)
             for peer in sorted(waiting & came.keys()):
                 body, row = came[peer].body, row_of[peer]
@@ -87,8 +96,12 @@ class NetworkObserver(PeerEngine):
                 waiting.discard(peer)
             if self._processes is not None:
                 self._processes.look_after(self._links.present)
-        for peer in sorted(waiting):
-            yield TrainReport.of_missing(slice(row_of[peer], row_of[peer] + 1), STOPPED)
+        yield from self._missing(row_of, waiting, STOPPED)
+
+    @staticmethod
+    def _missing(row_of: Mapping[int, int], peers: set[int], reason: str) -> Iterator[TrainReport]:
+        for peer in sorted(peers):
+            yield TrainReport.of_missing(slice(row_of[peer], row_of[peer] + 1), reason)
 
     def _mix(self, plan: RoundPlan) -> None:
         for peer, message in self._links.collected((plan.round, plan.phase)).items():
@@ -102,8 +115,6 @@ class NetworkObserver(PeerEngine):
         return iter(())
 
     # ---- state
-
-    _is_given = False
 
     def read(self) -> Arrays:
         """Return the state arrays themselves, [n, d]."""

@@ -19,8 +19,9 @@ from gossamer.engines.network.addresses import AddressBook
 from gossamer.engines.network.beginning import go_on_from
 from gossamer.engines.network.lanes import When
 from gossamer.engines.network.outbox import Outbox
-from gossamer.engines.network.peer_links import PeerLinks, Place
+from gossamer.engines.network.peer_links import PeerLinks
 from gossamer.engines.network.peer_row import PeerRow
+from gossamer.engines.network.place import Place
 from gossamer.engines.network.processes import SECRET
 from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task, require_devices
@@ -32,13 +33,19 @@ from gossamer.transport.authentication import Kit, load_kit
 OUTBOX = "outbox"
 ROUNDS_BEHIND = 2  # after which a peer that may renormalise takes up the state of another one
 ROW, STATE = "row", "state"  # kinds of messages
+FILES = {"workload": ("dataset",), "peers": ("topology", "partition")}  # what they are is in digests of their own
 OWN = ("name", "log", "replay", "checkpoint", "stop", "evaluation", "engine")  # sections that may differ between peers
 
 
 def experiment_digest(task: Task, config: Mapping[str, Any]) -> str:
-    """Return the id of a run: that of all peers of one resolved configuration, with the same data and topology."""
+    """Return the id of a run: that of all peers of one resolved configuration, with the same data and topology.
+
+    Where their files lie on each machine does not count.
+    """
     assert task.topology is not None
     shared = {key: value for key, value in config.items() if key not in OWN} | {"modes": config["engine"]["modes"]}
+    for section, files in FILES.items():
+        shared[section] = {key: value for key, value in config[section].items() if key not in files}
     found = [shared, task.workload.digest(), task.topology.digest()]
     return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
@@ -160,7 +167,7 @@ class NetworkPeer(PeerEngine):
             self._told = {name: reply[name] for name in ("loss", "finite", "norm")}
             yield reply
 
-    def _take_up(self, at: tuple[int, int]) -> None:
+    def _take_up(self, at: When) -> None:
         """Begin at a phase; what was sent before may be needed again."""
         kept: dict[int, list[Any]] = {}
         for sent, arrays, receivers in self._outbox.read(at):
@@ -185,7 +192,7 @@ class NetworkPeer(PeerEngine):
         self._require_finite(at, received)
         self._row.mix(message, received)
         self._outbox.keep({one for lane in self._links.lanes.values() for one in lane.kept} | {at})
-        self._show(at)
+        self._show(at, until)
         is_last = plan.phase + 1 == self._task.num_phases
         self._is_done = is_last and plan.round + 1 == self._place.num_rounds
 
@@ -219,12 +226,12 @@ class NetworkPeer(PeerEngine):
                     " at that machine, and start this peer again"
                 )
 
-    def _show(self, at: tuple[int, int]) -> None:
+    def _show(self, at: When, until: float | None) -> None:
         """Send the observer what came of a phase, if there is one."""
         if self._place.book.has_observer:
             lane, state = self._links.lane(None), {name: row.clone() for name, row in self._row.state.items()}
             lane.put(self._links.message(STATE, at, state, self._told))
-            self._links.wait(at, (), [None], None)
+            self._links.wait(at, (), [None], until)
 
     def _take_mean(self) -> float:
         """Take the peer's own model for the mean."""

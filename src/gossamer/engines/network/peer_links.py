@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineHooks
-from gossamer.engines.network.addresses import AddressBook
 from gossamer.engines.network.gate import ASK, Gate, Specs
 from gossamer.engines.network.lanes import Lane, When, when
+from gossamer.engines.network.place import Place, described
 from gossamer.engines.network.roster import versions
 from gossamer.errors import ConfigError, EngineError, Interrupted, TransportError
 from gossamer.transport import (
@@ -34,55 +32,10 @@ from gossamer.transport import (
     Welcome,
 )
 from gossamer.transport.audit import AUDIT, AuditLog, no_audit
-from gossamer.transport.authentication import MEMBERS_FILE, Kit, read_members
 
 POLL_SECONDS = 0.2
 LINGER_SECONDS = 60.0
 ASK_SECONDS = 30.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Who a node is among the peers of a run, and how it is reached.
-
-    Attributes:
-        number: of the peer; None: it is the observer.
-        num_peers: peers of the run.
-        num_rounds: rounds of the run.
-        run: id of the run, which all nodes of an experiment compute alike.
-        listen: host:port.
-        book: where the others are.
-        kit: start-up kit of the node; None: it stays on loopback.
-        secret: what nodes must say that were started by one process; "": nothing.
-        directory: of the node's run.
-    """
-
-    number: int | None
-    num_peers: int
-    num_rounds: int
-    run: str
-    listen: str
-    book: AddressBook
-    kit: Kit | None
-    secret: str
-    directory: Path
-
-    @property
-    def name(self) -> str:
-        """Name of the node."""
-        return self.kit.node if self.kit is not None else name_of(self.number)
-
-    @property
-    def members(self) -> dict[str, int | None]:
-        """Number of each node of the federation, by name; without a kit, that of the names which peers have then."""
-        if self.kit is None:
-            return {name_of(number): number for number in range(self.num_peers)} | {name_of(None): None}
-        return {name: one.number for name, one in read_members(self.kit.directory / MEMBERS_FILE).nodes.items()}
-
-
-def name_of(number: int | None) -> str:
-    """Return the name of a node that has no kit."""
-    return "observer" if number is None else f"peer-{number}"
 
 
 class PeerLinks:
@@ -206,9 +159,13 @@ class PeerLinks:
                 away = set() if until is None else self._absent - self._present
                 is_late = until is not None and time.monotonic() >= until
                 if is_late or not (missing - past - away or untaken - away):
-                    self._absent = missing | untaken
+                    self._absent = (self._absent - {*senders, *receivers}) | missing | untaken
                     return missing
                 self._changed.wait(POLL_SECONDS)
+
+    def is_past(self, number: int, at: When) -> bool:
+        """Say whether another peer sends nothing of a phase any more."""
+        return self._gate.is_past(number, at)
 
     def rounds_ahead(self, number: int) -> int:
         """Return by how many rounds another peer is ahead of this one, as far as that is known."""
@@ -301,7 +258,7 @@ class PeerLinks:
 
     def _admit(self, hello: Hello) -> Welcome | Refusal:
         """Say whether a node may join; in any thread."""
-        reason = self._objection(hello)
+        reason = self._place.objection(hello)
         if reason is not None:
             return Refusal(reason)
         number = hello.body["peer"]
@@ -309,29 +266,6 @@ class PeerLinks:
             self._numbers[hello.node] = number
             at = self._at
         return Welcome({"peer": self._place.number, "at": list(at)})
-
-    def _objection(self, hello: Hello) -> str | None:
-        """Return why a node may not join; None: it may."""
-        body, who, here = hello.body, hello.node, _described(self._place.number)
-        if self._place.secret and not secrets.compare_digest(str(body.get("secret")), self._place.secret):
-            return f"{here} takes only peers that were started with it"
-        told = body.get("versions")
-        for part, value in versions().items():
-            other = told.get(part) if isinstance(told, dict) else None
-            if other != value:
-                return f"{who} has {part} {other!r:.80}, but {here} has {value!r}: install the same version"
-        number = body.get("peer")
-        is_number = type(number) is int and 0 <= number < self._place.num_peers
-        if not is_number or self._place.members.get(who, -1) != number:
-            return f"{who} says that it is peer {number!r:.80}, which it is not: give it the --id of its kit or its own"
-        if number == self._place.number:
-            return f"{who} is peer {number}, as is {here}: give each a number of its own, --id"
-        if body.get("experiment") != self._place.run:
-            return (
-                f"{who} and {here} have other experiments, or data: give both the same FILE, KEY=VALUE and versions of"
-                " the data"
-            )
-        return None
 
     def _dial(self, number: int | None, seconds: float) -> Client | None:
         """Join another node."""
@@ -360,14 +294,14 @@ class PeerLinks:
         if client.welcome.get("peer") != number:
             client.close()
             raise ConfigError(
-                f"at {address} listens {_described(client.welcome.get('peer'))}, not {_described(number)}: correct the"
+                f"at {address} listens {described(client.welcome.get('peer'))}, not {described(number)}: correct the"
                 f" addresses in {place.book.path.name}, or its --id"
             )
         return client
 
     def _tell(self, number: int | None, is_there: bool) -> None:
         if not is_there:
-            self._hooks.tell(f"{_described(number)} is away; waiting for it")
+            self._hooks.tell(f"{described(number)} is away; waiting for it")
 
     def _listen(self) -> None:
         """Sort what happens, in a thread of its own."""
@@ -393,7 +327,3 @@ class PeerLinks:
     def _say_end(self, node: str) -> None:
         with suppress(TransportError):
             self._server.send(node, self.message("end", (self._place.num_rounds, 0), {}))
-
-
-def _described(number: Any) -> str:
-    return "the observer" if number is None else f"peer {number!r:.20}"
