@@ -272,8 +272,8 @@ class TestKits:
         with pytest.raises(Disconnected):
             Client(address, name="paris", timeout_seconds=0.5)
         watcher = load_kit(kits / "watcher").credentials()
+        hello = {"peer": 1, "versions": versions()}
         with pytest.raises(Refused, match="says that it is peer 1, which it is not"):
-            hello = {"peer": 1, "versions": versions()}
             Client(address, name="watcher", hello=hello, credentials=watcher, timeout_seconds=5.0)
         over.set()
         peers.join(0)
