@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -50,6 +51,18 @@ def test_others_are_dropped(gate: Gate, header: Header, reason: str) -> None:
     assert caught.value.reason == reason
 
 
+def test_who_goes_on_after_its_row_was_taken_is_not_past(gate: Gate) -> None:
+    gate(HEADER)
+    early = threading.Thread(target=gate, args=(replace(HEADER, address=Address("run", 4, 0, 1)),))
+    early.start()
+    while gate.rounds_ahead(1) < 1:
+        time.sleep(0.001)
+    assert not gate.is_past(1, (3, 0))
+    gate.open((4, 0), {1: ROW})
+    early.join(10)
+    assert not early.is_alive()
+
+
 @pytest.mark.timeout(20)
 def test_what_comes_early_waits(gate: Gate) -> None:
     taken = threading.Event()
@@ -62,7 +75,7 @@ def test_what_comes_early_waits(gate: Gate) -> None:
     thread = threading.Thread(target=give)
     thread.start()
     while not gate.is_past(1, (3, 0)):
-        pass
+        time.sleep(0.001)
     assert gate.rounds_ahead(1) == 1
     assert not taken.wait(0.05)
     gate.open((4, 0), {1: ROW})

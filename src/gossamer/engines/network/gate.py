@@ -33,11 +33,12 @@ class Gate:
         self._at: When = START
         self._specs: Mapping[int, Specs] = {}
         self._seen: dict[int, When] = {}  # the latest phase of which each has sent something
+        self._accepted: set[int] = set()  # whose messages of the phase at hand were taken, or are being read
         self._closed = False
 
     def is_past(self, sender: int, at: When) -> bool:
-        """Say whether somebody sends what is of a later phase, and so nothing of this one any more."""
-        return self._seen.get(sender, START) > at
+        """Say whether somebody sends what is of a later phase, and has sent nothing of the one at hand, `at`."""
+        return self._seen.get(sender, START) > at and sender not in self._accepted
 
     def rounds_ahead(self, sender: int) -> int:
         """Return by how many rounds somebody was ahead of this peer when it last sent something."""
@@ -51,7 +52,7 @@ class Gate:
             specs: dtypes and shapes of the arrays of each sender.
         """
         with self._changed:
-            self._at, self._specs = at, specs
+            self._at, self._specs, self._accepted = at, specs, set()
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -85,3 +86,6 @@ class Gate:
             raise Dropped("unexpected")
         if dict(header.specs) != dict(specs):
             raise Dropped("wrong arrays")
+        with self._changed:
+            if self._at == at:
+                self._accepted.add(address.sender)
