@@ -170,22 +170,24 @@ def test_who_renormalises_goes_on_and_who_comes_back_takes_up_a_state(tmp_path: 
     assert read_metrics(peers.where(3))[-1]["round"] == 40
 
 
-@pytest.mark.timeout(120)
-def test_processes_that_are_killed_are_started_again(tmp_path: Path) -> None:
-    config = configured(RUNS["dsgd"] | {"peers.num": 3, "rounds": 60})
-    killed = threading.Event()
+def test_processes_that_are_killed_are_started_again_and_a_run_is_resumed(tmp_path: Path) -> None:
+    config = configured({"peers.num": 2, "peers.topology": "complete", "rounds": 30})
+    killed, over = threading.Event(), threading.Event()
 
-    def kill(round: int) -> None:
-        """Kill a peer, once."""
-        if round >= 5 and not killed.is_set():
+    def watch(round: int) -> None:
+        """Kill a peer, once, and end the run later."""
+        if round == 5:
             killed.set()
             os.kill(process_of(tmp_path / "network" / "nodes" / "peer-1"), signal.SIGKILL)
+        if round == 12:
+            over.set()
 
-    hooks = Hooks(observer=lambda name, num_rounds: Watch(kill))
-    network = {**config, "engine": {**config["engine"], "name": "network"}}
-    found = run(network, (), tmp_path / "network", hooks)
+    hooks = Hooks(observer=lambda name, num_rounds: Watch(watch), is_ended=over.is_set)
+    run({**config, "engine": {**config["engine"], "name": "network"}}, (), tmp_path / "network", hooks)
+    assert killed.is_set()
     assert [one["peers"] for one in events(tmp_path / "network", "worker-restarted")] == [[1]]
-    assert_same(found, run(config, out=tmp_path / "local"))
+    assert len(read_metrics(tmp_path / "network")) == 12
+    assert_same(resume(tmp_path / "network"), run(config, out=tmp_path / "local"))
 
 
 def process_of(directory: Path) -> int:

@@ -16,17 +16,22 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import GONE, EngineSetup
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.network.addresses import AddressBook
+from gossamer.engines.network.lanes import When
 from gossamer.engines.network.peer import STATE, place_of
 from gossamer.engines.network.peer_links import PeerLinks
 from gossamer.engines.network.peer_processes import PeerProcesses
 from gossamer.engines.peers import Message, PeerEngine
 from gossamer.engines.task import Task
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
+from gossamer.errors import Interrupted
 from gossamer.plan import STOPPED, RoundPlan, TrainReport
+from gossamer.storage.checkpoint import commits_in
+from gossamer.storage.runlog import CHECKPOINTS
 from gossamer.threads import one_thread
 
 LOOPBACK = "127.0.0.1:0"
 POLL_SECONDS = 0.5
+GATHER_SECONDS = 0.05
 
 
 class NetworkObserver(PeerEngine):
@@ -62,9 +67,34 @@ class NetworkObserver(PeerEngine):
         options = setup.recipe["config"]["peers"]
         waits = options["absent_neighbour"] == "wait"
         self._patience_seconds = inf if waits else options["deadline_seconds"]  # after the first of them
-        if addresses is not None:
-            setup.hooks.report("listening", address=self._links.address)
-            setup.hooks.tell(f"listening on {self._links.address} for {num_peers} peers")
+        try:
+            if addresses is not None:
+                setup.hooks.report("listening", address=self._links.address)
+                setup.hooks.tell(f"listening on {self._links.address} for {num_peers} peers")
+            elif not commits_in(place.directory / CHECKPOINTS):
+                self._start((0, 0), book)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, at: When, book: AddressBook | None = None) -> None:
+        """Start the peers, and wait until all that are in a book listen.
+
+        Raises:
+            Interrupted: a stop was requested before.
+            EngineError: one ends with an error.
+        """
+        assert self._processes is not None
+        self._processes.start(at, self._state if self._is_given else None)
+        self._is_begun = True
+        while book is not None:
+            listening = {peer for peer in range(self._num_peers) if book.of(peer) is not None}
+            if len(listening) == self._num_peers:
+                return
+            if self.hooks.stop_requested():
+                raise Interrupted("stopped while it waited for peers")
+            self._processes.look_after(listening)
+            time.sleep(GATHER_SECONDS)
 
     @property
     def _folder(self) -> Path:
@@ -77,8 +107,7 @@ class NetworkObserver(PeerEngine):
         """Wait until all peers have trained and mixed; what came of it is kept for `exchange`."""
         at = plan.round, plan.phase
         if not self._is_begun and self._processes is not None:
-            self._processes.start(at, self._state if self._is_given else None)
-        self._is_begun = True
+            self._start(at)
         self._links.begin(at, dict.fromkeys(range(self._num_peers), self._specs))
         row_of = {int(peer): row for row, peer in enumerate(plan.client)}
         waiting, until = set(row_of), None
