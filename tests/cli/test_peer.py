@@ -46,7 +46,7 @@ FOUR = "peers: [127.0.0.1:9001, 127.0.0.1:9002, 127.0.0.1:9003, 127.0.0.1:9004]\
         ("- 127.0.0.1:9001\n", ["--id", "0"], "must hold a mapping with peers, a list of HOST:PORT"),
         ("server: 127.0.0.1:9001\n", ["--id", "0"], "addresses.yaml"),
         (FOUR, ["--id", "0", "--kit", "nothing"], "holds no start-up kit"),
-        (FOUR, ["--id", "0", "--listen", "9001"], "listening on is '9001': give HOST:PORT"),
+        (FOUR, ["--id", "0", "--listen", "9001"], "engine.address = 9001"),
         (FOUR, ["--id", "0", "rounds=0"], "rounds = 0"),
     ],
 )

@@ -16,6 +16,7 @@ PEERS: dict[str, Any] = {"peers": {"num": 8, "topology": "ring"}, "algorithm": "
 SUB = {"submodel.capacities": [0.5, 1.0]}
 MULTISTEP = {"train.schedule.name": "multistep"}
 PGA = {"algorithm": {"name": "gossip-pga", "period": 20}}
+RENORMALISE = {"peers.absent_neighbour": "renormalise"}
 WHOLE = "all participants train the whole model"
 
 
@@ -63,7 +64,7 @@ def warnings_of(population: Mapping[str, Any], changes: Mapping[str, Any]) -> tu
         (CLIENTS, {"evaluation.num_peers": 3}, "evaluation.num_peers = 3", "there are no peers"),
         (CLIENTS, {"engine.address": "auto"}, "engine.address = 'auto'", "engine 'local' runs on this machine alone"),
         (PEERS, {"engine": {"straggler_seconds": 3, "workers": 0}}, "engine.straggler_seconds = 3.0", "no worker"),
-        (PEERS, {"peers.absent_neighbour": "renormalise"}, "absent_neighbour = 'renormalise'", "are never absent"),
+        (PEERS, RENORMALISE, "peers.absent_neighbour = 'renormalise'", "are never absent"),
         (PEERS, {"peers.deadline_seconds": 3}, "peers.deadline_seconds = 3.0", "are never absent"),
         (
             PEERS,
@@ -72,7 +73,12 @@ def warnings_of(population: Mapping[str, Any], changes: Mapping[str, Any]) -> tu
             "they wait for ever",
         ),
         (PEERS, {"engine.peer": 3}, "engine.peer = 3", "no peers dial each other"),
-        (CLIENTS, {"engine.name": "network", "engine.peers": "a"}, "engine.peers = 'a'", "no peers dial each other"),
+        (
+            CLIENTS,
+            {"engine.name": "network", "engine.peers_file": "a"},
+            "engine.peers_file = 'a'",
+            "no peers dial each other",
+        ),
         (PEERS, {"submodel.stride": 3}, "submodel.stride = 3", WHOLE),
         (PEERS, {"peers.merge_every": 20}, "peers.merge_every = 20", "ends after 10 rounds"),
         (PEERS, {"peers.merge_every": 5, "peers.final_merge": True}, "peers.final_merge = True", "is a merge anyway"),

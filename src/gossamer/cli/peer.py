@@ -80,7 +80,7 @@ def observer(
 
 
 def _changes(peers: Path, listen: str | None, kit: Path | None) -> list[str]:
-    changes = ["engine.name=network", f"engine.peers={peers.absolute()}"]
+    changes = ["engine.name=network", f"engine.peers_file={peers.absolute()}"]
     changes += [] if listen is None else [f"engine.address={listen}"]
     return changes + ([] if kit is None else [f"engine.kit={kit.absolute()}"])
 

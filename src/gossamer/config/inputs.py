@@ -13,7 +13,7 @@ from gossamer.planning.schedule import FOLLOW_END
 # Where a run that has begun may go on: what changes no bits, but for the device, which changes the last ones.
 MOVABLE = tuple(
     f"engine.{key}"
-    for key in ("name", "workers", "block_size", "device", "address", "kit", "peer", "peers", "straggler_seconds")
+    for key in ("name", "workers", "block_size", "device", "address", "kit", "peer", "peers_file", "straggler_seconds")
 )
 END = "rounds"  # may be changed, too, where nothing depends on it
 CHANGED = {

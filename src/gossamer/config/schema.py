@@ -52,7 +52,7 @@ class EngineOptions(Options):
         kit: folder of the start-up kit of the server, or of the peer (``gossamer node provision``), without which
             engine network listens on loopback only; None: there is none.
         peer: number of the peer that this process is (``gossamer node peer``); None: it is not one of them.
-        peers: file with the addresses of all peers, or a folder into which those of one machine write theirs; None: the
+        peers_file: file with the addresses of all peers, or a folder into which those of one machine write theirs; None: the
             peers of engine network are processes of this machine.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least. Of a
@@ -69,7 +69,7 @@ class EngineOptions(Options):
     address: str | None = None
     kit: str | None = None
     peer: int | None = Field(default=None, ge=0)
-    peers: str | None = None
+    peers_file: str | None = None
     straggler_seconds: float | None = Field(default=None, gt=0)
 
     @field_validator("workers", "block_size")

@@ -131,11 +131,11 @@ def _of_engine(config: Config, engine_class: Any) -> Iterator[Rule]:
     yield "engine.workers", engine.workers, "auto", by_ranks
     local = by_ranks if by_ranks or engine_class.is_remote else f"engine {engine.name!r} runs on this machine alone"
     yield "engine.address", engine.address, None, local
-    real = None if engine.name == "network" and (engine.address or engine.peers) else "nobody dials this machine"
+    real = None if engine.name == "network" and (engine.address or engine.peers_file) else "nobody dials this machine"
     yield "engine.kit", engine.kit, None, real
     among = None if engine.name == "network" and config.peers is not None else "no peers dial each other"
     yield "engine.peer", engine.peer, None, among
-    yield "engine.peers", engine.peers, None, among
+    yield "engine.peers_file", engine.peers_file, None, among
     alone = "there is no worker to wait for" if engine.workers == 0 and local else None
     yield "engine.straggler_seconds", engine.straggler_seconds, None, None if by_ranks else alone
 

@@ -68,7 +68,7 @@ class NetworkEngine(FederatedEngine):
             EngineError: a client that was started here ends with an error.
             Interrupted: a stop was requested before they were there.
         """
-        if setup.recipe["config"]["engine"]["peers"] is not None:
+        if setup.recipe["config"]["engine"]["peers_file"] is not None:
             raise ConfigError(
                 "the run has clients and a server, and no peers: take gossamer node server and gossamer node client"
             )
@@ -123,11 +123,11 @@ class NetworkEngine(FederatedEngine):
     def of_peers(task: Task, x: Tensor, setup: EngineSetup) -> PeerEngine:
         """Return the engine of one peer, or of the observer of all, see `gossamer.engines.network.observer`."""
         options = setup.recipe["config"]["engine"]
-        addresses = None if options["peers"] is None else Path(options["peers"])
+        addresses = None if options["peers_file"] is None else Path(options["peers_file"])
         if options["peer"] is None:
             return NetworkObserver(task, x, setup, addresses)
         if addresses is None:
-            raise ConfigError("engine.peer is given without engine.peers, the addresses of all: give --peers")
+            raise ConfigError("engine.peer is given without engine.peers_file, the addresses of all: give --peers")
         return NetworkPeer(task, x, setup, options["peer"], addresses)
 
     @property

@@ -209,7 +209,6 @@ class NetworkPeer(PeerEngine):
         found = self._links.state_of(ahead, specs) if is_behind else None
         if found is not None and found[0] > at:
             go_on_from(self._place.directory, *found)
-            self.hooks.report("caught-up", **where, peer=ahead, to_round=found[0][0] + 1)
             raise StateLost(f"peer {ahead} is in round {found[0][0] + 1}: its state is taken up")
         if self._waits:
             raise EngineError(

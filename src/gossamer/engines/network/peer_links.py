@@ -260,6 +260,7 @@ class PeerLinks:
         """Say whether a node may join; in any thread."""
         reason = self._place.objection(hello)
         if reason is not None:
+            self._hooks.tell(f"refused: {reason}")
             return Refusal(reason)
         number = hello.body["peer"]
         with self._changed:
