@@ -129,9 +129,7 @@ class Parts:
     def loop(self, engine: Engine, store: ClientStore | None, log: RunLog, checkpoints: Checkpoints) -> Loop:
         """Assemble the loop."""
         config = self.config
-        is_real = (
-            self.task.topology is not None and config.engine.name == "network" and config.engine.peers_file is not None
-        )
+        is_real = config.engine.name == "network" and config.engine.peers_file is not None
         return Loop(
             engine=engine,
             workload=self.workload,

@@ -75,7 +75,7 @@ def warnings_of(population: Mapping[str, Any], changes: Mapping[str, Any]) -> tu
         (PEERS, {"engine.peer": 3}, "engine.peer = 3", "no peers dial each other"),
         (
             CLIENTS,
-            {"engine.name": "network", "engine.peers_file": "a"},
+            {"engine.peers_file": "a"},
             "engine.peers_file = 'a'",
             "no peers dial each other",
         ),

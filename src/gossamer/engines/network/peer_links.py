@@ -36,6 +36,7 @@ from gossamer.transport.audit import AUDIT, AuditLog, no_audit
 POLL_SECONDS = 0.2
 LINGER_SECONDS = 60.0
 ASK_SECONDS = 30.0
+MAX_REFUSALS = 100  # that are told
 
 
 class PeerLinks:
@@ -61,6 +62,7 @@ class PeerLinks:
         self._absent: set[int | None] = set()  # who was not there when this node waited last
         self._snapshot: Arrays = {}
         self._num_questions = 0
+        self._refusals: set[str] = set()  # that were told
         self._at: When = (0, 0)
         self._parent = os.getppid() if place.secret and place.number is not None else None
         self._stack = ExitStack()
@@ -260,7 +262,11 @@ class PeerLinks:
         """Say whether a node may join; in any thread."""
         reason = self._place.objection(hello)
         if reason is not None:
-            self._hooks.tell(f"refused: {reason}")
+            with self._changed:
+                is_new = reason not in self._refusals and len(self._refusals) < MAX_REFUSALS
+                self._refusals |= {reason} if is_new else set()
+            if is_new:
+                self._hooks.tell(f"refused: {reason}")
             return Refusal(reason)
         number = hello.body["peer"]
         with self._changed:
