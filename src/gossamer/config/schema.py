@@ -52,7 +52,7 @@ class EngineOptions(Options):
         kit: folder of the start-up kit of the server, or of the peer (``gossamer node provision``), without which
             engine network listens on loopback only; None: there is none.
         peer: number of the peer that this process is (``gossamer node peer``); None: it is not one of them.
-        peers_file: file with the addresses of all peers, or a folder into which those of one machine write theirs; None:
+        peers_file: file with the addresses of all peers, or folder into which those of one machine write theirs; None:
             the peers of engine network are processes of this machine.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least. Of a
