@@ -247,15 +247,16 @@ class TestSentences:
         assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-class TestKits:
-    @pytest.fixture(scope="class")
-    def kits(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        root = tmp_path_factory.mktemp("federation")
-        nodes = ", ".join(f"{{name: {name}, hosts: [127.0.0.1]}}" for name in ("berlin", "paris", "watcher"))
-        (root / "FEDERATION.yaml").write_text(f"name: f\nnodes: [{nodes}]\n")
-        provision(root / "FEDERATION.yaml", root / "made")
-        return root / "made" / "kits"
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("federation")
+    nodes = ", ".join(f"{{name: {name}, hosts: [127.0.0.1]}}" for name in ("berlin", "paris", "watcher"))
+    (root / "FEDERATION.yaml").write_text(f"name: f\nnodes: [{nodes}]\n")
+    provision(root / "FEDERATION.yaml", root / "made")
+    return root / "made" / "kits"
 
+
+class TestKits:
     def test_bits_over_tls(self, kits: Path, tmp_path: Path) -> None:
         config = configured({"peers.num": 2, "peers.topology": "complete"})
         peers = Peers(tmp_path, config)
