@@ -275,6 +275,8 @@ class TestKits:
         peers.start(1, kit=str(kits / "berlin"))
         peers.join(1)
         assert "is that of peer 0: leave it out" in str(peers.errors[1])
+        while not (peers.book / "peer-0").exists():
+            time.sleep(0.02)
         address = (peers.book / "peer-0").read_text().strip()
         with pytest.raises(Disconnected):
             Client(address, name="paris", timeout_seconds=0.5)
