@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ class LocalSchedule(Options):
         """Whether participants that take more steps have other factors."""
         return self.name != "constant"
 
-    @property
+    @cached_property
     def is_flat(self) -> bool:
         """Whether all factors are 1."""
         return self.name == "constant" and self.warmup_steps <= 1
@@ -116,20 +117,18 @@ class LocalSteps:
         others = self.groups or self.part_size is not None or self.is_mixed
         return self.clip_norm is None and not others and self.schedule.is_flat
 
-    @property
+    @cached_property
     def is_mixed(self) -> bool:
         """Whether the loss is computed in a lower precision than that of parameters."""
         return self.precision in ("bfloat16", "float16")
 
-    @property
+    @cached_property
     def loss_scale(self) -> float:
         """By what a loss is multiplied before it is differentiated."""
         return LOSS_SCALE if self.precision == "float16" else 1.0
 
     def autocast(self, device: str) -> AbstractContextManager[object]:
-        """Return the context that a loss is computed in."""
-        if not self.is_mixed:
-            return nullcontext()
+        """Return the context that a loss is computed in where it `is_mixed`."""
         return torch.autocast(torch.device(device).type, torch_dtype(self.precision))
 
     def steppers(self, algorithm: Algorithm, layout: Layout) -> dict[str, Stepper]:

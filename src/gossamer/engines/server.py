@@ -117,7 +117,8 @@ class FederatedEngine(ABC):
             blocks += of_variant
         missing = {block.rows.start: block for block in blocks}
         absent = self.hooks.absent(plan.round, plan.phase)
-        lost = {row: absent[client] for row, client in enumerate(plan.client.tolist()) if client in absent}
+        clients = enumerate(plan.client.tolist() if absent else ())
+        lost = {row: absent[client] for row, client in clients if client in absent}
         self._reasons = lost
         self._begin()
         for result in self._results_of(plan, [block for block in blocks if block.rows.start not in lost]):
@@ -310,8 +311,10 @@ class FederatedEngine(ABC):
     def _keep_private(self, plan: RoundPlan) -> None:
         """Store the private rows of the survivors."""
         for block, finite in self._results:
+            if not (private := self._private.get(block.rows.start)):
+                continue
             survivors = torch.tensor(finite)
-            kept = {name: rows[survivors] for name, rows in self._private.get(block.rows.start, {}).items()}
+            kept = {name: rows[survivors] for name, rows in private.items()}
             clients = plan.client[block.rows][survivors.numpy()]
             self._rows.keep(self._phase, block.variant, plan.round, clients, kept, self._order)
 

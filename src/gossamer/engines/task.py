@@ -156,16 +156,17 @@ class Variant:
     @property
     def depends_on_length(self) -> bool:
         """Whether what a local step does depends on how many of them there are."""
-        return self.local_steps.schedule.depends_on_length or self._personal_first > 0
+        return self.local_steps.schedule.depends_on_length or self.takes_turns
 
-    @property
-    def _personal_first(self) -> float:
-        return self.algorithm.traits.personal_first
+    @cached_property
+    def takes_turns(self) -> bool:
+        """Whether personal parameters are trained first, and then the others."""
+        return self.algorithm.traits.personal_first > 0
 
     def is_trained(self, name: str, step: int, num_steps: int) -> bool:
-        """Whether a local step, counted from 0, of several trains a parameter."""
-        share = self._personal_first
-        return not share or (step < math.floor(share * num_steps)) == (name in self.personal)
+        """Whether a local step, counted from 0, of several trains a parameter, where these take turns."""
+        share = self.algorithm.traits.personal_first
+        return (step < math.floor(share * num_steps)) == (name in self.personal)
 
     @property
     def num_sent(self) -> int:
@@ -244,13 +245,13 @@ class Task:
         """Phases of a round."""
         return self.algorithm.traits.num_phases
 
-    @property
+    @cached_property
     def client_arrays(self) -> tuple[str, ...]:
         """Names of the arrays that a client keeps from round to round."""
         own = (PERSONAL,) if self.personal else ()
         return (*self.algorithm.traits.client_arrays, *self.residuals.values(), *own)
 
-    @property
+    @cached_property
     def residuals(self) -> dict[str, str]:
         """``{payload name: name of the private array with what was not sent of it}``; {} without error feedback."""
         if not self.communication.error_feedback:
@@ -258,7 +259,7 @@ class Task:
         where = f"-{self.phase}" if self.phase else ""
         return {name: f"residual{where}-{name}" for name in self.algorithm.traits.compressible}
 
-    @property
+    @cached_property
     def scalars(self) -> frozenset[str]:
         """Names of payloads and private arrays that are one number a participant."""
         return frozenset(self.algorithm.traits.scalars)

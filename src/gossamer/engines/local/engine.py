@@ -114,7 +114,7 @@ class LocalEngine(FederatedEngine):
 
     def _write_client_state(self, message: Message) -> None:
         """Write the client state that a message's job reads into its slot."""
-        if message["kind"] != "train":
+        if message["kind"] != "train" or not self._phase.client_arrays:
             return
         slot, taken = self._slots.memory[message["slot"]], 0
         for rows in self._client_state(Job.of_message(message)).values():

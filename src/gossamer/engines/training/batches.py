@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +41,7 @@ class Batches:
         """
         task, clients = self._task, job.client[rows]
         size, variant = task.batch_size, task.variants[job.block.variant]
-        mode = variant.mode
+        mode, part_size = variant.mode, variant.local_steps.part_size
         num_steps = int(job.steps[rows].max())
         keys = step_keys(task, job, rows, num_steps) if task.workload.traits.uses_key else None
         fetch_steps = max(1, FETCH_BYTES // (len(clients) * size * self._sample_bytes))
@@ -69,19 +69,32 @@ class Batches:
             for step, length in enumerate(lengths):
                 if self._stop():
                     raise Interrupted("stopped between two steps")
-                low, part_size = step * width, variant.local_steps.part_size or length
-                parts = [(start, min(start + part_size, low + length)) for start in range(low, low + length, part_size)]
+                whole = slice(step * width, step * width + length)
+                batch = merged | {key: v[whole] if one_by_one else v[:, whole] for key, v in samples.items()}
                 if keys is not None:
                     key = keys[:, first + step].to(mode.device)
-                    merged["key"] = key[0] if one_by_one else key
-                yield [
-                    Part(
-                        {key: value + number if key == "key" else value for key, value in merged.items()}
-                        | {key: v[begin:end] if one_by_one else v[:, begin:end] for key, v in samples.items()},
-                        None if len(parts) == 1 else share(own[..., begin:end], own[..., low : low + length]),
-                    )
-                    for number, (begin, end) in enumerate(parts)
-                ]
+                    batch["key"] = key[0] if one_by_one else key
+                if part_size is None or part_size >= length:
+                    yield [Part(batch, None)]
+                else:
+                    yield _parts(batch, set(samples), own[..., whole], part_size)
+
+
+def _parts(batch: Mapping[str, Any], samples: Collection[str], positions: NDArray[np.int64], size: int) -> list[Part]:
+    """Cut a batch into parts of `size` samples, each with random bits of its own.
+
+    Args:
+        batch: the batch; `samples` names what of it has a dimension of samples, which is that of `positions`.
+        positions: int64 [b], or [s, b]; below 0 is padding.
+    """
+    parts, num_samples, axis = [], positions.shape[-1], positions.ndim - 1
+    for number, low in enumerate(range(0, num_samples, size)):
+        high = min(low + size, num_samples)
+        own = {key: batch[key].narrow(axis, low, high - low) for key in samples}
+        if "key" in batch:
+            own["key"] = batch["key"] + number
+        parts.append(Part({**batch, **own}, share(positions[..., low:high], positions)))
+    return parts
 
 
 def share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> Tensor:

@@ -22,9 +22,12 @@ Products = list[tuple[str, Tensor, Tensor]]
 
 
 class Stretch(NamedTuple):
-    """Rows, next to each other, that take the same number of steps, where that changes their learning rate."""
+    """Rows, next to each other, that take the same number of steps, where that changes their learning rate.
 
-    rows: slice
+    `rows` is None where they are all rows that gradients have.
+    """
+
+    rows: slice | None
     num_steps: int
     views: Views
 
@@ -36,9 +39,10 @@ class Stretch(NamedTuple):
             by_length: whether the number of steps changes something; otherwise all rows are one stretch.
         """
         runs = equal_runs(steps) if by_length else [(0, len(steps))]
+        is_all = len(runs) == 1 and len(steps) > 1  # of a single row there are two gradients, see `_train_stacked`
         return [
             cls(
-                slice(low, high),
+                None if is_all else slice(low, high),
                 int(steps[low]),
                 {parameter: {name: view[low:high] for name, view in own.items()} for parameter, own in views.items()},
             )
@@ -58,37 +62,48 @@ def differentiate(
     Returns:
         value of the loss; gradients and products, see `gradients`.
     """
-    values, scale = list[Tensor](), local.loss_scale
-    total, products = Arrays(), Products()
-    for part in parts:
-        with local.autocast(device):
-            value = loss(part.batch)
-        if value.dtype in (torch.bfloat16, torch.float16):  # whose sums would be coarse
-            value = value.float()
-        if part.share is not None:
-            value = value * (part.share[: len(value)] if value.dim() else part.share).to(value)
-        summed = value.sum() if value.dim() else value
-        grads, products = gradients(summed * scale if scale != 1 else summed, leaves)
-        total = {name: total[name] + grad if name in total else grad for name, grad in grads.items()} or total
-        values.append(value.detach())
+    scale = local.loss_scale
+    value, total, products = _differentiate_part(loss, parts[0], leaves, local, device)
+    for part in parts[1:]:
+        more, grads, products = _differentiate_part(loss, part, leaves, local, device)
+        value = value + more
+        total |= {name: total[name] + grad if name in total else grad for name, grad in grads.items()}
     if scale != 1:
         total = {name: grad / scale for name, grad in total.items()}
-    return sum(values[1:], values[0]), total, products
+    return value, total, products
+
+
+def _differentiate_part(
+    loss: Callable[[dict[str, Any]], Tensor], part: Part, leaves: Leaves, local: LocalSteps, device: str
+) -> tuple[Tensor, Arrays, Products]:
+    """Return what `differentiate` does, of one part; gradients are multiplied by `local.loss_scale`."""
+    if local.is_mixed:
+        with local.autocast(device):
+            value = loss(part.batch)
+    else:
+        value = loss(part.batch)
+    if value.dtype.itemsize < 4:  # sums of which would be coarse
+        value = value.float()
+    if part.share is not None:
+        value = value * (part.share[: len(value)] if value.dim() else part.share).to(value)
+    summed = value.sum() if value.dim() else value
+    grads, products = gradients(summed * local.loss_scale if local.loss_scale != 1 else summed, leaves)
+    return value.detach(), grads, products
 
 
 def take_step(variant: Variant, stretches: Sequence[Stretch], grads: Arrays, lr: float, step: int) -> None:
     """Take a local step, counted from 0, along gradients [s, *shape] of the rows of all stretches, or more rows."""
-    schedule = variant.local_steps.schedule
+    schedule, steppers = variant.local_steps.schedule, variant.steppers
     for rows, num_steps, views in stretches:
         rate = lr if schedule.is_flat else lr * schedule.factor(step, num_steps)
         own = next(iter(views.values()))
         if NUM_STEPS in own:  # one array for all parameters
             own[NUM_STEPS].add_(1)
         for name, grad in grads.items():
-            if not variant.is_trained(name, step, num_steps):
+            if variant.takes_turns and not variant.is_trained(name, step, num_steps):
                 continue
-            algorithm, factor = variant.steppers[name]
-            step_in_place(algorithm, views[name], grad[rows], rate * factor)
+            algorithm, factor = steppers[name]
+            step_in_place(algorithm, views[name], grad if rows is None else grad[rows], rate * factor)
 
 
 def gradients(loss: Tensor, leaves: Leaves) -> tuple[Arrays, Products]:

@@ -238,7 +238,7 @@ class Trainer:
             mine = {name: rows[i : i + 1] for name, rows in client_state.items()}
             carry = algorithm.begin(received[i], mine)
             num_steps, rows = int(job.steps[i]), carry_views(layout, carry)
-            stretch = [Stretch(slice(0, 1), num_steps, rows)]
+            stretch = [Stretch(None, num_steps, rows)]
             carries = {parameter: {name: view[0] for name, view in views.items()} for parameter, views in rows.items()}
             trained = {name: views["x"].detach().requires_grad_() for name, views in carries.items()}
             leaves = Leaves(trained, factored=self._factored)
@@ -252,7 +252,7 @@ class Trainer:
                 value, grads, factors = differentiate(loss, parts, leaves, local, variant.mode.device)
                 if local.clip_norm is not None:
                     grads = clip(grads, local.clip_norm)
-                grads = {name: grad[None] for name, grad in grads.items()}
+                grads = {name: grad.unsqueeze(0) for name, grad in grads.items()}
                 take_step(variant, stretch, grads, lr, step)
                 for name, left, right in factors:
                     add_product_(carries[name]["x"], left, right, -lr)
@@ -297,17 +297,19 @@ class Trainer:
         carry = algorithm.begin(rows, client_state)
         views = carry_views(layout, carry)
         total, leaves, active = carry["x"].new_zeros(len(job.client)), Leaves({}), 0
-        carries, stretches = dict[str, Arrays](), list[Stretch]()
+        carries, stretches, num_rows = dict[str, Arrays](), list[Stretch](), len(job.client)
 
         def loss(batch: dict[str, Any]) -> Tensor:
             """Return the losses of a batch."""
+            if num_rows < len(job.client):
+                batch = {key: value if key == "scale" else value[:num_rows] for key, value in batch.items()}
             return self._losses(given_to_loss(algorithm, leaves.params, carries), batch)
 
         for step, parts in enumerate(self._batches.of(job, slice(0, len(job.client)), positions, one_by_one=False)):
             count = int(np.count_nonzero(job.steps > step))
             if count != active:
-                active = count
-                carries = {p: {name: view[: max(active, 2)] for name, view in views[p].items()} for p in views}
+                active, num_rows = count, max(count, 2)
+                carries = {p: {name: view[:num_rows] for name, view in views[p].items()} for p in views}
                 leaves = self._stacked_leaves({name: arrays["x"] for name, arrays in carries.items()})
                 stretches = Stretch.of(views, job.steps[:active], by_length=variant.depends_on_length)
             values, grads, factors = differentiate(loss, parts, leaves, local, variant.mode.device)
@@ -316,7 +318,7 @@ class Trainer:
             take_step(variant, stretches, grads, lr, step)
             for name, left, right in factors:
                 add_product_(views[name]["x"], left, right, -lr, active)
-            total[:active] += values[:active]
+            total[:active].add_(values[:active])
         kept = self._own_part(variant, carry["x"])
         payload, private = end_rows(algorithm, rows, client_state, carry, job, lr)
         private |= kept
@@ -334,11 +336,11 @@ class Trainer:
         return Leaves(trained, factored=self._factored and self.task.workload.traits.stacks_natively)
 
     def _losses(self, params: Mapping[str, Tensor], batch: Mapping[str, Any]) -> Tensor:
-        """Return the losses [s] of the first s clients of a batch, whose parameters are `params` [s, ...]."""
-        workload, num_rows = self.task.workload, len(next(iter(params.values())))
-        arrays, scale = {key: value[:num_rows] for key, value in batch.items() if key != "scale"}, batch["scale"]
+        """Return the losses [s] of the clients of a batch, whose parameters are `params` [s, ...]."""
+        workload, scale = self.task.workload, batch["scale"]
         if workload.traits.stacks_natively:
-            return workload.loss(params, arrays | {"scale": scale})
+            return workload.loss(params, batch)
+        arrays = {key: value for key, value in batch.items() if key != "scale"}
         of_one = torch.vmap(lambda params, batch: workload.loss(params, batch | {"scale": scale}))
         losses: Tensor = of_one(params, arrays)
         return losses
