@@ -34,6 +34,7 @@ from gossamer.errors import (
     warn,
 )
 from gossamer.memory import memory_errors
+from gossamer.profiling.recorder import recording
 from gossamer.profiling.spans import Spans
 from gossamer.registry import errors_of_plug_ins, trusting
 from gossamer.results.description import describe_model
@@ -46,6 +47,7 @@ from gossamer.storage.runlog import (
     CHECKPOINTS,
     CONFIG,
     EXPERIMENT,
+    TRACE,
     RunLog,
     new_directory,
     read_config,
@@ -285,7 +287,7 @@ def _begin(parts: Parts, directory: Path, name: str, hooks: Hooks, stop: StopReq
     with closing(log):
         checkpoints = Checkpoints(directory / CHECKPOINTS, parts.config.checkpoint.keep, inputs)
         try:
-            with errors_of_plug_ins():
+            with errors_of_plug_ins(), recording(directory / TRACE if parts.config.profile else None):
                 return _run_rounds(parts, directory, log, checkpoints, None, name, hooks, stop)
         except GossamerError as error:
             if checkpoints.is_empty and not isinstance(error, Interrupted | StorageError):
@@ -330,7 +332,8 @@ def _continue(
         if config.engine.device != written["engine"].get("device"):
             warn([f"engine.device = {config.engine.device!r} changes the last bits from here on"], name)
         checkpoints.inputs = parts.inputs | inputs
-        return _run_rounds(parts, directory, log, checkpoints, latest, name, hooks, stop)
+        with recording(directory / TRACE if config.profile else None):
+            return _run_rounds(parts, directory, log, checkpoints, latest, name, hooks, stop)
 
 
 def _run_rounds(

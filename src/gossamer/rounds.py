@@ -132,7 +132,7 @@ class Loop:
         self._committed_at = time.monotonic()
         while self.progress.round < self.options.num_rounds and not self.progress.stop_reason:
             try:
-                with errors_of_plug_ins():
+                with errors_of_plug_ins(), self.spans.round(self.progress.round + 1):
                     self._round()
             except StateLost:
                 raise
@@ -147,7 +147,9 @@ class Loop:
 
     def _round(self) -> None:
         round = self.progress.round
-        for timed in self.planner.phases(round, self.progress.simulated_seconds)[self.progress.phase :]:
+        with self.spans.stage("plan"):
+            phases = self.planner.phases(round, self.progress.simulated_seconds)[self.progress.phase :]
+        for timed in phases:
             self._phase(timed)
         began, metrics = time.perf_counter(), Record()
         if (round + 1) % self.options.evaluate_every == 0 or round + 1 == self.options.num_rounds:
@@ -157,7 +159,8 @@ class Loop:
         done, seconds = self.progress.end_round(), time.perf_counter() - began
         tokens, spent = self.workload.traits.tokens_per_sample, self.spans.take()
         record = round_record.round_record(self.progress, done, seconds, spent, metrics, tokens)
-        self.log.log_metrics(record)
+        with self.spans.stage("log"):
+            self.log.log_metrics(record)
         watch(self.options.stop, self.options.evaluate_every, self.progress, record, self.log.log_event)
         if self.observer is not None:
             self.observer.on_round(record)

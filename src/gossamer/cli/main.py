@@ -1,4 +1,4 @@
-"""The command line: ``gossamer run | resume | sweep | plot | coverage | describe | export | topology | node | doctor``.
+"""The command line: ``gossamer run | resume | sweep | plot | coverage | describe | profile | offload | node ...``.
 
 Results go to standard output, everything else to standard error: progress is a bar on a terminal, else a line now and
 then.
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gossamer.cli import node, results, topology
+from gossamer.cli import node, profile, results, topology
 from gossamer.cli.following import Quiet, follow, plan_of, to_stderr, warnings_to
 from gossamer.cli.plug_ins import Trust, plug_ins
 from gossamer.errors import GossamerError
@@ -95,6 +95,9 @@ def run(
         typer.Option(metavar="DIR", help="Drop again whom the clock dropped in this run of real clients."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/<name>-<time>.")] = None,
+    recorded: Annotated[
+        bool, typer.Option("--profile", help="Record where the time goes; for gossamer profile.")
+    ] = False,
     quiet: Quiet = False,
     trust: Trust = False,
 ) -> None:
@@ -103,6 +106,7 @@ def run(
 
     changes = _changes(overrides, engine, device)
     changes += [] if replay is None else [f"replay={replay}"]
+    changes += ["profile=true"] if recorded else []
     with plug_ins(trust):
         follow(lambda hooks: experiment.run(file, changes, out, hooks), lambda: plan_of(file, changes), quiet)
 
@@ -248,7 +252,7 @@ def doctor(
     typer.echo(render(examine(), as_json))
 
 
-for command in (results.export, results.runs, results.table):
+for command in (profile.profile, profile.offload, results.export, results.runs, results.table):
     app.command()(command)
 
 

@@ -11,10 +11,9 @@ from gossamer.errors import CheckpointError, ConfigError
 from gossamer.planning.schedule import FOLLOW_END
 
 # Where a run that has begun may go on: what changes no bits, but for the device, which changes the last ones.
-MOVABLE = tuple(
-    f"engine.{key}"
-    for key in ("name", "workers", "block_size", "device", "address", "kit", "peer", "peers_file", "straggler_seconds")
-)
+PROFILE = "profile"
+KEYS = ("name", "workers", "block_size", "device", "address", "kit", "peer", "peers_file", "straggler_seconds")
+MOVABLE = (*(f"engine.{key}" for key in KEYS), PROFILE)
 END = "rounds"  # may be changed, too, where nothing depends on it
 CHANGED = {
     "data": "the data, or their partition, are not those that the run was committed with: restore them",
@@ -30,6 +29,7 @@ def configuration_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
     if isinstance(engine := plain.get("engine"), dict):
         plain["engine"] = {key: value for key, value in engine.items() if f"engine.{key}" not in MOVABLE}
+    plain.pop(PROFILE, None)
     if why_end_is_fixed(plain) is None:
         plain.pop(END, None)
     return plain

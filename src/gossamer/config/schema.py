@@ -292,6 +292,7 @@ class Config(Options):
         devices: several profiles instead, by share or by capacity.
         engine: where training runs; a bare name is its `name`.
         log: trackers.
+        profile: whether to record where the time goes, for ``gossamer profile``; changes no bits.
         replay: path of the directory of a run of real clients; those whom the clock dropped there are dropped again.
         methods: ``{name: {key: value}}``, each a run (of each seed) in which these keys are replaced.
     """
@@ -315,6 +316,7 @@ class Config(Options):
     devices: list[DeviceShare] | None = None
     engine: EngineOptions = EngineOptions()
     log: LogOptions = LogOptions()
+    profile: bool = False
     replay: str | None = None
     methods: dict[str, dict[str, Any]] | None = None
 

@@ -18,6 +18,7 @@ from gossamer.engines.statistics import Statistics, name_of
 from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.batches import sample_bytes
 from gossamer.plan import STOPPED, RoundPlan, TrainReport
+from gossamer.profiling import recorder
 from gossamer.round_record import merged
 from gossamer.storage.checkpoint import Files
 from gossamer.topology.streaming import panels
@@ -82,7 +83,9 @@ class PeerEngine(ABC):
 
     def held(self) -> Arrays:
         """Return what this process commits: all arrays, unless an engine says otherwise."""
-        return self.read()
+        arrays = self.read()
+        recorder.count_bytes(lambda: sum(value.nbytes for value in arrays.values()))
+        return arrays
 
     def save_rows(self, directory: Path) -> Files:
         """Have other processes write what they hold: nothing, unless an engine says otherwise."""

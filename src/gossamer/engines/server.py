@@ -26,6 +26,7 @@ from gossamer.engines.training.rows import row_norms
 from gossamer.engines.updating import Collected, update_
 from gossamer.errors import ConfigError
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
+from gossamer.profiling import recorder
 from gossamer.storage.checkpoint import Files
 from gossamer.storage.client_store import ClientStore
 from gossamer.submodel.layout import ALIGNMENT
@@ -140,7 +141,8 @@ class FederatedEngine(ABC):
         self.is_whole = False
         kept = self.survivors(plan)
         update_(self._task, self._state, self._order, plan, kept, self._collected)
-        self._keep_private(plan)
+        with recorder.span("store"):
+            self._keep_private(plan)
         self.is_whole = True
 
     def survivors(self, plan: RoundPlan) -> NDArray[np.bool_]:
@@ -187,7 +189,9 @@ class FederatedEngine(ABC):
 
     def held(self) -> Arrays:
         """Return what this process commits, which is everything."""
-        return self.read()
+        arrays = self.read()
+        recorder.count_bytes(lambda: sum(value.nbytes for value in arrays.values()))
+        return arrays
 
     def save_rows(self, directory: Path) -> Files:
         """Have other processes write what they hold of the state, which is nothing."""
@@ -238,7 +242,8 @@ class FederatedEngine(ABC):
         """Add up what a block returned, and keep the rest of it, for `exchange`."""
         block = result.block
         self._results.append((block, result.finite))
-        with one_thread():
+        with one_thread(), recorder.span("aggregate"):
+            recorder.count_bytes(lambda: result.payload_bytes)
             for name, parts in result.payload.items():
                 is_summed = self._phase.is_summed(block.variant, name)
                 for part, value in enumerate(parts):

@@ -16,6 +16,7 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.task import KNOWN, Task, Variant
 from gossamer.engines.training.compression import known_after
 from gossamer.plan import RoundPlan
+from gossamer.profiling import recorder
 from gossamer.threads import one_thread
 
 
@@ -51,12 +52,14 @@ def update_(
     with one_thread():  # memory-bound, and waiting threads would take time from busy workers
         algorithm = task.phases[plan.phase].algorithm
         traits = algorithm.traits
-        inbox = combine(task.cutter.layout, traits.uplink, parts, traits.scalars)
+        with recorder.span("aggregate", task.cutter.layout.d * state["x"].itemsize * len(traits.uplink)):
+            inbox = combine(task.cutter.layout, traits.uplink, parts, traits.scalars)
         apart = {"weights", *(name for name, kind in traits.uplink.items() if kind == "rows")}
         views = {name: value if value is None or name in apart else value[None] for name, value in inbox.items()}
         own = {name: value for name, value in state.items() if not name.startswith(KNOWN)}
-        _write(state, algorithm.update(own, views, task.workload.num_clients))
-        _write(state, known_after(task, state, plan.round, plan.phase))
+        with recorder.span("update"):
+            _write(state, algorithm.update(own, views, task.workload.num_clients))
+            _write(state, known_after(task, state, plan.round, plan.phase))
 
 
 def _write(state: Arrays, new: Mapping[str, Tensor]) -> None:

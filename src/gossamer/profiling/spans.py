@@ -1,12 +1,15 @@
-"""Named spans of wall-clock time, added up by name."""
+"""Named spans of wall-clock time, added up by name, and recorded where a run is profiled."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+
+from gossamer.profiling import recorder
 
 Listener = Callable[[str, bool], None]
+KINDS = {"train": "coordinate", "commit": "checkpoint"}  # what the driver does meanwhile
 
 
 class Spans:
@@ -23,11 +26,20 @@ class Spans:
             listener(name, True)
         began = time.perf_counter()
         try:
-            yield
+            with recorder.span(KINDS.get(name, name)):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
             for listener in self.listeners:
                 listener(name, False)
+
+    def stage(self, kind: str) -> AbstractContextManager[None]:
+        """Return a context that records the block, but adds up nothing."""
+        return recorder.span(kind)
+
+    def round(self, number: int) -> AbstractContextManager[None]:
+        """Return a context that records a whole round."""
+        return recorder.round_span(number)
 
     def take(self) -> dict[str, float]:
         """Return the seconds of every span since the last call, and reset them."""

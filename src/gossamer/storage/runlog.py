@@ -37,7 +37,8 @@ METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 LOGS = (METRICS, EVENTS)
 CHECKPOINTS = "checkpoints"
-FOLDERS = ("trace", CHECKPOINTS, "plots")
+TRACE = "trace"
+FOLDERS = (TRACE, CHECKPOINTS, "plots")
 MAX_DEPTH = 3  # levels below a directory at which runs are looked for
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import itertools
 import json
 import mmap
 import multiprocessing
@@ -33,6 +34,7 @@ import torch
 from gossamer.engines.base import STOP_SIGNALS, never
 from gossamer.errors import EngineError, GossamerError, StateLost, one_line
 from gossamer.memory import memory_errors
+from gossamer.profiling import recorder
 
 Message = dict[str, Any]
 Handler = Callable[[Message], Message]
@@ -109,7 +111,8 @@ class WorkerPool:
                 for worker in self._workers:
                     batch.refill(worker, depth)
             while busy := {worker.connection: worker for worker in self._workers if worker.queue}:
-                ready = wait(list(busy), POLL_SECONDS)
+                with recorder.span("wait"):
+                    ready = wait(list(busy), POLL_SECONDS)
                 if stop():
                     return
                 for worker in [busy[connection] for connection in ready]:  # type: ignore[index]
@@ -214,7 +217,7 @@ class _Worker:
                 ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", TRANSFER_SECONDS, 0))
         self.queue, self.generation = deque[Message](), generation
         self._writing = mmap.mmap(-1, 1)
-        self._ticks = self._num_stopped = self._num_silent = 0
+        self._ticks = self._num_stopped = self._num_silent = self._num_sent = self._num_received = 0
         arguments = (theirs, [*others, self.connection], make_handler, self._writing, os.getpid())
         self.process = context.Process(target=_work, args=arguments, daemon=True)
         try:
@@ -237,17 +240,23 @@ class _Worker:
 
     def send(self, message: bytes) -> None:
         """Send a message; that nobody reads it is noticed when the answer is waited for."""
-        try:
-            self.connection.send_bytes(message)
-        except OSError:
-            self.process.kill()
+        self._num_sent += 1
+        with recorder.span("send", len(message), f"{self.process.pid}<{self._num_sent}"):
+            try:
+                self.connection.send_bytes(message)
+            except OSError:
+                self.process.kill()
 
     def receive(self) -> Message | None:
         """Return an answer; None: the process has ended, or does not end its message."""
-        try:
-            reply: Message = json.loads(self.connection.recv_bytes())
-        except (EOFError, OSError):
-            return None
+        self._num_received += 1
+        with recorder.span("receive", message=f"{self.process.pid}>{self._num_received}"):
+            try:
+                text = self.connection.recv_bytes()
+                reply: Message = json.loads(text)
+            except (EOFError, OSError):
+                return None
+            recorder.count_bytes(lambda: len(text))
         self.queue.popleft()
         self._num_silent = 0
         if "error" in reply:
@@ -316,18 +325,24 @@ def _work(
         """Note that the job under way cannot be done again."""
         writing[0] = 1
 
-    handler = make_handler(before_writing)
-    while True:
+    handler, pid = make_handler(before_writing), os.getpid()
+    for number in itertools.count(1):
         try:
-            message = connection.recv_bytes()
+            with recorder.span("wait"):
+                message = connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
         try:
+            with recorder.span("receive", len(message), f"{pid}<{number}"):
+                job = json.loads(message)
             with memory_errors():
-                reply = handler(json.loads(message))
+                reply = handler(job)
         except BaseException as error:  # the parent heeds signals, so that none of them is an interrupt
             is_ours = isinstance(error, GossamerError)
             told = str(error) if is_ours else one_line(error)
             reply = {"error": told, "gossamer": is_ours, "traceback": traceback.format_exc()}
-        connection.send_bytes(json.dumps(reply).encode())
+        answer = json.dumps(reply).encode()
+        with recorder.span("send", len(answer), f"{pid}>{number}"):
+            connection.send_bytes(answer)
         writing[0] = 0
+        recorder.flush()

@@ -13,7 +13,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gossamer.engines.ray.recording import answer_id, call_id
 from gossamer.errors import EngineError, GossamerError, RoundAborted, StateLost, one_line
+from gossamer.profiling import recorder
 
 AHEAD = 2  # calls queued at an actor, so that it need not wait for the next
 POLL_SECONDS = 0.2
@@ -58,6 +60,7 @@ class _Actor:
         generation: number of actors that it replaces, one after another.
         heard: monotonic time in seconds of its last answer, or of its last call while idle.
         kind: kind of actor.
+        num_calls: number of calls that were made.
     """
 
     handle: Any
@@ -65,6 +68,7 @@ class _Actor:
     kind: str
     generation: int = 0
     heard: float = 0.0
+    num_calls: int = 1  # of `ready`
 
 
 @dataclass
@@ -74,6 +78,7 @@ class _Attempt:
     number: int
     generation: int
     is_doubled: bool = False
+    answer: str = ""  # message id
 
 
 CPU, GPU = "cpu", "gpu"  # kinds of actors
@@ -157,7 +162,8 @@ class ActorPool:
             if attempt is None or attempt.call.key in batch.done:
                 continue
             try:
-                result = _result(attempt)
+                with recorder.span("receive", message=attempt.answer):
+                    result = _result(attempt)
             except _lost() as error:
                 if not attempt.is_doubled:
                     batch.again[self._actors[attempt.number].kind].append(attempt.call.repeated())
@@ -251,7 +257,8 @@ class _Batch:
 
         actors, limit = self._pool._actors, self._pool._start_seconds
         starting = {actor.starting: actor for actor in actors if actor.starting is not None}
-        ready, _ = ray.wait([*self.flying, *starting], num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
+        with recorder.span("wait"):
+            ready, _ = ray.wait([*self.flying, *starting], num_returns=1, timeout=POLL_SECONDS, fetch_local=False)
         self._pool.check()  # without its daemon, Ray would end this process at the next access to an object
         now = time.monotonic()
         if ready or self.flying:
@@ -311,9 +318,13 @@ class _Batch:
         if is_idle:
             actor.heard = time.monotonic()
         method = getattr(actor.handle, call.method).options(num_returns=call.num_returns)
-        found = method.remote(*call.arguments)
+        actor.num_calls += 1
+        name = actor.handle._actor_id.hex() if recorder.is_on() else ""
+        with recorder.span("send", message=call_id(name, actor.num_calls)):
+            found = method.remote(*call.arguments)
         refs = [found] if call.num_returns == 1 else list(found)
-        self.flying[refs[0]] = _Attempt(call, refs, number, actor.generation)
+        answer = answer_id(name, actor.num_calls)
+        self.flying[refs[0]] = _Attempt(call, refs, number, actor.generation, answer=answer)
 
     def _repeat(self, now: float) -> None:
         """Repeat the calls of silent actors on others, and replace actors that hang."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.ray.cluster import get_data
+from gossamer.engines.ray.recording import recorded, start
 from gossamer.engines.ray.shared_memory import AttachedMemory
 from gossamer.engines.recipe import rebuild
 from gossamer.engines.slots import write_arrays
@@ -31,7 +32,9 @@ def prepare(recipe: str, data: list[Any]) -> Task:
         recipe: JSON, see `rebuild`.
         data: the workload's, see `put_data`.
     """
-    return rebuild(json.loads(recipe), get_data(data))
+    described = json.loads(recipe)
+    start(described)
+    return rebuild(described, get_data(data))
 
 
 class ClientActor:
@@ -46,10 +49,12 @@ class ClientActor:
         self._attached = AttachedMemory()
         self._received_at: Any = None
 
+    @recorded("start")
     def ready(self) -> bool:
         """Answer, once the task is built."""
         return True
 
+    @recorded("train")
     def train(
         self, message: str, received: list[Any], order: Received, client_state: Received
     ) -> tuple[str, list[NDArray[Any]]]:
@@ -84,6 +89,7 @@ class ClientActor:
             return json.dumps(reply), [value.numpy() for value in arrays]
         return json.dumps(reply | {"slot": number, "extents": write_arrays(slot, arrays)}), []
 
+    @recorded("evaluate")
     def handle(self, message: str, state: Received, order: Received) -> str:
         """Return the sums of one chunk of data, see `Worker.handle`.
 

@@ -27,6 +27,7 @@ from gossamer.engines.ray.cluster import (
     watch_daemons,
 )
 from gossamer.engines.ray.peers import RayPeerEngine
+from gossamer.engines.ray.recording import recipe_entry
 from gossamer.engines.ray.shared_memory import SharedMemory
 from gossamer.engines.server import MAX_BLOCK_ROWS_ONE_BY_ONE, ORDER, FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS
@@ -79,7 +80,7 @@ class RayEngine(FederatedEngine):
         if is_own and sys.platform == "linux":
             self._memory = SharedMemory(owned, AHEAD * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot())
             self._state = self._memory.state
-        arguments = json.dumps(setup.recipe), put_data(task.workload)
+        arguments = json.dumps({**setup.recipe, **recipe_entry()}), put_data(task.workload)
         self._actors = ActorPool(
             make_actor(ClientActor, *arguments),
             self.num_workers,

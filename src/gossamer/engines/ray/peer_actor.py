@@ -18,6 +18,7 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.ray.client_actor import prepare, tensors
 from gossamer.engines.ray.cluster import arrays_of
+from gossamer.engines.ray.recording import recorded
 from gossamer.engines.training.mixing import HOLDERS, SENT, STATE, Mixer, column_sums, squared_distance
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 
@@ -32,15 +33,18 @@ class PeerActor:
         self._task = prepare(recipe, data)
         self._mixers = [Mixer(phase) for phase in self._task.phases]
 
+    @recorded("start")
     def ready(self) -> bool:
         """Answer, once the task is built."""
         return True
 
+    @recorded("start")
     def init(self, low: int, high: int) -> Any:
         """Return "" and the initial state of the peers low, ..., high - 1."""
         rows = initial_rows(self._task, self._task.workload.init(self._task.seed), low, high)
         return "", {name: value.numpy().copy() for name, value in rows.items()}
 
+    @recorded("train")
     def train(self, message: str, state: Rows) -> Any:
         """Train one block of peers.
 
@@ -76,6 +80,7 @@ class PeerActor:
             pieces.append(None if wanted is None else _piece(sent, wanted, low))
         return json.dumps(replies), arrays_of(block), *pieces
 
+    @recorded("mix")
     def mix(self, message: str, block: Rows, *pieces: Rows | None) -> Any:
         """Return "" and the new rows of a block's state.
 
@@ -93,20 +98,24 @@ class PeerActor:
                     rows[torch.from_numpy(piece["peers"])] = torch.from_numpy(piece[name])
         return "", arrays_of(mixer.update_block(described, everyone, trained, bounds))
 
+    @recorded("evaluate")
     def sums(self, block: Rows) -> NDArray[np.float64]:
         """Return the sum of a block's models, float64 [d], see `column_sums`."""
         return column_sums(torch.from_numpy(block["x"])).numpy()
 
+    @recorded("evaluate")
     def squares(self, block: Rows, mean: NDArray[Any], columns: list[list[int]]) -> NDArray[np.float64]:
         """Return the squared distances of a block's models from their mean, float64 [panels of columns, 1]."""
         x, center = torch.from_numpy(block["x"]), torch.from_numpy(mean)
         found = [squared_distance(x[:, slice(*one)], center[slice(*one)]) for one in columns]
         return torch.stack(found).numpy()
 
+    @recorded("evaluate")
     def rows(self, block: Rows, numbers: list[int]) -> NDArray[Any]:
         """Return some of a block's models."""
         return block["x"][numbers]
 
+    @recorded("evaluate")
     def evaluate(self, message: str, models: NDArray[Any]) -> str:
         """Return the sums of one chunk of data for several models [k, d], see `PeerWorker.evaluate`."""
         x = torch.from_numpy(models)

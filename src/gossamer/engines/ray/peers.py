@@ -21,6 +21,7 @@ from gossamer.engines.peers import MERGED, Message, PeerEngine, mix_message
 from gossamer.engines.ray.actor_pool import ActorPool, Call
 from gossamer.engines.ray.cluster import make_actor, num_cpus, put_data, start_ray, watch_daemons
 from gossamer.engines.ray.peer_actor import PeerActor
+from gossamer.engines.ray.recording import recipe_entry
 from gossamer.engines.task import Task
 from gossamer.errors import ConfigError, StateLost
 from gossamer.plan import RoundPlan, TrainReport
@@ -50,7 +51,7 @@ class RayPeerEngine(PeerEngine):
         num_actors = setup.workers or num_cpus()
         bounds = bounds_of_blocks(task.workload.num_clients, num_actors)
         super().__init__(task, x, bounds, setup)
-        make = make_actor(PeerActor, json.dumps(setup.recipe), put_data(task.workload))
+        make = make_actor(PeerActor, json.dumps({**setup.recipe, **recipe_entry()}), put_data(task.workload))
         self._actors = ActorPool(
             make,
             num_actors,

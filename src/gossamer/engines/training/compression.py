@@ -13,6 +13,7 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.task import KNOWN, Task
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.rows import Rows
+from gossamer.profiling import recorder
 
 
 def compress_(task: Task, job: Job, payload: Mapping[str, Rows], residuals: Mapping[str, Tensor]) -> Arrays:
@@ -40,7 +41,8 @@ def compress_(task: Task, job: Job, payload: Mapping[str, Rows], residuals: Mapp
                 wanted = wanted + residual[i : i + 1, real]
             if bool(wanted.isfinite().all()):
                 client = job.client[i : i + 1]
-                sent = codec.compress(wanted, seed=seed, round=job.round, phase=job.phase, peers=client)
+                with recorder.span("compress", wanted.nbytes):
+                    sent = codec.compress(wanted, seed=seed, round=job.round, phase=job.phase, peers=client)
             else:
                 sent = torch.full_like(wanted, torch.nan)
             if residual is not None:

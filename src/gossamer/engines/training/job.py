@@ -84,3 +84,8 @@ class BlockResult:
     def report(self) -> TrainReport:
         """What is known of the block outside the engine."""
         return TrainReport(self.block.rows, self.loss, self.finite, norm=self.norm)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Size of the payload."""
+        return sum(part.nbytes for parts in self.payload.values() for part in parts if part is not None)

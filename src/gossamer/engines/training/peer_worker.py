@@ -21,8 +21,10 @@ from gossamer.engines.training.mixing import Mixer, column_sums, squared_distanc
 from gossamer.engines.training.rows import row_norms, usable
 from gossamer.engines.training.trainer import Trainer
 from gossamer.plan import Block
+from gossamer.profiling import recorder
 
 Message = dict[str, Any]
+STAGES = {"train": "train", "mix": "mix"}  # of messages; what they do besides is to evaluate
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ class PeerWorker:
 
     def handle(self, message: Message) -> Message:
         """Do one job and return its reply, both plain JSON values."""
+        with recorder.span(STAGES.get(message["kind"], "evaluate")):
+            return self._handle(message)
+
+    def _handle(self, message: Message) -> Message:
         if message["kind"] == "train":
             return self.train(message)
         if message["kind"] == "mix":
@@ -156,11 +162,12 @@ class PeerWorker:
         codes, draws = Arrays(), Draws(seed=self._task.seed, round=job.round, phase=job.phase, peers=job.client)
         for name, codec in self._task.algorithm.traits.codecs.items():
             rows = payload[name][:, real]
-            if name in self._peers.codes:
-                codes[name] = codec.encode(rows, **draws)
-                payload[name][:, real] = codec.decode(codes[name], rows.shape[1], rows.dtype, **draws)
-            else:
-                payload[name][:, real] = codec.compress(rows, **draws)
+            with recorder.span("compress", rows.nbytes):
+                if name in self._peers.codes:
+                    codes[name] = codec.encode(rows, **draws)
+                    payload[name][:, real] = codec.decode(codes[name], rows.shape[1], rows.dtype, **draws)
+                else:
+                    payload[name][:, real] = codec.compress(rows, **draws)
         return codes
 
     def _read(self, job: Job, where: slice | Tensor) -> Arrays:
@@ -203,6 +210,7 @@ class PeerWorker:
         sent = {
             name: panel(name, self._peers.payload(name)).contiguous() for name in self._task.algorithm.traits.uplink
         }
+        recorder.count_bytes(lambda: sum(value.nbytes for value in sent.values()))
         holders = None if self._peers.holders is None else self._peers.holders[:, columns]
         state = {name: panel(name, value) for name, value in self._peers.state.items()}
         everyone = slice(0, self._task.workload.num_clients)

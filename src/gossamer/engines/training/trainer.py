@@ -40,6 +40,7 @@ from gossamer.engines.training.steps import (
     differentiate,
     take_step,
 )
+from gossamer.profiling import recorder
 from gossamer.submodel import Layout
 from gossamer.workloads.leaves import Leaves
 
@@ -76,10 +77,11 @@ class Trainer:
         """
         variant = self.task.variants[job.block.variant]
         shared, layout, working = variant.shares_window, variant.layout, variant.working_layout
-        if shared:
-            received = [self._receive(job, int(job.client[0]), shared)] * len(job.client)
-        else:
-            received = [self._receive(job, int(client), shared) for client in job.client]
+        with recorder.span("extract"):
+            if shared:
+                received = [self._receive(job, int(job.client[0]), shared)] * len(job.client)
+            else:
+                received = [self._receive(job, int(client), shared) for client in job.client]
         residuals = {name: client_state[name] for name in self.task.residuals.values()}
         client_state = {name: rows for name, rows in client_state.items() if name not in residuals}
         if working is not layout:

@@ -14,6 +14,7 @@ from gossamer.engines.slots import write_arrays
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.trainer import Trainer
+from gossamer.profiling import recorder
 from gossamer.workloads.base import Sums
 
 Message = dict[str, Any]
@@ -42,6 +43,10 @@ class Worker:
 
     def handle(self, message: Message) -> Message:
         """Do one job and return its reply, both plain JSON values."""
+        with recorder.span("train" if message["kind"] == "train" else "evaluate"):
+            return self._handle(message)
+
+    def _handle(self, message: Message) -> Message:
         if message["kind"] == "train":
             return self._train(message)
         if message["kind"] == "statistics":
@@ -53,7 +58,8 @@ class Worker:
 
     def train(self, job: Job, client_state: Arrays) -> BlockResult:
         """Train one block in this process."""
-        return self.trainers[job.phase].train(job, client_state)
+        with recorder.span("train"):
+            return self.trainers[job.phase].train(job, client_state)
 
     def statistics(self, variant: int, round: int, chunk: int) -> dict[str, Tensor]:
         """Return the BatchNorm sums of one chunk of training data."""
@@ -83,6 +89,8 @@ class Worker:
             taken += num_rows * width
         result = trainer.train(job, client_state, slot)
         present = named_arrays(result)
+        with recorder.span("serialise", sum(value.nbytes for *_, value in present)):
+            extents = write_arrays(slot, [value for *_, value in present])
         return {
             "variant": message["variant"],
             "first_tile": message["first_tile"],
@@ -91,7 +99,7 @@ class Worker:
             "finite": result.finite,
             "norm": result.norm,
             "arrays": [[name, part] for name, part, _ in present],
-            "extents": write_arrays(slot, [value for *_, value in present]),
+            "extents": extents,
         }
 
 

@@ -1,0 +1,233 @@
+"""Records what each thread of a run does when, as JSON lines in ``DIR/trace/``, one file a process.
+
+A file begins with a header, see `Recorder`; then follows a line for each span, a list in the order of `FIELDS`, and in
+the driver's an object for each whole round. Spans of a thread are nested or apart. Processes that are forked while a
+recorder is on record to files of their own. While none is on, a span is one shared object that does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+from gossamer.errors import storage_errors
+
+FORMAT, VERSION = "gossamer-trace", 1
+FIELDS = ("kind", "thread", "begin_ns", "end_ns", "cpu_ns", "delay_ns", "bytes", "message")
+MAX_BUFFERED = 4096  # spans, after which a buffer is written
+CRITICAL, BACKGROUND = "critical", "background"
+BACKGROUND_KINDS = ("checkpoint", "log")  # that no other work of the round waits for
+
+
+class _Nothing:
+    """A span that is not recorded."""
+
+    def __enter__(self) -> None:
+        """Do nothing."""
+
+    def __exit__(self, *error: object) -> None:
+        """Do nothing."""
+
+
+_NOTHING = _Nothing()
+
+
+class _Thread(threading.local):
+    """What a thread needs: its number, its open spans and its statistics of the scheduler, -1 where there are none."""
+
+    def __init__(self) -> None:
+        self.number, self.descriptor = threading.get_native_id(), -1
+        self.open: list[_Span] = []
+        with suppress(OSError):
+            self.descriptor = os.open(f"/proc/self/task/{self.number}/schedstat", os.O_RDONLY)
+
+    def delay_ns(self) -> int:
+        """Return how long the thread has waited for a processor so far."""
+        return int(os.pread(self.descriptor, 64, 0).split()[1]) if self.descriptor >= 0 else 0
+
+
+class Recorder:
+    """Writes the trace of one process.
+
+    The header names ``format``, ``version``, ``process``, ``pid``, ``host``, ``boot`` (processes of one boot share the
+    clock), ``fields`` and a reading of both clocks, ``monotonic_ns`` and ``unix_ns``, taken together.
+    """
+
+    def __init__(self, directory: Path, process: str) -> None:
+        """Begin to record; the file is made when there is something to write."""
+        self.directory, self._thread, pid = directory, _Thread(), os.getpid()
+        self._lines: list[str] = []
+        self._path = directory / f"{process}-{pid}-{time.time_ns()}.jsonl"
+        self._descriptor = -1
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "process": process,
+            "pid": pid,
+            "host": socket.gethostname(),
+            "boot": _boot(),
+            "fields": FIELDS,
+            "monotonic_ns": time.monotonic_ns(),
+            "unix_ns": time.time_ns(),
+        }
+        self._header = json.dumps(header)
+
+    def span(self, kind: str, num_bytes: int = 0, message: str = "") -> _Span:
+        """Return a context that records a span.
+
+        Args:
+            kind: stage, such as ``train``.
+            num_bytes: of what it works on.
+            message: id that a sender's span and its receiver's have in common.
+        """
+        return _Span(self, self._thread, kind, num_bytes, message)
+
+    def count_bytes(self, num_bytes: int) -> None:
+        """Add to the bytes of the span that is open in this thread."""
+        if self._thread.open:
+            self._thread.open[-1].num_bytes += num_bytes
+
+    @contextmanager
+    def round(self, number: int) -> Iterator[None]:
+        """Note a round, counted from 1, if it ends well; what was recorded by then is written."""
+        began = time.monotonic_ns()
+        yield
+        self.write(f'{{"round": {number}, "begin_ns": {began}, "end_ns": {time.monotonic_ns()}}}')
+        self.flush()
+
+    def write(self, line: str) -> None:
+        """Add one line."""
+        self._lines.append(line)
+        if len(self._lines) >= MAX_BUFFERED:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was recorded.
+
+        Raises:
+            StorageError: the disk refuses it.
+        """
+        if self._lines:
+            lines, self._lines = self._lines, []
+            with storage_errors(self._path):
+                if self._descriptor < 0:
+                    self.directory.mkdir(exist_ok=True)
+                    self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+                    lines.insert(0, self._header)
+                os.write(self._descriptor, ("\n".join(lines) + "\n").encode())
+
+    def close(self) -> None:
+        """Write the rest, and close the file."""
+        self.flush()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+
+class _Span:
+    """One span while it is open."""
+
+    __slots__ = ("_began", "_cpu", "_delay", "_kind", "_message", "_recorder", "_thread", "num_bytes")
+
+    def __init__(self, recorder: Recorder, thread: _Thread, kind: str, num_bytes: int, message: str) -> None:
+        self._recorder, self._thread, self._kind, self._message = recorder, thread, kind, message
+        self.num_bytes = num_bytes
+
+    def __enter__(self) -> None:
+        self._thread.open.append(self)
+        self._delay, self._cpu = self._thread.delay_ns(), time.thread_time_ns()
+        self._began = time.monotonic_ns()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ended, thread = time.monotonic_ns(), self._thread
+        cpu, delay = time.thread_time_ns() - self._cpu, thread.delay_ns() - self._delay
+        thread.open.remove(self)
+        self._recorder.write(
+            f'["{self._kind}", {thread.number}, {self._began}, {ended}, {cpu}, {delay}, {self.num_bytes}, '
+            f'"{self._message}"]'
+        )
+
+
+_current: Recorder | None = None
+
+
+def span(kind: str, num_bytes: int = 0, message: str = "") -> AbstractContextManager[None]:
+    """Return a context that records a span, see `Recorder.span`, or does nothing."""
+    return _NOTHING if _current is None else _current.span(kind, num_bytes, message)
+
+
+def count_bytes(num_bytes: Callable[[], int]) -> None:
+    """Add to the bytes of the open span; they are not counted while nothing is recorded."""
+    if _current is not None:
+        _current.count_bytes(num_bytes())
+
+
+def round_span(number: int) -> AbstractContextManager[None]:
+    """Return a context that records a round, or does nothing."""
+    return _NOTHING if _current is None else _current.round(number)
+
+
+def flush() -> None:
+    """Write what was recorded, because this process may be ended."""
+    if _current is not None:
+        _current.flush()
+
+
+def is_on() -> bool:
+    """Say whether this process records."""
+    return _current is not None
+
+
+def directory() -> Path | None:
+    """Return where this process records; None: it does not."""
+    return None if _current is None else _current.directory
+
+
+def start(directory: Path, process: str) -> None:
+    """Record this process from now on."""
+    global _current
+    _current = Recorder(directory, process)
+
+
+@contextmanager
+def recording(directory: Path | None) -> Iterator[None]:
+    """Record the driver, and all processes that it forks, within the block; None: record nothing.
+
+    Raises:
+        StorageError: the disk refuses a write.
+    """
+    global _current
+    if directory is None:
+        yield
+        return
+    start(directory, "driver")
+    try:
+        yield
+    finally:
+        ended, _current = _current, None
+        if ended is not None:
+            ended.close()
+
+
+def _after_fork() -> None:
+    global _current
+    if _current is not None:
+        directory, _current = _current.directory, None
+        start(directory, "worker")
+
+
+def _boot() -> str:
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return socket.gethostname()
+
+
+os.register_at_fork(after_in_child=_after_fork)

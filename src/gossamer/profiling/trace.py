@@ -1,0 +1,289 @@
+"""Reads the trace of a run: what each thread did in each whole round, without gaps.
+
+Where spans are nested, a moment belongs to the innermost one. What no span covers is an `UNATTRIBUTED` segment, so the
+segments of a thread add up to the round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gossamer.errors import DataError
+from gossamer.profiling.recorder import FIELDS, FORMAT, VERSION
+
+UNATTRIBUTED, WAIT = "unattributed", "wait"
+DRIVER = "driver"
+HEADER = {"process": str, "pid": int, "host": str, "boot": str, "monotonic_ns": int, "unix_ns": int}
+
+
+class Span(NamedTuple):
+    """A span as it was recorded, see `recorder.FIELDS`; processor time and delay include those of spans inside it."""
+
+    kind: str
+    thread: int
+    begin_ns: int
+    end_ns: int
+    cpu_ns: int
+    delay_ns: int
+    num_bytes: int
+    message: str
+
+
+class Lane(NamedTuple):
+    """One thread of one process; `name` is unique in a trace, such as ``worker-2``."""
+
+    name: str
+    process: str
+    pid: int
+    thread: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of one thread that belongs to one span, or to none.
+
+    Attributes:
+        kind: stage.
+        begin, end: seconds since the round began.
+        cpu, delay: seconds of processor time, and of waiting for a processor.
+        num_bytes: that the span worked on; of a span in several segments, in its first.
+        message: what links the segments of a sender and a receiver; "": nothing.
+    """
+
+    kind: str
+    begin: float
+    end: float
+    cpu: float = 0.0
+    delay: float = 0.0
+    num_bytes: int = 0
+    message: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """Length."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Round:
+    """One whole round.
+
+    Attributes:
+        number: counted from 1.
+        seconds: how long it took.
+        lanes: the segments of each thread that did something, in order, without gaps from 0 to `seconds`.
+    """
+
+    number: int
+    seconds: float
+    lanes: dict[Lane, list[Segment]]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A run's rounds.
+
+    Attributes:
+        rounds: whole rounds, by their numbers; of one that was repeated, the last.
+        clock_offsets: seconds by which the clock of each process is ahead of the driver's, by both systems' time of day
+            where they are not of one boot, and so as uncertain as these.
+    """
+
+    rounds: list[Round]
+    clock_offsets: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _File:
+    header: dict[str, Any]
+    spans: list[Span]
+    rounds: list[tuple[int, int, int]]
+
+
+def read_trace(directory: Path) -> Trace:
+    """Read the trace of a run; an incomplete last line of a file, and rounds without an end, are left out.
+
+    Args:
+        directory: the run's.
+
+    Raises:
+        DataError: there is no trace, no whole round, or a file that is no trace, or its clock ran backwards.
+    """
+    paths = sorted((directory / "trace").glob("*.jsonl"))
+    if not paths:
+        raise DataError(f"{str(directory)!r} has no trace: run it with --profile")
+    files = [_read_file(path) for path in paths]
+    drivers = [file for file in files if file.header["process"] == DRIVER]
+    if not any(file.rounds for file in drivers):
+        raise DataError(f"the trace of {str(directory)!r} has no whole round: let the run get further")
+    names = _names(files)
+    offsets = {names[number]: _offset(file, drivers[0]) for number, file in enumerate(files)}
+    windows: dict[int, tuple[int, int]] = {}
+    for driver in drivers:
+        for number, begin, end in driver.rounds:
+            shift = round(_offset(driver, drivers[0]) * 1e9)
+            windows[number] = begin - shift, end - shift
+    lanes = dict(_lanes(files, names, offsets))
+    found = [_round(number, *windows[number], lanes) for number in sorted(windows)]
+    return Trace(found, offsets)
+
+
+def _read_file(path: Path) -> _File:
+    try:
+        *lines, _ = path.read_bytes().decode("utf-8", "replace").split("\n")  # what follows the last newline is torn
+    except OSError as error:
+        raise DataError(f"cannot read {str(path)!r} ({error.strerror}): check its permissions") from None
+    header = _json(lines[0]) if lines else None
+    is_ours = isinstance(header, dict) and header.get("format") == FORMAT
+    if not is_ours or any(type(header.get(key)) is not kind for key, kind in HEADER.items()):  # type: ignore[union-attr]
+        raise DataError(f"{str(path)!r} is no trace of gossamer: move it away")
+    assert isinstance(header, dict)
+    if header.get("version") != VERSION or header.get("fields") != list(FIELDS):
+        raise DataError(
+            f"{str(path)!r} is a trace of version {header.get('version')!r}, not {VERSION}: read it with the gossamer"
+            " that wrote it"
+        )
+    spans, rounds = [], []
+    for number, line in enumerate(lines[1:], start=2):
+        found = _json(line)
+        if isinstance(found, dict) and {"round", "begin_ns", "end_ns"} <= found.keys():
+            rounds.append((int(found["round"]), int(found["begin_ns"]), int(found["end_ns"])))
+        elif isinstance(found, list) and [type(one) for one in found] == [str, int, int, int, int, int, int, str]:
+            spans.append(Span(*found))
+        else:
+            raise DataError(f"line {number} of {str(path)!r} is no span: restore the trace, or move it away")
+    _check_clock(path, spans)
+    return _File(header, spans, rounds)
+
+
+def _check_clock(path: Path, spans: Iterable[Span]) -> None:
+    last: dict[int, int] = defaultdict(int)
+    for span in spans:
+        if span.end_ns < span.begin_ns or span.end_ns < last[span.thread]:
+            raise DataError(
+                f"in {str(path)!r} a span of {span.kind!r} ends at {span.end_ns} ns, before"
+                f" {max(span.begin_ns, last[span.thread])} ns: its clock ran backwards, so record the run again"
+            )
+        last[span.thread] = span.end_ns
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _names(files: Sequence[_File]) -> list[str]:
+    """Name processes by their kind and, in the order in which they began, a number."""
+    order = sorted(range(len(files)), key=lambda number: files[number].header["unix_ns"])
+    counts: dict[str, int] = defaultdict(int)
+    names = [""] * len(files)
+    for number in order:
+        kind = files[number].header["process"]
+        names[number] = f"{kind}-{counts[kind]}" if kind != DRIVER or counts[kind] else kind
+        counts[kind] += 1
+    return names
+
+
+def _offset(file: _File, driver: _File) -> float:
+    if file.header["boot"] == driver.header["boot"]:
+        return 0.0
+    ours, theirs = (one.header["monotonic_ns"] - one.header["unix_ns"] for one in (file, driver))
+    return float(ours - theirs) / 1e9
+
+
+def _lanes(files: Sequence[_File], names: list[str], offsets: dict[str, float]) -> Iterator[tuple[Lane, list[Span]]]:
+    for file, name in zip(files, names, strict=True):
+        shift = round(offsets[name] * 1e9)
+        threads: dict[int, list[Span]] = defaultdict(list)
+        for span in file.spans:
+            threads[span.thread].append(
+                span._replace(begin_ns=span.begin_ns - shift, end_ns=span.end_ns - shift) if shift else span
+            )
+        for number, (thread, spans) in enumerate(threads.items()):
+            spans.sort(key=lambda span: (span.begin_ns, -span.end_ns))
+            lane_name = name if number == 0 else f"{name}.{number}"
+            yield Lane(lane_name, file.header["process"], file.header["pid"], thread), spans
+
+
+def _round(number: int, begin_ns: int, end_ns: int, lanes: dict[Lane, list[Span]]) -> Round:
+    found = {}
+    for lane, spans in lanes.items():
+        inside = [span for span in spans if span.end_ns > begin_ns and span.begin_ns < end_ns]
+        if inside:
+            found[lane] = [_since(begin_ns, one) for one in _segments(inside, begin_ns, end_ns)]
+    return Round(number, (end_ns - begin_ns) / 1e9, found)
+
+
+def _since(origin_ns: int, piece: tuple[int, int, Span | None, float, bool]) -> Segment:
+    begin_ns, end_ns, span, share, is_first = piece
+    begin, end = (begin_ns - origin_ns) / 1e9, (end_ns - origin_ns) / 1e9
+    if span is None:
+        return Segment(UNATTRIBUTED, begin, end)
+    cpu, delay = (share * value / 1e9 for value in (span.cpu_ns, span.delay_ns))
+    return Segment(span.kind, begin, end, cpu, delay, span.num_bytes if is_first else 0, span.message)
+
+
+def _segments(spans: list[Span], begin_ns: int, end_ns: int) -> Iterator[tuple[int, int, Span | None, float, bool]]:
+    """Cut a window into pieces; yield begin, end, whose own each is, its share of that, and whether it is the first."""
+    pieces: list[tuple[int, int, int]] = []  # begin, end, number of the span, -1 for none
+    open_spans: list[int] = []
+    at = begin_ns
+
+    def advance(until: int) -> None:
+        """Give what lies before `until` to whoever is open."""
+        nonlocal at
+        until = min(until, end_ns)
+        while open_spans and spans[open_spans[-1]].end_ns <= until:
+            last = open_spans.pop()
+            if spans[last].end_ns > at:
+                pieces.append((at, spans[last].end_ns, last))
+                at = spans[last].end_ns
+        if until > at:
+            pieces.append((at, until, open_spans[-1] if open_spans else -1))
+            at = until
+
+    own = [[span.cpu_ns, span.delay_ns] for span in spans]
+    for number, span in enumerate(spans):
+        advance(max(span.begin_ns, begin_ns))
+        if open_spans:
+            parent = own[open_spans[-1]]
+            parent[0], parent[1] = parent[0] - span.cpu_ns, parent[1] - span.delay_ns
+        open_spans.append(number)
+    advance(end_ns)
+    totals: dict[int, int] = defaultdict(int)
+    for begin, end, number in pieces:
+        totals[number] += end - begin
+    seen = set[int]()
+    for begin, end, number in pieces:
+        if number < 0:
+            yield begin, end, None, 0.0, False
+            continue
+        span = spans[number]
+        cpu, delay = (max(0, value) for value in own[number])
+        clipped = max(0, min(span.end_ns, end_ns) - max(span.begin_ns, begin_ns))
+        inside = clipped / max(1, span.end_ns - span.begin_ns)  # a span that reaches beyond the round
+        share = inside * (end - begin) / totals[number]
+        yield begin, end, span._replace(cpu_ns=cpu, delay_ns=delay), share, number not in seen
+        seen.add(number)
+
+
+def stage_totals(rounds: Sequence[Round]) -> dict[str, Segment]:
+    """Add up the segments of each stage over all threads of some rounds; as segments that begin at 0."""
+    found: dict[str, Segment] = {}
+    for segment in (one for each in rounds for lane in each.lanes.values() for one in lane):
+        before = found.get(segment.kind, Segment(segment.kind, 0.0, 0.0))
+        found[segment.kind] = replace(
+            before,
+            end=before.end + segment.seconds,
+            cpu=before.cpu + segment.cpu,
+            delay=before.delay + segment.delay,
+            num_bytes=before.num_bytes + segment.num_bytes,
+        )
+    return found

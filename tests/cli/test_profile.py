@@ -1,0 +1,81 @@
+"""``gossamer profile`` and ``gossamer offload``: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from gossamer.cli.main import app
+from traces import span, write
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return a run of five rounds in which a checkpoint takes half of the time."""
+    spans, rounds = [], []
+    for number in range(5):
+        at = 100.0 * number
+        spans += [span("train", at, at + 50, num_bytes=9), span("checkpoint", at + 50, at + 100, num_bytes=1000)]
+        rounds.append((number + 1, at, at + 100))
+    write(tmp_path / "run", "driver", spans, rounds)
+    return tmp_path / "run"
+
+
+def call(*arguments: object) -> Result:
+    """Run a command."""
+    return CliRunner().invoke(app, [str(one) for one in arguments])
+
+
+def test_profile_prints_stages_and_writes_files(run: Path, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.json", "a.goal", "a.png")]
+    result = call("profile", run, "--chrome", files[0], "--goal", files[1], "-o", files[2])
+    assert result.exit_code == 0, result.output
+    assert "a round takes 100 ms" in result.output
+    assert [line.split()[0] for line in result.output.splitlines()[3:5]] == ["train", "checkpoint"]
+    assert result.output.splitlines()[-1] == str(files[2])
+    assert all(path.stat().st_size for path in files)
+
+
+def test_profile_prints_json(run: Path) -> None:
+    found = json.loads(call("profile", run, "--json").stdout)
+    assert found["num_rounds"] == 5
+    assert {one["stage"]: one["path_share"] for one in found["stages"]} == {"train": 0.5, "checkpoint": 0.5}
+
+
+def test_offload_prints_verdicts(run: Path, tmp_path: Path) -> None:
+    result = call("offload", run, "--device", "bluefield-2", "-o", tmp_path / "a.svg")
+    assert result.exit_code == 0, result.output
+    row = next(line for line in result.output.splitlines() if line.startswith("checkpoint"))
+    assert row.split()[1] == "win"
+    assert "A2 met" in result.output
+    assert result.output.splitlines()[-1] == str(tmp_path / "a.svg")
+
+
+def test_offload_prints_json(run: Path) -> None:
+    found = json.loads(call("offload", run, "--device", "emulated", "--json").stdout)
+    assert not found["nothing_worth_offloading"]
+    (stage,) = found["stages"]
+    assert stage["verdict"] == "win"
+    assert stage["change"]["mean"] == pytest.approx(-0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["profile", "nowhere"], "'nowhere' has no trace: run it with --profile"),
+        (["profile", "RUN", "-o", "a.txt"], "cannot tell the format"),
+        (["offload", "RUN", "--device", "bluefield-9"], "unknown device 'bluefield-9'"),
+        (["offload", "RUN", "--device", "emulated", "--stage", "mixin"], "did you mean 'mixing'"),
+        (["offload", "RUN", "--device", "emulated", "--stage", "mixing"], "no span of stage 'mixing' was recorded"),
+        (["offload", "RUN", "--device", "./none.yaml"], "none.yaml"),
+    ],
+)
+def test_bad_input_is_one_sentence(run: Path, arguments: list[str], told: str) -> None:
+    result = call(*(run if one == "RUN" else one for one in arguments))
+    assert result.exit_code == 2
+    assert told in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1

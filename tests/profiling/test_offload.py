@@ -1,0 +1,180 @@
+"""Verdicts on offloading: what must win, what must lose, and what nobody can tell."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gossamer.errors import ConfigError
+from gossamer.profiling.advice import CANNOT_TELL, LOSE, WIN, Verdict, is_nothing_worth, judge
+from gossamer.profiling.devices import Accelerator, Device, Number, read_device
+from gossamer.profiling.offload import STAGES, costs_of, move, stage_named
+from gossamer.profiling.replay import Graph, Node, replay
+
+MB = 1_000_000
+
+
+def rounds(*stages: tuple[str, float, int], train: float = 0.1) -> list[Graph]:
+    """Return six equal rounds of one thread: training, then stages of (kind, seconds, bytes)."""
+    nodes = [Node("driver", "train", train, train)]
+    nodes += [Node("driver", kind, seconds, seconds, num_bytes) for kind, seconds, num_bytes in stages]
+    return [Graph([*nodes, Node("driver", "update", 0.01, 0.01)])] * 6
+
+
+def emulated(**values: float) -> Device:
+    """Return the emulated device with other numbers."""
+    device = read_device("emulated")
+    changed = {name: replace(device.numbers[name], value=value, lo=value, hi=value) for name, value in values.items()}
+    return replace(device, numbers=device.numbers | changed)
+
+
+def verdict_of(graphs: list[Graph], device: Device, name: str) -> Verdict:
+    """Return the verdict on one stage."""
+    (found,) = judge(graphs, device, [stage_named(name)])
+    return found
+
+
+def seconds(graph: Graph, device: Device, name: str, **place: float) -> float:
+    """Return how long a round is with a stage moved."""
+    stage = stage_named(name)
+    return move(graph, stage, costs_of(device, stage, stage.kinds[:1], place)).seconds
+
+
+class TestClosedForms:
+    def test_a_synchronous_stage_takes_submit_link_and_slowdown(self) -> None:
+        device = emulated(slowdown_cpu=3, link_latency=1e-3, link_bandwidth=1e8, submit=2e-3)
+        (graph, *_) = rounds(("compress", 0.02, MB))
+        expected = 0.1 + 2e-3 + (1e-3 + 0.01) + 3 * 0.02 + (0.01 + 1e-3) + 0.01
+        assert seconds(graph, device, "codec") == pytest.approx(expected, abs=1e-9)
+
+    def test_a_background_stage_costs_the_host_the_copy_alone(self) -> None:
+        device = emulated(slowdown_copy=2, link_latency=1e-3, link_bandwidth=1e8, submit=2e-3)
+        (graph, *_) = rounds(("checkpoint", 0.05, MB))
+        assert seconds(graph, device, "checkpoint") == pytest.approx(0.1 + 2e-3 + 0.01 + 1e-3 + 0.01, abs=1e-9)
+
+    def test_a_device_that_cannot_keep_up_makes_the_round_longer(self) -> None:
+        (graph, *_) = rounds(("checkpoint", 0.05, MB))
+        assert seconds(graph, emulated(slowdown_copy=20), "checkpoint") == pytest.approx(1.0, abs=1e-9)
+
+    def test_pieces_of_a_pipeline_overlap(self) -> None:
+        nodes = [Node("driver", kind, 0.01, 0.01) for _ in range(10) for kind in ("receive", "aggregate")]
+        graph = Graph([*nodes, Node("driver", "update", 0.01, 0.01)])
+        device = emulated(slowdown_stream=1, link_latency=0, submit=0)
+        assert seconds(graph, device, "aggregation") == pytest.approx(0.01 + 10 * 0.01 + 0.01, abs=1e-9)
+
+    def test_time_that_is_no_processor_time_stays(self) -> None:
+        graph = Graph([Node("driver", "compress", 0.05, 0.01)])
+        device = emulated(slowdown_cpu=3, link_latency=0, submit=0)
+        assert seconds(graph, device, "codec") == pytest.approx(0.04 + 3 * 0.01, abs=1e-9)
+
+    def test_memory_bounds_a_core(self) -> None:
+        graph = Graph([Node("driver", "mix", 0.01, 0.01, 100 * MB)])
+        device = emulated(slowdown_matrix=2, memory_bandwidth=1e9, link_bandwidth=1e15, link_latency=0, submit=0)
+        assert seconds(graph, device, "mixing") == pytest.approx(0.1, abs=1e-5)
+
+
+class TestNegativeControls:
+    def test_a_tiny_payload_loses_on_an_accelerator(self) -> None:
+        found = verdict_of(rounds(*[("deflate", 2e-6, 100)] * 50), read_device("bluefield-2"), "compression")
+        assert found.verdict == LOSE
+        assert found.engine == "deflate"
+        assert [one.is_met for one in found.advice if one.name == "A1"] == [False]
+
+    def test_a_synchronous_offload_at_slowdown_three_loses(self) -> None:
+        found = verdict_of(rounds(("compress", 0.05, MB)), emulated(), "codec")
+        assert found.verdict == LOSE
+        assert "never saves time" in found.reason
+        assert found.change.mean > 0
+        assert found.freed_cpu_seconds == pytest.approx(0.05, rel=1e-3)
+        assert [one.is_met for one in found.advice if one.name == "A4"] == [False]
+
+    def test_nothing_is_worth_offloading_from_a_run_that_computes(self) -> None:
+        graphs = rounds(("aggregate", 0.001, MB), ("log", 1e-4, 100), train=10.0)
+        for name in ("bluefield-2", "bluefield-3", "emulated", "host"):
+            assert is_nothing_worth(judge(graphs, read_device(name)))
+
+    def test_zlib_wins_large_on_a_deflate_engine_and_zstd_does_not(self) -> None:
+        device = read_device("bluefield-2")
+        engine_seconds = 100 * MB / device.engines["deflate"].numbers["throughput"].value
+        # 45 times zlib on a host's core, and 1.8 times zstd (docs/profiling.md).
+        zlib = verdict_of(rounds(("deflate", 45 * engine_seconds, 100 * MB)), device, "compression")
+        zstd = verdict_of(rounds(("zstd", 1.8 * engine_seconds, 100 * MB)), device, "compression")
+        assert zlib.verdict == WIN
+        assert zlib.change.mean < -0.9
+        assert zstd.change.mean > zlib.change.mean + 0.4
+
+    def test_an_engine_that_only_decompresses_is_not_used(self) -> None:
+        device = read_device("bluefield-2")
+        one_way = replace(device.engines["deflate"], directions=("decompress",))
+        found = verdict_of(rounds(("deflate", 1.0, MB)), replace(device, engines={"deflate": one_way}), "compression")
+        assert found.engine is None
+
+
+class TestVerdicts:
+    def test_a_checkpoint_in_the_background_wins(self) -> None:
+        found = verdict_of(rounds(("checkpoint", 0.05, MB)), read_device("bluefield-2"), "checkpoint")
+        assert found.verdict == WIN
+        assert {one.name: one.is_met for one in found.advice} == {"A1": None, "A2": True, "A3": False, "A4": True}
+        assert 0 < found.utilisation < 1
+
+    def test_break_even_is_where_the_round_is_as_long(self) -> None:
+        graphs, device = rounds(("checkpoint", 0.05, MB)), emulated()
+        found = verdict_of(graphs, device, "checkpoint")
+        assert found.break_even_slowdown is not None
+        again = verdict_of(graphs, emulated(slowdown_copy=found.break_even_slowdown), "checkpoint")
+        assert abs(again.change.mean) < 1e-4
+
+    def test_an_assumed_number_decides(self) -> None:
+        device = emulated(slowdown_copy=1)
+        guess = Number(1e-3, 1e-6, 0.2, "s", "a guess", "assumed")
+        found = verdict_of(
+            rounds(("checkpoint", 0.05, MB)),
+            replace(device, numbers=device.numbers | {"submit": guess}),
+            "checkpoint",
+        )
+        assert found.verdict == CANNOT_TELL
+        assert found.deciding == ["submit"]
+        assert "submit is assumed" in found.reason
+
+    @pytest.mark.parametrize("name", ["bluefield-2", "bluefield-3", "host"])
+    @pytest.mark.parametrize("pieces", [("checkpoint", 0.05, MB), ("aggregate", 0.05, 10 * MB), ("mix", 0.03, MB)])
+    def test_no_assumed_number_flips_a_verdict(self, name: str, pieces: tuple[str, float, int]) -> None:
+        graphs, device = rounds(pieces), read_device(name)
+        (found,) = judge(graphs, device)
+        for key, number in device.numbers.items():
+            for value in (number.lo, number.hi):
+                fixed = replace(number, value=value, lo=value, hi=value)
+                (again,) = judge(graphs, replace(device, numbers=device.numbers | {key: fixed}))
+                assert found.verdict in (CANNOT_TELL, again.verdict)
+
+    @pytest.mark.parametrize("stage", [stage.name for stage in STAGES])
+    def test_the_round_is_monotone_in_the_slowdown(self, stage: str) -> None:
+        kind = stage_named(stage).kinds[0]
+        (graph, *_) = rounds((kind, 0.02, MB), ("receive", 0.01, 0), (kind, 0.03, MB))
+        number = stage_named(stage).slowdown
+        found = [seconds(graph, emulated(**{number: k}), stage) for k in (0.1, 0.5, 1.0, 2.0, 3.0, 10.0)]
+        assert found == sorted(found)
+
+    def test_a_stage_that_was_not_recorded_is_left_out(self) -> None:
+        assert judge(rounds(), emulated()) == []
+
+    def test_an_unknown_stage_is_told(self) -> None:
+        with pytest.raises(ConfigError, match="unknown stage 'agregation'; did you mean 'aggregation'"):
+            stage_named("agregation")
+
+    def test_an_engine_is_used_only_for_its_kinds(self) -> None:
+        numbers: dict[str, Any] = read_device("bluefield-2").engines["deflate"].numbers
+        device = replace(emulated(), engines={"crypto": Accelerator(("encrypt",), ("encrypt",), numbers)})
+        assert device.engine_for(["encrypt"], "encrypt") == "crypto"
+        assert device.engine_for(["encrypt"], "decrypt") is None
+        assert device.engine_for(["deflate"], "compress") is None
+
+
+def test_moving_nothing_changes_nothing() -> None:
+    (graph, *_) = rounds(("aggregate", 0.02, MB))
+    stage = stage_named("checkpoint")
+    moved = move(graph, stage, costs_of(emulated(), stage, stage.kinds, {}))
+    assert moved.seconds == replay(graph).seconds
+    assert moved.freed_seconds == moved.link_bytes == 0

@@ -1,0 +1,210 @@
+"""The recorder: nothing while it is off, each process its file, and runs whose bits it does not change."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gossamer
+from gossamer.profiling import recorder
+from gossamer.profiling.exports import write_chrome, write_goal, write_perfetto
+from gossamer.profiling.trace import UNATTRIBUTED, WAIT, Trace, read_trace, stage_totals
+from gossamer.reports.profile import examine
+
+IMAGES = {"name": "image-classification", "dataset": {"name": "digits", "limit": 300}, "model": "softmax"}
+CLIENTS: dict[str, Any] = {
+    "workload": IMAGES,
+    "clients": {"num": 8, "per_round": 6},
+    "communication": {"uplink": {"name": "top-k", "share": 0.2}},
+}
+PEERS: dict[str, Any] = {"workload": IMAGES, "peers": {"num": 8, "topology": "ring"}}
+COMMON: dict[str, Any] = {"rounds": 5, "train": {"lr": 0.1, "epochs": 2}, "checkpoint": {"every_seconds": 0}}
+
+
+@pytest.fixture(scope="module", params=[("clients", 0), ("clients", 2), ("peers", 2)], ids=str)
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run and record clients or peers, in one process or three."""
+    kind, workers = request.param
+    config = {"clients": CLIENTS, "peers": PEERS}[kind] | COMMON | {"engine": {"workers": workers}, "profile": True}
+    return gossamer.run(config, out=tmp_path_factory.mktemp(kind) / "run").directory
+
+
+class TestRuns:
+    def test_every_thread_adds_up_to_the_round(self, recorded: Path) -> None:
+        for one in read_trace(recorded).rounds:
+            for segments in one.lanes.values():
+                assert sum(segment.seconds for segment in segments) == pytest.approx(one.seconds, rel=1e-3)
+
+    def test_all_rounds_and_processes_are_there(self, recorded: Path) -> None:
+        trace = read_trace(recorded)
+        assert [one.number for one in trace.rounds] == [1, 2, 3, 4, 5]
+        num_files = len(list((recorded / "trace").iterdir()))
+        assert len({lane.pid for one in trace.rounds for lane in one.lanes}) == num_files in (1, 3)
+
+    def test_stages_are_named(self, recorded: Path) -> None:
+        kinds = set(stage_totals(read_trace(recorded).rounds))
+        assert {"plan", "train", "evaluate", "log", "checkpoint"} <= kinds
+        assert {"aggregate", "compress"} <= kinds or "mix" in kinds
+
+    def test_the_replayed_round_is_the_recorded_one(self, recorded: Path) -> None:
+        assert examine(read_trace(recorded)).replay_error < 0.01
+
+    def test_chrome_has_no_overlaps_and_equal_totals(self, recorded: Path, tmp_path: Path) -> None:
+        trace = read_trace(recorded)
+        write_chrome(trace, tmp_path / "chrome.json")
+        events = json.loads((tmp_path / "chrome.json").read_text())["traceEvents"]
+        totals: dict[str, float] = {}
+        last: dict[tuple[int, int], float] = {}
+        for event in (one for one in events if one["ph"] == "X"):
+            track = event["pid"], event["tid"]
+            assert event["ts"] >= last.get(track, 0.0) - 1e-3
+            last[track] = event["ts"] + event["dur"]
+            totals[event["name"]] = totals.get(event["name"], 0.0) + event["dur"] / 1e6
+        assert totals == pytest.approx({kind: one.seconds for kind, one in stage_totals(trace.rounds).items()})
+
+    def test_goal_has_a_receive_for_every_send(self, recorded: Path, tmp_path: Path) -> None:
+        trace = read_trace(recorded)
+        write_goal(trace, tmp_path / "run.goal")
+        sends, receives, calculated = parse_goal((tmp_path / "run.goal").read_text())
+        assert sends == receives
+        busy = sum(one.seconds for kind, one in stage_totals(trace.rounds).items() if kind not in (WAIT, UNATTRIBUTED))
+        assert calculated / 1e9 >= 0.99 * busy
+
+    def test_perfetto_reads_equal_totals(self, recorded: Path, tmp_path: Path) -> None:
+        found = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
+        trace = read_trace(recorded)
+        write_perfetto(trace, tmp_path / "run.pftrace")
+        packets = found.Trace.FromString((tmp_path / "run.pftrace").read_bytes()).packet
+        open_slices: dict[int, tuple[str, int]] = {}
+        totals: dict[str, float] = {}
+        for packet in (one for one in packets if one.HasField("track_event")):
+            event = packet.track_event
+            if event.type == event.TYPE_SLICE_BEGIN:
+                assert event.track_uuid not in open_slices
+                open_slices[event.track_uuid] = event.name, packet.timestamp
+            else:
+                name, begin = open_slices.pop(event.track_uuid)
+                totals[name] = totals.get(name, 0.0) + (packet.timestamp - begin) / 1e9
+        expected = {kind: one.seconds for kind, one in stage_totals(trace.rounds).items()}
+        assert totals == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def parse_goal(text: str) -> tuple[list, list, int]:
+    """Return (sender, receiver, bytes, tag) of sends and of receives, sorted, and the sum of calc in nanoseconds."""
+    head, *blocks = text.strip().split("\n\n")
+    assert head == f"num_ranks {len(blocks)}"
+    sends, receives, calculated = [], [], 0
+    for rank, block in enumerate(blocks):
+        first, *lines, last = block.split("\n")
+        assert (first, last) == (f"rank {rank} {{", "}")
+        known = set[str]()
+        for line in lines:
+            label, _, rest = line.partition(": ")
+            words = rest.split()
+            if not words:
+                label, _, required = line.partition(" requires ")
+                assert {label, required} <= known
+                continue
+            known.add(label)
+            if words[0] == "calc":
+                calculated += int(words[1])
+            else:
+                size, other, tag = int(words[1].removesuffix("b")), int(words[3]), int(words[5])
+                assert words[2:5:2] == [{"send": "to", "recv": "from"}[words[0]], "tag"]
+                pair = (rank, other) if words[0] == "send" else (other, rank)
+                (sends if words[0] == "send" else receives).append((*pair, size, tag))
+    return sorted(sends), sorted(receives), calculated
+
+
+@pytest.mark.parametrize(("config", "workers"), [(CLIENTS, 0), (CLIENTS, 2), (PEERS, 2)], ids=["0", "2", "peers"])
+def test_recording_changes_no_bits(tmp_path: Path, config: dict[str, Any], workers: int) -> None:
+    common = config | COMMON | {"rounds": 2, "engine": {"workers": workers}}
+    plain, recorded = (gossamer.run(common | {"profile": on}, out=tmp_path / str(on)) for on in (False, True))
+    assert all(plain.params[name].equal(value) for name, value in recorded.params.items())
+    assert not list((plain.directory / "trace").iterdir())
+    assert len(list((recorded.directory / "trace").iterdir())) == 1 + workers
+
+
+def test_a_recorded_run_can_be_resumed_with_or_without(tmp_path: Path) -> None:
+    config = PEERS | COMMON | {"rounds": 2, "engine": {"workers": 0}, "profile": True}
+    directory = gossamer.run(config, out=tmp_path / "run").directory
+    gossamer.resume(directory, overrides=["rounds=3", "profile=false"])
+    assert [one.number for one in read_trace(directory).rounds] == [1, 2]
+    gossamer.resume(directory, overrides=["rounds=4"])
+    assert [one.number for one in read_trace(directory).rounds] == [1, 2, 4]
+
+
+def test_a_slow_stage_of_one_process_is_found(tmp_path: Path) -> None:
+    slept = 0.02
+    with recorder.recording(tmp_path / "trace"):
+        for number in range(1, 4):
+            with recorder.round_span(number):
+                with recorder.span("train"):
+                    time.sleep(0.01)
+                with recorder.span("mix"):
+                    time.sleep(slept)
+    trace = read_trace(tmp_path)
+    assert per_round(trace, "mix") == pytest.approx(slept, rel=0.1)
+    assert examine(trace).stages[0].stage == "mix"
+
+
+def per_round(trace: Trace, kind: str) -> float:
+    """Return the seconds of a stage in a round."""
+    return stage_totals(trace.rounds)[kind].seconds / len(trace.rounds)
+
+
+def test_processor_time_is_that_of_the_thread(tmp_path: Path) -> None:
+    with recorder.recording(tmp_path / "trace"), recorder.round_span(1):
+        began = time.thread_time()
+        with recorder.span("train"):
+            while time.thread_time() - began < 0.05:
+                pass
+        used = time.thread_time() - began
+        with recorder.span("wait"):
+            time.sleep(0.02)
+    totals = stage_totals(read_trace(tmp_path).rounds)
+    assert totals["train"].cpu == pytest.approx(used, rel=0.02)
+    assert totals["wait"].cpu < 0.005
+
+
+def test_a_forked_process_writes_a_file_of_its_own(tmp_path: Path) -> None:
+    with recorder.recording(tmp_path / "trace"), recorder.round_span(1):
+        child = os.fork()
+        if not child:
+            with recorder.span("train"):
+                pass
+            recorder.flush()
+            os._exit(0)
+        with recorder.span("wait"):
+            os.waitpid(child, 0)
+    (one,) = read_trace(tmp_path).rounds
+    assert {lane.process: {s.kind for s in own} - {UNATTRIBUTED} for lane, own in one.lanes.items()} == {
+        "driver": {"wait"},
+        "worker": {"train"},
+    }
+
+
+def test_nothing_is_made_while_it_is_off() -> None:
+    assert not recorder.is_on()
+    assert recorder.span("train") is recorder.span("mix") is recorder.round_span(1)
+    recorder.count_bytes(lambda: pytest.fail("bytes are not counted"))
+    recorder.flush()
+
+
+def test_a_round_that_fails_is_not_noted(tmp_path: Path) -> None:
+    def fail() -> None:
+        with recorder.recording(tmp_path / "trace"):
+            with recorder.round_span(1):
+                pass
+            with recorder.round_span(2):
+                raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert not recorder.is_on()
+    assert [one.number for one in read_trace(tmp_path).rounds] == [1]

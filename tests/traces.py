@@ -1,0 +1,42 @@
+"""Writes traces as the recorder does, from a few times."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gossamer.profiling.recorder import FIELDS, FORMAT, VERSION
+
+MS = 1_000_000  # nanoseconds
+Written = tuple[str, float, float]
+
+
+def header(process: str, pid: int, **changes: Any) -> dict[str, Any]:
+    """Return the header of a file."""
+    found = {"format": FORMAT, "version": VERSION, "process": process, "pid": pid, "host": "h", "boot": "b"}
+    return found | {"fields": list(FIELDS), "monotonic_ns": 0, "unix_ns": pid} | changes
+
+
+def span(kind: str, begin: float, end: float, cpu: float | None = None, num_bytes: int = 0, message: str = "") -> list:
+    """Return a span; times in milliseconds."""
+    used = end - begin if cpu is None else cpu
+    return [kind, 1, round(begin * MS), round(end * MS), round(used * MS), 0, num_bytes, message]
+
+
+def write(
+    directory: Path,
+    process: str,
+    spans: Sequence[list],
+    rounds: Sequence[tuple[int, float, float]] = (),
+    pid: int = 1,
+    **changes: Any,
+) -> Path:
+    """Write the file of one process; rounds are numbers, begins and ends in milliseconds."""
+    (directory / "trace").mkdir(exist_ok=True, parents=True)
+    marks = [{"round": n, "begin_ns": round(begin * MS), "end_ns": round(end * MS)} for n, begin, end in rounds]
+    lines = [header(process, pid, **changes), *sorted(spans, key=lambda one: one[3]), *marks]
+    path = directory / "trace" / f"{process}-{pid}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
