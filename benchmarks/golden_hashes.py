@@ -6,7 +6,8 @@ with 1 where a hash differs from that of an earlier output. With --by-rule modes
 and the examples of the README run, too: `golden_hashes.py --by-rule --workers 1 2 3 --repeats 2`. With --training the
 runs are those of optimizers, parts of models, codecs and outer steps; with --kill each is also killed after its second
 round by SIGKILL, on the local engine, and resumed: `golden_hashes.py --training --kill --workers 1 2 4`. With --ranks
-they also run on engine collective, under torchrun: `golden_hashes.py --engines local --ranks 1 2 3 5`.
+they also run on engine collective, under torchrun: `golden_hashes.py --engines local --ranks 1 2 3 5`. With --profile
+each also runs recorded, on the first engine.
 """
 
 from __future__ import annotations
@@ -203,6 +204,7 @@ def main() -> int:
     parser.add_argument(
         "--training", action="store_true", help="runs of optimizers, parts of models, codecs, outer steps"
     )
+    parser.add_argument("--profile", action="store_true", help="also record each, on the first engine")
     parser.add_argument("--kill", action="store_true", help="also kill and resume each, on the local engine")
     parser.add_argument("--ranks", type=int, nargs="*", default=[], help="also on so many ranks, under torchrun")
     parser.add_argument("--as-rank", action="store_true", help="be one of the ranks that torchrun starts")
@@ -222,6 +224,9 @@ def main() -> int:
     if given.kill:  # first, because Ray's threads do not go with forks
         hashes["local, killed"] = measure(runs, "local", given.workers[0], killed=True)
     hashes |= {name: measure(runs, *way) for name, way in ways.items()}
+    if given.profile:
+        recorded = {name: config | {"profile": True} for name, config in runs.items()}
+        hashes[f"{given.engines[0]}, recorded"] = measure(recorded, given.engines[0], given.workers[0])
     which = ["--training"] if given.training else ["--by-rule"] if given.by_rule else []
     hashes |= {f"collective, {num} ranks": measured_on_ranks(num, which) for num in given.ranks}
     engines_equal = len({json.dumps(one, sort_keys=True) for one in hashes.values()}) == 1

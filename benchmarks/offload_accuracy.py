@@ -1,10 +1,10 @@
 """How well a replay predicts a round with one stage moved to another process, which really does it.
 
-Rounds of a driver and workers, forked processes linked by pipes, are recorded: their work is timed (they sleep), so that a
-noisy machine does not matter. Then the stage is done by a side-car process, `slowdown` times as slowly, behind a link of
-stated latency and bandwidth, and the mean round is compared with what was predicted from the record. What the side-car
-adds to an empty piece is measured once before, for other sizes. Two naive predictors stand beside: the round without the
-stage, and the round with the stage's time scaled. It shows that the model holds, and nothing of a card's numbers.
+Rounds of a driver and workers, forked processes linked by pipes, are recorded: their work is timed (they sleep), so
+that a noisy machine matters little. Then the stage is done by a side-car process, `slowdown` times as slowly, behind a
+link of stated latency and bandwidth, and the mean round is compared with what was predicted from the record. What the
+side-car adds to an empty piece is measured once before, with other sizes. Two naive predictors stand beside: the round
+without the stage, and the round with the stage's time scaled. This shows that the model holds, and nothing of a card.
 
 Prints one JSON object: `python benchmarks/offload_accuracy.py --trials 60`.
 """

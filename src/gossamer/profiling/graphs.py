@@ -52,13 +52,13 @@ def graph_of(one: Round) -> Graph:
                 leaving[lane, place] = graph.add(Node(lane.name, SEND, 0.0))
             node = Node(lane.name, segment.kind, seconds, min(segment.cpu, seconds), segment.num_bytes)
             numbers[lane, place] = graph.add(node)
-    for lane, place, sender, sent, seconds in arrivals:
+    for lane, place, sender, sent, delay in arrivals:
         if (sender, sent) not in leaving or (lane, place) not in numbers:  # it is not received in this round
             continue
         source, target = leaving[sender, sent], leaving.get((lane, place), numbers[lane, place])
         recorded = one.lanes[lane][place].begin - one.lanes[sender][sent].begin
         if source < target:
-            graph.edges.append(Edge(source, target, max(0.0, min(ready, recorded) if seconds is None else seconds)))
+            graph.edges.append(Edge(source, target, max(0.0, min(ready, recorded) if delay is None else delay)))
     return graph
 
 

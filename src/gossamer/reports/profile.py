@@ -15,7 +15,8 @@ from gossamer.profiling.devices import Device
 from gossamer.profiling.exports import rounds_of
 from gossamer.profiling.graphs import graph_of
 from gossamer.profiling.offload import STAGES, Stage, costs_of, move
-from gossamer.profiling.replay import Graph, bootstrap, replay, slack
+from gossamer.profiling.outliers import Outlier, find_outliers
+from gossamer.profiling.replay import Graph, Interval, bootstrap, replay, slack
 from gossamer.profiling.trace import UNATTRIBUTED, WAIT, Round, Segment, Trace, stage_totals
 from gossamer.reports.images import save
 from gossamer.storage.tables import aligned
@@ -62,15 +63,17 @@ class Profile:
         replay_error: relative difference between replayed and recorded rounds, the largest.
         stages: the largest first.
         processes: ``{thread: {stage: seconds}}``.
+        slow: processes that are slower than the others in a stage.
         clock_offsets: see `Trace`.
     """
 
     num_rounds: int
     seconds: float
-    round_seconds: tuple[float, float, float]
+    round_seconds: Interval
     replay_error: float
     stages: list[StageTime]
     processes: dict[str, dict[str, float]]
+    slow: list[Outlier]
     clock_offsets: dict[str, float]
 
 
@@ -107,14 +110,15 @@ def examine(trace: Trace) -> Profile:
         sums = processes.setdefault(lane.name, defaultdict(float))
         for segment in segments:
             sums[segment.kind] += segment.seconds
-    seconds = [one.seconds for one in trace.rounds]
+    lengths = [one.seconds for one in trace.rounds]
     return Profile(
         len(trace.rounds),
-        sum(seconds),
-        tuple(bootstrap(seconds)),
+        sum(lengths),
+        bootstrap(lengths),
         max(errors),
         stages,
         {name: dict(sums) for name, sums in sorted(processes.items())},
+        find_outliers(trace.rounds),
         {name: offset for name, offset in trace.clock_offsets.items() if offset},
     )
 
@@ -147,14 +151,21 @@ def render(profile: Profile, as_json: bool = False) -> str:
         total = sum(sums.values())
         busy = {kind: seconds for kind, seconds in sums.items() if kind not in IDLE}
         most = sorted(busy.items(), key=lambda item: -item[1])[:3]
-        shares = (sum(busy.values()), sums.get(WAIT, 0.0), sums.get(UNATTRIBUTED, 0.0))
+        busy_share, waiting, unattributed = (
+            f"{share / total:.1%}" for share in (sum(busy.values()), sums.get(WAIT, 0.0), sums.get(UNATTRIBUTED, 0.0))
+        )
         told = ", ".join(f"{kind} {_time(seconds)}" for kind, seconds in most)
-        lanes.append((name, *(f"{share / total:.1%}" for share in shares), told))
+        lanes.append((name, busy_share, waiting, unattributed, told))
     tail = f"Replayed rounds differ from recorded ones by {profile.replay_error:.2%} at most."
     if profile.clock_offsets:
         told = ", ".join(f"{name} {offset:+.3f} s" for name, offset in profile.clock_offsets.items())
         tail += f" Clocks, by the time of day: {told}."
-    return "\n\n".join((head, aligned(rows), aligned(lanes), tail))
+    slow = [
+        f"{one.process} takes {one.ratio.mean:.2f} times as long for a piece of {one.stage} as the others"
+        f" ({one.ratio.lo:.2f} to {one.ratio.hi:.2f}): {_time(one.seconds)} a round."
+        for one in profile.slow
+    ]
+    return "\n\n".join((head, aligned(rows), aligned(lanes), *(["\n".join(slow)] if slow else []), tail))
 
 
 def _time(seconds: float) -> str:

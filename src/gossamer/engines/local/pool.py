@@ -326,14 +326,14 @@ def _work(
         writing[0] = 1
 
     handler, pid = make_handler(before_writing), os.getpid()
-    for number in itertools.count(1):
+    for count in itertools.count(1):
         try:
             with recorder.span("wait"):
                 message = connection.recv_bytes()
         except (EOFError, ConnectionError):
             return
         try:
-            with recorder.span("receive", len(message), f"{pid}<{number}"):
+            with recorder.span("receive", len(message), f"{pid}<{count}"):
                 job = json.loads(message)
             with memory_errors():
                 reply = handler(job)
@@ -342,7 +342,7 @@ def _work(
             told = str(error) if is_ours else one_line(error)
             reply = {"error": told, "gossamer": is_ours, "traceback": traceback.format_exc()}
         answer = json.dumps(reply).encode()
-        with recorder.span("send", len(answer), f"{pid}>{number}"):
+        with recorder.span("send", len(answer), f"{pid}>{count}"):
             connection.send_bytes(answer)
         writing[0] = 0
         recorder.flush()
