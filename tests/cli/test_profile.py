@@ -14,11 +14,11 @@ from traces import span, write
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Return a run of five rounds in which a checkpoint takes half of the time."""
+    """Return a run of five rounds in which a checkpoint takes a fifth of the time."""
     spans, rounds = [], []
     for number in range(5):
         at = 100.0 * number
-        spans += [span("train", at, at + 50, num_bytes=9), span("checkpoint", at + 50, at + 100, num_bytes=1000)]
+        spans += [span("train", at, at + 80, num_bytes=9), span("checkpoint", at + 80, at + 100, num_bytes=1000)]
         rounds.append((number + 1, at, at + 100))
     write(tmp_path / "run", "driver", spans, rounds)
     return tmp_path / "run"
@@ -42,7 +42,9 @@ def test_profile_prints_stages_and_writes_files(run: Path, tmp_path: Path) -> No
 def test_profile_prints_json(run: Path) -> None:
     found = json.loads(call("profile", run, "--json").stdout)
     assert found["num_rounds"] == 5
-    assert {one["stage"]: one["path_share"] for one in found["stages"]} == {"train": 0.5, "checkpoint": 0.5}
+    assert {one["stage"]: one["path_share"] for one in found["stages"]} == pytest.approx(
+        {"train": 0.8, "checkpoint": 0.2}
+    )
 
 
 def test_offload_prints_verdicts(run: Path, tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_offload_prints_json(run: Path) -> None:
     assert not found["nothing_worth_offloading"]
     (stage,) = found["stages"]
     assert stage["verdict"] == "win"
-    assert stage["change"]["mean"] == pytest.approx(-0.5, abs=0.01)
+    assert stage["change"]["mean"] == pytest.approx(-0.2, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +81,30 @@ def test_bad_input_is_one_sentence(run: Path, arguments: list[str], told: str) -
     assert told in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+class TestScale:
+    def test_prints_a_table_and_draws(self, run: Path, tmp_path: Path) -> None:
+        (run / "config.yaml").write_text("name: run\nclients: {num: 8, per_round: 2}\n")
+        spans = [span("wait", 490, 500)]
+        for at in range(0, 500, 100):
+            spans += [span("wait", at, at + 1), span("train", at + 1, at + 49)]
+        write(run, "worker", spans, pid=2)
+        result = call("profile", run, "--scale", "2,200", "--workers", 4, "-o", tmp_path / "a.png")
+        assert result.exit_code == 0, result.output
+        assert [line.split()[0] for line in result.output.splitlines()[3:5]] == ["2", "200"]
+        assert (tmp_path / "a.png").stat().st_size
+        found = json.loads(call("profile", run, "--scale", "200", "--json").stdout)
+        assert found[0]["bottleneck"] == "workers"
+
+    @pytest.mark.parametrize("sizes", ["many", "0", "2,,3", "9999999999"])
+    def test_bad_sizes_are_one_sentence(self, run: Path, sizes: str) -> None:
+        result = call("profile", run, "--scale", sizes)
+        assert result.exit_code == 2
+        assert f"--scale {sizes}: give numbers from 1" in result.stderr
+
+    def test_peers_are_refused(self, run: Path) -> None:
+        (run / "config.yaml").write_text("name: run\npeers: {num: 8}\n")
+        result = call("profile", run, "--scale", "10")
+        assert result.exit_code == 2
+        assert "--scale is for runs with clients" in result.stderr

@@ -23,17 +23,31 @@ def profile(
         Path | None, typer.Option(metavar="FILE", help="Write the trace for ui.perfetto.dev; needs perfetto.")
     ] = None,
     goal: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the trace as GOAL, for LogGOPSim.")] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="N,M,...", help="Extrapolate to so many participants a round, instead.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --scale: workers; default: as recorded.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where the time of a recorded run went: by stage, along the critical path, and by process."""
     from gossamer.profiling import exports
     from gossamer.profiling.trace import read_trace
     from gossamer.reports import profile as reports
+    from gossamer.reports import scaling
     from gossamer.reports.images import require_image
 
     if output is not None:
         require_image(output)
+    sizes = None if scale is None else scaling.parse_sizes(scale)
     trace = read_trace(directory)
+    if sizes is not None:
+        found = scaling.scale(directory, trace, sizes, workers)
+        typer.echo(scaling.render(found, as_json))
+        if output is not None:
+            typer.echo(scaling.draw(found, output), err=as_json)
+        return
     typer.echo(reports.render(reports.examine(trace), as_json))
     writers = (exports.write_chrome, chrome), (exports.write_perfetto, perfetto), (exports.write_goal, goal)
     for write, path in writers:

@@ -129,20 +129,20 @@ def render(profile: Profile, as_json: bool = False) -> str:
         return json.dumps(asdict(profile), indent=2)
     mean, lo, hi = profile.round_seconds
     head = (
-        f"{profile.num_rounds} rounds, {_time(profile.seconds)}; a round takes {_time(mean)}"
-        f" (90 % interval of the mean: {_time(lo)} to {_time(hi)})"
+        f"{profile.num_rounds} rounds, {as_time(profile.seconds)}; a round takes {as_time(mean)}"
+        f" (90 % interval of the mean: {as_time(lo)} to {as_time(hi)})"
     )
     rows = [("stage", "time", "share", "CPU", "delay", "bytes", "of critical path", "slack a round")]
     rows += [
         (
             one.stage,
-            _time(one.seconds),
+            as_time(one.seconds),
             f"{one.share:.1%}",
-            _time(one.cpu_seconds),
-            _time(one.delay_seconds),
+            as_time(one.cpu_seconds),
+            as_time(one.delay_seconds),
             f"{one.num_bytes:,}",
             f"{one.path_share:.1%}",
-            "-" if one.stage == WAIT else _time(one.slack_seconds),
+            "-" if one.stage == WAIT else as_time(one.slack_seconds),
         )
         for one in profile.stages
     ]
@@ -154,7 +154,7 @@ def render(profile: Profile, as_json: bool = False) -> str:
         busy_share, waiting, unattributed = (
             f"{share / total:.1%}" for share in (sum(busy.values()), sums.get(WAIT, 0.0), sums.get(UNATTRIBUTED, 0.0))
         )
-        told = ", ".join(f"{kind} {_time(seconds)}" for kind, seconds in most)
+        told = ", ".join(f"{kind} {as_time(seconds)}" for kind, seconds in most)
         lanes.append((name, busy_share, waiting, unattributed, told))
     tail = f"Replayed rounds differ from recorded ones by {profile.replay_error:.2%} at most."
     if profile.clock_offsets:
@@ -162,13 +162,13 @@ def render(profile: Profile, as_json: bool = False) -> str:
         tail += f" Clocks, by the time of day: {told}."
     slow = [
         f"{one.process} takes {one.ratio.mean:.2f} times as long for a piece of {one.stage} as the others"
-        f" ({one.ratio.lo:.2f} to {one.ratio.hi:.2f}): {_time(one.seconds)} a round."
+        f" ({one.ratio.lo:.2f} to {one.ratio.hi:.2f}): {as_time(one.seconds)} a round."
         for one in profile.slow
     ]
     return "\n\n".join((head, aligned(rows), aligned(lanes), *(["\n".join(slow)] if slow else []), tail))
 
 
-def _time(seconds: float) -> str:
+def as_time(seconds: float) -> str:
     """Return a time with its unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if seconds * scale >= 1:
@@ -197,14 +197,14 @@ def render_offload(verdicts: Sequence[Verdict], device: Device, as_json: bool = 
         else:
             even = "-" if one.break_even_slowdown is None else f"slowdown {one.break_even_slowdown:.3g}"
         interval = f"{100 * one.change.lo:+.1f} to {100 * one.change.hi:+.1f} %"
-        freed = f"{'-' if one.freed_cpu_seconds < 0 else ''}{_time(abs(one.freed_cpu_seconds))}"
+        freed = f"{'-' if one.freed_cpu_seconds < 0 else ''}{as_time(abs(one.freed_cpu_seconds))}"
         cells = f"{100 * one.change.mean:+.1f} %", interval, freed, f"{one.link_bytes:,.0f}", f"{one.utilisation:.1%}"
         rows.append((one.stage, one.verdict, *cells, even))
     told = []
     for one in verdicts:
         marks = {True: "met", False: "broken", None: "does not apply"}
         advice = "; ".join(f"{each.name} {marks[each.is_met]}: {each.why}" for each in one.advice)
-        start = f"; its engine needs {_time(one.start_seconds)} once a run" if one.start_seconds else ""
+        start = f"; its engine needs {as_time(one.start_seconds)} once a run" if one.start_seconds else ""
         told.append(f"{one.stage} ({one.mode}): {one.verdict}, {one.reason}{start}.\n  {advice}.")
     head = f"Moved to {device.name}: {device.description}. Rounds are replayed; nothing ran on such a device."
     parts = [head, aligned(rows), "\n".join(told)] if verdicts else [head]
