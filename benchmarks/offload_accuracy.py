@@ -5,6 +5,7 @@ that a noisy machine matters little. Then the stage is done by a side-car proces
 link of stated latency and bandwidth, and the mean round is compared with what was predicted from the record. What the
 side-car adds to an empty piece is measured once before, with other sizes. Two naive predictors stand beside: the round
 without the stage, and the round with the stage's time scaled. This shows that the model holds, and nothing of a card.
+Replay keeps the recorded order: a driver that takes answers as they come (--by-arrival) may take them in another.
 
 Prints one JSON object: `python benchmarks/offload_accuracy.py --trials 60`.
 """
@@ -31,13 +32,13 @@ import numpy as np
 
 from gossamer.profiling import recorder
 from gossamer.profiling.graphs import graph_of
-from gossamer.profiling.offload import BACKGROUND, SYNCHRONOUS, Costs, Stage, move, stage_named
+from gossamer.profiling.offload import BACKGROUND, PIPELINED, SYNCHRONOUS, Costs, Stage, move, stage_named
 from gossamer.profiling.replay import Graph, replay
 from gossamer.profiling.trace import read_trace
 
 FORK = multiprocessing.get_context("fork")
 NAMES = ("aggregation", "codec", "checkpoint")
-WARM_UP = 1  # rounds that do not count
+WARM_UP = 2  # rounds that do not count
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class SideCar:
             time.sleep(num_bytes / self._trial.bandwidth)
             there = time.monotonic() + self._trial.latency
             if self._stage.mode == BACKGROUND:
-                self._answers.put((there, connection))
+                self._answers.put((there, connection))  # it is copied, and the host may go on
             self._cores[number].put((there, connection, seconds, num_bytes))
 
     def _core(self, number: int) -> None:
@@ -134,8 +135,7 @@ class SideCar:
         while True:
             connection, num_bytes = self._from_device.get()
             time.sleep(num_bytes / self._trial.bandwidth)
-            if self._stage.mode != BACKGROUND:
-                self._answers.put((time.monotonic() + self._trial.latency, connection))
+            self._answers.put((time.monotonic() + self._trial.latency, connection))
 
     def _answer(self) -> None:
         while True:
@@ -161,10 +161,19 @@ class Device:
             with recorder.span(kind, num_bytes):
                 time.sleep(seconds)
             return
+        if self._stage.mode == BACKGROUND:  # the last one must be done before the next is copied
+            self.join()
         self._connection.send((seconds, num_bytes))
         self._pending += 1
-        if self._stage.mode in (SYNCHRONOUS, BACKGROUND):
+        if self._stage.mode == SYNCHRONOUS:
             self.join()
+        elif self._stage.mode == BACKGROUND:
+            self._connection.recv()
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether the round waits for the stage at its end."""
+        return self._stage.mode == PIPELINED
 
     def join(self) -> None:
         """Wait for all pieces under way."""
@@ -194,7 +203,19 @@ def work(connection: Connection, device: Device, trial: Trial, number: int) -> N
         recorder.flush()
 
 
-def drive(connections: list[Connection], device: Device, trial: Trial, num_rounds: int) -> list[float]:
+def awaited(connections: list[Connection], left: list[int], *, by_arrival: bool) -> list[int]:
+    """Wait for answers, of the worker whose turn it is or of any; return the numbers of the workers."""
+    if not by_arrival:
+        number = left.index(max(left))
+        wait([connections[number]])
+        return [number]
+    ready = wait([connections[number] for number in range(len(left)) if left[number]])
+    return sorted(connections.index(connection) for connection in ready)  # type: ignore[arg-type]
+
+
+def drive(
+    connections: list[Connection], device: Device, trial: Trial, num_rounds: int, *, by_arrival: bool
+) -> list[float]:
     """Run rounds; return their lengths."""
     lengths, sent, received = [], [0] * len(connections), [0] * len(connections)
 
@@ -211,8 +232,8 @@ def drive(connections: list[Connection], device: Device, trial: Trial, num_round
                 send(number, 0)
             while any(left):
                 with recorder.span("wait"):
-                    ready = wait([connections[number] for number in range(len(left)) if left[number]])
-                for number in sorted(connections.index(connection) for connection in ready):  # type: ignore[arg-type]
+                    ready = awaited(connections, left, by_arrival=by_arrival)
+                for number in ready:
                     received[number] += 1
                     with recorder.span("receive", message=f"w{number}>{received[number]}"):
                         piece = connections[number].recv()
@@ -220,7 +241,8 @@ def drive(connections: list[Connection], device: Device, trial: Trial, num_round
                     if left[number]:
                         send(number, piece + 1)
                     device.do("aggregate", trial.aggregate, trial.num_bytes)
-            device.join()
+            if device.is_pipelined:
+                device.join()
             with recorder.span("update"):
                 time.sleep(trial.update)
             device.do("checkpoint", trial.checkpoint, trial.num_bytes)
@@ -251,12 +273,12 @@ def processes(trial: Trial, stage: Stage, *, moved: bool) -> Iterator[tuple[list
             process.join()
 
 
-def measure(trial: Trial, num_rounds: int, directory: Path | None) -> list[float]:
+def measure(trial: Trial, num_rounds: int, directory: Path | None, *, by_arrival: bool) -> list[float]:
     """Return the lengths of rounds: recorded, or with the stage moved where there is no directory."""
     stage = stage_named(trial.stage)
     trace = None if directory is None else directory / "trace"
     with recorder.recording(trace), processes(trial, stage, moved=trace is None) as (connections, device):
-        return drive(connections, device, trial, num_rounds + WARM_UP)[WARM_UP:]
+        return drive(connections, device, trial, num_rounds + WARM_UP, by_arrival=by_arrival)[WARM_UP:]
 
 
 def timed(graph: Graph, stage: Stage) -> Graph:
@@ -286,13 +308,13 @@ def predict(trial: Trial, directory: Path, extra: float) -> tuple[float, float, 
     return before, fmean(move(graph, stage, costs).seconds for graph in graphs), spent
 
 
-def attempt(seed: int, num_rounds: int, extra: float) -> dict[str, Any]:
+def attempt(seed: int, num_rounds: int, extra: float, *, by_arrival: bool) -> dict[str, Any]:
     """Do one trial."""
     trial = draw(seed)
     with tempfile.TemporaryDirectory() as directory:
-        recorded = fmean(measure(trial, num_rounds, Path(directory)))
+        recorded = fmean(measure(trial, num_rounds, Path(directory), by_arrival=by_arrival))
         before, predicted, spent = predict(trial, Path(directory), extra)
-    measured = fmean(measure(trial, num_rounds, None))
+    measured = fmean(measure(trial, num_rounds, None, by_arrival=by_arrival))
     crossing = 2 * (trial.num_bytes / trial.bandwidth + trial.latency)
     pieces = sum(map(len, trial.train)) if trial.stage != "checkpoint" else 1
     naive = {"subtract": before - spent, "scale": before - spent + trial.slowdown * spent + pieces * crossing}
@@ -333,10 +355,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5, help="rounds of a trial")
+    parser.add_argument("--by-arrival", action="store_true", help="the driver takes answers as they come")
     parser.add_argument("--all", action="store_true", help="print each trial, too")
     given = parser.parse_args()
     extra = calibrate()
-    trials = [attempt(seed, given.rounds, extra) for seed in range(given.trials)]
+    trials = [attempt(seed, given.rounds, extra, by_arrival=given.by_arrival) for seed in range(given.trials)]
     report = summary(trials, extra)
     print(json.dumps(report | ({"each": trials} if given.all else {})))
     return 0 if report["mean_error"] <= 0.03 and report["max_error"] <= 0.06 and not report["wrong_signs"] else 1
