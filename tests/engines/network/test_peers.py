@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -167,6 +168,25 @@ def test_who_renormalises_goes_on_and_who_comes_back_takes_up_a_state(tmp_path: 
     assert [one for one in events(peers.where(3), "state-lost") if "its state is taken up" in one["reason"]]
     assert {len(read_metrics(peers.where(peer))) for peer in range(3)} == {40}
     assert read_metrics(peers.where(3))[-1]["round"] == 40
+
+
+def test_a_peer_whose_disk_is_lost_takes_up_a_neighbours_state(tmp_path: Path) -> None:
+    peers = Peers(tmp_path, configured({"rounds": 8}))
+    for peer in range(3):
+        peers.start(peer)
+    peers.start(3, ended_after(3))
+    peers.join(3)
+    shutil.rmtree(peers.where(3))
+    peers.start(3)
+    peers.join()
+    assert not peers.errors
+    lost = events(peers.where(3), "state-lost")
+    assert [one["back_to"] for one in lost] == [3]
+    assert "its state is taken up" in lost[0]["reason"]
+    assert [one["round"] for one in read_metrics(peers.where(3))] == [4, 5, 6, 7, 8]
+    for peer in range(3):
+        assert not events(peers.where(peer), "state-lost")
+        assert len(read_metrics(peers.where(peer))) == 8
 
 
 def test_processes_that_are_killed_are_started_again_and_a_run_is_resumed(tmp_path: Path) -> None:
