@@ -36,9 +36,10 @@ import gossamer
 from forked import firing, refused, start, wait, write_digest
 from golden_hashes import LEAST_SQUARES, decentralized, federated
 from gossamer import experiment
+from gossamer.distributed.links import ROWS
+from gossamer.distributed.shared import SharedMemory
 from gossamer.engines.collective import serving
 from gossamer.engines.collective.environment import is_restarted
-from gossamer.engines.collective.group import ROWS, Group
 from gossamer.errors import GossamerError
 from gossamer.storage.checkpoint import Checkpoints
 
@@ -47,7 +48,7 @@ NUM_RANKS = 2
 NUM_SEEDS = 2
 STRAGGLER_SECONDS = 5.0  # after which a stopped rank is given up
 LEADER_SECONDS = 20.0  # and rank 0, where others wait for its next message; a run of a user's own has 600
-GIVEN_UP = "did not answer rank"  # what a rank says of another
+GIVEN_UP = "waited in vain for rank"  # what a rank says of another
 AGAIN = ("kill-in-exchange", "stop-in-exchange", "kill-in-commit")  # after which torchrun starts ranks again
 KINDS = (*AGAIN, "ask-to-stop", "full-disk")
 MESSAGES = {"scaffold": 8, "dsgt": 6}  # that a rank sends and receives in exchanges, at least
@@ -132,15 +133,20 @@ def prepare(fault: dict[str, Any], directory: Path) -> None:
     elif kind == "full-disk":
         os.fsync, os.pwrite = (refused(call, fault["at"], directory) for call in (os.fsync, os.pwrite))
     else:
-        begin = Group._begin
+        SharedMemory.send = failing(SharedMemory.send, fire)  # type: ignore[method-assign]
+        SharedMemory.receive = failing(SharedMemory.receive, fire)  # type: ignore[method-assign]
 
-        def failing(group: Group, operation: Callable[..., Any], value: torch.Tensor, rank: int, tag: int) -> Any:
-            """Fail before a message of an exchange is sent or received; what was sent before is under way."""
-            if tag == ROWS:
-                fire()
-            return begin(group, operation, value, rank, tag)
 
-        Group._begin = failing  # type: ignore[method-assign]
+def failing(call: Callable[..., Any], fire: Callable[[], None]) -> Callable[..., Any]:
+    """Return what fails before a message of an exchange is sent or received; what was sent before is under way."""
+
+    def call_or_fail(*arguments: Any) -> Any:
+        """Be the call, of which a tag is among the arguments."""
+        if arguments[2] == ROWS:  # its tag, after the object and what, or from whom
+            fire()
+        return call(*arguments)
+
+    return call_or_fail
 
 
 def try_one(fault: dict[str, Any], directory: Path, expected: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
+NUM_STORES, PORT_DIGITS = 2, 5
 
 
 def become_rank(rank: int, size: int, ports: list[int]) -> None:
@@ -51,7 +52,7 @@ def main() -> None:
     size, folder, modules = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     sys.path[:0] = [str(HERE), str(HERE.parent / "algorithms" / "decentralized")]
     torch.set_num_threads(1)
-    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
+    told, tell = os.pipe()
     for name in ("gossamer.build", "scipy.sparse.csgraph", "networkx", "torch._dynamo", "sklearn.datasets"):
         importlib.import_module(name)  # which every rank would do anew
     ranks = []
@@ -60,13 +61,17 @@ def main() -> None:
         if process == 0:
             code = 1
             try:
-                become_rank(rank, size, [store.port for store in stores])
+                ports = os.read(told, NUM_STORES * PORT_DIGITS).decode()
+                become_rank(rank, size, [int(ports[:PORT_DIGITS]), int(ports[PORT_DIGITS:])])
                 run_checks(rank, folder, modules)
                 code = 0
             finally:
                 sys.stderr.flush()
                 os._exit(code)
         ranks.append(process)
+    # After forks, for stores have threads.
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(NUM_STORES)]
+    os.write(tell, "".join(f"{store.port:0{PORT_DIGITS}d}" for store in stores).encode() * size)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) != 0 for process in ranks))
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import atexit
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gossamer.distributed.environment import first_line
-from gossamer.distributed.shared import Extents, SharedMemory, Use, connect
+from gossamer.distributed.shared import Incoming, SharedMemory, Use, connect, padded
 from gossamer.errors import EngineError
 
-ROWS = 0  # tag
+ROWS, MESSAGES = 0, 1  # tags
+MAX_BUFFERS = 8  # that are kept
+T = TypeVar("T")
 _CPU = torch.device("cpu")
 
 
@@ -47,7 +51,8 @@ class Links:
     has_nccl: bool = False
     memory: SharedMemory | None = None
     bytes_sent: int = 0
-    _buffers: dict[int, list[Tensor]] = field(default_factory=dict)
+    _given_up: set[int] = field(default_factory=set)
+    _buffers: deque[Tensor] = field(default_factory=partial(deque, maxlen=MAX_BUFFERS))
 
     def is_near(self, rank: int) -> bool:
         """Say whether messages of a rank come through memory."""
@@ -77,14 +82,18 @@ class Links:
 
     @contextmanager
     def waiting(self, *others: int) -> Iterator[None]:
-        """Say in a sentence that some ranks, or none in particular, did not answer.
+        """Say in a sentence that some ranks, or none in particular, did not answer; one that was given up stays so.
 
         Raises:
-            GroupBroken: torch says so within the block.
+            GroupBroken: torch says so within the block, or one of the ranks was given up before.
         """
         try:
+            if lost := self._given_up & {*others}:
+                raise RuntimeError(f"rank {min(lost)} was given up before")
             yield
         except RuntimeError as error:  # of which torch's own errors are
+            if len({*others}) == 1:
+                self._given_up |= {*others}
             listed = ", ".join(map(str, sorted({*others})))
             who = f"rank {listed}" if len({*others}) == 1 else f"one of the ranks {listed}" if others else "the others"
             raise GroupBroken(
@@ -93,18 +102,84 @@ class Links:
 
     def close(self) -> None:
         """Tell the others of this machine that nothing will come any more, once they have read what did."""
+        atexit.unregister(self.close)
         if self.memory is not None:
             self.memory.close()
             self.memory = None
 
+    def send(self, rank: int, parts: Sequence[Tensor]) -> Callable[[], None]:
+        """Send a message whose receiver does not know how long it is.
+
+        Args:
+            rank: the receiver, which calls `receive`.
+            parts: contiguous tensors on the CPU, none empty; unchanged until they are sent.
+
+        Returns:
+            a function that waits until they are sent.
+
+        Raises:
+            GroupBroken: the receiver is gone, here or when the function is called.
+        """
+        works = []
+        with self.waiting(rank):
+            if self.memory is not None and self.is_near(rank):
+                self.memory.send({rank: parts}, MESSAGES)
+            else:
+                works = [self.members.send([part], rank, MESSAGES) for part in parts]
+
+        def wait() -> None:
+            """Wait; holds `parts`, which must live until then."""
+            for work, _ in zip(works, parts, strict=bool(works)):
+                with self.waiting(rank):
+                    work.wait(self.limit)
+
+        return wait
+
+    @contextmanager
+    def receive(
+        self, rank: int, timeout_seconds: float | None = None
+    ) -> Iterator[Callable[[int, torch.dtype], Tensor]]:
+        """Receive what a rank gave to `send`, tensor after tensor, to be read in the block::
+
+            with links.receive(rank) as take:
+                first = take(3, torch.float32).clone()
+
+        Args:
+            rank: the sender.
+            timeout_seconds: timeout for the first tensor; None: that of the group.
+
+        Raises:
+            GroupBroken: it is gone, or did not send in time.
+        """
+        limits = [self.timeout_seconds if timeout_seconds is None else timeout_seconds]
+        if self.memory is not None and self.is_near(rank):
+            with self.waiting(rank):
+                message = self.memory.receive(rank, MESSAGES, self.memory.ask(rank, MESSAGES), limits[0])
+            yield message.take
+            message.release()
+            return
+
+        def take(length: int, dtype: torch.dtype) -> Tensor:
+            """Return the next tensor, [length]."""
+            value = torch.empty(length, dtype=dtype)
+            limit = limits.pop() if limits else self.timeout_seconds
+            with self.waiting(rank):
+                self.members.recv([value], rank, MESSAGES).wait(timedelta(seconds=limit))
+            return value
+
+        yield take
+
     def borrow(self, num_bytes: int) -> Tensor:
         """Return memory, uint8 [num_bytes], whose pages are there already if it was given back before."""
-        free = self._buffers.get(num_bytes)
-        return free.pop() if free else torch.empty(num_bytes, dtype=torch.uint8)
+        for buffer in self._buffers:
+            if len(buffer) == num_bytes:
+                self._buffers = deque((one for one in self._buffers if one is not buffer), MAX_BUFFERS)
+                return buffer
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def give_back(self, buffer: Tensor) -> None:
-        """Take memory back."""
-        self._buffers.setdefault(len(buffer), []).append(buffer)
+        """Take memory back; what was given back before all that is kept is let go."""
+        self._buffers.append(buffer)
 
 
 class Exchange:
@@ -138,7 +213,8 @@ class Exchange:
         links.bytes_sent += sum(value.nbytes for _, value in outgoing)
         self._works = list[tuple[int, Any]]()
         self._used: Use | None = None
-        self._buffers, self._asked, self._release = dict[int, Tensor](), dict[int, int](), list[Callable[[], object]]()
+        self._buffers, self._come = dict[int, Tensor](), list[Incoming]()  # by rank; by number where NCCL brings them
+        self._asked = dict[int, int]()
         self._kept = [(rank, value) for rank, value in outgoing if value.numel()]  # until they have left
         self._is_nccl = links.has_nccl and device.type != "cpu"
         self._came_to = device if self._is_nccl else _CPU
@@ -147,23 +223,23 @@ class Exchange:
             (self._begin_nccl if self._is_nccl else self._begin)()
 
     def _begin(self) -> None:
-        links = self._links
-        for number, (rank, length, dtype) in enumerate(self._incoming):
-            if length and links.is_near(rank):
-                self._asked.setdefault(rank, -1)
-            elif length:
-                self._buffers[number] = links.borrow(length * dtype.itemsize)
-                self._works.append((rank, links.members.recv([self._buffers[number]], rank, ROWS)))
-        near = dict[int, list[Tensor]]()
-        for place, (rank, value) in enumerate(self._kept):
-            if links.is_near(rank):
-                near.setdefault(rank, []).append(value)
+        links, near, kept = self._links, dict[int, Sequence[Tensor]](), list[tuple[int, Tensor]]()
+        sizes = [(rank, length * dtype.itemsize) for rank, length, dtype in self._incoming if length]
+        for rank, of_rank in _by_rank(sizes).items():
+            if links.memory is not None and links.is_near(rank):
+                self._asked[rank] = links.memory.ask(rank, ROWS)
             else:
-                self._kept[place] = rank, value.cpu().view(-1).view(torch.uint8)
-                self._works.append((rank, links.members.send([self._kept[place][1]], rank, ROWS)))
-        if links.memory is not None:
-            self._asked = {rank: links.memory.ask(rank) for rank in self._asked}
-            self._used = links.memory.send(near) if near else None
+                self._buffers[rank] = links.borrow(_packed_bytes(of_rank))
+                self._works.append((rank, links.members.recv([self._buffers[rank]], rank, ROWS)))
+        for rank, values in _by_rank(self._kept).items():
+            if links.is_near(rank):
+                near[rank] = values
+            else:
+                kept.append((rank, _packed([value.cpu().view(-1).view(torch.uint8) for value in values])))
+                self._works.append((rank, links.members.send([kept[-1][1]], rank, ROWS)))
+        if links.memory is not None and near:
+            self._used = links.memory.send(near, ROWS)
+        self._kept += kept
 
     def _begin_nccl(self) -> None:
         for number, (_, length, dtype) in enumerate(self._incoming):
@@ -182,37 +258,70 @@ class Exchange:
         for rank, work in self._works:
             with self._links.waiting(rank):
                 work.wait(*limit)
-        heard = {rank: iter(self._read(rank, number)) for rank, number in self._asked.items()}
-        found = []
-        for number, (rank, length, dtype) in enumerate(self._incoming):
-            if number in self._buffers:
-                found.append(self._buffers[number].view(dtype))
-            else:
-                found.append(next(heard[rank]) if length else torch.empty(0, dtype=dtype, device=self._came_to))
-        return found
+        if self._is_nccl:
+            nothing = torch.empty(0, dtype=torch.uint8, device=self._came_to)
+            return [self._buffers.get(place, nothing).view(one[2]) for place, one in enumerate(self._incoming)]
+        take = {rank: Packed(buffer).take for rank, buffer in self._buffers.items()}
+        take |= {rank: self._receive(rank, number).take for rank, number in self._asked.items()}
+        return [
+            take[rank](length, dtype) if length else torch.empty(0, dtype=dtype)
+            for rank, length, dtype in self._incoming
+        ]
 
-    def _read(self, rank: int, number: int) -> list[Tensor]:
+    def _receive(self, rank: int, number: int) -> Incoming:
         links, memory = self._links, self._links.memory
         assert memory is not None
-        extents: Extents = [(length, dtype) for other, length, dtype in self._incoming if other == rank and length]
         with links.waiting(rank):
-            found, release = memory.receive(rank, number, extents, links.timeout_seconds)
-        self._release.append(release)
-        return found
+            self._come.append(memory.receive(rank, ROWS, number, links.timeout_seconds))
+        return self._come[-1]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Let memory be used again."""
         links, used = self._links, self._used
-        for release in self._release:
-            release()
+        for message in self._come:
+            message.release()
         if not self._is_nccl:
             for buffer in self._buffers.values():
                 links.give_back(buffer)
         if used is not None and links.memory is not None and kind is None:
             with links.waiting(*(rank for rank, _ in self._kept)):
                 links.memory.finish(used, links.timeout_seconds)
+
+
+class Packed:
+    """Tensors that have come in one message by a socket."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self._buffer, self._end = buffer, 0
+
+    def take(self, length: int, dtype: torch.dtype) -> Tensor:
+        """Return the next tensor, [length]."""
+        begin, self._end = self._end, self._end + padded(length * dtype.itemsize)
+        return self._buffer[begin : begin + length * dtype.itemsize].view(dtype)
+
+
+def _packed(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors, uint8, as one message: a single one as it is, others where `Packed` looks for them."""
+    if len(parts) == 1:
+        return parts[0]
+    message, end = torch.empty(_packed_bytes([len(part) for part in parts]), dtype=torch.uint8), 0
+    for part in parts:
+        message[end : end + len(part)] = part
+        end += padded(len(part))
+    return message
+
+
+def _packed_bytes(sizes: Sequence[int]) -> int:
+    return sum(padded(size) for size in sizes[:-1]) + sizes[-1]
+
+
+def _by_rank(pairs: Sequence[tuple[int, T]]) -> dict[int, list[T]]:
+    found = dict[int, list[T]]()
+    for rank, value in pairs:
+        found.setdefault(rank, []).append(value)
+    return found
 
 
 def _posted(sent: Sequence[tuple[int, Tensor]], received: Sequence[tuple[int, Tensor]]) -> list[Any]:

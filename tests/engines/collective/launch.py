@@ -17,6 +17,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+PORT_DIGITS = 5
+
 
 def become_rank(rank: int, size: int, port: int) -> None:
     """Set what torchrun sets."""
@@ -52,19 +54,21 @@ def main() -> None:
     """Start the ranks and wait for them."""
     size, arguments = int(sys.argv[1]), sys.argv[2:]
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told, tell = os.pipe()
     for name in ("gossamer.cli.main", "gossamer.experiment", "gossamer.engines.collective.serving"):
         importlib.import_module(name)  # which every rank would do anew
     ranks, code = set[int](), 0
     for rank in range(size):
         process = os.fork()
         if process == 0:
-            become_rank(rank, size, store.port)
+            become_rank(rank, size, int(os.read(told, PORT_DIGITS)))
             ended = run(arguments)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(ended)
         ranks.add(process)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # after forks, for it has a thread
+    os.write(tell, f"{store.port:0{PORT_DIGITS}d}".encode() * size)
     while ranks:
         process, status = os.wait()
         ranks.remove(process)

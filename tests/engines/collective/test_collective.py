@@ -192,7 +192,7 @@ def test_killed_and_stopped(torchrun: Callable[..., subprocess.Popen[str]], tmp_
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(on(config, name="collective")))
     told = ended(torchrun(2, "faults.py", options=("--max-restarts", "1")), 1)
     assert "stopped after round 4" in told
-    assert "gone or did not answer" in told
+    assert "rank 0 waited in vain for rank 1 (its process has ended)" in told
     assert len(read_metrics(tmp_path / "run")) == 4
     require_equal(experiment.resume(tmp_path / "run", overrides=["engine.name=local"]).directory, expected)
 

@@ -192,30 +192,43 @@ def sums_of_all(group: Group, trees: dict[Key, TreeSum]) -> dict[Key, Tensor]:
     dtypes = {str(value.dtype) for value in values}
     tables = group.tell_all({"sums": told, "dtypes": sorted(dtypes)})
     dtype = DTYPES[next((name for table in tables for name in table["dtypes"]), str(torch.float32))]
-
-    def shard(length: int, rank: int) -> slice:
-        """Return a rank's part of a row."""
-        return slice(length * rank // group.size, length * (rank + 1) // group.size)
-
-    outgoing = [[value[shard(len(value), rank)] for value in values] for rank in range(group.size)]
-    lengths = [[one[-1] for one in table["sums"] if one[-1]] for table in tables]
-    sizes = [[_length(shard(length, group.rank)) for length in of_rank] for of_rank in lengths]
-    found = group.swap(outgoing, sizes, dtype)
+    sizes = [[one[-1] for one in table["sums"] if one[-1]] for table in tables]
+    outgoing = [(rank, value[_shard(len(value), rank, group.size)]) for rank in group.others for value in values]
+    incoming = [
+        (rank, _length(_shard(size, group.rank, group.size)), dtype) for rank in group.others for size in sizes[rank]
+    ]
+    widths = {(variant, name): size for table in tables for variant, name, _, _, size in table["sums"] if size}
     own = {key: TreeSum(tree.count) for key, tree in trees.items()}
-    letters = []
-    for table, arrays in zip(tables, found, strict=True):
-        where = [[*one[:-1], one[-1] > 0] for one in table["sums"]]
-        letters.append(Letter({"sums": where}, arrays))
-    take_sums(own, letters)
-    width = {(variant, name): length for table in tables for variant, name, _, _, length in table["sums"] if length}
-    totals = {key: own[key].total for key in width}
-    mine_of = [total for total in totals.values() if total is not None]
-    parts = group.swap(
-        [mine_of] * group.size,
-        [[_length(shard(width[key], rank)) for key in totals] for rank in range(group.size)],
-        dtype,
-    )
-    return {key: torch.cat([of_rank[number] for of_rank in parts]) for number, key in enumerate(totals)}
+    with group.exchange(outgoing, incoming) as received:
+        came, letters = iter(received), list[Letter]()
+        for rank, table in enumerate(tables):
+            mine_of = [value[_shard(len(value), rank, group.size)] for value in values]
+            parts = mine_of if rank == group.rank else [next(came) for _ in sizes[rank]]
+            letters.append(Letter({"sums": [[*one[:-1], one[-1] > 0] for one in table["sums"]]}, parts))
+        take_sums(own, letters)
+        totals = {key: own[key].total for key in widths}
+        return _gathered(group, {key: value for key, value in totals.items() if value is not None}, widths)
+
+
+def _gathered(group: Group, totals: dict[Key, Tensor], widths: dict[Key, int]) -> dict[Key, Tensor]:
+    """Send a rank's shards of rows to all others, and return the whole rows, of these widths."""
+    outgoing = [(rank, value) for rank in group.others for value in totals.values()]
+    incoming = [
+        (rank, _length(_shard(widths[key], rank, group.size)), value.dtype)
+        for rank in group.others
+        for key, value in totals.items()
+    ]
+    with group.exchange(outgoing, incoming) as received:
+        came = iter(received)
+        parts = [
+            [*totals.values()] if rank == group.rank else [next(came) for _ in totals] for rank in range(group.size)
+        ]
+        return {key: torch.cat([of_rank[number] for of_rank in parts]) for number, key in enumerate(totals)}
+
+
+def _shard(length: int, rank: int, size: int) -> slice:
+    """Return a rank's part of a row."""
+    return slice(length * rank // size, length * (rank + 1) // size)
 
 
 def _length(part: slice) -> int:

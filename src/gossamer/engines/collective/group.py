@@ -5,27 +5,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import socket
 import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
-from gossamer.errors import ConfigError, EngineError
+from gossamer.distributed.environment import INTERFACE, NCCL_INTERFACE, first_line
+from gossamer.distributed.links import Exchange, GroupBroken, Links
+from gossamer.errors import ConfigError
 
-Backend = Literal["gloo", "nccl"]
 LOOPBACK = "127.0.0.1"
-INTERFACE = "GLOO_SOCKET_IFNAME"  # gloo's own variable: where it listens
-NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
 TIMEOUT_SECONDS = 600.0
-ROWS, MESSAGES = 0, 1  # tags
+REMEDY = "start the job again, and it goes on from the last commit"
 BLOCK_BYTES = 4096  # of a message to all
 DTYPES = {
     str(dtype): dtype
@@ -43,12 +40,7 @@ DTYPES = {
 }
 _GET_ADDRESS = 0x8915  # SIOCGIFADDR
 Message = dict[str, Any]
-
-
-class GroupBroken(EngineError):
-    """A member of a group is gone or does not answer; what was under way must be done again by a new group."""
-
-    exit_code = 1
+Extent = tuple[int, int, torch.dtype]  # rank, length and dtype of a tensor
 
 
 class Group:
@@ -57,28 +49,29 @@ class Group:
     Attributes:
         rank: rank of this process, in 0, ..., size - 1.
         size: number of processes.
-        backend: gloo, between processors; nccl, between CUDA devices, one each.
+        links: the ways to the others: memory on one machine, gloo between machines.
     """
 
-    def __init__(
-        self, store: Any, rank: int, size: int, backend: Backend = "gloo", timeout_seconds: float = TIMEOUT_SECONDS
-    ) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         """Join as one member, and wait for the others.
 
         Args:
             store: torch's key-value store, by which the members find each other.
-            rank, size, backend: see the class.
+            rank, size: see the class.
             timeout_seconds: timeout for the rendezvous, then for each message.
 
         Raises:
             GroupBroken: the others did not come in time.
         """
-        self.rank, self.size, self.backend = rank, size, backend
-        self._limit = timedelta(seconds=timeout_seconds)
+        import torch.distributed as dist
+
+        self.rank, self.size = rank, size
         try:
-            self._members = self._start(store)
+            members = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_seconds))
         except RuntimeError as error:  # of which torch's own errors are
-            raise GroupBroken(f"a group of {size} did not form: {_first_line(error)}") from None
+            raise GroupBroken(f"a group of {size} did not form: {first_line(error)}") from None
+        self.links = Links(members, rank, size, timeout_seconds, REMEDY)
+        self.links.share_memory()
 
     @classmethod
     def of_environment(cls, timeout_seconds: float = TIMEOUT_SECONDS) -> Self:
@@ -105,74 +98,25 @@ class Group:
             store, rank, size = next(iter(found))
             name = _agree_on_name(store, rank, size, timeout_seconds)
         except (RuntimeError, ValueError) as error:
-            raise GroupBroken(f"the rendezvous of torchrun failed: {_first_line(error)}") from None
+            raise GroupBroken(f"the rendezvous of torchrun failed: {first_line(error)}") from None
         return cls(dist.PrefixStore(name, store), rank, size, timeout_seconds=timeout_seconds)  # type: ignore[attr-defined]
 
-    def _start(self, store: Any) -> Any:
-        import torch.distributed as dist
+    @property
+    def others(self) -> list[int]:
+        """The other ranks, ascending."""
+        return [rank for rank in range(self.size) if rank != self.rank]
 
-        if self.backend == "gloo":
-            return dist.ProcessGroupGloo(store, self.rank, self.size, self._limit)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = self._limit
-        return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
-
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
-        """Send a tensor to each of some other ranks, and receive one from each of some, all at once.
+    def exchange(self, outgoing: Sequence[tuple[int, Tensor]], incoming: Sequence[Extent]) -> Exchange:
+        """Send tensors to other ranks, and receive some from them, all at once; see `Exchange`.
 
         Args:
-            outgoing: ``{rank: contiguous tensor}``, uint8.
-            incoming: ``{rank: contiguous tensor}``, uint8, overwritten; of the size that the rank sends.
+            outgoing: ranks, and contiguous tensors on the CPU.
+            incoming: rank, length and dtype of each tensor, in the order in which the rank sends them.
 
         Raises:
             GroupBroken: a member is gone, or did not answer in time.
         """
-        if self.backend == "nccl":
-            self._wait(lambda: self._exchange_on_gpu(outgoing, incoming))
-            return
-        works = [(rank, self._begin(self._members.send, value, rank, ROWS)) for rank, value in outgoing.items()]
-        works += [(rank, self._begin(self._members.recv, value, rank, ROWS)) for rank, value in incoming.items()]
-        for rank, work in works:
-            self._wait(partial(work.wait, self._limit), rank)
-
-    def _exchange_on_gpu(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
-        """Exchange by one all-to-all, in which most may send nothing."""
-        nothing = torch.empty(0, dtype=torch.uint8)
-        sent = [outgoing.get(rank, nothing).cuda() for rank in range(self.size)]
-        received = [incoming.get(rank, nothing).cuda() for rank in range(self.size)]
-        self._members.alltoall(received, sent).wait()
-        torch.cuda.synchronize()
-        for rank, buffer in incoming.items():
-            buffer.copy_(received[rank])
-
-    def swap(
-        self, outgoing: Sequence[Sequence[Tensor]], lengths: Sequence[Sequence[int]], dtype: torch.dtype
-    ) -> list[list[Tensor]]:
-        """Send each rank some rows, and receive some from each, all at once.
-
-        Args:
-            outgoing: rows for each rank, those for this one included.
-            lengths: those of the rows that each rank sends.
-            dtype: dtype of all rows.
-
-        Returns:
-            the rows of each rank, this one's own as they are.
-
-        Raises:
-            GroupBroken: see `exchange`.
-        """
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        packed = {rank: torch.cat([*outgoing[rank]]) for rank in others if any(map(len, outgoing[rank]))}
-        buffers = {rank: torch.empty(sum(lengths[rank]), dtype=dtype) for rank in others if sum(lengths[rank])}
-        self.exchange(
-            {rank: value.view(torch.uint8) for rank, value in packed.items()},
-            {rank: value.view(torch.uint8) for rank, value in buffers.items()},
-        )
-        empty = torch.empty(0, dtype=dtype)
-        return [
-            [*outgoing[rank]] if rank == self.rank else list(torch.split(buffers.get(rank, empty), [*lengths[rank]]))
-            for rank in range(self.size)
-        ]
+        return Exchange(self.links, outgoing, incoming)
 
     def tell_all(self, message: Message) -> list[Message]:
         """Send JSON values to all ranks, and return those of all, by rank."""
@@ -180,19 +124,19 @@ class Group:
         first = torch.zeros(BLOCK_BYTES, dtype=torch.uint8)  # of a size that all know: the length, and what fits
         first[:8] = torch.tensor([len(text)]).view(torch.uint8)
         first[8 : 8 + len(text)] = text[: BLOCK_BYTES - 8]
-        blocks = self._gathered(first)
-        lengths = [int(block[:8].clone().view(torch.int64)) for block in blocks]
-        if max(lengths) > BLOCK_BYTES - 8:
-            rest = torch.zeros(max(lengths) + 8, dtype=torch.uint8)
-            rest[8 : 8 + len(text)] = text
-            blocks = self._gathered(rest)
-        pairs = zip(blocks, lengths, strict=True)
-        return [json.loads(block[8 : 8 + length].numpy().tobytes()) for block, length in pairs]
+        told = {rank: block.clone() for rank, block in self._swapped(first, dict.fromkeys(self.others, BLOCK_BYTES))}
+        lengths = {rank: int(block[:8].view(torch.int64)) for rank, block in told.items()}
+        texts = {rank: block[8 : 8 + lengths[rank]] for rank, block in told.items()}
+        if max(len(text), *lengths.values(), 0) > BLOCK_BYTES - 8:
+            texts = dict(self._swapped(text, lengths))
+        values = {rank: json.loads(value.numpy().tobytes()) for rank, value in texts.items()} | {self.rank: message}
+        return [values[rank] for rank in range(self.size)]
 
-    def _gathered(self, block: Tensor) -> list[Tensor]:
-        found = [torch.empty_like(block) for _ in range(self.size)]
-        self._wait(lambda: self._members.allgather([found], [block]).wait(self._limit))
-        return found
+    def _swapped(self, value: Tensor, lengths: Mapping[int, int]) -> list[tuple[int, Tensor]]:
+        """Send bytes to all others, and return theirs, by rank."""
+        incoming = [(rank, length, torch.uint8) for rank, length in lengths.items()]
+        with self.exchange([(rank, value) for rank in self.others], incoming) as received:
+            return [(rank, part.clone()) for rank, part in zip(lengths, received, strict=True)]
 
     def send(self, rank: int, message: Mapping[str, Any], arrays: Sequence[Tensor] = ()) -> Callable[[], None]:
         """Send JSON values and arrays to another rank.
@@ -210,15 +154,9 @@ class Group:
         """
         described = [[str(value.dtype), list(value.shape)] for value in arrays]
         header = torch.frombuffer(bytearray(json.dumps([message, described]).encode()), dtype=torch.uint8)
-        parts = [torch.tensor([len(header)]), header, *(value for value in arrays if value.numel())]
-        works = [self._begin(self._members.send, part, rank, MESSAGES) for part in parts]
-
-        def wait() -> None:
-            """Wait; holds `parts`, which must live until then."""
-            for work, _ in zip(works, parts, strict=True):
-                self._wait(partial(work.wait, self._limit), rank)
-
-        return wait
+        return self.links.send(
+            rank, [torch.tensor([len(header)]), header, *(value for value in arrays if value.numel())]
+        )
 
     def receive(self, rank: int, timeout_seconds: float | None = None) -> tuple[Message, list[Tensor]]:
         """Receive what another rank sent.
@@ -230,47 +168,23 @@ class Group:
         Raises:
             GroupBroken: it is gone, or did not send in time.
         """
-        length = self._received(rank, torch.empty(1, dtype=torch.int64), timeout_seconds)
-        header = self._received(rank, torch.empty(int(length), dtype=torch.uint8))
-        message, described = json.loads(header.numpy().tobytes())
-        arrays = [torch.empty(shape, dtype=DTYPES[dtype]) for dtype, shape in described]
-        return message, [self._received(rank, value) if value.numel() else value for value in arrays]
-
-    def _received(self, rank: int, buffer: Tensor, timeout_seconds: float | None = None) -> Tensor:
-        work = self._begin(self._members.recv, buffer, rank, MESSAGES)
-        self._wait(
-            partial(work.wait, self._limit if timeout_seconds is None else timedelta(seconds=timeout_seconds)), rank
-        )
-        return buffer
-
-    def _begin(self, operation: Callable[..., Any], value: Tensor, rank: int, tag: int) -> Any:
-        return self._wait(lambda: operation([value], rank, tag), rank)
-
-    def _wait(self, do: Callable[[], Any], rank: int | None = None) -> Any:
-        try:
-            return do()
-        except RuntimeError as error:
-            who = "a rank" if rank is None else f"rank {rank}"
-            raise GroupBroken(
-                f"{who} of {self.size} is gone or did not answer rank {self.rank} within"
-                f" {self._limit.total_seconds():g} s ({_first_line(error)}): start the job again, and it goes on from"
-                " the last commit"
-            ) from None
+        with self.links.receive(rank, timeout_seconds) as take:
+            header = take(int(take(1, torch.int64)), torch.uint8)
+            message, described = json.loads(header.numpy().tobytes())
+            arrays = [torch.empty(shape, dtype=DTYPES[dtype]) for dtype, shape in described]
+            for value in arrays:
+                if value.numel():
+                    value.view(-1).copy_(take(value.numel(), value.dtype))
+            return message, arrays
 
     def limit(self, timeout_seconds: float) -> None:
         """Change the timeout for each message."""
-        self._limit = timedelta(seconds=timeout_seconds)
+        self.links.timeout_seconds = timeout_seconds
 
     def close(self) -> None:
         """Leave; the others' messages to this process fail from now on."""
-        self._members = None
-
-
-def has_nccl() -> bool:
-    """Say whether this torch can use NCCL."""
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_nccl_available()
+        self.links.close()
+        self.links.members = None
 
 
 def address_of(interface: str) -> str:
@@ -323,9 +237,3 @@ def _set_interface() -> None:
         os.environ[INTERFACE] = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
     if INTERFACE in os.environ:
         os.environ.setdefault(NCCL_INTERFACE, os.environ[INTERFACE])
-
-
-def _first_line(error: BaseException) -> str:
-    """Return what torch says, without the place in its source and what it supposes."""
-    line = str(error).partition("\n")[0] or type(error).__name__
-    return re.sub(r"\[/[^]]*\] ", "", line).partition(". This is typically")[0][:200]

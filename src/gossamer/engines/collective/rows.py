@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.engines.collective.group import Group
+from gossamer.engines.collective.group import Extent, Group
 from gossamer.engines.task import Task, Variant
 
 Rows = Mapping[str, Tensor]  # {name: [n, width]}, of any dtypes
@@ -140,24 +140,20 @@ def swap_rows_(
         number of bytes sent, and int64 peers whose rows have come.
 
     Raises:
-        GroupBroken: see `Group.exchange`.
+        GroupBroken: a rank is gone, or did not answer in time.
     """
     own, packing = spans[group.rank], packing or WholeRows()
-    outgoing: dict[int, Tensor] = {}
-    incoming: dict[int, Tensor] = {}
-    senders: dict[int, Tensor] = {}
-    for rank, other in enumerate(spans):
-        if rank == group.rank:
-            continue
-        wanted = heard(*other, *own)
+    outgoing, incoming, senders = list[tuple[int, Tensor]](), list[Extent](), dict[int, Tensor]()
+    for rank in group.others:
+        wanted = heard(*spans[rank], *own)
         if wanted is not None:
-            outgoing[rank] = packing.pack(rows, torch.from_numpy(wanted))
-        wanted = heard(*own, *other)
+            outgoing.append((rank, packing.pack(rows, torch.from_numpy(wanted))))
+        wanted = heard(*own, *spans[rank])
         if wanted is not None:
             senders[rank] = torch.from_numpy(wanted)
-            incoming[rank] = torch.empty(packing.num_bytes(rows, senders[rank]), dtype=torch.uint8)
-    group.exchange(outgoing, incoming)
-    for rank, peers in senders.items():
-        packing.unpack_(rows, peers, incoming[rank])
-    num_bytes = sum(value.nbytes for value in outgoing.values())
+            incoming.append((rank, packing.num_bytes(rows, senders[rank]), torch.uint8))
+    with group.exchange(outgoing, incoming) as received:
+        for peers, packed in zip(senders.values(), received, strict=True):
+            packing.unpack_(rows, peers, packed)
+    num_bytes = sum(value.nbytes for _, value in outgoing)
     return num_bytes, torch.cat([torch.empty(0, dtype=torch.int64), *senders.values()])

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gossamer.distributed.links import GroupBroken
 from gossamer.engines.collective.agreement import require_same
 from gossamer.engines.collective.clients import ClientRank
 from gossamer.engines.collective.environment import is_leader
-from gossamer.engines.collective.group import TIMEOUT_SECONDS, Group, GroupBroken, Message
+from gossamer.engines.collective.group import TIMEOUT_SECONDS, Group, Message
 from gossamer.engines.collective.peer_rank import PeerRank
 from gossamer.engines.collective.world import Handler, Letter, leading
 from gossamer.engines.recipe import rebuild

@@ -12,9 +12,10 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from gossamer.distributed.links import GroupBroken
 from gossamer.engines.base import EngineSetup
 from gossamer.engines.collective.environment import is_rank
-from gossamer.engines.collective.group import TIMEOUT_SECONDS, Group, GroupBroken, Message
+from gossamer.engines.collective.group import TIMEOUT_SECONDS, Group, Message
 from gossamer.errors import ConfigError, EngineError, GossamerError, storage_errors
 
 
