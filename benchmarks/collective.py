@@ -121,9 +121,12 @@ def bytes_of_sockets() -> int:
     """Return how many bytes this process has sent over its connections, as the operating system counts them."""
     total = 0
     for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError), socket.socket(fileno=os.dup(int(number))) as one:
-            sent, again = struct.unpack_from("QQ", one.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 256), 200)
-            total += sent - again
+        with suppress(OSError):
+            if not os.readlink(f"/proc/self/fd/{number}").startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(number))) as one:
+                sent, again = struct.unpack_from("QQ", one.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 256), 200)
+                total += sent - again
     return total
 
 
