@@ -189,7 +189,7 @@ def _take_part(server: str | None, name: str | None, kit: Kit | None, **options:
 
     secret = os.environ.pop(SECRET, "")
     with closing(AuditLog(options["directory"] / AUDIT)) as log, stop_on_signals() as stop:
-        ClientNode(dial=dial, secret=secret, tell=to_stderr, stop=stop, **options).run()
+        ClientNode(dial=dial, secret=secret, tell=to_stderr, stop=stop, audit=log.record, **options).run()
 
 
 def _numbers(given: str) -> list[int]:

@@ -238,6 +238,7 @@ class EvaluationOptions(Options):
         num_peers: peers whose own models are evaluated too, evenly spaced; no more than there are.
         num_clients: clients, likewise, whose own models are evaluated where they keep parameters or are fine-tuned.
         fine_tune_steps: local steps after which the models of these clients are evaluated again, and then forgotten.
+        on_clients: whether real clients, which dial in, evaluate the model on test data of their own.
     """
 
     every: int = Field(default=1, ge=1)
@@ -245,6 +246,7 @@ class EvaluationOptions(Options):
     num_peers: int = Field(default=8, ge=0)
     num_clients: int = Field(default=8, ge=1)
     fine_tune_steps: int = Field(default=0, ge=0)
+    on_clients: bool = True
 
 
 class CheckpointOptions(Options):

@@ -19,8 +19,8 @@ from gossamer.workloads.base import Sums
 
 Record = dict[str, Any]
 Absent = Callable[[int, int], Mapping[int, str]]  # (round, phase) -> {client: reason}
-DEADLINE, OVER_SELECTION, GONE = "deadline", "over-selection", "gone"
-BY_THE_CLOCK = (DEADLINE, OVER_SELECTION, GONE)  # why real clients are dropped that have not answered
+DEADLINE, OVER_SELECTION, GONE, REFUSED = "deadline", "over-selection", "gone", "refused"
+BY_THE_CLOCK = (DEADLINE, OVER_SELECTION, GONE, REFUSED)  # why real clients are dropped that have not answered
 STOP_SIGNALS = tuple(  # that end a process unless it handles them, and ask a run to stop
     signal.Signals[name]
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU")

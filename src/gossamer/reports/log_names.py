@@ -40,6 +40,8 @@ METRICS = {
     "relative_distance": "Distance of all peers from their mean, relative to that at the start.",
     "consensus_distance": "Root mean square distance of the peers' models from their mean.",
     "<metric>_by_capacity": "The metric of the sub-model of each capacity, where evaluation.by_capacity is set.",
+    "<metric>_weighted": "Of local metrics that real clients measure: the mean weighted by their numbers of samples.",
+    "<metric>_by_client": "Of local metrics that real clients measure: that of each client which told it.",
     "<metric>_peers": "Mean, least and largest value of the metric over single peers, see evaluation.num_peers.",
 }
 """``{name of a metric: what it is}``; angle brackets stand for the name of another one."""

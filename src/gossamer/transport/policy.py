@@ -66,6 +66,8 @@ class Policy(Options):
             The lists above may name ``module:attribute``, too, which needs no entry here.
         max_epochs: most passes over the client's data in a phase of a round.
         max_steps: most local steps in a phase of a round.
+        evaluation: whether models are evaluated on the client's own test data.
+        min_test_samples: fewest test samples of which a result is told: a mean over few tells of single ones.
     """
 
     algorithms: list[str] | None = None
@@ -75,6 +77,8 @@ class Policy(Options):
     plug_ins: list[str] = []
     max_epochs: int | None = Field(default=None, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
+    evaluation: bool = True
+    min_test_samples: int = Field(default=10, ge=1)
 
     @field_validator("plug_ins")
     @classmethod
@@ -140,6 +144,23 @@ class Policy(Options):
             raise PolicyError(
                 f"a job asks for {steps} steps, of which {epoch} are an epoch, but the policy accepts max_epochs ="
                 f" {self.max_epochs}"
+            )
+
+    def check_evaluation(self, num_samples: int | None = None) -> None:
+        """Refuse to tell how good a model is.
+
+        Args:
+            num_samples: test samples; None: they are not known yet, or not counted.
+
+        Raises:
+            PolicyError: the policy does not accept it.
+        """
+        if not self.evaluation:
+            raise PolicyError("the server asks for an evaluation, but the policy accepts evaluation = False")
+        if num_samples is not None and num_samples < self.min_test_samples:
+            raise PolicyError(
+                f"the server asks for an evaluation, but there are {num_samples} test samples, and the policy accepts"
+                f" min_test_samples = {self.min_test_samples}"
             )
 
     def enforced(self, own: Collection[str] = ()) -> AbstractContextManager[None]:

@@ -204,6 +204,10 @@ class Workload(Protocol):
         """
         return self.metrics(sums)
 
+    def client_counts(self, sums: Sums, client: int) -> dict[str, tuple[float, float]]:
+        """Return ``{"local_<metric>": (sum, number of samples)}`` of a client's share of the test data; default: {}."""
+        return {}
+
     def hold(self, clients: NDArray[np.int64], chunks: NDArray[np.int64]) -> None:
         """Read the samples of clients, and of chunks of the test data, now, if they would be read while training.
 
@@ -336,7 +340,7 @@ class WithConstants:
 
 METHODS = (
     "init", "digest", "client_labels", "batch", "loss", "statistics", "evaluate", "metrics", "client_statistics",
-    "client_metrics", "params_of", "blueprint", "build_model", "warnings_of", "hold"
+    "client_metrics", "client_counts", "params_of", "blueprint", "build_model", "warnings_of", "hold"
 )  # fmt: skip
 ATTRIBUTES = (
     "layout", "num_clients", "num_samples", "num_labels", "num_statistics_chunks", "num_evaluation_chunks", "warnings"

@@ -15,6 +15,8 @@ from gossamer.errors import ConfigError
 from gossamer.storage.strict_yaml import parse_yaml
 from gossamer.workloads.base import Batch, Sums, Workload
 
+LOCAL, VALIDATION = ("local_", "worst_client_"), "validation_"
+
 
 class _Around:
     """Does what another workload does, but for what is defined here."""
@@ -45,6 +47,11 @@ class ToldWorkload(_Around):
         self.num_samples[client] = num_samples
         self._labels[client] = False
         self._labels[client, list(labels)] = True
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Return the metrics of the server's test data; those of clients' are theirs to tell."""
+        found = self._around.metrics(sums)
+        return {name: value for name, value in found.items() if not name.removeprefix(VALIDATION).startswith(LOCAL)}
 
     def client_labels(self, clients: NDArray[np.int64]) -> Tensor:
         """Return bool [s, num_labels]: the labels that each client holds."""
@@ -82,13 +89,18 @@ class HeldWorkload(_Around):
         """Return metrics of the one client's test data."""
         return self._around.client_metrics(sums, 0)
 
+    def client_counts(self, sums: Sums, client: int) -> dict[str, tuple[float, float]]:
+        """Return sums and numbers of samples of the one client's test data."""
+        return self._around.client_counts(sums, 0)
+
 
 def spec_of(text: str) -> Any:
     """Return the data set that a client names: a mapping in YAML, a folder or a file, or a name.
 
     A folder of folders is of images (``image-folder``), one of ``.npy`` files, or an ``.npz`` file, is of ``arrays``, a
     ``.csv`` or ``.parquet`` file, or a folder of the latter, is a ``table``; anything else is the name of a data set or
-    ``module:attribute``.
+    ``module:attribute``. Of a folder with ``train`` and ``test``, be they folders, or files of tables, ``test`` is for
+    testing; else a share of each class is held out.
 
     Raises:
         ConfigError: it is a folder, or a file, of something else.
@@ -98,6 +110,8 @@ def spec_of(text: str) -> Any:
     path = Path(text)
     if not path.exists():
         return text
+    if (parts := _parts_of(path)) is not None:
+        return {"name": "table", "path": parts[0], "test_path": parts[1]}
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     suffixes = {one.suffix.lower() for one in found if one.is_file()}
     if any(one.is_dir() for one in found):
@@ -112,3 +126,12 @@ def spec_of(text: str) -> Any:
             " describe dataset"
         )
     return {"name": name, "path": str(path.absolute())}
+
+
+def _parts_of(folder: Path) -> tuple[str, str] | None:
+    """Return the tables ``train`` and ``test`` of a folder; None: it has none."""
+    for suffix in (".parquet", ".csv", ""):
+        parts = [folder / f"{name}{suffix}" for name in ("train", "test")]
+        if all(one.is_file() or (one.is_dir() and any(one.glob("*.parquet"))) for one in parts):
+            return str(parts[0].absolute()), str(parts[1].absolute())
+    return None

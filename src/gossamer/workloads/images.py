@@ -312,14 +312,23 @@ class ImageClassification(Supervised):
         found = self._accuracies(sums, slice(client, client + 1))
         return {"accuracy": float(found[0])} if len(found) else {}
 
+    def counted_of(self, sums: Sums, client: int) -> dict[str, tuple[float, float]]:
+        """Return (right predictions, samples) of a client: of its own test samples, or see `LabelSets.counts`."""
+        right, number = self._counts(sums, slice(client, client + 1))
+        return {"accuracy": (float(right[0]), float(number[0]))} if number.any() else {}
+
     def _accuracies(self, sums: Sums, clients: slice = slice(None)) -> NDArray[np.float64]:
         """Return the accuracies of clients on their own share of the test data, of those that have some."""
+        right, number = self._counts(sums, clients)
+        return np.asarray(right[number > 0] / number[number > 0])
+
+    def _counts(self, sums: Sums, clients: slice) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return right predictions and samples of clients, on their own share of the test data."""
         if self._client_of_test is not None:
-            tested = sums["own_tested"][clients]
-            return np.asarray(sums["own_correct"][clients][tested > 0] / tested[tested > 0])
+            return sums["own_correct"][clients], sums["own_tested"][clients]
         if self._label_sets is None:
-            return np.zeros(0)
-        return self._label_sets.accuracies(sums["local_correct"], sums["tested"], clients)
+            return np.zeros(0), np.zeros(0)
+        return self._label_sets.counts(sums["local_correct"], sums["tested"], clients)
 
 
 def _vocabulary_size(

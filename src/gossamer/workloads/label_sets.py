@@ -88,10 +88,10 @@ class LabelSets:
             counts.append((right.T @ of_class) * sets)
         return np.asarray(torch.cat(counts).numpy(), dtype=np.float64)
 
-    def accuracies(
+    def counts(
         self, correct: NDArray[np.float64], tested: NDArray[np.float64], clients: slice = slice(None)
-    ) -> NDArray[np.float64]:
-        """Return the accuracy of every client, its classes weighted by their share of its training samples.
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return right predictions, and their number, of every client: as many of a class as it has training samples.
 
         Args:
             correct: float64 [sets, num_labels], sums of `correct`.
@@ -99,10 +99,10 @@ class LabelSets:
             clients: those that are asked for.
 
         Returns:
-            float64 [clients that hold a tested class].
+            float64 [clients] each; of one without a tested class, 0. The quotient is the client's accuracy.
         """
         by_class = correct / np.maximum(tested, 1)
         weight = self.histogram[clients] * (tested > 0)
         total = weight.sum(axis=1)
         hits = np.einsum("nk,nk->n", weight, by_class[self.set_of_client[clients]])
-        return np.asarray(hits[total > 0] / total[total > 0], dtype=np.float64)
+        return np.asarray(hits, dtype=np.float64), np.asarray(total, dtype=np.float64)

@@ -317,6 +317,15 @@ class Supervised(Workload):
         prefix = "" if self.options.validation is None else "validation_"
         return {prefix + name: value for name, value in self.measured_of(sums, client).items()}
 
+    def client_counts(self, sums: Sums, client: int) -> dict[str, tuple[float, float]]:
+        """Return what `counted_of` does, named as `metrics` are: ``local_<metric>``."""
+        prefix = "" if self.options.validation is None else "validation_"
+        return {f"{prefix}local_{name}": counts for name, counts in self.counted_of(sums, client).items()}
+
+    def counted_of(self, sums: Sums, client: int) -> dict[str, tuple[float, float]]:
+        """Return ``{metric: (sum, number of samples)}`` of a client's share of the test data, by default of nothing."""
+        return {}
+
     def measured_of(self, sums: Sums, client: int) -> dict[str, float]:
         """Return the metrics of one client's share of the test data, by default of all."""
         return self.measured(sums)

@@ -115,13 +115,21 @@ class NextCharacter(Supervised):
             constant ``unigram_bits``, see `unigram_bits`.
         """
         found = super().measured(sums)
-        local = sums["loss"] / sums["count"] / math.log(2)
+        local = sums["loss"] / math.log(2) / sums["count"]
         return found | {
             "bits_per_character": found["loss"] / math.log(2),
             "local_bits_per_character": float(local.mean()),
             "worst_client_bits_per_character": float(local.max()),
             "unigram_bits": self._unigram_bits,
         }
+
+    def counted_of(self, sums: Sums, client: int) -> dict[str, tuple[float, float]]:
+        """Return (bits, characters) of a client's own test text, if each client is one owner; else nothing."""
+        owners = np.unique(self._train_owner[self.partition.of_client(client)])
+        if self.num_clients != len(self.data.owners) or len(owners) != 1 or not sums["count"][owners[0]]:
+            return {}
+        bits, number = sums["loss"][owners[0]] / math.log(2), sums["count"][owners[0]]
+        return {"bits_per_character": (float(bits), float(number))}
 
     def measured_of(self, sums: Sums, client: int) -> dict[str, float]:
         """Return accuracy and bits per character on the test texts of the owners whose windows a client trains on.

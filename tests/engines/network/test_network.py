@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ import pytest
 import yaml
 
 import gossamer
-from federation import STACKED, assert_same, configure, mixed, modes
+from federation import STACKED, assert_same, configure, events, mixed, modes
 from gossamer import experiment
-from gossamer.engines.network.client import ClientNode
 from gossamer.storage.runlog import read_events, read_metrics
 from gossamer.task import held_task_of, task_of
-from gossamer.transport import Client
+from nodes import Nodes, real
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -36,73 +34,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "updates too large": mixed("fedrolex")
     | {"train.lr_by_capacity": {1.0: 30.0}, "aggregation.max_update_norm_ratio": 5, "clients.quorum": 0.1},
 }
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
-
-
-class Nodes:
-    """Nodes in threads of this process, each of which is some clients, and dials one server."""
-
-    def __init__(self, directory: Path) -> None:
-        self.address, self._directory = f"127.0.0.1:{free_port()}", directory
-        self._threads: list[threading.Thread] = []
-        self._over = threading.Event()
-        self.errors: list[BaseException] = []
-
-    def start(
-        self, clients: Sequence[int], make_task: Callable[[Mapping[str, Any]], Any] = task_of, **options: Any
-    ) -> None:
-        """Start a node."""
-        name = f"node-{clients[0]}"
-
-        def dial(hello: Mapping[str, Any], seconds: float) -> Client:
-            return Client(self.address, name=name, hello=hello, timeout_seconds=seconds)
-
-        given = {"is_simulated": True, "linger_seconds": 0.0, "patience_seconds": 60.0} | options
-        node = ClientNode(
-            dial=dial,
-            clients=clients,
-            make_task=make_task,
-            directory=self._directory / name,
-            stop=self._over.is_set,
-            **given,
-        )
-        self._threads.append(threading.Thread(target=self._run, args=(node,), daemon=True))
-        self._threads[-1].start()
-
-    def _run(self, node: ClientNode) -> None:
-        try:
-            node.run()
-        except BaseException as error:
-            self.errors.append(error)
-
-    def join(self) -> None:
-        """Wait for all of them to end."""
-        for thread in self._threads:
-            thread.join(30)
-            assert not thread.is_alive()
-
-    def end(self) -> None:
-        """End them."""
-        self._over.set()
-        self.join()
-
-
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Nodes]:
-    made = Nodes(tmp_path / "nodes")
-    yield made
-    made.end()
-
-
-def real(config: Mapping[str, Any], nodes: Nodes, **engine: Any) -> dict[str, Any]:
-    """Return a configuration whose clients are nodes."""
-    return {**config, "engine": {**config["engine"], "name": "network", "address": nodes.address, **engine}}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -152,7 +83,10 @@ def test_clients_dropped_by_the_clock_are_dropped_again(
     assert {event["reason"] for event in dropped} == {reason}
     assert 4 in {event["client"] for event in dropped}
     again = gossamer.run({**config, "replay": str(run.directory)}, out=tmp_path / "replayed")
-    assert_same(run, again)
+    assert_same(run, again, but=("local_accuracy", "worst_client_accuracy"))
+    not_evaluated = events(run.directory, "not-evaluated")
+    assert len(not_evaluated) == 2
+    assert all(4 in event["clients"] for event in not_evaluated), "nor does it answer in time how good the model is"
 
 
 def test_own_data(nodes: Nodes, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_the_bits_over_tls_the_audit_and_no_secret(kits: Path, tmp_path: Path) -
     records = read(tmp_path / "network" / "audit.jsonl")
     assert {one["node"] for one in records} == {"a", "b"}
     assert {"joined", "sent", "received"} <= {one["kind"] for one in records}
-    updates = {one["sha256"] for one in records if one.get("message") == "update"}
+    updates = {one["sha256"] for one in records if one.get("message") in ("update", "counts")}
     sent = [one for name in "ab" for one in read(tmp_path / f"{name}.jsonl") if one["kind"] == "sent"]
     assert updates == {one["sha256"] for one in sent} != set()
     secrets = [

@@ -7,7 +7,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,20 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import never
+from gossamer.engines.base import REFUSED, never
 from gossamer.engines.network.engine import NOTHING, UPDATE
+from gossamer.engines.network.evaluating import COUNTS, EVALUATE, counts_of
 from gossamer.engines.network.private import PrivateState
 from gossamer.engines.network.roster import model_digest, versions
 from gossamer.engines.private_rows import PrivateRows
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.worker import Worker
-from gossamer.errors import Disconnected, Dropped, EngineError, Interrupted, PolicyError
+from gossamer.errors import Disconnected, Dropped, EngineError, Interrupted, PolicyError, TransportError
 from gossamer.threads import one_thread
-from gossamer.transport import Client, Message
+from gossamer.transport import Address, Client, Message
+from gossamer.transport.audit import no_audit
+from gossamer.transport.messages import SERVER_NODE, Audit
 from gossamer.transport.policy import Policy
 
 POLL_SECONDS = 0.2
@@ -51,6 +54,7 @@ class ClientNode:
         tell: callback for lines about what happens.
         stop: asked whether it shall end.
         policy: what a server may ask for; None: anything.
+        audit: told of what is refused, see `gossamer.transport.Client`.
     """
 
     dial: Dial
@@ -64,6 +68,7 @@ class ClientNode:
     tell: Callable[[str], None] = lambda line: None
     stop: Callable[[], bool] = never
     policy: Policy | None = None
+    audit: Audit = no_audit
     _training: Training | None = field(default=None, init=False)
 
     def run(self) -> None:
@@ -93,12 +98,23 @@ class ClientNode:
         """Ask the server what is trained, and prepare for it."""
         with closing(self._join({}, patience)) as asking:
             told: Mapping[str, Any] = asking.welcome
-        if self._training is None or self._training.run != told["run"]:
-            self._training = None  # whose memory is free from here on
-            self._training = Training(
-                self.make_task(told["config"]), _run_of(told), self.directory, self.stop, self.policy
-            )
+            if self._training is None or self._training.run != told["run"]:
+                self._training = None  # whose memory is free from here on
+                run = _run_of(told)
+                try:
+                    task = self.make_task(told["config"])
+                except PolicyError as error:
+                    self._refuse(asking, "config", Address(run, 0, 0, self.clients[0]), str(error))
+                    raise
+                self._training = Training(task, run, self.directory, self.stop, self.policy)
         return told
+
+    def _refuse(self, link: Client, kind: str, address: Address, reason: str) -> None:
+        """Tell the server, and whoever reads what this node logs, that it does not do what it is asked."""
+        self.audit("refused", node=SERVER_NODE, message=kind, address=vars(address), reason=reason)
+        self.tell(f"refused: {reason}")
+        with suppress(TransportError):  # it may not want to know
+            link.send(Message(REFUSED, address, {"reason": reason}))
 
     def _join(self, clients: Mapping[str, Any], patience: float) -> Client:
         """Join the server, which may be away."""
@@ -138,14 +154,28 @@ class ClientNode:
                 message = waiting.popleft()
                 if message.kind == "end":
                     return bool(message.body["is_over"])
-                if message.kind == "model":
-                    training.take_model(message)
-                elif message.kind == "train" and not any(_is_later(other, message) for other in waiting):
-                    try:
-                        link.send(training.train(message))
-                    except Dropped as error:
-                        self.tell(f"round {message.address.round + 1}: not wanted any more ({error})")
+                if not any(_is_later(other, message) for other in waiting):
+                    self._answer(link, training, message)
         raise Interrupted("stopped")
+
+    def _answer(self, link: Client, training: Training, message: Message) -> None:
+        """Do what the server asks, or refuse it."""
+        try:
+            if message.address.run != training.run:
+                raise PolicyError(f"the server asks for work of run {message.address.run!r}, not of {training.run!r}")
+            if message.kind == "model":
+                training.take_model(message)
+            elif message.kind == "train":
+                link.send(training.train(message))
+            elif message.kind == EVALUATE:
+                link.send(training.evaluate(message, self.clients))
+            else:
+                raise PolicyError(f"the server asks for {message.kind!r}, which no client does: models are trained, and"
+                                  " evaluated")  # fmt: skip
+        except PolicyError as error:
+            self._refuse(link, message.kind, message.address, str(error))
+        except Dropped as error:
+            self.tell(f"round {message.address.round + 1}: not wanted any more ({error})")
 
 
 class Training:
@@ -211,6 +241,16 @@ class Training:
             kind, told, arrays = self._result(Job.of_message(body["job"]), body)
             self._last = key, Message(kind, address, told, arrays)
         return Message(self._last[1].kind, address, self._last[1].body, self._last[1].arrays)
+
+    def evaluate(self, message: Message, own: Sequence[int]) -> Message:
+        """Evaluate a model on the clients' own test data; return the answer, see `counts_of`.
+
+        Raises:
+            PolicyError: it is refused.
+        """
+        if self._policy is not None:
+            self._policy.check_evaluation()
+        return Message(COUNTS, message.address, counts_of(self._task, message, own, self._policy))
 
     def _result(self, job: Job, body: Mapping[str, Any]) -> tuple[str, dict[str, Any], Arrays]:
         trainer, client = self._worker.trainers[job.phase], int(job.client[0])

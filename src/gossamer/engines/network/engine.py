@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.base import DEADLINE, GONE, OVER_SELECTION, EngineSetup, Record
+from gossamer.engines.base import DEADLINE, GONE, OVER_SELECTION, REFUSED, EngineSetup, Record
 from gossamer.engines.memory import keep_freed_memory
+from gossamer.engines.network.evaluating import MODEL, STATISTICS
+from gossamer.engines.network.evaluation import ClientEvaluation
 from gossamer.engines.network.observer import NetworkObserver
 from gossamer.engines.network.peer import NetworkPeer
 from gossamer.engines.network.processes import Processes
@@ -25,6 +27,7 @@ from gossamer.engines.network.roster import Asked, Node, Roster
 from gossamer.engines.network.state import StateFile
 from gossamer.engines.peers import PeerEngine
 from gossamer.engines.server import KEPT, FederatedEngine
+from gossamer.engines.statistics import name_of, statistics_in
 from gossamer.engines.task import Task
 from gossamer.engines.training.compression import decoded_downlink
 from gossamer.engines.training.job import BlockResult
@@ -33,15 +36,17 @@ from gossamer.errors import ConfigError, Disconnected, Interrupted, TransportErr
 from gossamer.plan import Block, RoundPlan
 from gossamer.storage.client_store import ClientStore
 from gossamer.threads import one_thread
-from gossamer.transport import SERVER, Address, Event, Expectations, Gone, Joined, Message, Received, Server
+from gossamer.transport import SERVER, Address, Event, Expectations, Gone, Header, Joined, Message, Received, Server
 from gossamer.transport.audit import AUDIT, AuditLog, no_audit
 from gossamer.transport.authentication import load_kit
 from gossamer.workloads.base import Sums
+from gossamer.workloads.held import ToldWorkload
 
 AHEAD = 2  # jobs that a node has, so that it need not wait for the next one
 POLL_SECONDS = 0.1
 DISMISS_SECONDS = 3.0
 LOOPBACK = "127.0.0.1:0"
+MAX_REASON = 300  # characters
 UPDATE, NOTHING = "update", "nothing"  # kinds of answers: there is a payload, or it is not usable
 
 
@@ -83,10 +88,23 @@ class NetworkEngine(FederatedEngine):
         self._done, self._numbers = (0, 0), itertools.count()
         self._models: dict[Any, Arrays] = {}
         self._began, self._num_answers = 0.0, 0  # of the phase
+        self._refused: set[str] = set()  # names of nodes that refuse the whole run
         secret = secrets.token_hex(16) if setup.address is None else None
         told = {"run": self._run, "instance": secrets.token_hex(16), "config": for_clients(config)}
         self._roster, self._expected = Roster(task, told, secret), Expectations()
         self._audit, self._server = self._listen()
+        self._evaluation = ClientEvaluation(
+            run=self._run,
+            num_clients=task.workload.num_clients,
+            server=self._server,
+            roster=self._roster,
+            expected=self._expected,
+            numbers=self._numbers,
+            receive=self._next,
+            refused=self._note_refusal,
+            hooks=setup.hooks,
+            clock=setup.clock,
+        )
         self._file: StateFile | None = None
         self._processes: Processes | None = None
         try:
@@ -110,7 +128,7 @@ class NetworkEngine(FederatedEngine):
             return log, Server(
                 setup.address or LOOPBACK,
                 admit=self._roster.admit,
-                accept=self._expected,
+                accept=self._accept,
                 credentials=credentials,
                 audit=no_audit if log is None else log.record,
             )
@@ -193,8 +211,20 @@ class NetworkEngine(FederatedEngine):
         super().write(given)
 
     def measure(self, plan: RoundPlan) -> Record:
-        """Return nothing: models of clients' own cannot be evaluated here."""
-        return {}
+        """Return what real clients reach on test data of their own; models of their own cannot be evaluated here."""
+        evaluation = self._setup.recipe["config"]["evaluation"]
+        if not isinstance(self._task.workload, ToldWorkload) or not evaluation["on_clients"]:
+            return {}
+        statistics = self._statistics.read()
+
+        def arrays(index: int, capacity: float) -> Arrays:
+            """Return what a model is evaluated by."""
+            found, _ = statistics_in(statistics, name_of(capacity))
+            row = self._local.row(self._task.variant(index), plan.round)
+            return {MODEL: row.clone()} | {f"{STATISTICS}{name}": value for name, value in found.items()}
+
+        capacities = self._task.capacities if evaluation["by_capacity"] else ()
+        return self._evaluation.measure((plan.round, self._task.num_phases - 1), arrays, capacities)
 
     # ---- inside
 
@@ -238,6 +268,7 @@ class NetworkEngine(FederatedEngine):
         specs = {name: (dtype, (1 if name in scalars else variant.layout.d,)) for name in uplink}
         self._expected.expect(node.name, UPDATE, address, specs)
         self._expected.expect(node.name, NOTHING, address, {})
+        self._expected.expect(node.name, REFUSED, address, {})
         kept, needed = self._kept[client].tolist(), None
         if len(self._commits) == self._commits.maxlen:
             needed = self._commits[0][1][client].tolist()
@@ -262,9 +293,8 @@ class NetworkEngine(FederatedEngine):
 
     def _answer(self, plan: RoundPlan, waiting: dict[int, Block]) -> BlockResult | None:
         """Handle what happens next, if it happens soon; return the result that came, if one did."""
-        event = self._server.receive(POLL_SECONDS)
-        if not isinstance(event, Received):
-            self._note(event)
+        event = self._next()
+        if event is None:
             return None
         message, node = event.message, self._roster.get(event.node)
         client = message.address.sender
@@ -273,12 +303,41 @@ class NetworkEngine(FederatedEngine):
             return None
         del node.asked[client]
         block, body = waiting.pop(client), message.body
+        if message.kind == REFUSED:
+            self._reasons[block.rows.start] = REFUSED
+            self._note_refusal(event)
+            return None
         finite = message.kind == UPDATE and all(bool(value.isfinite().all()) for value in message.arrays.values())
         loss, norm = (float(body[name]) if type(body.get(name)) is float else np.nan for name in ("loss", "norm"))
         described = {"arrays": [], "loss": [loss], "finite": [finite], "norm": [norm]}
         if finite:
             described["arrays"] = [[f"payload.{name}", 0] for name in message.arrays]
         return self._block_result(block, described, message.arrays.values() if finite else ())
+
+    def _accept(self, header: Header) -> Mapping[str, Tensor] | None:
+        """Take what was asked for, and from nodes that have not joined as clients that they refuse the run."""
+        is_first = header.kind == REFUSED and header.address.order == (0, 0, 0) and not header.specs
+        return None if is_first and self._roster.get(header.node) is None else self._expected(header)
+
+    def _next(self) -> Received | None:
+        """Return a message, if one comes soon; note whatever else happens."""
+        event = self._server.receive(POLL_SECONDS)
+        if not isinstance(event, Received):
+            self._note(event)
+            return None
+        if event.message.kind == REFUSED and self._roster.get(event.node) is None:
+            if event.node not in self._refused:  # or it might fill the disk
+                self._note_refusal(event)
+            self._refused.add(event.node)
+        return event
+
+    def _note_refusal(self, event: Received) -> None:
+        """Tell that a client does not do what it is asked, and why, as it says."""
+        message = event.message
+        reason = "".join(one if one.isprintable() else " " for one in str(message.body.get("reason"))[:MAX_REASON])
+        where = {"round": message.address.round + 1, "client": message.address.sender}
+        self.hooks.report("refused", **where, node=event.node, reason=reason)
+        self.hooks.tell(f"{event.node} refuses what it is asked: {reason}")
 
     def _drop_late(self, waiting: dict[int, Block]) -> None:
         """Stop waiting for those who have not answered, once the clock says so."""

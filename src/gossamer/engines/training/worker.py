@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import never
 from gossamer.engines.slots import write_arrays
-from gossamer.engines.task import Task
+from gossamer.engines.task import Task, Variant
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.trainer import Trainer
 from gossamer.profiling import recorder
@@ -71,13 +71,16 @@ class Worker:
         with torch.no_grad():
             return self._task.workload.evaluate(self._params(variant, round), statistics, chunk)
 
-    def _params(self, index: int, round: int) -> dict[str, Tensor]:
-        variant, x = self._task.variant(index), self._state["x"][0]
+    def row(self, variant: Variant, round: int) -> Tensor:
+        """Return the model, or its sub-model of a variant at `round`, as it is evaluated: [d] of its layout."""
+        x = self._state["x"][0]
         cut = self._task.cut(variant, round, order=self._order)
         x = variant.algorithm.evaluated(x)
-        if cut.is_full:
-            return cut.full.views(x)
-        return cut.sub.views(cut.read(x, x.new_zeros(cut.sub.d)))
+        return x if cut.is_full else cut.read(x, x.new_zeros(cut.sub.d))
+
+    def _params(self, index: int, round: int) -> dict[str, Tensor]:
+        variant = self._task.variant(index)
+        return variant.layout.views(self.row(variant, round))
 
     def _train(self, message: Message) -> Message:
         job = Job.of_message(message)

@@ -1,0 +1,73 @@
+"""Nodes of a federation as threads of a test."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gossamer.engines.network.client import ClientNode
+from gossamer.task import task_of
+from gossamer.transport import Client
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+class Nodes:
+    """Nodes in threads of this process, each of which is some clients, and dials one server."""
+
+    def __init__(self, directory: Path) -> None:
+        self.address, self._directory = f"127.0.0.1:{free_port()}", directory
+        self._threads: list[threading.Thread] = []
+        self._over = threading.Event()
+        self.errors: list[BaseException] = []
+
+    def start(
+        self, clients: Sequence[int], make_task: Callable[[Mapping[str, Any]], Any] = task_of, **options: Any
+    ) -> None:
+        """Start a node."""
+        name = f"node-{clients[0]}"
+
+        def dial(hello: Mapping[str, Any], seconds: float) -> Client:
+            return Client(self.address, name=name, hello=hello, timeout_seconds=seconds)
+
+        given = {"is_simulated": True, "linger_seconds": 0.0, "patience_seconds": 60.0} | options
+        node = ClientNode(
+            dial=dial,
+            clients=clients,
+            make_task=make_task,
+            directory=self._directory / name,
+            stop=self._over.is_set,
+            **given,
+        )
+        self._threads.append(threading.Thread(target=self._run, args=(node,), daemon=True))
+        self._threads[-1].start()
+
+    def _run(self, node: ClientNode) -> None:
+        try:
+            node.run()
+        except BaseException as error:
+            self.errors.append(error)
+
+    def join(self) -> None:
+        """Wait for all of them to end."""
+        for thread in self._threads:
+            thread.join(30)
+            assert not thread.is_alive()
+
+    def end(self) -> None:
+        """End them."""
+        self._over.set()
+        self.join()
+
+
+def real(config: Mapping[str, Any], nodes: Nodes, **engine: Any) -> dict[str, Any]:
+    """Return a configuration whose clients are nodes."""
+    return {**config, "engine": {**config["engine"], "name": "network", "address": nodes.address, **engine}}
