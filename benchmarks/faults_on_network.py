@@ -79,8 +79,10 @@ def configuration(fault: Fault, **changes: Any) -> dict[str, Any]:
     """Return a run in which all clients take part in every round, which is committed."""
     config = EXPERIMENTS[fault["experiment"]]
     clients = {"num": NUM_CLIENTS, "per_round": NUM_CLIENTS}
-    if fault["kind"] in LATE:
+    if fault["kind"] in LATE:  # when such a client has not told, either, how good the model is
         clients |= {"deadline_seconds": DEADLINE_SECONDS, "quorum": 0.1}
+        config = config | {"workload": config["workload"] | {"local_evaluation": False}}
+        config |= {"evaluation": config["evaluation"] | {"on_clients": False}}
     given = {"seed": fault["seed"], "rounds": 4, "checkpoint": {"every_seconds": 0}, "clients": clients}
     return config | given | {"engine": config["engine"] | {"workers": 0}} | changes
 

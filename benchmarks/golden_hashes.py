@@ -32,6 +32,7 @@ import gossamer
 from gossamer.config.loading import with_value
 
 CLOCKS = ("wall_seconds", "round_seconds", "phase_seconds")
+OF_REAL_CLIENTS = ("_weighted", "_by_client")  # ends of the names of metrics that simulations do not have
 LEVELS = [0.25, 0.5, 1.0]
 SYNTHETIC = {"name": "synthetic", "num_train": 150, "num_test": 40, "noise": 2.0}
 MLP = {"name": "mlp", "hidden": [32]}
@@ -152,7 +153,7 @@ def digest(run: gossamer.Run) -> str:
     for name, value in sorted(run.params.items()):
         found.update(name.encode() + value.contiguous().numpy().tobytes())
     for record in run.metrics:
-        kept = {key: value for key, value in record.items() if key not in CLOCKS}
+        kept = {key: value for key, value in record.items() if key not in CLOCKS and not key.endswith(OF_REAL_CLIENTS)}
         found.update(json.dumps(kept, sort_keys=True).encode())
     return found.hexdigest()
 
