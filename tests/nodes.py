@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gossamer.engines.network.client import ClientNode
 from gossamer.task import task_of
 from gossamer.transport import Client
+
+HOOKED: list[bool] = []
+UNPICKLED: list[list[str]] = []  # of those who watch: audit hooks cannot be removed
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "pickle.find_class":
+        for found in UNPICKLED:
+            found.append(str(arguments))
+
+
+@contextmanager
+def unpickling() -> Iterator[list[str]]:
+    """Watch what any thread of this process looks up while it unpickles."""
+    if not HOOKED:
+        sys.addaudithook(_watch)
+        HOOKED.append(True)
+    found = list[str]()
+    UNPICKLED.append(found)
+    try:
+        yield found
+    finally:
+        UNPICKLED.remove(found)
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ from gossamer.config import diagnosis
 from gossamer.config.buffers import require_averages
 from gossamer.config.clock import goes_by_the_clock, wall_clock
 from gossamer.config.communication import check_codecs, require_whole_downlink
-from gossamer.config.inputs import configuration_inputs, run_id
+from gossamer.config.inputs import configuration_inputs, require_replayed, run_id
 from gossamer.config.optimizers import require_moments
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
@@ -89,6 +89,7 @@ class Parts:
         options, x = self.config.engine, self.workload.init(self.config.seed)
         block_size = None if options.block_size == "auto" else options.block_size
         if self.config.replay is not None:  # in which single clients are left out
+            require_replayed(Path(self.config.replay), self.inputs)
             absent = absences(Path(self.config.replay), self.workload.num_clients)
             block_size, hooks = 1, replace(hooks, absent=absent)
         counts_cpus = self.engine_class.is_remote and options.workers == "auto"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import traceback
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -23,13 +25,20 @@ from gossamer.transport import (
     Message,
     Received,
     Server,
+    arrays,
+    reading,
+    service,
     verify_tokens,
 )
 from gossamer.transport.calls import SERVICE
+from gossamer.transport.connection import Connection
+from gossamer.transport.frames import Outgoing
+from gossamer.transport.limits import Counts
 
 TIMEOUT = 20.0
 TOKENS = {"a": "token-of-a", "b": "token-of-b"}
 MESSAGE = Message("update", Address("run", 0, 0, 0), {}, {"x": torch.ones(100_000)})
+LONG = Message("update", Address("run", 0, 0, 0), {}, {"x": torch.ones(600_000)})
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +110,57 @@ def test_others_are_refused(server: Server, authority: Authority, told: list[tup
     assert server.receive(0.0) is None
     assert {kind for kind, _ in told} == {"refused"}
     assert not any(token in str(told) for token in TOKENS.values())
+
+
+def test_nothing_of_those_who_are_refused_is_decoded(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has no right to call sends a whole update, and none of it goes through a decoder."""
+    decoded = Counter[str]()
+
+    def count(module: Any, name: str) -> None:
+        original = vars(module)[name]
+
+        def counted(*arguments: Any) -> Any:
+            decoded[name] += 1
+            return original(*arguments)
+
+        monkeypatch.setattr(module, name, counted)
+
+    for module, name in ((reading, "split"), (reading, "Incoming"), (service, "decode_json"), (arrays, "allocate")):
+        count(module, name)
+
+    def verify(caller: Caller) -> None:
+        if caller.name == "revoked":
+            raise Refused("the certificate of node 'revoked' is revoked")
+        tokens(caller)
+
+    tokens = server_credentials(authority).verify
+    assert tokens is not None
+    limits, counts = Limits(), Counts()
+    refused: dict[str, tuple[Credentials | None, type[GossamerError]]] = {
+        "no TLS": (None, Disconnected),
+        "no token": (client_credentials(authority, token=""), Refused),
+        "another token": (client_credentials(authority, token="token-of-b"), Refused),
+        "another authority": (client_credentials(Authority.new()), Disconnected),
+        "expired": (client_credentials(authority, days=-1), Disconnected),
+        "another's certificate": (client_credentials(authority, "b"), Refused),
+        "revoked": (client_credentials(authority, "revoked"), Refused),
+    }
+    with Server("127.0.0.1:0", credentials=server_credentials(authority, verify=verify)) as server:
+        for case, (credentials, kind) in refused.items():
+            name = "revoked" if case == "revoked" else "a"
+            connection = Connection(server.address, name, credentials, "server", limits, counts)
+            for message in (MESSAGE, LONG):  # of one frame, and of several
+                with pytest.raises(kind):
+                    connection.deliver(Outgoing(message, limits), 5.0)
+            connection.close(Disconnected("it is over"))
+            with pytest.raises(kind):
+                join(server, credentials, name)
+        assert decoded == Counter()
+        assert server.receive(0.0) is None
+        with join(server, client_credentials(authority)) as client:
+            for message in (MESSAGE, replace(LONG, address=Address("run", 1, 0, 0))):
+                assert client.send(message)
+        assert min(decoded[name] for name in ("split", "Incoming", "decode_json", "allocate")) > 0, "all are counted"
 
 
 def test_a_server_of_another_name_is_none(server: Server, authority: Authority) -> None:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from gossamer.errors import CheckpointError, ConfigError
 from gossamer.planning.schedule import FOLLOW_END
+from gossamer.storage.checkpoint import Checkpoints
+from gossamer.storage.runlog import CHECKPOINTS, read_config
 
 # Where a run that has begun may go on: what changes no bits, but for the device, which changes the last ones.
 PROFILE = "profile"
 KEYS = ("name", "workers", "block_size", "device", "address", "kit", "peer", "peers_file", "straggler_seconds")
 MOVABLE = (*(f"engine.{key}" for key in KEYS), PROFILE)
 END = "rounds"  # may be changed, too, where nothing depends on it
+BESIDE = ("name", "log", "checkpoint", "evaluation", "stop", "replay", END)  # what changes no bits of a replay
 CHANGED = {
     "data": "the data, or their partition, are not those that the run was committed with: restore them",
     "topology": "the topology's file is not the one that the run was committed with: restore it",
@@ -96,6 +100,32 @@ def require_same(committed: Mapping[str, Any], found: Mapping[str, Any]) -> None
             raise CheckpointError(
                 f"config.yaml says {key} = {now}, but the run was committed with {then}: restore that entry"
             )
+
+
+def require_replayed(directory: Path, found: Mapping[str, Any]) -> None:
+    """Check that a run of real clients is one of the same experiment, so that a simulation can repeat it.
+
+    Args:
+        directory: of that run.
+        found: inputs of the simulation, by their names.
+
+    Raises:
+        ConfigError: it is another experiment, or the directory holds no run.
+        CheckpointError: its commits are damaged.
+    """
+    plain = [configuration_inputs(one) for one in (read_config(directory), found["configuration"])]
+    own, other = ({key: value for key, value in one.items() if key not in BESIDE} for one in plain)
+    if difference := _first_difference(own, other):
+        key, then, now = difference
+        raise ConfigError(
+            f"replay {str(directory)!r} is a run of another experiment, in which {key} = {then}, not {now}: give a run"
+            " of this one"
+        )
+    latest = Checkpoints(directory / CHECKPOINTS).latest()
+    if latest is not None and latest.inputs.get("data") not in (None, found["data"]):
+        raise ConfigError(
+            f"replay {str(directory)!r} is a run on other data, or another partition: give a run on these"
+        )
 
 
 def _first_difference(committed: Any, found: Any, key: str = "") -> tuple[str, str, str] | None:

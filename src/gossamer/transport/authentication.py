@@ -122,8 +122,15 @@ class Kit:
         """
         if self.kind == "client":
             return Credentials(self.certificate, self.key, self.authority, self.token)
-        members = MemberList(self.directory / MEMBERS_FILE, self.federation)
-        return Credentials(self.certificate, self.key, self.authority, self.token, members.verify_caller)
+        return Credentials(self.certificate, self.key, self.authority, self.token, self.members().verify_caller)
+
+    def members(self) -> MemberList:
+        """Return the list of members, which the kit of a node that listens has.
+
+        Raises:
+            ConfigError: it is missing or malformed.
+        """
+        return MemberList(self.directory / MEMBERS_FILE, self.federation)
 
 
 def load_kit(directory: Path, kind: Kind | None = None) -> Kit:
@@ -258,6 +265,16 @@ class MemberList:
                 f" {self._federation!r}: copy the right one"
             )
         self._members, self._stamp = members, stamp
+
+    def client_of(self, number: int) -> str | None:
+        """Return the name of the client whose kit has a number; None: there is none that is not revoked.
+
+        Raises:
+            ConfigError: see `current`.
+        """
+        nodes = self.current().nodes.items()
+        found = (name for name, one in nodes if (one.kind, one.number) == ("client", number) and not one.is_revoked)
+        return next(found, None)
 
     def verify_caller(self, caller: Caller) -> None:
         """Verify who makes a call, see `verify`."""

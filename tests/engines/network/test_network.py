@@ -18,6 +18,8 @@ import yaml
 import gossamer
 from federation import STACKED, assert_same, configure, events, mixed, modes
 from gossamer import experiment
+from gossamer.engines.network import state
+from gossamer.errors import ConfigError, Interrupted
 from gossamer.storage.runlog import read_events, read_metrics
 from gossamer.task import held_task_of, task_of
 from nodes import Nodes, real
@@ -89,6 +91,39 @@ def test_clients_dropped_by_the_clock_are_dropped_again(
     assert all(4 in event["clients"] for event in not_evaluated), "nor does it answer in time how good the model is"
 
 
+def test_a_run_of_another_experiment_is_not_replayed(tmp_path: Path) -> None:
+    config = configure({"rounds": 1})
+    gossamer.run(config, out=tmp_path / "run")
+    again = {**config, "replay": str(tmp_path / "run")}
+    assert_same(gossamer.run(again, out=tmp_path / "same"), gossamer.load(tmp_path / "run"))
+    for changes, told in (
+        ({"train.lr": 0.2}, r"of another experiment, in which train.lr = 0.1, not 0.2"),
+        ({"workload.dataset.noise": 1.0}, r"workload.dataset.noise = 2.0, not 1.0"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            gossamer.run({**configure({"rounds": 1, **changes}), "replay": again["replay"]}, out=tmp_path / "other")
+
+
+def test_data_of_another_shape(nodes: Nodes, tmp_path: Path) -> None:
+    """The client refuses, and both it and the server say which shapes they have."""
+    config = configure({"clients": {"num": 1, "per_round": 1}})
+    table = tmp_path / "own.csv"
+    table.write_text("a,b,label\n" + "".join(f"{n}.0,{-n}.0,{n % 2}\n" for n in range(20)))
+    stopped = threading.Event()
+    nodes.start(
+        [0],
+        make_task=lambda told: held_task_of(told, 0, {"name": "table", "path": str(table)}),
+        is_simulated=False,
+    )
+    hooks = experiment.Hooks(tell=lambda line: stopped.set() if "refuses" in line else None, is_ended=stopped.is_set)
+    with pytest.raises(Interrupted):
+        experiment.run(real(config, nodes), out=tmp_path / "network", hooks=hooks)
+    nodes.join()
+    (error,) = nodes.errors
+    told = "the data have samples of shape [2] and 2 labels, but those of the server samples of shape [1, 8, 8] and 10"
+    assert str(error).startswith(told)
+
+
 def test_own_data(nodes: Nodes, tmp_path: Path) -> None:
     """Clients of other data than the server's tell how many samples there are, and of which labels; nothing else."""
     config = configure({"clients": {"num": 2, "per_round": 2}, "rounds": 2})
@@ -143,6 +178,7 @@ def test_server_that_is_killed(nodes: Nodes, tmp_path: Path) -> None:
     first = subprocess.Popen(command)
     try:
         wait_for(lambda: len(read_metrics(out)) >= 2, out)
+        assert {client for node in state.read(out)["nodes"] for client in node["clients"]} == set(range(8))
     finally:
         first.kill()
         first.wait()

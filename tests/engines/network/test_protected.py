@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 import re
 import shutil
 import socket
@@ -15,10 +17,13 @@ from typer.testing import CliRunner
 
 import gossamer
 from federation import assert_same, configure
+from gossamer import experiment
+from gossamer.cli.following import to_stderr
 from gossamer.cli.main import app
 from gossamer.cli.node import _task_maker
 from gossamer.engines.network.client import ClientNode
 from gossamer.errors import ConfigError, PolicyError
+from gossamer.experiment import Hooks
 from gossamer.storage.jsonl import read
 from gossamer.task import task_of
 from gossamer.transport import Client
@@ -26,6 +31,7 @@ from gossamer.transport.audit import AuditLog
 from gossamer.transport.authentication import load_kit
 from gossamer.transport.policy import Policy
 from gossamer.transport.provisioning import provision
+from nodes import unpickling
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -45,7 +51,7 @@ def free_port() -> int:
         return port
 
 
-def test_the_bits_over_tls_the_audit_and_no_secret(kits: Path, tmp_path: Path) -> None:
+def test_the_bits_over_tls_the_audit_and_no_secret(kits: Path, tmp_path: Path, capfd: Any, caplog: Any) -> None:
     address, config = f"127.0.0.1:{free_port()}", configure({})
     engine = {**config["engine"], "name": "network", "address": address, "kit": str(kits / "server")}
     logs = {name: AuditLog(tmp_path / f"{name}.jsonl") for name in "ab"}
@@ -66,16 +72,23 @@ def test_the_bits_over_tls_the_audit_and_no_secret(kits: Path, tmp_path: Path) -
             linger_seconds=0.0,
             is_simulated=True,
             policy=Policy(max_epochs=5),
+            tell=to_stderr,
+            audit=logs[name].record,
         )
 
     threads = [
         threading.Thread(target=node(name, list(range(n, 8, 2))).run, daemon=True) for n, name in enumerate("ab")
     ]
-    for thread in threads:
-        thread.start()
-    run = gossamer.run({**config, "engine": engine}, out=tmp_path / "network")
-    for thread in threads:
-        thread.join(30)
+    caplog.set_level(logging.DEBUG)
+    with unpickling() as unpickled:  # at the server and at both nodes, which are threads of this process
+        for thread in threads:
+            thread.start()
+        run = experiment.run({**config, "engine": engine}, out=tmp_path / "network", hooks=Hooks(tell=to_stderr))
+        for thread in threads:
+            thread.join(30)
+        assert unpickled == []
+        pickle.loads(pickle.dumps(ConfigError("x")))
+        assert len(unpickled) == 1, "the hook works"
     assert_same(run, gossamer.run(config, out=tmp_path / "local"))
     records = read(tmp_path / "network" / "audit.jsonl")
     assert {one["node"] for one in records} == {"a", "b"}
@@ -94,6 +107,9 @@ def test_the_bits_over_tls_the_audit_and_no_secret(kits: Path, tmp_path: Path) -
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 5
     assert [path for path in written if any(secret.encode() in path.read_bytes() for secret in secrets)] == []
+    shown = "".join(capfd.readouterr()) + caplog.text
+    assert "joined as client" in shown
+    assert not any(secret in shown for secret in secrets)
 
 
 class TestCurious:

@@ -60,7 +60,7 @@ def test_a_node_joins_and_leaves(simulated: Task) -> None:
         ({"clients": {"3": {"num_samples": 5, "labels": "all"}}}, "labels 'all'"),
         ({"clients": {"3": {"num_samples": 5, "labels": [10]}}}, "labels [10]"),
         ({"clients": {"3": {"num_samples": 5, "labels": [1]}}}, "not 1"),
-        ({"model": "another"}, "another shape"),
+        ({"model": "another"}, "other shapes"),
     ],
 )
 def test_what_is_refused(changes: dict[str, Any], told: str, simulated: Task) -> None:
@@ -78,3 +78,13 @@ def test_real_clients_tell_what_they_hold(real: Task) -> None:
     assert workload.num_samples[3] == 7
     assert (workload.num_samples != before).sum() == 1
     assert workload.client_labels(before[:1] * 0 + 3)[0].nonzero().flatten().tolist() == [0, 2]
+
+
+def test_a_number_belongs_to_the_kit_that_has_it(simulated: Task) -> None:
+    roster = Roster(simulated, {}, None, {3: "b", 5: "a"}.get)
+    answer = roster.admit(hello(simulated, "a"))
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "client 3 is b, by the kits of the federation, and not a: leave --id out"
+    assert isinstance(roster.admit(hello(simulated, "b")), Welcome)
+    facts = {"num_samples": int(simulated.workload.num_samples[4]), "labels": []}
+    assert isinstance(roster.admit(hello(simulated, "a", clients={"4": facts})), Welcome), "no kit has number 4"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -21,12 +22,12 @@ from gossamer.engines.base import REFUSED, never
 from gossamer.engines.network.engine import NOTHING, UPDATE
 from gossamer.engines.network.evaluating import COUNTS, EVALUATE, counts_of
 from gossamer.engines.network.private import PrivateState
-from gossamer.engines.network.roster import model_digest, versions
+from gossamer.engines.network.roster import model_digest, shape_of, versions
 from gossamer.engines.private_rows import PrivateRows
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.worker import Worker
-from gossamer.errors import Disconnected, Dropped, EngineError, Interrupted, PolicyError, TransportError
+from gossamer.errors import DataError, Disconnected, Dropped, EngineError, Interrupted, PolicyError, TransportError
 from gossamer.threads import one_thread
 from gossamer.transport import Address, Client, Message
 from gossamer.transport.audit import no_audit
@@ -103,7 +104,8 @@ class ClientNode:
                 run = _run_of(told)
                 try:
                     task = self.make_task(told["config"])
-                except PolicyError as error:
+                    _require_shape(task, told.get("data"))
+                except (PolicyError, DataError) as error:
                     self._refuse(asking, "config", Address(run, 0, 0, self.clients[0]), str(error))
                     raise
                 self._training = Training(task, run, self.directory, self.stop, self.policy)
@@ -311,6 +313,24 @@ def _run_of(told: Mapping[str, Any]) -> str:
     if not isinstance(run, str) or not re.fullmatch("[0-9a-f]{1,64}", run):
         raise PolicyError(f"the server calls its run {str(run)[:80]!r}, which is no id: it must not name a folder here")
     return run
+
+
+def _require_shape(task: Task, other: Any) -> None:
+    """Check that samples are such as the server has.
+
+    Raises:
+        DataError: they are not.
+    """
+    own = json.loads(json.dumps(shape_of(task)))
+    if other is not None and own != other:
+        found, wanted = (_shape_text(one) for one in (own, other))
+        raise DataError(f"the data have {found}, but those of the server {wanted}: give data such as the server has")
+
+
+def _shape_text(told: Any) -> str:
+    """Return in words what `shape_of` has, as somebody else may tell it."""
+    shape, labels = (told.get(key) if isinstance(told, Mapping) else None for key in ("shape", "labels"))
+    return f"samples of shape {shape!r:.80} and {labels!r:.20} labels"
 
 
 def _replace(arrays: Arrays, new: Mapping[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ from gossamer.engines.network.evaluation import ClientEvaluation
 from gossamer.engines.network.observer import NetworkObserver
 from gossamer.engines.network.peer import NetworkPeer
 from gossamer.engines.network.processes import Processes
-from gossamer.engines.network.roster import Asked, Node, Roster
+from gossamer.engines.network.roster import Asked, Node, Roster, no_kits, shape_of
 from gossamer.engines.network.state import StateFile
 from gossamer.engines.peers import PeerEngine
 from gossamer.engines.server import KEPT, FederatedEngine
@@ -39,6 +39,7 @@ from gossamer.threads import one_thread
 from gossamer.transport import SERVER, Address, Event, Expectations, Gone, Header, Joined, Message, Received, Server
 from gossamer.transport.audit import AUDIT, AuditLog, no_audit
 from gossamer.transport.authentication import load_kit
+from gossamer.transport.credentials import Credentials
 from gossamer.workloads.base import Sums
 from gossamer.workloads.held import ToldWorkload
 
@@ -91,8 +92,11 @@ class NetworkEngine(FederatedEngine):
         self._refused: set[str] = set()  # names of nodes that refuse the whole run
         secret = secrets.token_hex(16) if setup.address is None else None
         told = {"run": self._run, "instance": secrets.token_hex(16), "config": for_clients(config)}
-        self._roster, self._expected = Roster(task, told, secret), Expectations()
-        self._audit, self._server = self._listen()
+        kit = None if setup.kit is None else load_kit(setup.kit, "server")
+        client_of = no_kits if kit is None else kit.members().client_of
+        self._roster = Roster(task, told | {"data": shape_of(task)}, secret, client_of)
+        self._expected = Expectations()
+        self._audit, self._server = self._listen(None if kit is None else kit.credentials())
         self._evaluation = ClientEvaluation(
             run=self._run,
             num_clients=task.workload.num_clients,
@@ -118,10 +122,9 @@ class NetworkEngine(FederatedEngine):
             self.close()
             raise
 
-    def _listen(self) -> tuple[AuditLog | None, Server]:
+    def _listen(self, credentials: Credentials | None) -> tuple[AuditLog | None, Server]:
         """Open the audit log, unless all clients are processes of this machine, and listen."""
         setup, log = self._setup, None
-        credentials = None if setup.kit is None else load_kit(setup.kit, "server").credentials()
         if setup.address is not None and setup.directory is not None:
             log = AuditLog(setup.directory / AUDIT)
         try:

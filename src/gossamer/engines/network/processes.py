@@ -11,10 +11,10 @@ from pathlib import Path
 
 from gossamer.engines.base import EngineSetup
 from gossamer.engines.network.roster import Roster
+from gossamer.engines.network.state import NODES
 from gossamer.errors import EngineError, storage_errors
 
 SECRET = "GOSSAMER_NODE_SECRET"  # environment variable by which a server tells its own processes from strangers
-NODES = "nodes"  # folder of a run for the private state, and the output, of such processes
 START_SECONDS = 300.0  # that a process may take to load its data
 SILENT_SECONDS = 30.0  # that one may be away, unless the configuration says
 PATIENCE_SECONDS = 20.0  # after which processes end whose server is gone

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -48,6 +48,19 @@ def versions() -> dict[str, str]:
     return {"gossamer": version("gossamer"), "torch": torch.__version__, "Python": platform.python_version()}
 
 
+def no_kits(number: int) -> str | None:
+    """Return that no kit has the number of a client."""
+    return None
+
+
+def shape_of(task: Task) -> dict[str, Any]:
+    """Return the shape of a sample, and the number of labels, as JSON values; what is not known is None."""
+    return {
+        "shape": task.workload.blueprint().facts.get("input_size"),
+        "labels": task.workload.num_labels,
+    }
+
+
 def model_digest(task: Task) -> str:
     """Return a digest of the names and shapes of the model's parameters."""
     layout = task.workload.layout
@@ -60,7 +73,13 @@ class Roster:
     A node joins twice: at first to learn what is trained, then with what it tells of the clients that it is.
     """
 
-    def __init__(self, task: Task, told: Mapping[str, Any], secret: str | None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        told: Mapping[str, Any],
+        secret: str | None,
+        client_of: Callable[[int], str | None] = no_kits,
+    ) -> None:
         """Bind a run.
 
         Args:
@@ -68,8 +87,10 @@ class Roster:
             told: what every node is told when it joins, JSON values.
             secret: what nodes must say that were started by this process; None: any node may join that the transport
                 lets in.
+            client_of: asked for the name of the node whose kit has a number, see `MemberList.client_of`.
         """
         self._task, self._told, self._secret = task, told, secret
+        self._client_of = client_of
         self._nodes: dict[str, Node] = {}
         self._node_of: dict[int, Node] = {}
         self._model = model_digest(task)
@@ -131,9 +152,7 @@ class Roster:
             if other != value:
                 return f"{name} has {part} {other!r:.80}, but the server has {value!r}: install the same version"
         if body.get("model") not in (None, self._model):
-            return (
-                f"{name} has data of another shape, or of other labels, than the server: give it such as the server has"
-            )
+            return f"{name} has a model of other shapes than the server: give it data such as the server has"
         clients = body.get("clients")
         if not isinstance(clients, dict):
             return f"{name} says not which clients it is: give their numbers, and what they hold"
@@ -149,6 +168,9 @@ class Roster:
         if not (isinstance(told, str) and told.isdecimal() and len(told) < 19 and int(told) < workload.num_clients):
             return f"{name} says that it is client {told!r:.80}: give a number in 0..{workload.num_clients - 1}"
         client, facts = int(told), facts if isinstance(facts, dict) else {}
+        owner = self._client_of(client)
+        if owner not in (None, name):
+            return f"client {client} is {owner}, by the kits of the federation, and not {name}: leave --id out"
         other = self.node_of(client)
         if other is not None and other.name != name:
             return f"client {client} is there already, as {other.name}: stop that one, or give another number"

@@ -6,13 +6,15 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gossamer.engines.network.processes import NODES
-from gossamer.engines.network.roster import Roster
 from gossamer.errors import ConfigError
 from gossamer.storage.disk import is_locked, write_atomically
 
+if TYPE_CHECKING:
+    from gossamer.engines.network.roster import Roster
+
+NODES = "nodes"  # folder of a run for this file, and for the private state and the output of processes of a rehearsal
 FILE = "server.json"
 MAX_SHOWN = 20
 PAUSE_SECONDS = 1.0  # between two writes
