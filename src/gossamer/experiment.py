@@ -101,16 +101,20 @@ class Hooks:
         spans: returns what listens to the spans of a single run.
         is_ended: whether the run that goes on shall end after its round, as if it had no more of them.
         tell: gets lines about who joins and leaves a run of real clients.
+        show: gets a table of real clients, once a second, see `gossamer.engines.network.state.table_of`.
     """
 
     observer: Callable[[str, int], Observer | None] = lambda name, num_rounds: None
     spans: Callable[[], Spans] = Spans
     is_ended: Callable[[], bool] = lambda: False
     tell: Callable[[str], None] = lambda line: None
+    show: Callable[[Sequence[Mapping[str, Any]]], None] = lambda clients: None
 
     def of_engine(self, log: RunLog, stop: StopRequest) -> EngineHooks:
         """Return those of the engine of a run with this log."""
-        return EngineHooks(lambda: stop() or self.is_ended(), log.log_event, stop.is_overdue, tell=self.tell)
+        return EngineHooks(
+            lambda: stop() or self.is_ended(), log.log_event, stop.is_overdue, tell=self.tell, show=self.show
+        )
 
 
 def run(

@@ -42,7 +42,7 @@ import sys, types
 from gossamer.errors import warn
 fake = types.ModuleType("gossamer.experiment")
 class Hooks:
-    def __init__(self, observer=None, tell=None): self.observer = observer or (lambda name, num_rounds: None)
+    def __init__(self, observer=None, tell=None, show=None): self.observer = observer or (lambda name, num_rounds: None)
 def run(source, overrides, out, hooks):
     for _ in range(2): warn(filter(None, [overrides and overrides[0]]))
     observer = hooks.observer("digits", 2)

@@ -191,3 +191,17 @@ def test_what_does_not_fit_is_left_out_by_rank() -> None:
     assert fitting(parts, 16) == "12/20  90%"
     assert fitting(parts, 8) == "12/20"
     assert fitting(parts, 4) == ""
+
+
+def test_clients_are_a_table_above_the_bar() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=8)
+    row = {"name": "a", "samples": 1200, "heard_seconds": 3.4, "bytes_up": 2_500_000, "bytes_down": 0}
+    rows = [{"client": client, "state": "idle", **row} for client in range(9)]
+    rows[7]["state"] = "away"
+    with ProgressDisplay({"": 2}, console) as display:
+        display.observer("", 2)
+        display.clients(rows)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert re.search(r"7 +a +1,200 +away +3 s ago +2\.5 MB +0\.0 MB", shown)
+    assert "5 more" in shown

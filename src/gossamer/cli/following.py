@@ -63,7 +63,9 @@ def follow(start: Callable[[Hooks], Run], plan: Callable[[], Plan], quiet: bool)
         on_terminal = sys.stderr.isatty()
         display = ProgressDisplay(plan(), Console(stderr=True)) if on_terminal else ProgressLines(plan, to_stderr)
     with display as shown, warnings_to(to_stderr if shown is None else shown.print):
-        finished = start(Hooks() if shown is None else Hooks(observer=shown.observer, tell=shown.print))
+        finished = start(
+            Hooks() if shown is None else Hooks(observer=shown.observer, tell=shown.print, show=shown.clients)
+        )
     if not is_leader():
         return
     for one in finished.runs or [finished]:

@@ -6,18 +6,22 @@ Both draw on reports of progress, never from a thread of their own, because engi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 from gossamer.reports.progress import Display, Part, Plan, RunObserver, fitting
 
 REFRESH_SECONDS = 0.1
 LINE_SECONDS = 5.0  # least time between two lines
 MIN_BAR = 8  # columns
+ROOM_BELOW = 4  # lines of the terminal that a table leaves free
+COLUMNS = ("client", "name", "samples", "state", "heard", "sent", "received")
 TITLE_SHARE = 0.4  # of the columns, at most
 
 
@@ -45,6 +49,42 @@ class ProgressLines(Display):
         self._write(line)
 
 
+class _BarsBelowClients(Progress):
+    """Bars, and above them a table of clients, if there is one."""
+
+    clients: Table | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Return the table and the bars."""
+        if self.clients is not None:
+            yield self.clients
+        yield from super().get_renderables()
+
+
+def clients_table(rows: Sequence[Mapping[str, Any]], most: int) -> Table:
+    """Return a table of real clients, see `gossamer.engines.network.state.table_of`, of `most` rows at most.
+
+    Those who are away come first, then those at work.
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in ("name", "state") else "right")
+    shown = sorted(rows, key=lambda row: ("away", "at work", "idle").index(row["state"]))[: max(1, most)]
+    for row in sorted(shown, key=lambda row: int(row["client"])):
+        sizes = (f"{row[name] / 1e6:,.1f} MB" for name in ("bytes_up", "bytes_down"))
+        texts = (
+            str(row["client"]),
+            row["name"],
+            f"{row['samples']:,}",
+            row["state"],
+            f"{row['heard_seconds']:.0f} s ago",
+        )
+        table.add_row(*map(Text, (*texts, *sizes)))
+    if len(shown) < len(rows):
+        table.add_row("...", f"{len(rows) - len(shown)} more")
+    return table
+
+
 class ProgressDisplay(Display):
     """Draws one run's bar at a time on a terminal."""
 
@@ -52,7 +92,7 @@ class ProgressDisplay(Display):
         """Prepare the bars of the runs of `plan` on `console`."""
         super().__init__()
         self.plan, self._drawn_at = plan, 0.0
-        self._bars = Progress(
+        self._bars = _BarsBelowClients(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[status]}", markup=False),
@@ -85,6 +125,11 @@ class ProgressDisplay(Display):
         title = self._fitting_title(name)
         room = self._bars.console.width - len(title) - MIN_BAR - 2
         self._show(description=title, completed=rounds, status=fitting(parts, room))
+
+    def clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Draw a table of real clients above the bar."""
+        self._bars.clients = clients_table(rows, self._bars.console.height - ROOM_BELOW)
+        self._bars.refresh()
 
     def print(self, line: str) -> None:
         """Print a line above the bar."""

@@ -52,6 +52,7 @@ class EngineHooks:
         must_stop: asked where to stop would lose work; true a few seconds after `stop_requested`.
         absent: asked who does not train in a phase, because it was dropped in the run that is replayed, and why.
         tell: gets lines that whoever watches the run should see.
+        show: gets what there is to see of real clients, again and again, see `gossamer.engines.network.state`.
     """
 
     stop_requested: Callable[[], bool] = never
@@ -59,6 +60,7 @@ class EngineHooks:
     must_stop: Callable[[], bool] = never
     absent: Absent = nobody
     tell: Callable[[str], None] = lambda line: None
+    show: Callable[[Sequence[Mapping[str, Any]]], None] = lambda clients: None
 
     def check(self) -> None:
         """Raise `Interrupted` if what is under way must be given up."""

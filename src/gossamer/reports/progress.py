@@ -60,6 +60,10 @@ class Display(ABC):
         a_round = (time.monotonic() - self._began) / (self._before + gained)
         return seconds / gained * left + a_round * later
 
+    def clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show a table of real clients, where there is a place for one; by default not."""
+        return
+
     def title(self, text: str) -> str:
         """Return the name of a run, with its number where there are several."""
         return f"[{self.index + 1}/{len(self.plan)}] {text}" if len(self.plan) > 1 else text

@@ -9,9 +9,10 @@ import pytest
 from federation import configure
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.network.roster import Roster, model_digest, versions
+from gossamer.engines.network.roster import Asked, Roster, model_digest, versions
+from gossamer.engines.network.state import table_of
 from gossamer.engines.task import Task
-from gossamer.transport import Hello, Refusal, Welcome
+from gossamer.transport import Hello, Refusal, Traffic, Welcome
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,32 @@ def test_a_number_belongs_to_the_kit_that_has_it(simulated: Task) -> None:
     assert isinstance(roster.admit(hello(simulated, "b")), Welcome)
     facts = {"num_samples": int(simulated.workload.num_samples[4]), "labels": []}
     assert isinstance(roster.admit(hello(simulated, "a", clients={"4": facts})), Welcome), "no kit has number 4"
+
+
+def test_the_table_of_who_is_there(simulated: Task) -> None:
+    roster = Roster(simulated, {}, None)
+    of_two = {
+        str(client): {"num_samples": int(simulated.workload.num_samples[client]), "labels": [0]} for client in (3, 4)
+    }
+    roster.join(hello(simulated, "a", clients=of_two))
+    roster.join(hello(simulated, "b", clients={"0": of_two["3"]}))
+    node = roster.get("a")
+    assert node is not None
+    node.asked[3] = Asked(0, 0.0)
+    roster.leave("b")
+    traffic = {"a": Traffic(sent_bytes=5, received_bytes=7)}
+    rows = table_of(roster, 8, [3, 4], traffic, node.heard_at + 2.0)
+    assert [(row["client"], row["name"], row["state"]) for row in rows] == [
+        (0, "b", "away"),
+        (3, "a", "at work"),
+        (4, "a", "idle"),
+    ]
+    assert rows[1] == {
+        "client": 3,
+        "name": "a",
+        "samples": int(simulated.workload.num_samples[3]),
+        "state": "at work",
+        "heard_seconds": 2.0,
+        "bytes_up": 7,
+        "bytes_down": 5,
+    }

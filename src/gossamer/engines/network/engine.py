@@ -23,7 +23,7 @@ from gossamer.engines.network.evaluation import ClientEvaluation
 from gossamer.engines.network.observer import NetworkObserver
 from gossamer.engines.network.peer import NetworkPeer
 from gossamer.engines.network.processes import Processes
-from gossamer.engines.network.roster import Asked, Node, Roster, no_kits, shape_of
+from gossamer.engines.network.roster import Asked, Node, Roster, no_kits, told_of
 from gossamer.engines.network.state import StateFile
 from gossamer.engines.peers import PeerEngine
 from gossamer.engines.server import KEPT, FederatedEngine
@@ -49,13 +49,6 @@ DISMISS_SECONDS = 3.0
 LOOPBACK = "127.0.0.1:0"
 MAX_REASON = 300  # characters
 UPDATE, NOTHING = "update", "nothing"  # kinds of answers: there is a payload, or it is not usable
-
-
-def for_clients(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what clients need of a resolved configuration: nothing about this machine."""
-    return {key: value for key, value in config.items() if key not in ("log", "replay", "checkpoint")} | {
-        "engine": {"modes": config["engine"]["modes"]}
-    }
 
 
 class NetworkEngine(FederatedEngine):
@@ -91,11 +84,10 @@ class NetworkEngine(FederatedEngine):
         self._began, self._num_answers = 0.0, 0  # of the phase
         self._refused: set[str] = set()  # names of nodes that refuse the whole run
         secret = secrets.token_hex(16) if setup.address is None else None
-        told = {"run": self._run, "instance": secrets.token_hex(16), "config": for_clients(config)}
+        told = {"run": self._run, "instance": secrets.token_hex(16), **told_of(task, config)}
         kit = None if setup.kit is None else load_kit(setup.kit, "server")
         client_of = no_kits if kit is None else kit.members().client_of
-        self._roster = Roster(task, told | {"data": shape_of(task)}, secret, client_of)
-        self._expected = Expectations()
+        self._roster, self._expected = Roster(task, told, secret, client_of), Expectations()
         self._audit, self._server = self._listen(None if kit is None else kit.credentials())
         self._evaluation = ClientEvaluation(
             run=self._run,
@@ -106,6 +98,7 @@ class NetworkEngine(FederatedEngine):
             numbers=self._numbers,
             receive=self._next,
             refused=self._note_refusal,
+            look_after=self._look_after,
             hooks=setup.hooks,
             clock=setup.clock,
         )
@@ -328,6 +321,7 @@ class NetworkEngine(FederatedEngine):
         if not isinstance(event, Received):
             self._note(event)
             return None
+        self._roster.hear(event.node)
         if event.message.kind == REFUSED and self._roster.get(event.node) is None:
             if event.node not in self._refused:  # or it might fill the disk
                 self._note_refusal(event)
@@ -359,7 +353,7 @@ class NetworkEngine(FederatedEngine):
         """Say where real clients are to dial."""
         assert self._setup.directory is not None
         where, num_clients = self._server.address, self._task.workload.num_clients
-        self._file = StateFile(self._setup.directory, where, num_clients, self._num_rounds)
+        self._file = StateFile(self._setup.directory, where, num_clients, self._num_rounds, self.hooks.show)
         self.hooks.report("listening", address=where)
         self.hooks.tell(f"listening on {where} for {num_clients} clients")
 
@@ -395,7 +389,7 @@ class NetworkEngine(FederatedEngine):
         if self._processes is not None:
             self._processes.look_after(self._roster)
         if self._file is not None:
-            self._file.write(self._roster, self._done, sorted(waiting))
+            self._file.write(self._roster, self._done, sorted(waiting), self._server.traffic)
 
     def _address(self, sender: int, attempt: int) -> Address:
         return Address(self._run, *self._done, sender, attempt)

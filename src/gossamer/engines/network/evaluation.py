@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,7 @@ class ClientEvaluation:
         server, roster, expected, numbers: see `NetworkEngine`.
         receive: waits for what happens, for a short time; returns a message that came, if one did.
         refused: told of a message that refuses an evaluation.
+        look_after: called again and again with the clients that are waited for.
         hooks: see `EngineHooks`.
         clock: when those who have not answered are left out, as in training; None: all are waited for.
     """
@@ -49,6 +50,7 @@ class ClientEvaluation:
     numbers: Iterator[int]
     receive: Callable[[], Received | None]
     refused: Callable[[Received], None]
+    look_after: Callable[[Iterable[int]], None]
     hooks: EngineHooks
     clock: WallClock | None
 
@@ -79,6 +81,7 @@ class ClientEvaluation:
         asked: dict[Node, Address] = {}
         while waiting:
             self.hooks.check()
+            self.look_after(waiting)
             for node in self.roster.nodes:
                 if node not in asked and node.clients & waiting:
                     with suppress(Disconnected):  # it is asked once it is back

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -33,12 +34,16 @@ class Node:
     Attributes:
         name: its name, which its certificate has, if there is one.
         clients: numbers of the clients that it is.
+        samples: number of training samples of each of them.
+        heard_at: when something of it came last, seconds of a monotonic clock.
         models: numbers of what it was sent in the phase, see `NetworkEngine`.
         asked: jobs that it has not answered, by client.
     """
 
     name: str
     clients: frozenset[int]
+    samples: Mapping[int, int]
+    heard_at: float
     models: dict[Any, int] = field(default_factory=dict)
     asked: dict[int, Asked] = field(default_factory=dict)
 
@@ -59,6 +64,12 @@ def shape_of(task: Task) -> dict[str, Any]:
         "shape": task.workload.blueprint().facts.get("input_size"),
         "labels": task.workload.num_labels,
     }
+
+
+def told_of(task: Task, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what nodes are told of a run: of its resolved configuration nothing about this machine."""
+    config = {key: value for key, value in config.items() if key not in ("log", "replay", "checkpoint")}
+    return {"config": config | {"engine": {"modes": config["engine"]["modes"]}}, "data": shape_of(task)}
 
 
 def model_digest(task: Task) -> str:
@@ -93,6 +104,7 @@ class Roster:
         self._client_of = client_of
         self._nodes: dict[str, Node] = {}
         self._node_of: dict[int, Node] = {}
+        self._last_of: dict[int, Node] = {}
         self._model = model_digest(task)
 
     def admit(self, hello: Hello) -> Welcome | Refusal:
@@ -110,8 +122,10 @@ class Roster:
             for client, facts in clients.items():
                 workload.tell(client, facts["num_samples"], facts["labels"])
         self.leave(hello.node)
-        self._nodes[hello.node] = node = Node(hello.node, frozenset(clients))
+        samples = {client: facts["num_samples"] for client, facts in clients.items()}
+        self._nodes[hello.node] = node = Node(hello.node, frozenset(clients), samples, time.monotonic())
         self._node_of |= dict.fromkeys(clients, node)
+        self._last_of |= dict.fromkeys(clients, node)
 
     def leave(self, name: str) -> None:
         """Forget a node."""
@@ -122,6 +136,15 @@ class Roster:
     def node_of(self, client: int) -> Node | None:
         """Return the node that is a client, if it is there."""
         return self._node_of.get(client)
+
+    def last_node_of(self, client: int) -> Node | None:
+        """Return the node that is or was a client, if one ever came."""
+        return self._last_of.get(client)
+
+    def hear(self, name: str) -> None:
+        """Note that something of a node has come."""
+        if name in self._nodes:
+            self._nodes[name].heard_at = time.monotonic()
 
     def get(self, name: str) -> Node | None:
         """Return a node, if it is there."""
