@@ -419,6 +419,7 @@ LOOKUPS = {
     "submodel/strategies.py": {"resolve"},
     "topology/report.py": {"resolve"},
     "topology/topology.py": {"resolve"},
+    "transport/__init__.py": {"import_module"},
     "workloads/base.py": {"resolve_function"},
     "workloads/plugins.py": {"plug_in", "resolve_function"},
     "workloads/supervised.py": {"plug_in"},

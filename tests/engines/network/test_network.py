@@ -18,7 +18,6 @@ import yaml
 import gossamer
 from federation import STACKED, assert_same, configure, events, mixed, modes
 from gossamer import experiment
-from gossamer.engines.network import state
 from gossamer.errors import ConfigError, Interrupted
 from gossamer.storage.runlog import read_events, read_metrics
 from gossamer.task import held_task_of, task_of
@@ -178,7 +177,6 @@ def test_server_that_is_killed(nodes: Nodes, tmp_path: Path) -> None:
     first = subprocess.Popen(command)
     try:
         wait_for(lambda: len(read_metrics(out)) >= 2, out)
-        assert {client for node in state.read(out)["nodes"] for client in node["clients"]} == set(range(8))
     finally:
         first.kill()
         first.wait()

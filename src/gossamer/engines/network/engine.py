@@ -381,7 +381,7 @@ class NetworkEngine(FederatedEngine):
         while len(self._roster.present) < wanted:
             if self.hooks.stop_requested():
                 raise Interrupted("stopped while it waited for clients")
-            self._note(self._server.receive(POLL_SECONDS))
+            self._next()
             self._look_after([])
 
     def _look_after(self, waiting: Iterable[int]) -> None:
