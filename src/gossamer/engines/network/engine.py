@@ -18,7 +18,7 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import DEADLINE, GONE, OVER_SELECTION, REFUSED, EngineSetup, Record
 from gossamer.engines.memory import keep_freed_memory
-from gossamer.engines.network.evaluating import MODEL, STATISTICS
+from gossamer.engines.network.evaluating import MODEL, STATISTICS, reason_of
 from gossamer.engines.network.evaluation import ClientEvaluation
 from gossamer.engines.network.observer import NetworkObserver
 from gossamer.engines.network.peer import NetworkPeer
@@ -47,7 +47,6 @@ AHEAD = 2  # jobs that a node has, so that it need not wait for the next one
 POLL_SECONDS = 0.1
 DISMISS_SECONDS = 3.0
 LOOPBACK = "127.0.0.1:0"
-MAX_REASON = 300  # characters
 UPDATE, NOTHING = "update", "nothing"  # kinds of answers: there is a payload, or it is not usable
 
 
@@ -163,9 +162,10 @@ class NetworkEngine(FederatedEngine):
         body, end = {"is_over": self._done[0] >= self._num_rounds}, time.monotonic() + DISMISS_SECONDS
         told: set[str] = set()
         while (nodes := self._server.nodes().keys()) and time.monotonic() < end:
+            address = Address(self._run, *self._done, SERVER, next(self._numbers))
             for node in nodes - told:
                 with suppress(TransportError):
-                    self._server.send(node, Message("end", self._address(SERVER, next(self._numbers)), body))
+                    self._server.send(node, Message("end", address, body))
             told |= nodes
             event = self._server.receive(POLL_SECONDS)
             if isinstance(event, Joined | Gone):  # one that joined again knows nothing of it
@@ -322,17 +322,16 @@ class NetworkEngine(FederatedEngine):
             self._note(event)
             return None
         self._roster.hear(event.node)
-        if event.message.kind == REFUSED and self._roster.get(event.node) is None:
-            if event.node not in self._refused:  # or it might fill the disk
-                self._note_refusal(event)
+        is_unasked = event.message.kind == REFUSED and self._roster.get(event.node) is None
+        if is_unasked and event.node not in self._refused:  # once, or it might fill the disk
             self._refused.add(event.node)
+            self._note_refusal(event)
         return event
 
     def _note_refusal(self, event: Received) -> None:
         """Tell that a client does not do what it is asked, and why, as it says."""
-        message = event.message
-        reason = "".join(one if one.isprintable() else " " for one in str(message.body.get("reason"))[:MAX_REASON])
-        where = {"round": message.address.round + 1, "client": message.address.sender}
+        address, reason = event.message.address, reason_of(event.message)
+        where = {"round": address.round + 1, "client": address.sender}
         self.hooks.report("refused", **where, node=event.node, reason=reason)
         self.hooks.tell(f"{event.node} refuses what it is asked: {reason}")
 
@@ -390,9 +389,6 @@ class NetworkEngine(FederatedEngine):
             self._processes.look_after(self._roster)
         if self._file is not None:
             self._file.write(self._roster, self._done, sorted(waiting), self._server.traffic)
-
-    def _address(self, sender: int, attempt: int) -> Address:
-        return Address(self._run, *self._done, sender, attempt)
 
     def _map_chunks(self, message: dict[str, Any], num_chunks: int) -> list[Sums]:
         replies = []

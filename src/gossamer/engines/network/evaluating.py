@@ -19,6 +19,7 @@ from gossamer.workloads.base import add_sums
 EVALUATE, COUNTS = "evaluate", "counts"  # kinds of messages
 MODEL, STATISTICS = "x", "statistics."  # names of the arrays of a request
 PARTS = ("count", "squares", "sum")  # of the statistics of a layer, see `ForwardContext`
+MAX_REASON = 300  # characters
 ASKED = {"variant", "clients"}  # all that the body of a request may have
 
 
@@ -53,6 +54,12 @@ def counts_of(task: Task, message: Message, own: Collection[int], policy: Policy
         policy.check_evaluation(int(sums["count"].sum()) if "count" in sums else None)
     counted = {client: workload.client_counts(sums, client) for client in clients}
     return {"clients": {str(client): {n: list(pair) for n, pair in one.items()} for client, one in counted.items()}}
+
+
+def reason_of(refusal: Message) -> str:
+    """Return why a client refuses what it is asked, as it says: a line that is not too long."""
+    given = str(refusal.body.get("reason"))[:MAX_REASON]
+    return "".join(one if one.isprintable() else " " for one in given)
 
 
 def _variant_of(task: Task, body: Mapping[str, Any]) -> Variant:

@@ -17,14 +17,8 @@ from torch import Tensor
 from gossamer.engines.base import EngineSetup
 from gossamer.engines.network.beginning import begin_at
 from gossamer.engines.network.lanes import When
-from gossamer.engines.network.processes import (
-    CLOSE_SECONDS,
-    MAX_STARTS,
-    NODES,
-    SECRET,
-    SILENT_SECONDS,
-    START_SECONDS,
-)
+from gossamer.engines.network.processes import CLOSE_SECONDS, MAX_STARTS, SECRET, SILENT_SECONDS, START_SECONDS
+from gossamer.engines.network.state import NODES
 from gossamer.engines.task import Task
 from gossamer.errors import ConfigError, EngineError, storage_errors
 from gossamer.storage.runlog import CONFIG
