@@ -82,6 +82,15 @@ def band_limits(band: Any) -> dict[float, tuple[float, float]]:
 
 
 class TestFigure:
+    def test_peers_are_not_called_seeds(self, tmp_path: Path) -> None:
+        for peer in range(3):
+            where = write_run(tmp_path / f"peer-{peer}", [record(n, 0.1 * (n + peer)) for n in range(1, 5)])
+            config = yaml.safe_load((where / "config.yaml").read_text()) | {"engine": {"name": "network", "peer": peer}}
+            (where / "config.yaml").write_text(yaml.safe_dump(config))
+        figure = figure_of(tmp_path)
+        assert note_of(figure) == "lines: mean over 3 peers, bands: lowest to highest peer"
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["digits"]
+
     def test_lines_bands_and_words(self, tmp_path: Path) -> None:
         experiment = write_experiment(tmp_path / "exp", ["fedavg", "heterofl"], [0, 1, 2])
         figure = figure_of(experiment)

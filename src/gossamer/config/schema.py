@@ -137,9 +137,9 @@ class PeersOptions(Options):
         final_merge: whether the last round's mixing is the mean of all peers.
         quorum: least share of the peers' updates that must be usable in a round.
         absent_neighbour: what a peer on a machine of its own (``gossamer node peer``) does while a neighbour is gone:
-            it waits for it, or goes on after `deadline_seconds`, by dividing the weights of those who are there by
+            it waits for it, or goes on after `patience_seconds`, by dividing the weights of those who are there by
             their sum.
-        deadline_seconds: wall-clock seconds for which such a peer waits in a phase, unless it waits for ever.
+        patience_seconds: wall-clock seconds for which such a peer waits in a phase, unless it waits for ever.
     """
 
     num: int | None = Field(default=None, ge=2)
@@ -149,7 +149,7 @@ class PeersOptions(Options):
     final_merge: bool = False
     quorum: float = Field(default=0.5, ge=0, le=1)
     absent_neighbour: Literal["wait", "renormalise"] = "wait"
-    deadline_seconds: float = Field(default=30.0, gt=0)
+    patience_seconds: float = Field(default=30.0, gt=0)
 
 
 class SubmodelOptions(Options):

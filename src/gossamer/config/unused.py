@@ -112,7 +112,7 @@ def _of_merges(config: Config, algorithm: Any) -> Iterator[Rule]:
     alone = None if config.engine.name == "network" else f"peers of engine {config.engine.name!r} are never absent"
     yield "peers.absent_neighbour", peers.absent_neighbour, "wait", alone
     patient = "they wait for ever" if peers.absent_neighbour == "wait" else None
-    yield "peers.deadline_seconds", peers.deadline_seconds, 30.0, alone or patient
+    yield "peers.patience_seconds", peers.patience_seconds, 30.0, alone or patient
     yield "evaluation.num_clients", config.evaluation.num_clients, 8, "there are no clients, but peers"
     yield "evaluation.fine_tune_steps", config.evaluation.fine_tune_steps, 0, "peers are evaluated as they are"
     period = config.algorithm.get("period") if own is not None else None

@@ -85,6 +85,11 @@ class Curve:
     label: str
     runs: list[SingleRun]
 
+    @property
+    def unit(self) -> str:
+        """What its runs are: those of a "seed" each, or of a "peer"."""
+        return "seed" if _peer(self.runs[0]) is None else "peer"
+
 
 @dataclass(frozen=True)
 class Line:

@@ -215,12 +215,11 @@ def _chosen(curves: Sequence[Curve], panels: Sequence[PanelOptions]) -> list[Cur
 
 
 def _labels(curves: Sequence[Curve], drawn: Lines) -> list[str]:
-    """Return each curve's label for the legend, with its number of seeds where numbers differ."""
+    """Return each curve's label for the legend, with its number of seeds, or of peers, where numbers differ."""
     seeds = [max(line.num_seeds for line in lines if line) if any(lines) else 0 for lines in zip(*drawn, strict=True)]
     if len(set(seeds) - {0}) == 1:
         return [curve.label for curve in curves]
-    plural = ["seed" if count == 1 else "seeds" for count in seeds]
-    return [f"{c.label} ({count} {word})" for c, count, word in zip(curves, seeds, plural, strict=True)]
+    return [f"{c.label} ({count} {c.unit}{'s' * (count != 1)})" for c, count in zip(curves, seeds, strict=True)]
 
 
 def _draw_panel(ax: Axes, panel: PanelOptions, metric: str, lines: Mapping[str, Line | None]) -> None:
@@ -261,20 +260,21 @@ def _notes(curves: Sequence[Curve], panels: Sequence[PanelOptions], metrics: Seq
     """Return the notes below the figure."""
     notes = []
     present = [line for lines in drawn for line in lines if line]
-    counts = {line.num_seeds for line in present}
+    counts, units = {line.num_seeds for line in present}, {curve.unit for curve in curves if len(curve.runs) > 1}
+    unit = units.pop() if len(units) == 1 else "run"
     if counts != {1}:
-        number = f"{counts.pop()} seeds" if len(counts) == 1 else "the seeds"
+        number = f"{counts.pop()} {unit}s" if len(counts) == 1 else f"the {unit}s"
         geometric = [bool(panel.log_y) for panel in panels]
         mean = "geometric mean" if all(geometric) else "mean (geometric where y is logarithmic)"
         mean = mean if any(geometric) else "mean"
-        notes.append(f"lines: {mean} over {number}, bands: lowest to highest seed")
+        notes.append(f"lines: {mean} over {number}, bands: lowest to highest {unit}")
         is_curve = [any(line and len(line.x) > FEW for line in lines) for lines in drawn]
         by_round = [panel.x == "round" or not curved for panel, curved in zip(panels, is_curve, strict=True)]
         if not all(by_round):
             where = "except against rounds, " if any(by_round) else ""
-            notes.append(f"{where}seeds are interpolated on a common grid")
+            notes.append(f"{where}{unit}s are interpolated on a common grid")
     if any(line.is_partial.any() for line in present):
-        notes.append("pale: some seed has ended before, or begins later")
+        notes.append(f"pale: some {unit} has ended before, or begins later")
     for metric, panel, lines in zip(metrics, panels, drawn, strict=True):
         missing = [c.label for c, line in zip(curves, lines, strict=True) if not line and _draws(panel, c)]
         notes += [f"without {metric}: {', '.join(missing)}"] if missing else []

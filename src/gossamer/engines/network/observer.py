@@ -66,7 +66,7 @@ class NetworkObserver(PeerEngine):
         self._num_rounds = place.num_rounds
         options = setup.recipe["config"]["peers"]
         waits = options["absent_neighbour"] == "wait"
-        self._patience_seconds = inf if waits else options["deadline_seconds"]  # after the first of them
+        self._patience_seconds = inf if waits else options["patience_seconds"]  # after the first of them
         try:
             if addresses is not None:
                 setup.hooks.report("listening", address=self._links.address)

@@ -121,7 +121,7 @@ class NetworkPeer(PeerEngine):
         self._outbox = Outbox(self._place.directory / OUTBOX)
         self._links = PeerLinks(self._place, ROW, setup.hooks)
         options = setup.recipe["config"]["peers"]
-        self._waits, self._deadline_seconds = options["absent_neighbour"] == "wait", options["deadline_seconds"]
+        self._waits, self._patience_seconds = options["absent_neighbour"] == "wait", options["patience_seconds"]
         self._is_begun = self._is_done = False
         self._told: Record = {}
         setup.hooks.report("listening", address=self._links.address)
@@ -184,7 +184,7 @@ class NetworkPeer(PeerEngine):
         self._outbox.write(at, payload, receivers)
         for receiver in receivers:
             self._links.lane(receiver).put(self._links.message(ROW, at, payload))
-        until = None if self._waits else time.monotonic() + self._deadline_seconds
+        until = None if self._waits else time.monotonic() + self._patience_seconds
         missing = self._links.wait(at, senders, receivers, until)
         if missing:
             self._go_without(at, missing)

@@ -143,7 +143,7 @@ class PeerLinks:
             at: round and phase.
             senders, receivers: who sends, and to whom this node sends.
             until: time of the monotonic clock after which it waits no longer, nor does it wait for those who are still
-                away since then; None: it waits for ever.
+                away since then, if others are there: who is cut off does not run ahead; None: it waits for ever.
 
         Returns:
             Senders of whom nothing has come, nor will.
@@ -158,7 +158,8 @@ class PeerLinks:
                 missing = set(senders) - self._collected[at].keys()
                 past = {one for one in missing if self._gate.is_past(one, at)}
                 untaken = {one for one in receivers if not self._lanes[one].has_taken(at)}
-                away = set() if until is None else self._absent - self._present
+                is_alone = not self._present - {None}
+                away = set() if until is None or is_alone else self._absent - self._present
                 is_late = until is not None and time.monotonic() >= until
                 if is_late or not (missing - past - away or untaken - away):
                     self._absent = (self._absent - {*senders, *receivers}) | missing | untaken
