@@ -161,8 +161,9 @@ def test_who_renormalises_goes_on_and_who_comes_back_takes_up_a_state(tmp_path: 
     peers.errors.clear()
     while len(read_metrics(peers.where(0))) < 20:
         time.sleep(0.05)
-    peers.start(3, Hooks(observer=lambda name, num_rounds: Watch(lambda round: is_back.set())))
-    time.sleep(0.5)
+    peers.start(3)
+    while not events(peers.where(3), "state-lost"):
+        time.sleep(0.05)
     is_back.set()
     peers.join()
     assert not peers.errors
