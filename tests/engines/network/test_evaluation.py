@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import gossamer
-from federation import configure, mixed, modes
+from federation import assert_same, configure, events, mixed, modes
 from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.engines.network.client import ClientNode, Training
 from gossamer.engines.network.evaluating import COUNTS, EVALUATE
 from gossamer.engines.network.evaluation import _read, details_of, metrics_of
 from gossamer.engines.task import WHOLE, Task
-from gossamer.errors import PolicyError
+from gossamer.errors import PolicyError, QuorumError
 from gossamer.storage.jsonl import read
 from gossamer.storage.runlog import read_events
 from gossamer.task import held_task_of
@@ -179,6 +179,27 @@ def test_own_test_data(nodes: Nodes, tmp_path: Path) -> None:
     refused = [event for event in read_events(run.directory) if event["kind"] == "refused"]
     assert [(event["client"], event["round"]) for event in refused] == [(1, 1), (1, 2)]
     assert "evaluation = False" in refused[0]["reason"]
+
+
+@pytest.mark.parametrize("quorum", [0.1, 1.0])
+def test_a_round_goes_on_without_who_refuses_to_train(quorum: float, nodes: Nodes, tmp_path: Path) -> None:
+    """As far as the quorum says so; a simulation drops the same clients."""
+    clients = {"num": 4, "per_round": 4, "quorum": quorum}
+    config = configure({"clients": clients, "rounds": 2, "train.batch_size": 8})
+    nodes.start([0, 1, 2], policy=Policy())
+    nodes.start([3], policy=Policy(max_steps=1))
+    if quorum == 1.0:
+        with pytest.raises(QuorumError):
+            gossamer.run(real(config, nodes), out=tmp_path / "network")
+    else:
+        run = gossamer.run(real(config, nodes), out=tmp_path / "network")
+        again = gossamer.run({**config, "replay": str(run.directory)}, out=tmp_path / "replayed")
+        assert_same(run, again)
+    found = [(one["round"], one["client"], one["reason"]) for one in events(tmp_path / "network", "refused")]
+    assert {client for _, client, _ in found} == {3}
+    assert all("the policy accepts max_steps = 1" in reason for *_, reason in found)
+    dropped = events(tmp_path / "network", "update-dropped")
+    assert [(one["client"], one["reason"]) for one in dropped] == [(3, "refused")] * (2 if quorum < 1 else 1)
 
 
 class TestCuriousServer:
