@@ -20,6 +20,7 @@ from gossamer.config.clock import goes_by_the_clock, wall_clock
 from gossamer.config.communication import check_codecs, require_whole_downlink
 from gossamer.config.inputs import configuration_inputs, require_replayed, run_id
 from gossamer.config.optimizers import require_moments
+from gossamer.config.personal import require_holdings
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks, EngineSetup
@@ -142,7 +143,7 @@ class Parts:
                 num_rounds=config.rounds,
                 quorum=None if is_real else config.population.quorum,
                 evaluate_every=config.evaluation.every,
-                evaluate_variants=self.task.capacities if config.evaluation.by_capacity else (),
+                evaluate_variants=self.task.levels if config.evaluation.by_capacity else {},
                 # Others keep what a peer or the observer has yet to commit, which is one phase at most.
                 commit_every_seconds=0.0 if is_real else config.checkpoint.every_seconds,
                 evaluate_own=self._own_models,
@@ -181,6 +182,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.step_size)
     warnings += accumulation_warnings(config, workload)
     require_whole_downlink(task)
+    require_holdings(config, task)
     warnings += check_codecs(config, workload.layout, dtype.itemsize)
     warnings += check_cuts(workload.layout, planner.costs[0].variants)
     if uncounted := sorted({name for costs in planner.costs for name in costs.uncounted}):
@@ -197,7 +199,10 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
         task = task.with_modes(on_device(found, config.engine.device))
     else:
         check_modes(task, config.algorithm["name"])
-    pinned = [ModeOptions(capacity=one.capacity, **dict(one.mode)) for one in task.variants]
+    pinned = [
+        ModeOptions(capacity=one.capacity, holding=one.holding.name if one.holding else None, **dict(one.mode))
+        for one in task.variants
+    ]
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"modes": pinned})})
     return Parts(config, task, planner, resolved.engine_class, warnings)
 
@@ -260,7 +265,12 @@ def make_planner(config: Config, task: Task) -> Planner:
     """Return what plans the rounds of clients, or of peers."""
     train, clients, peers, sub = config.train, config.clients, config.peers, config.submodel
     shares = [share for _, share in sorted(zip(sub.capacities, sub.shares or [1.0] * len(sub.capacities), strict=True))]
-    capacities = Capacities(task.capacities, shares, sub.assignment, task.workload.num_clients, config.seed)
+    workload, levels = task.workload, tuple(task.levels)
+    held: dict[str, Any] = {}
+    if workload.holdings:
+        everybody = np.arange(workload.num_clients, dtype=np.int64)
+        held = {"holdings": workload.client_holdings(everybody), "num_holdings": len(workload.holdings)}
+    capacities = Capacities(levels, shares, sub.assignment, workload.num_clients, config.seed, **held)
     shared: dict[str, Any] = {
         "num_rounds": config.rounds,
         "num_samples": task.workload.num_samples,
@@ -296,9 +306,9 @@ def make_planner(config: Config, task: Task) -> Planner:
 
 
 def expected_participants(config: Config, planner: Planner) -> list[float]:
-    """Return how many participants of each capacity a round has on average."""
+    """Return how many participants of each variant a round has on average."""
     number = len(planner.num_samples) if config.clients is None else config.clients.per_round
-    return [number * share for share in planner.capacities.shares]
+    return [number * share for share in planner.capacities.variant_shares]
 
 
 def count_costs(config: Config, task: Task, capacities: Capacities) -> list[Costs]:
@@ -370,20 +380,18 @@ def check_modes(task: Task, algorithm: str) -> None:
     """
     ragged = bool((task.workload.num_samples % task.batch_size != 0).any())
     for variant in task.variants:
-        mode, capacity = variant.mode, variant.capacity
+        mode, name = variant.mode, variant.name
         if mode.stacked and not task.is_stackable:
             raise ConfigError(
-                f"engine.modes stacks capacity {capacity}, but algorithm {algorithm!r} trains"
+                f"engine.modes stacks capacity {name}, but algorithm {algorithm!r} trains"
                 " participants one by one: use auto"
             )
         if mode.stacked and (not task.workload.traits.supports_stacking or (ragged and not mode.padding)):
             raise ConfigError(
-                f"engine.modes stacks capacity {capacity}, whose batches differ or cannot be stacked: use auto"
+                f"engine.modes stacks capacity {name}, whose batches differ or cannot be stacked: use auto"
             )
         if mode.padding and not task.workload.traits.supports_padding:
-            raise ConfigError(
-                f"engine.modes pads capacity {capacity}, but the model mixes samples of a batch: use auto"
-            )
+            raise ConfigError(f"engine.modes pads capacity {name}, but the model mixes samples of a batch: use auto")
 
 
 def default_workers() -> int:

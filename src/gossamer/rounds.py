@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
@@ -38,7 +38,7 @@ class LoopOptions:
         num_rounds: rounds to run in all.
         quorum: least share of the updates that a round waits for which must be in time and usable; None: none need be.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
-        evaluate_variants: capacities of the variants to evaluate besides the whole model; () for none.
+        evaluate_variants: ``{capacity: number of its variant}`` of what to evaluate besides the whole model.
         evaluate_own: participants whose own models are evaluated, and local steps, see `Planner.own_models`.
         stop: when to end before the last round.
         commit_every_seconds: least time between commits; 0 commits after every phase.
@@ -47,7 +47,7 @@ class LoopOptions:
     num_rounds: int
     quorum: float | None
     evaluate_every: int
-    evaluate_variants: tuple[float, ...]
+    evaluate_variants: Mapping[float, int]
     commit_every_seconds: float
     evaluate_own: tuple[int, int] = (0, 0)
     stop: StopOptions | None = None
@@ -231,7 +231,7 @@ class Loop:
         whole = self.workload.metrics(self.engine.evaluate(WHOLE, round))
         by_capacity = {
             capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(index, round))
-            for index, capacity in enumerate(self.options.evaluate_variants)
+            for capacity, index in self.options.evaluate_variants.items()
         }
         own = self.engine.measure(self.planner.own_models(round, *self.options.evaluate_own))
         return round_record.merged(whole, round_record.divided(whole, by_capacity), own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from gossamer.config.communication import make_communication
 from gossamer.config.loading import parse
 from gossamer.config.personal import personal_parameters
 from gossamer.config.resolve import build_topology, make_algorithm, split
-from gossamer.config.schema import Config, ModeOptions
+from gossamer.config.schema import Config
 from gossamer.engines.local_steps import LocalSteps, capacity_rates, require_matches, torch_dtype
 from gossamer.engines.task import Task, Variant, VariantMode
 from gossamer.errors import ConfigError, plugin_errors
@@ -22,6 +22,7 @@ from gossamer.submodel.strategies import find_strategy
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload, find_workload, require_workload
 from gossamer.workloads.held import HeldWorkload
+from gossamer.workloads.holdings import Holding
 from gossamer.workloads.samples import reading_later
 
 
@@ -63,9 +64,10 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
     )
     personal = frozenset(personal_parameters(config, algorithm, workload))
     steps_of = {capacity: replace(steps, capacity_lr=rates.get(capacity)) for capacity in capacities}
+    held = [(capacity, holding) for capacity in capacities for holding in workload.holdings or (None,)]
     bound = (
-        Variant.bind(index, capacity, algorithm, cutter, steps_of[capacity], mode, communication, personal)
-        for index, (capacity, mode) in enumerate(zip(capacities, pinned_modes(config, capacities), strict=True))
+        Variant.bind(index, capacity, algorithm, cutter, steps_of[capacity], mode, communication, personal, holding)
+        for index, ((capacity, holding), mode) in enumerate(zip(held, pinned_modes(config, held), strict=True))
     )
     return Task(
         workload=workload,
@@ -95,24 +97,30 @@ def make_cutter(config: Config, algorithm: Algorithm, layout: Layout) -> Cutter:
     return Cutter(layout, strategy, sub.stride, config.seed, sub.offsets, full_size=whole)
 
 
-def pinned_modes(config: Config, capacities: list[float]) -> list[VariantMode]:
-    """Return the mode of each capacity that the configuration pins; where it pins none, the default ones.
+def pinned_modes(config: Config, held: Sequence[tuple[float, Holding | None]]) -> list[VariantMode]:
+    """Return the mode of each variant that the configuration pins; where it pins none, the default ones.
+
+    Args:
+        held: capacity and modules of each variant.
 
     Raises:
-        ConfigError: it names other capacities.
+        ConfigError: it names other capacities or modules.
     """
     given = config.engine.modes
     if isinstance(given, str):
-        return on_device([VariantMode()] * len(capacities), config.engine.device)
+        return on_device([VariantMode()] * len(held), config.engine.device)
     if isinstance(given, VariantMode):
-        given = [ModeOptions(capacity=capacity, **given.model_dump()) for capacity in capacities]
-    by_capacity = {mode.capacity: mode for mode in given}
-    if len(given) != len(by_capacity) or set(by_capacity) != set(capacities):
+        return on_device([given] * len(held), config.engine.device)
+    wanted = [(capacity, None if holding is None else holding.name) for capacity, holding in held]
+    found = {(mode.capacity, mode.holding): mode for mode in given}
+    if len(given) != len(found) or set(found) != set(wanted):
+        names, run = (sorted({capacity for capacity, _ in pairs}) for pairs in (found, wanted))
+        each = "" if all(holding is None for _, holding in wanted) else ", each with all of its holdings"
         raise ConfigError(
-            f"engine.modes names capacities {sorted(mode.capacity for mode in given)} but the run has {capacities}:"
-            " name each once, or set engine.modes to auto"
+            f"engine.modes names capacities {names} but the run has {run}{each}: name each once, or set engine.modes to"
+            " auto"
         )
-    modes = [VariantMode(**by_capacity[capacity].model_dump(exclude={"capacity"})) for capacity in capacities]
+    modes = [VariantMode(**found[one].model_dump(exclude={"capacity", "holding"})) for one in wanted]
     return on_device(modes, config.engine.device)
 
 

@@ -19,12 +19,13 @@ from gossamer import rng
 from gossamer.aggregate import tree_sum
 from gossamer.errors import ConfigError
 from gossamer.plan import RoundPlan
-from gossamer.planning.assignment import Capacities, apportion, assign_devices, devices_of_capacities
+from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
 from gossamer.planning.base import TimedPlan
 from gossamer.planning.clients import ClientPlanner, first_to_finish, uniform
 from gossamer.planning.schedule import ScheduleOptions, learning_rate
 from gossamer.simulation.costs import Costs, VariantCosts
 from gossamer.simulation.devices import DeviceProfile, Devices, DeviceShare, uniform_draws
+from gossamer.workloads.holdings import apportion
 
 SHARES = st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any)
 NUM_CLIENTS = 40

@@ -122,7 +122,8 @@ def require_whole_downlink(task: Task) -> None:
     Raises:
         ConfigError: it would act on parameters that are not sent, and its bytes would be those of the others.
     """
-    unsent = sorted({name for phase in task.phases for variant in phase.variants for name in variant.unsent})
+    variants, every = [one for phase in task.phases for one in phase.variants], frozenset(task.cutter.layout.names)
+    unsent = sorted({name for one in variants for name in every - (frozenset(one.layout.names) - one.unsent)})
     if task.communication.downlink is not None and unsent:
         raise ConfigError(
             f"{WHERE}.downlink compresses whole models, but {unsent[0]!r} is not sent in every phase: leave it out, or"

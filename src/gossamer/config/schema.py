@@ -30,9 +30,11 @@ class ModeOptions(VariantMode):
 
     Attributes:
         capacity: the capacity that is trained so.
+        holding: name of the modules that are trained so, where clients of the workload hold different ones.
     """
 
     capacity: float
+    holding: str | None = None
 
 
 class EngineOptions(Options):

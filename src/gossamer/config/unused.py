@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gossamer.config.schema import Config
-from gossamer.planning.assignment import apportion
 from gossamer.submodel.strategies import find_strategy
+from gossamer.workloads.holdings import apportion
 
 Rule = tuple[str, Any, Any, str | None]
 """An option, its value, the value that it has if left out, and why it changes nothing; None: it changes something."""

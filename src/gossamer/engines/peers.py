@@ -151,7 +151,7 @@ class PeerEngine(ABC):
         where = {"peers": peers, "variant": variant, "round": round}
         collected = self._map_chunks({"kind": "statistics"} | where, models, workload.num_statistics_chunks)
         sums = _added_up(collected, len(peers))
-        capacity = 1.0 if variant == WHOLE else self._task.capacities[variant]
+        capacity = self._task.capacity(variant)
         for peer, one in zip(peers, sums, strict=True):
             self._statistics.keep(name_of(capacity, None if peer == MERGED else peer), one)
         statistics = [{name: value.tolist() for name, value in one.items()} for one in sums]

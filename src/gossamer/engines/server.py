@@ -161,7 +161,7 @@ class FederatedEngine(ABC):
         statistics = add_sums(collected)
         if variant == WHOLE:
             self._statistics.begin(round)
-        capacity = 1.0 if variant == WHOLE else self._task.capacities[variant]
+        capacity = self._task.capacity(variant)
         self._statistics.keep(name_of(capacity), statistics)
         listed = {name: value.tolist() for name, value in statistics.items()}
         return add_sums(

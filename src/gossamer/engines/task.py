@@ -20,6 +20,7 @@ from gossamer.options import Options
 from gossamer.submodel import Cut, Cutter, Layout
 from gossamer.topology import Topology
 from gossamer.workloads.base import Workload
+from gossamer.workloads.holdings import Holding
 
 PERSONAL = "personal"
 """Name of the private array of personal parameters, in the width of the model: NaN where a client has none yet."""
@@ -66,12 +67,12 @@ class VariantMode(Options):
 
 @dataclass(frozen=True)
 class Variant:
-    """What a participant of one capacity holds, and how it is trained.
+    """What participants of one capacity and one set of modules hold, and how they are trained.
 
     Attributes:
         index: number among the task's variants; `WHOLE` for the whole model.
         capacity: share of the channels of each axis, in (0, 1].
-        modules: names of the model's top-level modules that it holds.
+        modules: names of the modules that it holds.
         layout: layout of its (sub-)model, the same in every round.
         working_layout: layout of rows while they are trained: `layout` in the mode's memory order.
         algorithm: algorithm of such participants.
@@ -83,6 +84,8 @@ class Variant:
         downlink: codec of what they receive, likewise; None: it is not compressed.
         personal: names of the parameters that stay with the client.
         unsent: those, and what the algorithm does not send in this phase.
+        holding: which modules its participants hold; None: all.
+        has_all_modules: whether these are all of them.
     """
 
     index: int
@@ -99,6 +102,8 @@ class Variant:
     downlink: BaseCodec | None = None
     personal: frozenset[str] = frozenset()
     unsent: frozenset[str] = frozenset()
+    holding: Holding | None = None
+    has_all_modules: bool = True
 
     @classmethod
     def bind(
@@ -111,16 +116,18 @@ class Variant:
         mode: VariantMode,
         communication: Communication = AS_IT_IS,
         personal: frozenset[str] = frozenset(),
+        holding: Holding | None = None,
     ) -> Self:
-        """Return the variant of a capacity of the model that `cutter` cuts."""
-        layout, bound = cutter.sub_layout(capacity), algorithm.of_capacity(cutter.layout, capacity)
+        """Return the variant of a capacity, and of the modules of `holding`, of the model that `cutter` cuts."""
+        layout = cutter.sub_layout(capacity, None if holding is None else holding.modules)
+        bound = algorithm.of_capacity(cutter.layout, capacity)
         unsent = personal | (frozenset(layout.names) - frozenset(bound.sent(layout.names)))
         shapes = tuple(shape for name, shape in zip(layout.names, layout.shapes, strict=True) if name not in unsent)
         up, down = (codec and codec.of_shapes(shapes) for codec in (communication.uplink, communication.downlink))
         return cls(
             index=index,
             capacity=capacity,
-            modules=tuple(dict.fromkeys(name.partition(".")[0] for name in layout.names)),
+            modules=layout.modules,
             layout=layout,
             working_layout=layout.as_channels_last if mode.channels_last else layout,
             algorithm=bound,
@@ -132,7 +139,24 @@ class Variant:
             downlink=down,
             personal=personal,
             unsent=unsent,
+            holding=holding,
+            has_all_modules=layout.names == cutter.layout.names,
         )
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages: its capacity, and its modules where these differ."""
+        return f"{self.capacity}" + ("" if self.holding is None else f" of {self.holding.name}")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole model."""
+        return self.capacity == 1.0 and self.has_all_modules
+
+    @property
+    def held_modules(self) -> frozenset[str] | None:
+        """The modules that are held; None: all."""
+        return None if self.holding is None else self.holding.modules
 
     @cached_property
     def unsent_mask(self) -> Tensor:
@@ -213,23 +237,39 @@ class Task:
 
     @property
     def capacities(self) -> tuple[float, ...]:
-        """The capacity of each variant, ascending."""
+        """The capacity of each variant, ascending; several have the same one where modules differ."""
         return tuple(variant.capacity for variant in self.variants)
 
     @property
     def is_whole(self) -> bool:
         """Whether everybody holds the whole model."""
-        return self.capacities == (1.0,)
+        return all(one.is_whole for one in self.variants)
+
+    @property
+    def levels(self) -> dict[float, int]:
+        """``{capacity: number}`` of a variant that has all modules, see `variant`, of each capacity."""
+        numbers = {capacity: WHOLE - 1 - level for level, capacity in enumerate(dict.fromkeys(self.capacities))}
+        return numbers | {one.capacity: one.index for one in self.variants if one.has_all_modules}
 
     def variant(self, index: int) -> Variant:
-        """Return a variant by its number; `WHOLE` is the whole model, which need not be among them."""
-        if index == WHOLE:
-            return Variant.bind(WHOLE, 1.0, self.algorithm, self.cutter, LocalSteps(), VariantMode())
-        return self.variants[index]
+        """Return a variant by its number.
+
+        `WHOLE` is the whole model, and the numbers below it are all modules of each capacity, in ascending order; these
+        need not be among `variants`.
+        """
+        if index >= 0:
+            return self.variants[index]
+        return Variant.bind(index, self.capacity(index), self.algorithm, self.cutter, LocalSteps(), VariantMode())
+
+    def capacity(self, index: int) -> float:
+        """Return the capacity of a variant by its number, see `variant`."""
+        if index >= 0:
+            return self.variants[index].capacity
+        return 1.0 if index == WHOLE else list(self.levels)[WHOLE - 1 - index]
 
     def cut(self, variant: Variant, round: int, client: int = 0, order: Mapping[str, Tensor] | None = None) -> Cut:
         """Return the windows of a participant in a round, see `Cutter.cut`."""
-        return self.cutter.cut(variant.capacity, round, client, order)
+        return self.cutter.cut(variant.capacity, round, client, order, variant.held_modules)
 
     def with_modes(self, modes: Sequence[VariantMode]) -> Task:
         """Return the same task, trained in other modes."""
@@ -315,6 +355,7 @@ class Task:
                 mode,
                 self.communication,
                 self.personal,
+                one.holding,
             )
             for one, mode in zip(self.variants, modes, strict=True)
         )
@@ -335,6 +376,6 @@ def require_devices(task: Task) -> None:
                 torch.zeros(0, device=device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ConfigError(
-                f"engine.modes trains capacity {variant.capacity} on device {variant.mode.device!r}, which this machine"
+                f"engine.modes trains capacity {variant.name} on device {variant.mode.device!r}, which this machine"
                 f" does not have ({one_line(error)[:120]}): use cpu, or engine ray on a cluster that has it"
             ) from None

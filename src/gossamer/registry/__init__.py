@@ -92,6 +92,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "least-squares": "gossamer.workloads.convex:LeastSquares",
         "logistic-regression": "gossamer.workloads.convex:LogisticRegression",
         "consensus": "gossamer.workloads.consensus:Consensus",
+        "video-language": "gossamer.workloads.multimodal.workload:VideoLanguage",
     },
     "dataset": {
         **_same("gossamer.workloads.datasets", "digits mnist fashion-mnist cifar10 cifar100 synthetic"),
@@ -114,6 +115,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "transformer": "gossamer.workloads.transformer:TextClassifier",
     },
     "text-model": {"transformer": "gossamer.workloads.transformer:Transformer"},
+    "clips": {"moving-digits": "gossamer.workloads.multimodal.clips:moving_digits"},
+    "video-language-model": {"mplug-2": "gossamer.workloads.multimodal.mplug:MPlug"},
     "partition": {
         "iid": "gossamer.workloads.partitions:iid",
         "dirichlet": "gossamer.workloads.partitions:dirichlet",

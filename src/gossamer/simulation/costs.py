@@ -28,6 +28,7 @@ class VariantCosts:
             included. What a client received becomes the parameters; a peer stores and receives whole models, see
             `counting.memory_bytes`.
         uncounted: names of the operations that `flops_per_sample` leaves out, because no formula is known.
+        holding: name of the modules that it holds; None: all.
     """
 
     capacity: float
@@ -37,6 +38,7 @@ class VariantCosts:
     flops_per_sample: float
     memory_bytes: int
     uncounted: tuple[str, ...] = ()
+    holding: str | None = None
 
 
 class Efforts(NamedTuple):

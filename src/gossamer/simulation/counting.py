@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +24,7 @@ from gossamer.submodel import Layout
 from gossamer.submodel.tracing_rules import RULES
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Workload
+from gossamer.workloads.holdings import Holding
 
 BYTES_PER_FLOAT = 4
 VECTOR_PRODUCTS = {torch.ops.aten.mv, torch.ops.aten.addmv, torch.ops.aten.dot, torch.ops.aten.vdot}
@@ -42,12 +44,16 @@ _CHEAP = """
 """
 
 
-class Holding(Protocol):
+class Participant(Protocol):
     """What a participant holds; a task's variants are."""
 
     @property
     def capacity(self) -> float:
         """Share of the channels of each axis."""
+
+    @property
+    def holding(self) -> Holding | None:
+        """Its modules; None: all."""
 
     @property
     def layout(self) -> Layout:
@@ -73,7 +79,7 @@ class Holding(Protocol):
 def count_variants(
     workload: Workload,
     algorithm: Algorithm,
-    variants: Sequence[Holding],
+    variants: Sequence[Participant],
     *,
     batch_size: int,
     scaler: bool,
@@ -89,13 +95,13 @@ def count_variants(
     """
     constant_bytes = sum(value.nbytes for value in workload.blueprint().constants.values())
     scales = [1.0 / variant.capacity if scaler else 1.0 for variant in variants]
-    steps = {
-        variant.capacity: count_step(workload, variant.layout, batch_size, scale, variant.algorithm)
-        for variant, scale in zip(variants, scales, strict=True)
-    }
+    every: dict[Holding | None, dict[float, StepCosts]] = {}
+    for variant, scale in zip(variants, scales, strict=True):
+        counted = count_step(workload, variant.layout, batch_size, scale, variant.algorithm, variant.holding)
+        every.setdefault(variant.holding, {})[variant.capacity] = counted
     found = []
     for variant in variants:
-        capacity, layout, down = variant.capacity, variant.layout, variant.downlink
+        capacity, layout, down, steps = variant.capacity, variant.layout, variant.downlink, every[variant.holding]
         size = variant.num_sent * bytes_per_number
         sent = sent_bytes(algorithm, variant.num_sent, bytes_per_number, variant.uplink)
         received = size if down is None else down.row_bytes(variant.num_sent, bytes_per_number)
@@ -114,6 +120,7 @@ def count_variants(
                     algorithm, workload.layout, layout, sum(steps[w].saved_bytes for w in widest), bytes_per_number
                 ),
                 uncounted=tuple(sorted({name for width in passes for name in steps[width].uncounted})),
+                holding=None if variant.holding is None else variant.holding.name,
             )
         )
     return found
@@ -278,17 +285,32 @@ class SavedBytes:
         return saved
 
 
+def _largest_client(workload: Workload, holding: Holding | None) -> NDArray[np.int64]:
+    """Return the client, int64 [1], with the most samples, of those with these modules if there are any."""
+    sizes = workload.num_samples
+    if holding is not None:
+        held = workload.client_holdings(np.arange(len(sizes), dtype=np.int64)) == workload.holdings.index(holding)
+        sizes = np.where(held, sizes, 0) if held.any() else sizes
+    return np.array([int(np.argmax(sizes))], dtype=np.int64)
+
+
 def count_step(
-    workload: Workload, layout: Layout, batch_size: int, scale: float = 1.0, algorithm: Algorithm | None = None
+    workload: Workload,
+    layout: Layout,
+    batch_size: int,
+    scale: float = 1.0,
+    algorithm: Algorithm | None = None,
+    holding: Holding | None = None,
 ) -> StepCosts:
-    """Count what one local step costs, by doing one of the largest client.
+    """Count what one local step costs, by doing one of the largest client, or of the largest of those who hold it.
 
     Args:
         layout: layout of the (sub-)model that is trained.
         scale: factor of hidden activations, see `Workload.loss`.
         algorithm: algorithm of participants of this capacity; None: the loss is given the parameters themselves.
+        holding: modules that are held; None: any.
     """
-    client = np.array([int(np.argmax(workload.num_samples))], dtype=np.int64)
+    client = _largest_client(workload, holding)
     count = int(min(batch_size, workload.num_samples[client[0]]))
     batch = workload.batch(client, np.arange(count, dtype=np.int64)[None])
     merged = {key: value[0] for key, value in (batch.samples | batch.client).items() if key != "mask"}

@@ -24,6 +24,7 @@ MAX_RECTANGLES = 16
 
 Segments = tuple[tuple[int, int], ...]
 Slices = tuple[slice, ...]
+Modules = frozenset[str] | None
 Rectangle = tuple[Slices, Slices]  # where in the full parameter, where in the sub-model's
 
 
@@ -105,7 +106,7 @@ class Cut:
 
     Attributes:
         full: the layout of the whole model.
-        sub: the layout of the sub-model.
+        sub: the layout of the sub-model, which may lack parameters of the whole one.
         windows: one per cuttable axis.
     """
 
@@ -116,7 +117,7 @@ class Cut:
     @cached_property
     def is_full(self) -> bool:
         """Whether the sub-model is the whole model."""
-        return all(window.is_full for window in self.windows.values())
+        return self.sub.names == self.full.names and all(window.is_full for window in self.windows.values())
 
     @cached_property
     def pieces(self) -> list[Piece]:
@@ -129,9 +130,11 @@ class Cut:
         return self._pieces(count_shapes(self.full))
 
     def _pieces(self, shapes: Sequence[tuple[int, ...]]) -> list[Piece]:
+        held = frozenset(self.sub.names)
         return [
             Piece.of(name, [dim_segments(dim, size, self.windows) for dim, size in zip(dims, shape, strict=True)])
             for name, shape, dims in zip(self.full.names, shapes, self.full.axes, strict=True)
+            if name in held
         ]
 
     def read(self, x: Tensor, out: Tensor) -> Tensor:
@@ -202,43 +205,61 @@ class Cutter:
                 f"unknown axis {unknown[0]!r} in submodel.offsets{nearest(unknown[0], layout.cut_axes)}"
                 f" (the model's axes: {', '.join(layout.cut_axes)})"
             )
-        self._sub_layout = lru_cache(maxsize=64)(layout.cut)
+        self._sub_layout = lru_cache(maxsize=256)(self._make_sub_layout)
         self._groups = lru_cache(maxsize=64)(self._make_groups)
-        self._shared_cut = lru_cache(maxsize=64)(self._make)
+        self._shared_cut = lru_cache(maxsize=256)(self._make)
 
-    def sub_layout(self, capacity: float) -> Layout:
-        """Return the layout of any sub-model of `capacity`; its shapes do not depend on round or client."""
-        return self._sub_layout(self._held(capacity))
+    def sub_layout(self, capacity: float, modules: Modules = None) -> Layout:
+        """Return the layout of any sub-model of `capacity`; its shapes do not depend on round or client.
+
+        Args:
+            modules: the modules that are held, see `Layout.of_modules`; None: all.
+        """
+        return self._sub_layout(self._held(capacity), modules)
 
     def shares_window(self, capacity: float) -> bool:
         """Whether all clients of `capacity` have the same cut in a round."""
         return self.strategy.shared or self._held(capacity) == 1.0
 
-    def cut(self, capacity: float, round: int, client: int, order: Mapping[str, Tensor] | None = None) -> Cut:
-        """Return the cut of `client` in `round`.
+    def cut(
+        self,
+        capacity: float,
+        round: int,
+        client: int,
+        order: Mapping[str, Tensor] | None = None,
+        modules: Modules = None,
+    ) -> Cut:
+        """Return the cut of `client` in `round`; windows of an axis are the same, whatever modules are held.
 
         Args:
             order: result of `order` for the model at the start of the round; needed only where the strategy ranks.
+            modules: the modules that are held; None: all.
         """
         capacity = self._held(capacity)
         if self.strategy.rank is not None:
             assert order is not None, "this strategy ranks channels, so their order is needed"
-            return self._cut_ranked(capacity, order)
+            return self._cut_ranked(capacity, order, modules)
         if self.shares_window(capacity):
-            return self._shared_cut(capacity, round, 0)
-        return self._make(capacity, round, client)
+            return self._shared_cut(capacity, round, 0, modules)
+        return self._make(capacity, round, client, modules)
 
     def order(self, x: Tensor) -> dict[str, Tensor]:
         """Return the order of channels by the model x [d], see `Strategy.rank`; nothing where the strategy has none."""
         return {} if self.strategy.rank is None else dict(self.strategy.rank(self.layout, x))
 
-    def _cut_ranked(self, capacity: float, order: Mapping[str, Tensor]) -> Cut:
+    def _cut_ranked(self, capacity: float, order: Mapping[str, Tensor], modules: Modules) -> Cut:
         windows = {}
         for axis in self.layout.cut_axes:
             width = self.layout.widths[axis]
             first = order[axis][: window_length(width, capacity)]
             windows[axis] = Window.of_indices(width, np.sort(first.numpy()))
-        return Cut(self.layout, self.layout.windowed(windows), windows)
+        return Cut(self.layout, self._of_modules(modules).windowed(windows), windows)
+
+    def _of_modules(self, modules: Modules) -> Layout:
+        return self.layout if modules is None else self.layout.of_modules(modules)
+
+    def _make_sub_layout(self, capacity: float, modules: Modules) -> Layout:
+        return self._of_modules(modules).cut(capacity)
 
     def _held(self, capacity: float) -> float:
         """Return the share of every axis that participants of a capacity hold."""
@@ -249,7 +270,7 @@ class Cutter:
             return {axis: axis for axis in self.layout.cut_axes}
         return self.strategy.groups(self.layout, capacity)
 
-    def _make(self, capacity: float, round: int, client: int) -> Cut:
+    def _make(self, capacity: float, round: int, client: int, modules: Modules = None) -> Cut:
         windows, groups = {}, self._groups(capacity)
         for axis in self.layout.cut_axes:
             width = self.layout.widths[axis]
@@ -263,4 +284,4 @@ class Cutter:
                 client=client,
                 group=groups[axis],
             )
-        return Cut(self.layout, self.layout.windowed(windows), windows)
+        return Cut(self.layout, self._of_modules(modules).windowed(windows), windows)

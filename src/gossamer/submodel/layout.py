@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gossamer.errors import ConfigError
+from gossamer.errors import ConfigError, nearest
 from gossamer.submodel.windows import Window, window_length
 
 ALIGNMENT = 16  # floats: 64 bytes
@@ -137,6 +137,27 @@ class Layout:
         for name, start, shape in zip(self.names, self.offsets, self.shapes, strict=True):
             found[start : start + math.prod(shape)] = name in names
         return found
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules: what stands before the first dot of the parameters' names."""
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.names))
+
+    def of_modules(self, modules: Collection[str]) -> Layout:
+        """Return the layout of the parameters of some modules alone.
+
+        Raises:
+            ConfigError: there is no such module.
+        """
+        if unknown := sorted(set(modules) - set(self.modules)):
+            raise ConfigError(
+                f"unknown module {unknown[0]!r}{nearest(unknown[0], self.modules)} (the model's modules:"
+                f" {', '.join(self.modules)})"
+            )
+        every = zip(self.names, self.shapes, self.axes, strict=True)
+        held = [one for one in every if one[0].partition(".")[0] in modules]
+        names, shapes, axes = zip(*held, strict=True) if held else ((), (), ())
+        return Layout(names, shapes, axes, self.channels_last)
 
     @cached_property
     def widths(self) -> dict[str, int]:

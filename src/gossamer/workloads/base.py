@@ -62,6 +62,7 @@ from gossamer.options import check_traits
 from gossamer.registry import resolve_function
 from gossamer.submodel.layout import Layout
 from gossamer.workloads.digests import digest_of
+from gossamer.workloads.holdings import Holding
 from gossamer.workloads.traits import ModelTraits, WorkloadTraits
 
 Params = Mapping[str, Tensor]
@@ -121,6 +122,8 @@ class Workload(Protocol):
         norms: names of the BatchNorm layers that are trained, and evaluated by pooled moments.
         buffers: names of the layout's entries that are no parameters, but buffers that `loss` changes.
         personal: names of the layout's entries that stay with participants by the workload's own options.
+        holdings: sets of modules, one of which each participant holds, see `client_holdings`: what it lacks is neither
+            sent, nor trained, nor counted, and averaged over those who hold it. (): everybody holds the whole model.
         num_statistics_chunks: fixed pieces into which the training data is divided for `statistics`; 0: none needed.
         num_evaluation_chunks: fixed pieces into which the test data is divided for `evaluate`.
         warnings: what is allowed, but hardly meant, a sentence each; logged when the run starts.
@@ -135,6 +138,7 @@ class Workload(Protocol):
     norms: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     personal: tuple[str, ...] = ()
+    holdings: tuple[Holding, ...] = ()
     num_statistics_chunks: int = 0
     num_evaluation_chunks: int = 1
     warnings: tuple[str, ...] = ()
@@ -156,6 +160,10 @@ class Workload(Protocol):
         """Return bool [s, num_labels]: the labels that each client's training data holds; by default all of them."""
         return torch.ones(len(clients), self.num_labels, dtype=torch.bool)
 
+    def client_holdings(self, clients: NDArray[np.int64]) -> NDArray[np.int16]:
+        """Return int16 [s]: the number among `holdings` of what each client holds; by default the first one."""
+        return np.zeros(len(clients), dtype=np.int16)
+
     @abstractmethod
     def batch(self, clients: NDArray[np.int64], positions: NDArray[np.int64], round: int = 0, phase: int = 0) -> Batch:
         """Assemble samples for a block of clients.
@@ -172,7 +180,7 @@ class Workload(Protocol):
         """Return the mean training loss (scalar) of one client's batch; write what becomes of `buffers` into `params`.
 
         Args:
-            params: ``{name: tensor}`` of the (sub-)model.
+            params: ``{name: tensor}`` of the (sub-)model, without those of modules that the participant lacks.
             batch: per-sample tensors [b, ...] and client constants of a `Batch`, merged; plus ``"scale"`` (float): the
                 factor of a sub-model's hidden activations while training (1 / capacity; 1.0 is off); and, where traits
                 say `uses_key`, ``"key"``: int64 [], random bits of this participant's very step.

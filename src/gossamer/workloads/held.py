@@ -81,6 +81,10 @@ class HeldWorkload(_Around):
         """Return the labels of the one client, for each of `clients`."""
         return self._around.client_labels(np.zeros_like(clients))
 
+    def client_holdings(self, clients: NDArray[np.int64]) -> NDArray[np.int16]:
+        """Return what the one client holds, for each of `clients`."""
+        return self._around.client_holdings(np.zeros_like(clients))
+
     def client_statistics(self, params: dict[str, Tensor], client: int) -> dict[str, Tensor]:
         """Return sums over the one client's training data."""
         return self._around.client_statistics(params, 0)

@@ -8,7 +8,7 @@ whatever their order in the data set, and where shares are no whole numbers chan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from pydantic import Field
 from gossamer import rng
 from gossamer.errors import DataError
 from gossamer.options import Options, parse_options, takes
+from gossamer.workloads.plugins import call_plug_in, plug_in
 
 WHERE = "partition"
 NUM_DRAWS = 10
@@ -105,6 +106,37 @@ class PartialPartition(Partition):
     """A partition that may leave samples out, which are then not trained on."""
 
     is_partial = True
+
+
+def divide(
+    spec: Mapping[str, Any] | str,
+    num_clients: int,
+    seed: int,
+    classes: Ints,
+    num_classes: int,
+    owner: Ints | None = None,
+) -> Partition:
+    """Divide samples by a partition of a name.
+
+    Args:
+        spec: name, or a mapping of ``name`` and its parameters.
+        num_clients: number of clients.
+        seed: of the run.
+        classes: int64 [N], class of each sample.
+        num_classes: number of classes.
+        owner: int64 [N], owner of each sample; None: they have none.
+
+    Raises:
+        ConfigError: the partition is unknown, or does not take these parameters.
+        DataError: it does not do what a partition must.
+    """
+    name, function, params = plug_in("partition", spec, "clients.partition")
+    made = call_plug_in(function, "clients.partition", classes, num_clients, num_classes, seed, owner, **params)
+    if not isinstance(made, Partition):
+        raise DataError(
+            f"partition {name!r} returned {type(made).__name__}: return gossamer.workloads.partitions.Partition"
+        )
+    return made.checked(name, num_clients, len(classes))
 
 
 class IidOptions(Options):

@@ -34,7 +34,7 @@ from gossamer.workloads.base import (
 from gossamer.workloads.digests import digest_of
 from gossamer.workloads.functional import blueprint_of
 from gossamer.workloads.label_sets import mask_logits
-from gossamer.workloads.partitions import Partition
+from gossamer.workloads.partitions import divide
 from gossamer.workloads.parts import LoRAOptions, PartlyTrained
 from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
 from gossamer.workloads.traits import WorkloadTraits
@@ -119,7 +119,7 @@ class Supervised(Workload):
         self.num_clients, self.seed, self.dtype = num_clients, seed, dtype
         self.data = self._load_data() if data is None else data
         self.num_labels = self.data.num_labels
-        self.partition = self._divide(partition, *self._prepare())
+        self.partition = divide(partition, num_clients, seed, *self._prepare())
         self.num_samples = self.partition.num_samples
         name, _, params = plug_in(self.model_kind, self.options.model, "workload.model")
         self.model = self.build_model(options, self._facts(), seed)
@@ -231,17 +231,6 @@ class Supervised(Workload):
             wanted = f"{self.data_class.__module__}.{self.data_class.__name__}"
             raise DataError(f"data set {name!r} returned {type(data).__name__}: return {wanted}")
         return data if self.options.validation is None else data.hold_out(self.options.validation, self.seed)
-
-    def _divide(self, spec: Mapping[str, Any] | str, classes: Ints, num_classes: int, owner: Ints | None) -> Partition:
-        name, function, params = plug_in("partition", spec, "clients.partition")
-        made = call_plug_in(
-            function, "clients.partition", classes, self.num_clients, num_classes, self.seed, owner, **params
-        )
-        if not isinstance(made, Partition):
-            raise DataError(
-                f"partition {name!r} returned {type(made).__name__}: return gossamer.workloads.partitions.Partition"
-            )
-        return made.checked(name, self.num_clients, len(classes))
 
     def init(self, seed: int) -> Tensor:
         """Return initial parameters as a flat row [d]; in float64 they are those of float32."""

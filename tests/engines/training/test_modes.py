@@ -121,8 +121,8 @@ def test_the_quickest_is_chosen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     done = run(config, out=tmp_path / "run")
     assert set(tried) == {(variant, mode) for variant in (0, 1) for mode in (SINGLY, LAST, PADDED)}
     assert pinned_modes(done.directory) == [
-        quickest.model_dump() | {"capacity": 0.5},
-        other.model_dump() | {"capacity": 1.0},
+        quickest.model_dump() | {"capacity": 0.5, "holding": None},
+        other.model_dump() | {"capacity": 1.0, "holding": None},
     ]
 
 
@@ -145,7 +145,7 @@ def test_a_pinned_mode_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     monkeypatch.setattr("gossamer.build.measured_modes", None)
     images = {"workload.name": "recording:Recording", "workload.dataset.shape": [3, 8, 8]}
     done = run(configure(CNN | RAGGED | images | modes(**mode.model_dump())), out=tmp_path / "run")
-    assert pinned_modes(done.directory) == [mode.model_dump() | {"capacity": 1.0}]
+    assert pinned_modes(done.directory) == [mode.model_dump() | {"capacity": 1.0, "holding": None}]
     parts = build(parse(yaml.safe_load((done.directory / "config.yaml").read_text())))  # counts costs by one batch
     recording.num_clients.clear()
     recording.formats.clear()

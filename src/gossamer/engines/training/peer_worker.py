@@ -174,7 +174,7 @@ class PeerWorker:
         """Return the rows [s, d_sub] of all state arrays."""
         variant = self._task.variants[job.block.variant]
         rows = {name: value[where] for name, value in self._peers.state.items()}
-        if variant.capacity == 1.0:
+        if variant.is_whole:
             return rows
         cut_rows = {}
         for name, value in rows.items():
@@ -188,7 +188,7 @@ class PeerWorker:
     def _write(self, job: Job, where: slice | Tensor, target: Tensor, rows: Tensor) -> None:
         """Write rows [s, d_sub] into their windows of `target` [n, d]."""
         variant = self._task.variants[job.block.variant]
-        if variant.capacity == 1.0 or target.shape[1] == 1:
+        if variant.is_whole or target.shape[1] == 1:
             target[where] = rows
             return
         for peer, row in zip(job.client.tolist(), rows, strict=True):
