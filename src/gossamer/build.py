@@ -173,6 +173,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     if wall_clock(config) is not None:
         told: Any = ToldWorkload(workload)
         workload = told
+    require_holdings(config, algorithm, workload)
     task = make_task(config, algorithm, resolved.topology, workload)
     dtype = workload.init(config.seed).dtype
     require_precision(config, dtype)
@@ -182,7 +183,6 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.step_size)
     warnings += accumulation_warnings(config, workload)
     require_whole_downlink(task)
-    require_holdings(config, task)
     warnings += check_codecs(config, workload.layout, dtype.itemsize)
     warnings += check_cuts(workload.layout, planner.costs[0].variants)
     if uncounted := sorted({name for costs in planner.costs for name in costs.uncounted}):

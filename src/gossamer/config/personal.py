@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gossamer.algorithms.base import Algorithm
 from gossamer.config.schema import Config
-from gossamer.engines.task import Task
 from gossamer.errors import ConfigError
 from gossamer.workloads.base import Workload
 from gossamer.workloads.parts import matching
@@ -13,24 +13,23 @@ from gossamer.workloads.parts import matching
 WHERE = "clients.personal"
 
 
-def require_holdings(config: Config, task: Task) -> None:
+def require_holdings(config: Config, algorithm: Algorithm, workload: Workload) -> None:
     """Refuse a workload whose participants hold different modules where the algorithm needs the same ones of all.
 
     Raises:
         ConfigError: it does.
     """
-    lacking = next((one for one in task.variants if not one.has_all_modules), None)
-    if lacking is None or lacking.holding is None:
-        return
-    traits, reason = task.algorithm.traits, task.algorithm.traits.whole_models_only
+    traits, every = algorithm.traits, workload.layout.modules
+    lacking = {one.name: [name for name in every if name not in one.modules] for one in workload.holdings}
+    reason = traits.whole_models_only
     if traits.full_size or traits.has_local_loss:
         reason = reason or "it cuts sub-models of its own"
     if "rows" in traits.uplink.values():
         reason = reason or "its server combines the rows of all participants"
-    if reason is not None:
+    who = next((name for name, modules in lacking.items() if modules), None)
+    if who is not None and reason is not None:
         raise ConfigError(
-            f"participants with {lacking.holding.name} lack the modules"
-            f" {', '.join(sorted({*task.cutter.layout.modules} - {*lacking.modules}))}, but algorithm"
+            f"participants with {who} lack the modules {', '.join(lacking[who])}, but algorithm"
             f" {config.algorithm['name']!r} trains whole models only, because {reason}: choose fedavg, fedrolex or"
             " heterofl, or give everybody all modalities"
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -62,6 +62,13 @@ def mean_of(x: Tensor, counts: Tensor) -> Tensor:
     """Return the mean [..., size] of the places of x [..., n, size] that `counts`, bool [..., n], marks; 0 of none."""
     weights = counts.to(x.dtype)[..., None]
     return (x * weights).sum(-2) / weights.sum(-2).clamp_min(1)
+
+
+class Declaring(Protocol):
+    """A block that declares its parameters."""
+
+    def declare(self, model: DeclaredModel) -> None:
+        """Declare them."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ class Attention:
         memory = x if memory is None else memory
         split = (-1, self.head_dim) if self.cut == "heads" else (self.num_heads, -1)
         query, key, value = (
-            linear(params, f"{self.name}.{name}", source).unflatten(-1, split).transpose(-3, -2)
+            linear(params, f"{self.name}.{name}", source).reshape(*source.shape[:-1], *split).transpose(-3, -2)
             for name, source in (("query", x), ("key", memory), ("value", memory))
         )
         if self.cut == "head-dim":
@@ -226,7 +233,7 @@ class Patches:
     def cut_out(self, video: Tensor) -> Tensor:
         """Return the patches [..., frames, places, channels * p * p] of a video [..., frames, channels, h, w]."""
         rows, columns = (side // self.patch for side in self.shape[1:])
-        tiles = video.unflatten(-1, (columns, self.patch)).unflatten(-3, (rows, self.patch))
+        tiles = video.reshape(*video.shape[:-2], rows, self.patch, columns, self.patch)
         # [..., frames, channels, rows, p, columns, p] -> [..., frames, rows, columns, channels, p, p]
         return tiles.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
 
@@ -300,7 +307,7 @@ class Layer:
 
     def declare(self, model: DeclaredModel) -> None:
         """Declare the parts and their normalisations."""
-        parts = [self.attention, *([self.across] if self.has_memory else []), self.feed]
+        parts: list[Attention | FeedForward] = [self.attention, *([self.across] if self.has_memory else []), self.feed]
         for part in parts:
             model.add(f"{part.name}.norm", (self.size,), (None,))
             part.declare(model)

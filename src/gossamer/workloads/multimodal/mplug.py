@@ -32,6 +32,7 @@ from gossamer.workloads.models import WHERE, DeclaredModel, ModelOptions
 from gossamer.workloads.multimodal.blocks import (
     Attention,
     Cut,
+    Declaring,
     FeedForward,
     Layer,
     LocalTemporal,
@@ -116,7 +117,8 @@ class VisionBlock:
 
     def declare(self, model: DeclaredModel) -> None:
         """Declare the parts, and the normalisations of attention and feed-forward."""
-        for part in (self.before, self.attention, self.after, self.feed):
+        parts: list[Declaring] = [self.before, self.attention, self.after, self.feed]
+        for part in parts:
             part.declare(model)
         for normed in (self.attention, self.feed):
             model.add(f"{normed.name}.norm", (normed.size,), (None,))
@@ -190,14 +192,16 @@ class MPlug(DeclaredModel):
 
     def _declare(self) -> None:
         size, options = self.options.stream, self.options
-        for part in (self.patches, *self.blocks, self.tokens, *self.text, *self.universal):
+        first: list[Declaring] = [self.patches, *self.blocks, self.tokens, *self.text, *self.universal]
+        for part in first:
             part.declare(self)
         self.add("latents.vectors", (options.num_latents, size), (None, None), bias=False)
         for across in self.across:
             across.declare(self)
             for side in ("norm", "memory"):
                 self.add(f"{across.name}.{side}", (size,), (None,))
-        for part in (*self.fusion, self.words, *self.decoder):
+        last: list[Declaring] = [*self.fusion, self.words, *self.decoder]
+        for part in last:
             part.declare(self)
         for name in ("vision", "text", "universal", "fusion", "decoder"):
             self.add(f"{name}.norm", (size,), (None,))

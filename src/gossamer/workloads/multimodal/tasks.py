@@ -112,10 +112,11 @@ class Captioning:
         return flat({"caption_count": len(pairs)}) | {"caption_exact": exact, "cider": cider, "bleu": counts}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Return ``caption_accuracy``, ``bleu_4`` (0 .. 100) and ``cider_d`` (0 .. 10)."""
+        """Return ``caption_accuracy``, ``bleu_4`` (0 .. 100; 0 where no four words match) and ``cider_d`` (0 .. 10)."""
         count = float(sums["caption_count"].sum())
+        matched = bleu(sums["bleu"]) if sums["bleu"][2:6].all() else 0.0  # without smoothing, which is of small corpora
         means = {"caption_accuracy": sums["caption_exact"], "cider_d": sums["cider"]}
-        return {name: float(value.sum()) / count for name, value in means.items()} | {"bleu_4": bleu(sums["bleu"])}
+        return {name: float(value.sum()) / count for name, value in means.items()} | {"bleu_4": matched}
 
 
 class Unmeasured:

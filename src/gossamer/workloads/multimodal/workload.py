@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from gossamer import rng
@@ -62,7 +63,7 @@ class VideoLanguageOptions(Options):
     modalities: dict[str, float] = {"video+text": 1.0}
     client_tasks: dict[str, float] | None = None
     task_weights: dict[str, float] = {}
-    missing: MissingOptions = MissingOptions()
+    missing: MissingOptions = Field(default_factory=lambda: MissingOptions.model_validate({}))
     evaluate: tuple[str, ...] | None = None
 
 
@@ -77,6 +78,7 @@ class VideoLanguage(Workload):
     """
 
     Options = VideoLanguageOptions
+    traits = WorkloadTraits()
 
     def __init__(
         self,
