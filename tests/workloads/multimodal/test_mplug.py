@@ -69,7 +69,9 @@ class TestGraphs:
         assert {"fusion", "matching"} <= modules(grads)
 
     def test_who_can_do_no_task_is_named(self) -> None:
-        with pytest.raises(ConfigError, match=r"client \d has (video|text) and would do retrieval, none of which it can do"):
+        with pytest.raises(
+            ConfigError, match=r"client \d has (video|text) and would do retrieval, none of which it can do"
+        ):
             workload(tasks=("retrieval",), modalities=SENSES)
 
 
