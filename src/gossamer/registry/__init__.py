@@ -103,10 +103,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "hugging-face": "gossamer.workloads.files:hugging_face",
         "leaf": "gossamer.workloads.leaf:leaf",
     },
-    "text": {
-        "shakespeare": "gossamer.workloads.texts:shakespeare",
-        "synthetic": "gossamer.workloads.texts:synthetic",
-    },
+    "text": _same("gossamer.workloads.texts", "shakespeare synthetic"),
     "model": {
         "softmax": "gossamer.workloads.models:Softmax",
         "mlp": "gossamer.workloads.models:MLP",

@@ -337,3 +337,41 @@ class Layer:
             inner = normalised(params, f"{self.across.name}.norm", x)
             x = x + self.across(params, inner, memory, memory_allowed, scale)
         return x + self.feed(params, normalised(params, f"{self.feed.name}.norm", x), scale)
+
+
+class VisionBlock:
+    """Local temporal mixing, attention inside each frame, mixing again, and feed-forward, each added to the stream."""
+
+    def __init__(self, name: str, size: int, heads: tuple[int, int], hidden: int, between: int, cut: Cut) -> None:
+        """Name its parts.
+
+        Args:
+            name: prefix of their parameters.
+            size: width of the stream.
+            heads: number of heads, and channels of each.
+            hidden, between: units of feed-forward, and of local temporal mixing.
+            cut: what a capacity cuts of attention.
+        """
+        self.before, self.after = (LocalTemporal(f"{name}.temporal{i}", size, between) for i in range(2))
+        self.attention = Attention(f"{name}.attention", size, *heads, cut)
+        self.feed = FeedForward(f"{name}.feed", size, hidden)
+
+    @property
+    def zeros(self) -> tuple[str, ...]:
+        """Names of the parameters that start at zero."""
+        return self.before.zeros + self.after.zeros
+
+    def declare(self, model: DeclaredModel) -> None:
+        """Declare the parts, and the normalisations of attention and feed-forward."""
+        parts: list[Declaring] = [self.before, self.attention, self.after, self.feed]
+        for part in parts:
+            part.declare(model)
+        for normed in (self.attention, self.feed):
+            model.add(f"{normed.name}.norm", (normed.size,), (None,))
+
+    def __call__(self, params: Params, x: Tensor, scale: Scale = 1.0) -> Tensor:
+        """Return the stream after the block, of the shape of x [..., frames, places, size]."""
+        x = x + self.before(params, x, scale)
+        x = x + self.attention(params, normalised(params, f"{self.attention.name}.norm", x), scale=scale)
+        x = x + self.after(params, x, scale)
+        return x + self.feed(params, normalised(params, f"{self.feed.name}.norm", x), scale)

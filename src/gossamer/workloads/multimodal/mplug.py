@@ -33,12 +33,11 @@ from gossamer.workloads.multimodal.blocks import (
     Attention,
     Cut,
     Declaring,
-    FeedForward,
     Layer,
-    LocalTemporal,
     Params,
     Patches,
     Tokens,
+    VisionBlock,
     glorot,
     linear,
     mean_of,
@@ -101,36 +100,6 @@ class MPlugOptions(ModelOptions):
         return self
 
 
-class VisionBlock:
-    """Local temporal mixing, attention inside each frame, mixing again, and feed-forward, each added to the stream."""
-
-    def __init__(self, name: str, options: MPlugOptions, heads: tuple[int, int], hidden: int, between: int) -> None:
-        """Name its parts. Args: heads: number and channels; hidden, between: units of feed-forward and of mixing."""
-        self.before, self.after = (LocalTemporal(f"{name}.temporal{i}", options.stream, between) for i in range(2))
-        self.attention = Attention(f"{name}.attention", options.stream, *heads, options.cut)
-        self.feed = FeedForward(f"{name}.feed", options.stream, hidden)
-
-    @property
-    def zeros(self) -> tuple[str, ...]:
-        """Names of the parameters that start at zero."""
-        return self.before.zeros + self.after.zeros
-
-    def declare(self, model: DeclaredModel) -> None:
-        """Declare the parts, and the normalisations of attention and feed-forward."""
-        parts: list[Declaring] = [self.before, self.attention, self.after, self.feed]
-        for part in parts:
-            part.declare(model)
-        for normed in (self.attention, self.feed):
-            model.add(f"{normed.name}.norm", (normed.size,), (None,))
-
-    def __call__(self, params: Params, x: Tensor, scale: float | Tensor) -> Tensor:
-        """Return the stream after the block, of the shape of x [..., frames, places, size]."""
-        x = x + self.before(params, x, scale)
-        x = x + self.attention(params, normalised(params, f"{self.attention.name}.norm", x), scale=scale)
-        x = x + self.after(params, x, scale)
-        return x + self.feed(params, normalised(params, f"{self.feed.name}.norm", x), scale)
-
-
 class MPlug(DeclaredModel):
     """mPLUG-2 in small, see the module and `gossamer.workloads.multimodal.graphs.VideoLanguageModel`."""
 
@@ -169,7 +138,7 @@ class MPlug(DeclaredModel):
         length = max(facts.caption_length, facts.question_length)
         self.patches = Patches("vision", size, facts.frame, facts.num_frames, options.patch)
         self.blocks = [
-            VisionBlock(f"vision.block{i}", options, (heads, head_dim), hidden, between)
+            VisionBlock(f"vision.block{i}", size, (heads, head_dim), hidden, between, options.cut)
             for i in range(options.vision_blocks)
         ]
         self.tokens, self.words = (Tokens(name, size, facts.num_tokens, length) for name in ("text", "decoder"))
