@@ -8,14 +8,18 @@ versions and installing of what the app needs. What Flower waits for between two
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from common import make_parser, read_options
+
+from quiet import descendants
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -73,15 +77,12 @@ class Processes:
         return file.read_text()
 
     def close(self) -> None:
-        """End them."""
-        for process in self.running:
-            process.terminate()
-        for process in self.running:
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        """Kill them, and what they have started: SuperExecs would outlive their SuperNodes, and keep cores busy."""
+        for process in descendants(os.getpid()):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        for one in self.running:
+            one.wait()
 
 
 def main() -> None:
@@ -89,6 +90,7 @@ def main() -> None:
     parser = make_parser("FedAvg by Flower's SuperLink and SuperNodes.")
     parser.add_argument("--poll-interval", type=float, help="seconds between looks for tasks, if not Flower's own 1.0")
     options, own = read_options(parser)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         home, result = Path(folder), Path(folder) / "report.json"
         processes = Processes(home, environment(home, own.poll_interval))
