@@ -282,6 +282,8 @@ class TestHelp:
             "coverage",
             "describe",
             "doctor",
+            "profile",
+            "offload",
             "export",
             "runs",
             "table",

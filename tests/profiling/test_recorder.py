@@ -13,7 +13,7 @@ import pytest
 import gossamer
 from gossamer.profiling import recorder
 from gossamer.profiling.exports import write_chrome, write_goal, write_perfetto
-from gossamer.profiling.trace import UNATTRIBUTED, WAIT, Trace, read_trace, stage_totals
+from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, Trace, read_trace, stage_totals
 from gossamer.reports.profile import examine
 from gossamer.storage.runlog import read_config
 
@@ -24,6 +24,7 @@ CLIENTS: dict[str, Any] = {
     "communication": {"uplink": {"name": "top-k", "share": 0.2}},
 }
 PEERS: dict[str, Any] = {"workload": IMAGES, "peers": {"num": 8, "topology": "ring"}}
+IDLE = {WAIT, UNATTRIBUTED, ABSENT}
 COMMON: dict[str, Any] = {"rounds": 5, "train": {"lr": 0.1, "epochs": 2}, "checkpoint": {"every_seconds": 0}}
 
 
@@ -75,7 +76,7 @@ class TestRuns:
         write_goal(trace, tmp_path / "run.goal")
         sends, receives, calculated = parse_goal((tmp_path / "run.goal").read_text())
         assert sends == receives
-        busy = sum(one.seconds for kind, one in stage_totals(trace.rounds).items() if kind not in (WAIT, UNATTRIBUTED))
+        busy = sum(one.seconds for kind, one in stage_totals(trace.rounds).items() if kind not in IDLE)
         assert calculated / 1e9 >= 0.99 * busy
 
     def test_perfetto_reads_equal_totals(self, recorded: Path, tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_a_forked_process_writes_a_file_of_its_own(tmp_path: Path) -> None:
         with recorder.span("wait"):
             os.waitpid(child, 0)
     (one,) = read_trace(tmp_path).rounds
-    assert {lane.process: {s.kind for s in own} - {UNATTRIBUTED} for lane, own in one.lanes.items()} == {
+    assert {lane.process: {s.kind for s in own} - {UNATTRIBUTED, ABSENT} for lane, own in one.lanes.items()} == {
         "driver": {"wait"},
         "worker": {"train"},
     }

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.errors import DataError
-from gossamer.profiling.trace import UNATTRIBUTED, read_trace, stage_totals
+from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, read_trace, stage_totals
 from traces import header, span, write
 
 
@@ -72,7 +72,7 @@ def test_clocks_of_other_machines_are_shifted_by_the_time_of_day(tmp_path: Path)
     trace = read_trace(tmp_path)
     assert trace.clock_offsets == {"driver": 0.0, "actor-0": 5.0}
     (lane,) = (lane for lane in trace.rounds[0].lanes if lane.process == "actor")
-    assert [s.kind for s in trace.rounds[0].lanes[lane]] == [UNATTRIBUTED, "train", UNATTRIBUTED]
+    assert [s.kind for s in trace.rounds[0].lanes[lane]] == [ABSENT, "train", ABSENT]
 
 
 class TestRefused:

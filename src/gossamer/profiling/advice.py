@@ -129,13 +129,14 @@ def _judge(graphs: Sequence[Graph], device: Device, stage: Stage) -> Verdict:
     costs, count = costs_of(device, stage, kinds, {}), len(graphs)
     seconds, num_bytes = sum(node.seconds for node in nodes), sum(node.num_bytes for node in nodes)
     break_even_bytes = _break_even_bytes(costs, stage, seconds, num_bytes)
+    is_slower = engine is None and device.numbers[stage.slowdown].lo >= 1
     utilisation = fmean(one.device_seconds / max(one.seconds, 1e-12) for one in at_value)
     return Verdict(
         stage=stage.name,
         mode=stage.mode,
         engine=engine,
         verdict=verdict,
-        reason=_reason(verdict, stage, best, worst, deciding, costs),
+        reason=_reason(verdict, stage, best, worst, deciding, is_slower),
         change=change,
         best=best,
         worst=worst,
@@ -178,12 +179,14 @@ def _deciding(device: Device, numbers: Sequence[str], change_at: Changes) -> lis
     return found or assumed
 
 
-def _reason(verdict: str, stage: Stage, best: Interval, worst: Interval, deciding: Sequence[str], costs: Costs) -> str:
+def _reason(
+    verdict: str, stage: Stage, best: Interval, worst: Interval, deciding: Sequence[str], is_slower: bool
+) -> str:
     shown = f"{100 * best.mean:+.1f} % at the best bounds, {100 * worst.mean:+.1f} % at the worst"
     if verdict == WIN:
         return f"the round is shorter at all bounds: {shown}"
     if verdict == LOSE:
-        if stage.mode == SYNCHRONOUS and costs.engine is None and costs.slowdown >= 1:
+        if stage.mode == SYNCHRONOUS and is_slower:
             return f"the thread waits for a slower core, which never saves time, only the host's processors: {shown}"
         return f"the round is not shorter by {100 * WORTH:g} % at any bounds: {shown}"
     because = f", and {', '.join(deciding)} {'is' if len(deciding) == 1 else 'are'} assumed" if deciding else ""
@@ -248,7 +251,7 @@ def _advice(
     limit = HALF_LINE_RATE * device.numbers["line_rate"].value
     if stage.mode == SYNCHRONOUS:
         fourth = Advice("A4", False, "every message stops at the device on its way from the host to the wire")
-    elif rate > limit:
+    elif rate > limit and stage.mode != BACKGROUND:
         fourth = Advice("A4", False, f"{rate:,.0f} bytes/s are more than half of the line rate")
     else:
         fourth = Advice("A4", True, "no message stops at the device on its way to the wire")

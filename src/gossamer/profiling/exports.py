@@ -9,7 +9,7 @@ from typing import Any
 
 from gossamer.errors import ConfigError, storage_errors
 from gossamer.profiling.graphs import RECEIVE, SEND, messages_of
-from gossamer.profiling.trace import WAIT, Lane, Round, Segment, Trace
+from gossamer.profiling.trace import ABSENT, WAIT, Lane, Round, Segment, Trace
 
 
 def write_chrome(trace: Trace, path: Path) -> None:
@@ -89,7 +89,11 @@ def write_goal(trace: Trace, path: Path) -> None:
         sizes = {one.lanes[a.sender][a.sent].message: one.lanes[a.sender][a.sent].num_bytes for a in arrivals}
         for lane, segments in one.lanes.items():
             for place, segment in enumerate(segments):
-                if (lane, place) in elastic or (segment.kind == WAIT and place == len(segments) - 1):
+                if (
+                    (lane, place) in elastic
+                    or (segment.kind == WAIT and place == len(segments) - 1)
+                    or segment.kind == ABSENT
+                ):
                     continue
                 size = max(1, sizes.get(segment.message, 0))
                 if segment.kind == RECEIVE and segment.message in senders:

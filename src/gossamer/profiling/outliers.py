@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from gossamer.profiling.replay import Interval, bootstrap
-from gossamer.profiling.trace import UNATTRIBUTED, WAIT, Round
+from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, Round
 
 MIN_RATIO = 1.15  # of the lower bound, below which nobody is named
 MIN_SHARE = 0.01  # of a round that is lost
 MIN_PIECES = 4
-IGNORED = (WAIT, UNATTRIBUTED, "send", "receive")  # how long these take is up to others
+IGNORED = (WAIT, UNATTRIBUTED, ABSENT, "send", "receive")  # how long these take is up to others
 
 
 @dataclass(frozen=True)

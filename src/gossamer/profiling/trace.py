@@ -1,7 +1,7 @@
 """Reads the trace of a run: what each thread did in each whole round, without gaps.
 
 Where spans are nested, a moment belongs to the innermost one. What no span covers is an `UNATTRIBUTED` segment, so the
-segments of a thread add up to the round.
+segments of a thread add up to the round; before a process's first span and after its last it is `ABSENT`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from gossamer.errors import DataError
 from gossamer.profiling.recorder import FIELDS, FORMAT, VERSION
 
 UNATTRIBUTED, WAIT = "unattributed", "wait"
+ABSENT = "absent"
 DRIVER = "driver"
 HEADER = {"process": str, "pid": int, "host": str, "boot": str, "monotonic_ns": int, "unix_ns": int}
 
@@ -217,8 +218,21 @@ def _round(number: int, begin_ns: int, end_ns: int, lanes: dict[Lane, list[Span]
     for lane, spans in lanes.items():
         inside = [span for span in spans if span.end_ns > begin_ns and span.begin_ns < end_ns]
         if inside:
-            found[lane] = [_since(begin_ns, one) for one in _segments(inside, begin_ns, end_ns)]
+            segments = [_since(begin_ns, one) for one in _segments(inside, begin_ns, end_ns)]
+            found[lane] = segments if lane.process == DRIVER else _with_absence(segments, inside, spans)
     return Round(number, (end_ns - begin_ns) / 1e9, found)
+
+
+def _with_absence(segments: list[Segment], inside: list[Span], spans: list[Span]) -> list[Segment]:
+    """Mark what a thread leaves open before its first span of all, and after its last."""
+    absent = [
+        inside[0] is spans[0] and segments[0].kind == UNATTRIBUTED,
+        inside[-1] is spans[-1] and segments[-1].kind == UNATTRIBUTED,
+    ]
+    for place, is_absent in zip((0, -1), absent, strict=True):
+        if is_absent:
+            segments[place] = replace(segments[place], kind=ABSENT)
+    return segments
 
 
 def _since(origin_ns: int, piece: tuple[int, int, Span | None, float, bool]) -> Segment:

@@ -17,7 +17,7 @@ from gossamer.profiling.graphs import graph_of
 from gossamer.profiling.offload import STAGES, Stage, costs_of, move
 from gossamer.profiling.outliers import Outlier, find_outliers
 from gossamer.profiling.replay import Graph, Interval, bootstrap, replay, slack
-from gossamer.profiling.trace import UNATTRIBUTED, WAIT, Round, Segment, Trace, stage_totals
+from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, Round, Segment, Trace, stage_totals
 from gossamer.reports.images import save
 from gossamer.storage.tables import aligned
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_ROUNDS = 30  # that are replayed
-IDLE = {WAIT: "0.9", UNATTRIBUTED: "0.75"}  # grey levels
+IDLE = {WAIT: "0.9", UNATTRIBUTED: "0.75", ABSENT: "1.0"}  # grey levels
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#44bb99", "#882255", "#999933")
 
 
@@ -91,12 +91,12 @@ def examine(trace: Trace) -> Profile:
         for kind, seconds in least.items():
             spare[kind].append(seconds)
     totals = stage_totals(trace.rounds)
-    whole = sum(one.end for one in totals.values())
+    whole = sum(one.end for kind, one in totals.items() if kind != ABSENT)
     stages = [
         StageTime(
             kind,
             one.end,
-            one.end / whole,
+            one.end / whole if kind != ABSENT else 0.0,
             one.cpu,
             one.delay,
             one.num_bytes,
@@ -142,13 +142,13 @@ def render(profile: Profile, as_json: bool = False) -> str:
             as_time(one.delay_seconds),
             f"{one.num_bytes:,}",
             f"{one.path_share:.1%}",
-            "-" if one.stage == WAIT else as_time(one.slack_seconds),
+            "-" if one.stage in (WAIT, ABSENT) else as_time(one.slack_seconds),
         )
         for one in profile.stages
     ]
     lanes = [("process", "busy", "waiting", "unattributed", "most of it")]
     for name, sums in profile.processes.items():
-        total = sum(sums.values())
+        total = (sum(sums.values()) - sums.get(ABSENT, 0.0)) or 1.0
         busy = {kind: seconds for kind, seconds in sums.items() if kind not in IDLE}
         most = sorted(busy.items(), key=lambda item: -item[1])[:3]
         busy_share, waiting, unattributed = (
