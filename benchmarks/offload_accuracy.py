@@ -4,9 +4,9 @@ Rounds of a driver and workers, forked processes linked by pipes, are recorded: 
 that a noisy machine matters less; trials in which workers overslept by 2 % are rejected, and counted. Then the stage is
 done by a side-car process, `slowdown` times as slowly, behind a link of stated latency and bandwidth, and the median
 round is compared with what was predicted from the record. What the side-car adds to an empty piece is measured once
-before, with other sizes. Two naive predictors stand beside: the round without the stage, and the round with the stage's
-time scaled. This shows that the model holds, and nothing of a card. Replay keeps the recorded order: a driver that takes
-answers as they come (--by-arrival) may take them in another.
+before, with other sizes. Two naive predictors stand beside: the round without the stage, and the round with the
+stage's time scaled. This shows that the model holds, and nothing of a card. Replay keeps the recorded order: a driver
+that takes answers as they come (--by-arrival) may take them in another.
 
 Prints one JSON object: `python benchmarks/offload_accuracy.py --trials 60`.
 """
