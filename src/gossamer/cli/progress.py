@@ -128,7 +128,7 @@ class ProgressDisplay(Display):
 
     def clients(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Draw a table of real clients above the bar."""
-        self._bars.clients = clients_table(rows, self._bars.console.height - ROOM_BELOW)
+        self._bars.clients = clients_table(rows, self._bars.console.height - ROOM_BELOW) if rows else None
         self._bars.refresh()
 
     def print(self, line: str) -> None:
