@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import zipfile
 from pathlib import Path
@@ -11,40 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from gossamer.errors import DataError
 from gossamer.workloads.multimodal.nlvr import nlvr
 from gossamer.workloads.samples import LazySamples
+from media import write_nlvr
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("GOSSAMER_DATA"), reason="GOSSAMER_DATA does not name a folder with nlvr"
 )
-SENTENCES = {"dev": ["there is a blue tower", "a red box"], "test": ["there is no box"], "hidden": ["a tower"]}
-
-
-def picture(colour: int) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (40, 10), (colour, 0, 0)).save(content, "PNG")
-    return content.getvalue()
-
-
-def write(folder: Path) -> None:
-    (folder / "nlvr").mkdir()
-    with zipfile.ZipFile(folder / "nlvr/nlvr_images.zip", "w") as images:
-        for place, (split, sentences) in enumerate(SENTENCES.items()):
-            lines = list[str]()
-            for number, sentence in enumerate(sentences):
-                entry = {"identifier": f"{number}-1", "sentence": sentence, "label": "true" if number else "false"}
-                lines.append(json.dumps(entry))
-                for order in range(6):
-                    images.writestr(f"{split}-{number}-1-{order}.png", picture(100 * place + 10 * number + order))
-            (folder / f"nlvr/{split}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write(tmp_path)
+    write_nlvr(tmp_path)
     monkeypatch.setenv("GOSSAMER_DATA", str(tmp_path))
     return tmp_path / "nlvr"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,22 +18,9 @@ from gossamer.workloads.multimodal.captions import read_captions, read_msr_vtt, 
 from gossamer.workloads.multimodal.video import read_video, uniform_frames, video_size
 from gossamer.workloads.multimodal.video_sets import captioned_videos
 from gossamer.workloads.samples import LazySamples, reading_later, telling
+from media import LEVELS, SIDE, write_captions, write_video
 
-av = pytest.importorskip("av", reason="PyAV is not installed")
-SIDE = 32
-LEVELS = (10, 40, 70, 100, 130, 160, 190, 220)  # grey of the frames of a video
-
-
-def write_video(path: Path, levels: Sequence[int] = LEVELS, height: int = SIDE, width: int = SIDE) -> None:
-    """Encode grey frames, each of one level, without loss."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1" if path.suffix == ".mkv" else "mpeg4", rate=8)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.codec_context.options = {"qscale": "1"}
-        for level in levels:
-            frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), level, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+pytest.importorskip("av", reason="PyAV is not installed")
 
 
 def greys(video: Any) -> list[float]:
@@ -75,12 +61,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = (root / "cut.mkv").read_bytes()
     (root / "cut.mkv").write_bytes(content[:60])
     return root
-
-
-def write_captions(path: Path, videos: Sequence[str], **more: Any) -> str:
-    lines = [json.dumps({"video": one, "caption": f"the {one[:-4]} moves", **more}) for one in videos]
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
 
 
 SOUND = [f"v{number}.mp4" for number in range(10)]

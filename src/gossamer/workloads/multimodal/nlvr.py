@@ -99,7 +99,7 @@ def nlvr(options: Mapping[str, Any]) -> MultimodalData:
     count = len(train) * chosen.images
     parts = images.subset(torch.arange(count)), images.subset(torch.arange(count, len(names)))
     first, second = (_split(*pair, tokenizer, chosen) for pair in zip((train, test), parts, strict=True))
-    return MultimodalData("nlvr", first, second, len(LABELS))
+    return MultimodalData("nlvr", first, second, len(LABELS), tokenizer.vocabulary)
 
 
 def _split(

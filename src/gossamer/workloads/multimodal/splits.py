@@ -62,9 +62,11 @@ class MultimodalData:
         name: name in messages.
         train, test: of the same modalities.
         num_labels: number of classes.
+        vocabulary: tokens of the modality ``text`` by their numbers, or ().
     """
 
     name: str
     train: MultimodalSplit
     test: MultimodalSplit
     num_labels: int
+    vocabulary: tuple[str, ...] = ()

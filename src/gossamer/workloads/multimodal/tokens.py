@@ -116,6 +116,11 @@ class CaptionTokenizer:
         rows = [row[:end].tolist() for row, end in zip(ids, ends, strict=True)]
         return list(self._tokenizer.decode_batch(rows, skip_special_tokens=True))
 
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """Tokens by their numbers."""
+        return tuple(self.words(range(self.num_tokens)))
+
     def words(self, ids: Sequence[int]) -> list[str]:
         """Return the tokens of these numbers, special ones included; UNKNOWN for a number that has none."""
         return [self._tokenizer.id_to_token(number) or UNKNOWN for number in ids]

@@ -102,7 +102,8 @@ def captioned_videos(options: Mapping[str, Any]) -> MultimodalData:
             raise DataError(f"{chosen.captions!r} has no captions of readable videos for the {split} split: add some")
     tokenizer = tokenizer_of(chosen.tokenizer, [one.text for one in parts[TRAIN]])
     train, test = (_split(members, found, tokenizer, chosen.length) for members in parts.values())
-    return MultimodalData(Path(chosen.videos).name, train, test, 1 + max(one.label for one in captions))
+    num_labels = 1 + max(one.label for one in captions)
+    return MultimodalData(Path(chosen.videos).name, train, test, num_labels, tokenizer.vocabulary)
 
 
 def _read(options: VideoOptions) -> list[Caption]:
