@@ -97,10 +97,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "dataset": {
         **_same("gossamer.workloads.datasets", "digits mnist fashion-mnist cifar10 cifar100 synthetic"),
         "spoken-digits": "gossamer.workloads.spoken:spoken_digits",
-        "image-folder": "gossamer.workloads.files:image_folder",
-        "table": "gossamer.workloads.files:table",
-        "arrays": "gossamer.workloads.files:arrays",
-        "hugging-face": "gossamer.workloads.files:hugging_face",
+        **_same("gossamer.workloads.files", "image-folder table arrays hugging-face"),
         "leaf": "gossamer.workloads.leaf:leaf",
     },
     "text": _same("gossamer.workloads.texts", "shakespeare synthetic"),
@@ -112,7 +109,10 @@ BUILTIN: dict[str, dict[str, str]] = {
         "transformer": "gossamer.workloads.transformer:TextClassifier",
     },
     "text-model": {"transformer": "gossamer.workloads.transformer:Transformer"},
-    "clips": {"moving-digits": "gossamer.workloads.multimodal.clips:moving_digits"},
+    "clips": {
+        "moving-digits": "gossamer.workloads.multimodal.clips:moving_digits",
+        **_same("gossamer.workloads.multimodal.clip_sets", "nlvr captioned-videos"),
+    },
     "video-language-model": {"mplug-2": "gossamer.workloads.multimodal.mplug:MPlug"},
     "partition": {
         "iid": "gossamer.workloads.partitions:iid",

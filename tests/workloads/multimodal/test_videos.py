@@ -149,7 +149,7 @@ def test_something_something(folder: Path, tmp_path: Path) -> None:
     [
         ("none.mp4", r"the video 'none.mp4' of line 11 of '.*c.jsonl' is missing: put it at '.*none.mp4'"),
         ("empty.mp4", r"the video 'empty.mp4' of line 11 of '.*' is not a video that can be read"),
-        ("text.mp4", r"the video 'text.mp4' of line 11 of '.*' is not a video that can be read"),
+        ("text.mp4", r"the video 'text.mp4' of line 11 of '.*' is not a video that can be read \(Invalid data"),
         ("cut.mkv", r"the video 'cut.mkv' of line 11 of '.*' (is not a video that can be read|has no)"),
     ],
 )

@@ -118,7 +118,7 @@ def _opened(path: str, where: str) -> Iterator[Any]:
                 raise DataError(f"{where} has no video stream: fetch it again, or drop it")
             yield container
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        reason = str(error).partition(": '")[0].partition("\n")[0]
+        reason = str(error.strerror if isinstance(error, OSError | av.error.FFmpegError) else error).partition("\n")[0]
         raise DataError(f"{where} is not a video that can be read ({reason}): fetch it again, or drop it") from None
 
 
