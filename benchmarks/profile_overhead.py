@@ -44,14 +44,15 @@ def count_work(steps: int, per_span: int, *, recorded: bool) -> float:
     return time.thread_time() - began
 
 
-def paired(num_pairs: int, steps: int, per_span: int) -> list[float]:
-    """Return by which share rounds with spans take longer than rounds without, in turns."""
-    ratios = []
+def paired(num_pairs: int, steps: int, per_span: int) -> tuple[list[float], float]:
+    """Return by which share rounds with spans take longer than rounds without, in turns; and spans a second."""
+    ratios, seconds = [], []
     for number in range(num_pairs):
         order = (True, False) if number % 2 else (False, True)
         pair = {spans: count_work(steps, per_span, recorded=spans) for spans in order}
         ratios.append(pair[True] / pair[False] - 1)
-    return ratios
+        seconds.append(pair[False])
+    return ratios, steps / per_span / median(seconds)
 
 
 def main() -> int:
@@ -60,16 +61,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=60, help="pairs of rounds")
     parser.add_argument("--steps", type=int, default=1_000_000, help="additions of a round")
     given = parser.parse_args()
-    speed = given.steps / count_work(given.steps, given.steps, recorded=False)
+    speed = given.steps / min(count_work(given.steps, given.steps, recorded=False) for _ in range(5))
     per_span = int(speed / SPANS_PER_SECOND)
     count_work(given.steps, per_span, recorded=True)  # warms up
-    off, ratios_off = seconds_of_a_span(100_000), paired(given.rounds, given.steps, per_span)
+    off, (ratios_off, _) = seconds_of_a_span(100_000), paired(given.rounds, given.steps, per_span)
     with tempfile.TemporaryDirectory() as directory, recorder.recording(Path(directory) / "trace"):
-        on, ratios_on = seconds_of_a_span(20_000), paired(given.rounds, given.steps, per_span)
+        on, (ratios_on, rate) = seconds_of_a_span(20_000), paired(given.rounds, given.steps, per_span)
     report = {
         "span_recorded_us": 1e6 * on,
         "span_off_us": 1e6 * off,
-        "spans_per_second": SPANS_PER_SECOND,
+        "spans_per_second": rate,
+        "overhead_by_span": on * rate,
         "overhead": median(ratios_on),
         "overhead_off": median(ratios_off),
         "pairs": given.rounds,
