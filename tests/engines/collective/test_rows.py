@@ -13,16 +13,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from gossamer.aggregate import TreeSum, tree_sum
 from gossamer.distributed.environment import INTERFACE
 from gossamer.distributed.links import GroupBroken
+from gossamer.engines.collective.clients import sums_of_all
 from gossamer.engines.collective.group import LOOPBACK, Group, address_of
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.errors import ConfigError
@@ -91,9 +94,13 @@ def on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_member(member: Member, mode: str) -> None:
-    """Be one member of a group: swap the rows of all cases, or go after the first one."""
+    """Be one member of a group: swap the rows of all cases, through memory or sockets, or go after the first one."""
     with closing(member.join()) as group:
         low, high = SPANS[member.rank]
+        if mode == "sockets":
+            group.links.close()  # as between machines
+        elif mode != "die":
+            assert all(group.links.is_near(rank) for rank in group.others)
         for seed, edges in enumerate([*CASES.values()] * (2 if mode == "die" else 1)):
             if mode == "die" and member.rank == 0 and seed:  # not while the others join
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -114,6 +121,36 @@ def run_member(member: Member, mode: str) -> None:
                 others = [peer for peer in range(NUM_PEERS) if peer not in told]
                 assert not mine[name][others].any()
             print(sent)
+        if mode in ("memory", "sockets"):
+            check_messages(group)
+            check_sums(group)
+
+
+def check_messages(group: Group) -> None:
+    """What ranks tell all, and what they send each other, arrives as it was."""
+    told = [{"rank": rank, "text": "x" * (5000 * rank)} for rank in range(group.size)]
+    assert group.tell_all(told[group.rank]) == told
+    sent = [*arrays(group.rank).values(), torch.empty(0, 3)]
+    waits = [group.send(rank, {"from": group.rank}, sent) for rank in group.others]
+    for rank in group.others:
+        message, came = group.receive(rank)
+        assert message == {"from": rank}
+        assert all(map(torch.equal, came, [*arrays(rank).values(), torch.empty(0, 3)]))
+    for wait in waits:
+        wait()
+
+
+def check_sums(group: Group) -> None:
+    """Sums of all ranks have the bits of one tree, though one rank has two parts of it, and one variant is of few."""
+    rows = torch.randn(group.size + 1, 1001, generator=torch.Generator().manual_seed(0))
+    tree, narrow = TreeSum(len(rows)), TreeSum(2)
+    for index in range(group.rank, group.rank + 1 + (group.rank == group.size - 1)):
+        tree.add(index, rows[index].clone())
+    if group.rank < 2:
+        narrow.add(group.rank, rows[group.rank, :2].clone())
+    found = sums_of_all(group, {(0, "x"): tree, (1, "x"): narrow})
+    assert torch.equal(found[0, "x"], cast(Tensor, tree_sum([*rows.clone()])))
+    assert torch.equal(found[1, "x"], rows[0, :2] + rows[1, :2])
 
 
 @pytest.fixture
@@ -135,10 +172,11 @@ def run_group() -> Iterator[Callable[[list[Member], str], list[list[str]]]]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_rows_that_others_hear(run_group: Callable[..., list[list[str]]]) -> None:
+@pytest.mark.parametrize("mode", ["memory", "sockets"])
+def test_rows_that_others_hear(run_group: Callable[..., list[list[str]]], mode: str) -> None:
     """What is heard arrives, nothing else, in one message for each pair of ranks; and what was sent is counted."""
     rendezvous = Rendezvous()
-    told = run_group(rendezvous.members(3, 90))
+    told = run_group(rendezvous.members(3, 90), mode)
     row_bytes = 3 + 5 * 4 + 8
     for (low, high), counts in zip(SPANS, told, strict=True):
         expected = []
