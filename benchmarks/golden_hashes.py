@@ -75,7 +75,16 @@ def decentralized(algorithm: Any, topology: Any, workload: dict[str, Any], **tra
 IMAGES = {"name": "image-classification", "dataset": SYNTHETIC, "model": MLP}
 CHOCO = {"name": "choco-sgd", "compressor": {"name": "random-k", "share": 0.2}}
 TOP_K = {"name": "choco-sgd", "compressor": {"name": "top-k", "share": 0.1}}
+VIDEOS = {
+    "name": "video-language",
+    "dataset": {"name": "moving-digits", "num_train": 120, "num_pools": 1},
+    "model": {"name": "mplug-2", "stream": 16, "hidden": 24, "vision_blocks": 1, "num_latents": 3},
+    "modalities": {"video+text": 0.5, "text": 0.25, "video": 0.25},
+    "missing": {"train": {"text": 0.3}},
+}
 RUNS: dict[str, dict[str, Any]] = {
+    "missing modalities": federated("fedrolex", [0.5, 1.0], False, lr=0.01)
+    | {"workload": VIDEOS, "rounds": 3, "engine": {}},
     "fedavg": federated("fedavg", [1.0], True, momentum=0.9),
     "fedrolex": federated("fedrolex", LEVELS, True),
     "scaffold": federated("scaffold", [1.0], False),

@@ -31,6 +31,7 @@ from gossamer.workloads.traits import WorkloadTraits
 
 Ints = NDArray[np.int64]
 ATTRIBUTES = ("traits", "shapes", "axes", "graphs", "init", "losses", "predict")
+SHUFFLED = "shuffled"  # before the number of an order of the frames, and a dot, in sums
 WEIGHT = "weight."  # before the name of a task: how much its loss counts
 
 
@@ -55,6 +56,7 @@ class VideoLanguageOptions(Options):
         task_weights: ``{task: factor of its loss}``; 1 where it is left out.
         missing: modalities and labels that samples lack, and labels that are wrong.
         evaluate: tasks that are measured; None: all of the run.
+        shuffles: random orders of the frames in which videos are measured besides, see `VideoLanguage.metrics`.
     """
 
     dataset: Spec = "moving-digits"
@@ -65,6 +67,7 @@ class VideoLanguageOptions(Options):
     task_weights: dict[str, float] = {}
     missing: MissingOptions = Field(default_factory=lambda: MissingOptions.model_validate({}))
     evaluate: tuple[str, ...] | None = None
+    shuffles: int = Field(0, ge=0)
 
 
 class VideoLanguage(Workload):
@@ -276,9 +279,18 @@ class VideoLanguage(Workload):
         """Return sums over one pool of test clips, of the tasks whose modules are in `params`."""
         pool = slice(chunk * self.data.pool, (chunk + 1) * self.data.pool)
         rows = torch.arange(len(self.data.test))[pool]
-        held = {name.partition(".")[0] for name in params}
         batch = self._fetch("test", rows, MODALITIES)
-        found = Sums()
+        found = self._pool(params, batch, rows)
+        for number in range(self.options.shuffles):
+            source = rng.generator(self.seed, "shuffle-frames", number, participant=chunk)
+            orders = source.permuted(np.tile(np.arange(batch["video"].shape[1]), (len(rows), 1)), axis=1)
+            video = batch["video"][torch.arange(len(rows))[:, None], torch.from_numpy(orders)]
+            shuffled = self._pool(params, batch | {"video": video}, rows)
+            found |= {f"{SHUFFLED}{number}.{name}": value for name, value in shuffled.items()}
+        return found
+
+    def _pool(self, params: Params, batch: dict[str, Tensor], rows: Tensor) -> Sums:
+        held, found = {name.partition(".")[0] for name in params}, Sums()
         for task in self.measured:
             if self.model.graphs[task].modules <= held:
                 found |= self._measured(task, params, batch, rows)
@@ -307,7 +319,22 @@ class VideoLanguage(Workload):
         return flat({f"loss.{task}": float(loss) * len(rows), f"count.{task}": float(len(rows))}) | sums
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Turn added-up sums into metrics: the mean loss of all tasks, and what `tasks` says of each of them."""
+        """Turn added-up sums into metrics: the mean loss of all tasks, and what `tasks` says of each of them.
+
+        With the option `shuffles`, ``<metric>_shuffled`` is the mean over orders of the frames, at test time alone
+        (HiTeA, arXiv 2212.14546), and ``<metric>_drop`` by how much the metric is better in the right order: its
+        temporal reliance.
+        """
+        found = self._metrics_of(sums)
+        orders = [
+            self._metrics_of({name.removeprefix(prefix): v for name, v in sums.items() if name.startswith(prefix)})
+            for prefix in (f"{SHUFFLED}{number}." for number in range(self.options.shuffles))
+        ]
+        means = {name: sum(one[name] for one in orders) / len(orders) for name in found} if orders else {}
+        drops = {f"{name}_drop": found[name] - mean for name, mean in means.items()}
+        return found | {f"{name}_shuffled": mean for name, mean in means.items()} | drops
+
+    def _metrics_of(self, sums: Sums) -> dict[str, float]:
         done = [task for task in self.measured if f"loss.{task}" in sums]
         losses = {task: float(sums[f"loss.{task}"].sum() / sums[f"count.{task}"].sum()) for task in done}
         found = {"loss": sum(losses.values())} | {f"loss_{task.replace('-', '_')}": v for task, v in losses.items()}
