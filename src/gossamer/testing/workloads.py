@@ -49,6 +49,7 @@ def check_workload(workload: Workload) -> None:
     _check_batches(workload)
     _check_padded_batches(workload)
     _check_loss(workload)
+    _check_holdings(workload)
     if workload.traits.supports_padding:
         _check_loss_of_padding(workload)
     if workload.traits.supports_stacking:
@@ -132,8 +133,12 @@ def _check_client_labels(workload: Workload) -> None:
 
 
 def _some_clients(workload: Workload) -> Ints:
-    """Return the largest client and the smallest one."""
-    return np.array([workload.num_samples.argmax(), workload.num_samples.argmin()], dtype=np.int64)
+    """Return the largest client and the smallest one, of those that hold the same modules as most do."""
+    everybody = np.arange(workload.num_clients, dtype=np.int64)
+    holding = workload.client_holdings(everybody)
+    alike = everybody[holding == np.bincount(holding).argmax()]
+    sizes = workload.num_samples[alike]
+    return np.array([alike[sizes.argmax()], alike[sizes.argmin()]], dtype=np.int64)
 
 
 def _whole_batch(workload: Workload, round: int = 0) -> tuple[Ints, Ints, Batch]:
@@ -257,6 +262,23 @@ def _check_loss(workload: Workload) -> None:
         sub = layout.cut(0.5)
         part = {name: params[name][tuple(map(slice, shape))] for name, shape in zip(sub.names, sub.shapes, strict=True)}
         _loss_and_gradient(workload, part, merged | {"scale": 2.0})
+
+
+def _check_holdings(workload: Workload) -> None:
+    """Check that clients who lack modules can be trained on what they hold."""
+    everybody = np.arange(workload.num_clients, dtype=np.int64)
+    numbers, last = workload.client_holdings(everybody), max(0, len(workload.holdings) - 1)
+    require(
+        numbers.shape == everybody.shape and bool((numbers >= 0).all()) and bool((numbers <= last).all()),
+        f"client_holdings returned {numbers.tolist()!r:.80}: return a number from 0 to {last} for each client",
+    )
+    views = workload.layout.views(workload.init(0))
+    for number, holding in enumerate(workload.holdings):
+        held = workload.layout.of_modules(holding.modules).names
+        require(bool(held), f"holding {holding.name!r} has no parameters: name at least one module of the layout")
+        for client in everybody[numbers == number][:1]:
+            batch = workload.batch(np.array([client]), np.zeros((1, 1), dtype=np.int64))
+            _loss_and_gradient(workload, {name: views[name] for name in held}, _merged(workload, batch, 0))
 
 
 def _check_loss_of_padding(workload: Workload) -> None:

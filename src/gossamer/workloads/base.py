@@ -122,8 +122,7 @@ class Workload(Protocol):
         norms: names of the BatchNorm layers that are trained, and evaluated by pooled moments.
         buffers: names of the layout's entries that are no parameters, but buffers that `loss` changes.
         personal: names of the layout's entries that stay with participants by the workload's own options.
-        holdings: sets of modules, one of which each participant holds, see `client_holdings`: what it lacks is neither
-            sent, nor trained, nor counted, and averaged over those who hold it. (): everybody holds the whole model.
+        holdings: sets of modules, of which each participant holds one, see `client_holdings`; (): all hold all.
         num_statistics_chunks: fixed pieces into which the training data is divided for `statistics`; 0: none needed.
         num_evaluation_chunks: fixed pieces into which the test data is divided for `evaluate`.
         warnings: what is allowed, but hardly meant, a sentence each; logged when the run starts.
@@ -161,7 +160,7 @@ class Workload(Protocol):
         return torch.ones(len(clients), self.num_labels, dtype=torch.bool)
 
     def client_holdings(self, clients: NDArray[np.int64]) -> NDArray[np.int16]:
-        """Return int16 [s]: the number among `holdings` of what each client holds; by default the first one."""
+        """Return int16 [s], which of `holdings` each client holds: nothing else is sent, trained or counted."""
         return np.zeros(len(clients), dtype=np.int16)
 
     @abstractmethod
@@ -169,7 +168,7 @@ class Workload(Protocol):
         """Assemble samples for a block of clients.
 
         Args:
-            clients: int64 [s].
+            clients: int64 [s], who hold the same modules.
             positions: int64 [s, m], sample numbers within each client's own data; -1 is padding.
             round, phase: address of random augmentation.
         """
@@ -206,10 +205,7 @@ class Workload(Protocol):
         return {}
 
     def client_metrics(self, sums: Sums, client: int) -> dict[str, float]:
-        """Turn added-up sums of a client's own model into metrics of that client's share of the test data.
-
-        By default these are the metrics of all test data.
-        """
+        """Turn added-up sums of a client's own model into metrics of its share of the test data; by default of all."""
         return self.metrics(sums)
 
     def client_counts(self, sums: Sums, client: int) -> dict[str, tuple[float, float]]:

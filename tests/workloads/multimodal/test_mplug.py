@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer.errors import ConfigError, GossamerError
+from gossamer.errors import ConfigError, ContractError, GossamerError
 from gossamer.submodel import Cutter
 from gossamer.submodel.cut import Cut
 from gossamer.submodel.strategies import find_strategy
 from gossamer.testing import check_workload
 from gossamer.workloads.multimodal.workload import VideoLanguage
-from video_language import MODEL, gradients, merged, nudged, workload
+from video_language import MODEL, SMALL, gradients, merged, nudged, workload
 
 SENSES = (("video+text", 0.5), ("text", 0.25), ("video", 0.25))
 HEADS = [{**MODEL, "cut": "heads"}, {**MODEL, "cut": "head-dim"}]
@@ -166,3 +166,12 @@ class TestBadOptions:
     def test_they_are_named(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(GossamerError, match=message):
             workload(**options)
+
+
+def test_the_contract_notices_modules_that_nobody_has() -> None:
+    class Wrong(VideoLanguage):
+        def client_holdings(self, clients: Any) -> Any:
+            return np.full(len(clients), 9, dtype=np.int16)
+
+    with pytest.raises(ContractError, match="client_holdings returned .*: return a number from 0 to 0"):
+        check_workload(Wrong({**SMALL, "tasks": ["recognition"]}, num_clients=2, partition="iid", seed=0))
