@@ -173,5 +173,5 @@ def test_the_contract_notices_modules_that_nobody_has() -> None:
         def client_holdings(self, clients: Any) -> Any:
             return np.full(len(clients), 9, dtype=np.int16)
 
-    with pytest.raises(ContractError, match="client_holdings returned .*: return a number from 0 to 0"):
+    with pytest.raises(ContractError, match=r"client_holdings returned .*: return a number from 0 to 0"):
         check_workload(Wrong({**SMALL, "tasks": ["recognition"]}, num_clients=2, partition="iid", seed=0))
