@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import REFUSED, never
+from gossamer.engines.network.asked import Models, asked_job
 from gossamer.engines.network.engine import NOTHING, UPDATE
 from gossamer.engines.network.evaluating import COUNTS, EVALUATE, counts_of
 from gossamer.engines.network.private import PrivateState
@@ -27,7 +28,7 @@ from gossamer.engines.private_rows import PrivateRows
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.worker import Worker
-from gossamer.errors import DataError, Disconnected, Dropped, EngineError, Interrupted, PolicyError, TransportError
+from gossamer.errors import DataError, Disconnected, Dropped, Interrupted, PolicyError, TransportError
 from gossamer.threads import one_thread
 from gossamer.transport import Address, Client, Message
 from gossamer.transport.audit import no_audit
@@ -168,7 +169,7 @@ class ClientNode:
             if message.kind == "model":
                 training.take_model(message)
             elif message.kind == "train":
-                link.send(training.train(message))
+                link.send(training.train(message, self.clients))
             elif message.kind == EVALUATE:
                 link.send(training.evaluate(message, self.clients))
             else:
@@ -211,6 +212,7 @@ class Training:
         self._order: Arrays = {}
         self._worker = Worker(task, self._state, self._order, torch.zeros(0, 0), stop)
         self._server = ""
+        self._allowed = Models(task)
         self._models: dict[int, Message] = {}
         self._taken: int | None = None  # number of the model that training starts from
         self._last: tuple[Any, Message] | None = None  # which may be asked for again
@@ -235,12 +237,16 @@ class Training:
         kept = {n: one for n, one in self._models.items() if (one.address.round, one.address.phase) == here}
         self._models = kept | {message.address.attempt: message}
 
-    def train(self, message: Message) -> Message:
-        """Train one client; return the answer."""
-        body, address = message.body, message.address
-        key = (address.round, address.phase, address.sender, body["job"]["max_norm"], body["kept"])
+    def train(self, message: Message, own: Sequence[int]) -> Message:
+        """Train one of the node's `own` clients; return the answer.
+
+        Raises:
+            PolicyError: it is refused.
+        """
+        job, body, address = asked_job(self._task, message, own), message.body, message.address
+        key = (address.round, address.phase, address.sender, job.max_norm, body["kept"])
         if self._last is None or self._last[0] != key:
-            kind, told, arrays = self._result(Job.of_message(body["job"]), body)
+            kind, told, arrays = self._result(job, body)
             self._last = key, Message(kind, address, told, arrays)
         return Message(self._last[1].kind, address, self._last[1].body, self._last[1].arrays)
 
@@ -289,14 +295,10 @@ class Training:
         if number == self._taken:
             return
         if number not in self._models:
-            raise EngineError(f"round {job.round + 1}: the server asks for training on a model that it did not send")
-        model = self._models[number]
-        rows, order = Arrays(), Arrays()
-        for name, value in model.arrays.items():
-            group, _, rest = name.partition(".")
-            (rows if group == "state" else order)[rest] = value
+            raise PolicyError(f"round {job.round + 1}: the server asks for training on a model that it did not send")
+        rows, order, is_cut = self._allowed.checked(job, self._models[number])
         _replace(self._order, order)
-        if model.body["is_cut"]:
+        if is_cut:
             self._worker.trainers[job.phase].receive(job, rows)
         else:
             _replace(self._state, rows)

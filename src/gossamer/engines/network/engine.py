@@ -18,6 +18,7 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import DEADLINE, GONE, OVER_SELECTION, REFUSED, EngineSetup, Record
 from gossamer.engines.memory import keep_freed_memory
+from gossamer.engines.network.asked import ORDER, STATE
 from gossamer.engines.network.evaluating import MODEL, STATISTICS, reason_of
 from gossamer.engines.network.evaluation import ClientEvaluation
 from gossamer.engines.network.observer import NetworkObserver
@@ -283,8 +284,8 @@ class NetworkEngine(FederatedEngine):
                 if not cut.is_full:
                     rows = {name: cut.read(row[0], row.new_zeros(cut.sub.d))[None] for name, row in rows.items()}
             # Copies, because a message that is dropped may still be under way when the state is updated.
-            self._models[key] = {f"state.{name}": row.clone() for name, row in rows.items()}
-            self._models[key] |= {f"order.{axis}": order.clone() for axis, order in self._order.items()}
+            self._models[key] = {f"{STATE}{name}": row.clone() for name, row in rows.items()}
+            self._models[key] |= {f"{ORDER}{axis}": order.clone() for axis, order in self._order.items()}
         return self._models[key]
 
     def _answer(self, plan: RoundPlan, waiting: dict[int, Block]) -> BlockResult | None:
