@@ -27,7 +27,7 @@ from gossamer.transport import SERVER, Address, Message, Refusal, Server, Welcom
 from gossamer.transport.audit import AuditLog
 from gossamer.transport.policy import Policy
 from gossamer.workloads.base import add_sums
-from nodes import Nodes, free_port, real
+from nodes import Nodes, real
 
 pytestmark = pytest.mark.timeout(60)
 RUN = "ab"
@@ -213,7 +213,7 @@ class TestCuriousServer:
             request(task, x=torch.zeros(5)),
         ]
         asked = [Message(m.kind, Address(m.address.run, 0, 0, 3, n), m.body, m.arrays) for n, m in enumerate(asked)]
-        with Server(f"127.0.0.1:{free_port()}", admit=lambda hello: self._admit(task)) as server:
+        with Server("127.0.0.1:0", admit=lambda hello: self._admit(task)) as server:
             log = AuditLog(tmp_path / "audit.jsonl")
             thread = self._node(server.address, task, tmp_path, log)
             try:

@@ -6,7 +6,6 @@ import logging
 import pickle
 import re
 import shutil
-import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ from gossamer.transport.audit import AuditLog
 from gossamer.transport.authentication import load_kit
 from gossamer.transport.policy import Policy
 from gossamer.transport.provisioning import provision
-from nodes import unpickling
+from nodes import free_port, unpickling
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -42,13 +41,6 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "FEDERATION.yaml").write_text("name: f\nserver: {hosts: [127.0.0.1]}\nnodes: [a, b]\n")
     provision(root / "FEDERATION.yaml", root / "made")
     return root / "made" / "kits"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def test_the_bits_over_tls_the_audit_and_no_secret(kits: Path, tmp_path: Path, capfd: Any, caplog: Any) -> None:
