@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -115,3 +116,16 @@ class TestRefused:
         path.write_text(json.dumps({k: v for k, v in header("driver", 1).items() if k != "unix_ns"}) + "\n")
         with pytest.raises(DataError, match="is no trace"):
             read_trace(tmp_path)
+
+
+def test_long_traces_are_read_in_linear_time(tmp_path: Path) -> None:
+    spans, rounds = [], []
+    for number in range(2000):
+        at = 10.0 * number
+        spans += [span("plan", at, at + 1), span("train", at + 1, at + 9), span("wait", at + 2, at + 8)]
+        rounds.append((number + 1, at, at + 10))
+    write(tmp_path, "driver", spans, rounds)
+    began = time.process_time()
+    found = read_trace(tmp_path).rounds
+    assert time.process_time() - began < 2
+    assert {segment.kind for own in found[1000].lanes.values() for segment in own} == {"plan", "train", "wait", UNATTRIBUTED}

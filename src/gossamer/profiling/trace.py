@@ -7,9 +7,11 @@ segments of a thread add up to the round; before a process's first span and afte
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,6 +99,20 @@ class Trace:
 
     rounds: list[Round]
     clock_offsets: dict[str, float] = field(default_factory=dict)
+
+
+class _Timeline:
+    """The spans of one thread, by their begins, outer ones first."""
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self.spans = sorted(spans, key=lambda span: (span.begin_ns, -span.end_ns))
+        self._begins = [span.begin_ns for span in self.spans]
+        self._ends = list(accumulate((span.end_ns for span in self.spans), max))  # the latest so far
+
+    def within(self, begin_ns: int, end_ns: int) -> list[Span]:
+        """Return the spans that reach into a window."""
+        low, high = bisect_right(self._ends, begin_ns), bisect_left(self._begins, end_ns)
+        return [span for span in self.spans[low:high] if span.end_ns > begin_ns]
 
 
 @dataclass(frozen=True)
@@ -199,7 +215,7 @@ def _offset(file: _File, driver: _File) -> float:
     return float(ours - theirs) / 1e9
 
 
-def _lanes(files: Sequence[_File], names: list[str], offsets: dict[str, float]) -> Iterator[tuple[Lane, list[Span]]]:
+def _lanes(files: Sequence[_File], names: list[str], offsets: dict[str, float]) -> Iterator[tuple[Lane, _Timeline]]:
     for file, name in zip(files, names, strict=True):
         shift = round(offsets[name] * 1e9)
         threads: dict[int, list[Span]] = defaultdict(list)
@@ -208,18 +224,17 @@ def _lanes(files: Sequence[_File], names: list[str], offsets: dict[str, float]) 
                 span._replace(begin_ns=span.begin_ns - shift, end_ns=span.end_ns - shift) if shift else span
             )
         for number, (thread, spans) in enumerate(threads.items()):
-            spans.sort(key=lambda span: (span.begin_ns, -span.end_ns))
             lane_name = name if number == 0 else f"{name}.{number}"
-            yield Lane(lane_name, file.header["process"], file.header["pid"], thread), spans
+            yield Lane(lane_name, file.header["process"], file.header["pid"], thread), _Timeline(spans)
 
 
-def _round(number: int, begin_ns: int, end_ns: int, lanes: dict[Lane, list[Span]]) -> Round:
+def _round(number: int, begin_ns: int, end_ns: int, lanes: dict[Lane, _Timeline]) -> Round:
     found = {}
-    for lane, spans in lanes.items():
-        inside = [span for span in spans if span.end_ns > begin_ns and span.begin_ns < end_ns]
+    for lane, timeline in lanes.items():
+        inside = timeline.within(begin_ns, end_ns)
         if inside:
             segments = [_since(begin_ns, one) for one in _segments(inside, begin_ns, end_ns)]
-            found[lane] = segments if lane.process == DRIVER else _with_absence(segments, inside, spans)
+            found[lane] = segments if lane.process == DRIVER else _with_absence(segments, inside, timeline.spans)
     return Round(number, (end_ns - begin_ns) / 1e9, found)
 
 
