@@ -128,4 +128,9 @@ def test_long_traces_are_read_in_linear_time(tmp_path: Path) -> None:
     began = time.process_time()
     found = read_trace(tmp_path).rounds
     assert time.process_time() - began < 2
-    assert {segment.kind for own in found[1000].lanes.values() for segment in own} == {"plan", "train", "wait", UNATTRIBUTED}
+    assert {segment.kind for own in found[1000].lanes.values() for segment in own} == {
+        "plan",
+        "train",
+        "wait",
+        UNATTRIBUTED,
+    }

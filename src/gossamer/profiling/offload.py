@@ -131,6 +131,8 @@ class Moved:
         freed_seconds: processor time of the host that is not needed any more, in sum.
         link_bytes: that cross the link between host and device, both ways.
         device_seconds: how long its busiest core, or its engine, works.
+        cycle_seconds: least time from one round to the next: the device's, and in the background that of a copy, too,
+            which is not begun before what was copied last is done.
         threads: of the host, which the round waits for.
     """
 
@@ -138,13 +140,14 @@ class Moved:
     freed_seconds: float
     link_bytes: float
     device_seconds: float
+    cycle_seconds: float
     threads: frozenset[str]
 
     @property
     def seconds(self) -> float:
         """How long the round lasts; where rounds follow one another, no less than the device needs for each."""
         ends = zip(self.graph.nodes, replay(self.graph).ends, strict=True)
-        return max(self.device_seconds, *(end for node, end in ends if node.resource in self.threads))
+        return max(self.cycle_seconds, *(end for node, end in ends if node.resource in self.threads))
 
 
 def move(graph: Graph, stage: Stage, costs: Costs, *, blocking: bool = False) -> Moved:
@@ -159,6 +162,7 @@ def move(graph: Graph, stage: Stage, costs: Costs, *, blocking: bool = False) ->
     """
     moved, freed, link_bytes = Graph(), 0.0, 0.0
     busy: dict[str, float] = {}
+    copying = 0.0
     number_of: list[int] = []
     pending: list[tuple[int, str]] = []  # node that ends a piece, and the thread that needs it
     threads = {name: i for i, name in enumerate(dict.fromkeys(node.resource for node in graph.nodes))}
@@ -181,6 +185,7 @@ def move(graph: Graph, stage: Stage, costs: Costs, *, blocking: bool = False) ->
         sent = moved.add(there, [submit])
         where, seconds = _work(node, costs, threads[node.resource])
         busy[where] = busy.get(where, 0.0) + seconds
+        copying += there.seconds + 2 * costs.link_latency if mode == BACKGROUND else 0.0
         done = moved.add(Node(where, node.kind, seconds, 0.0, node.num_bytes), [(sent, costs.link_latency)])
         back = node.num_bytes * stage.returns
         here = Node(FROM_DEVICE, "transfer", back * costs.link_seconds_per_byte, 0.0, round(back))
@@ -193,7 +198,8 @@ def move(graph: Graph, stage: Stage, costs: Costs, *, blocking: bool = False) ->
     for thread in dict.fromkeys(thread for _, thread in pending):
         ends = [(end, costs.link_latency) for end, one in pending if one == thread]
         moved.add(Node(thread, "wait", 0.0), ends)
-    return Moved(moved, freed, link_bytes, max(busy.values(), default=0.0), frozenset(threads))
+    device = max(busy.values(), default=0.0)
+    return Moved(moved, freed, link_bytes, device, device + copying, frozenset(threads))
 
 
 def _work(node: Node, costs: Costs, thread: int) -> tuple[str, float]:
