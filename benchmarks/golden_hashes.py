@@ -1,6 +1,7 @@
 """SHA-256 of small runs on an engine: equal before and after a change that should alter no bits.
 
-FedAvg, FedRolex, SCAFFOLD and FIARSE by clients; DSGD, DSGT, push-sum and CHOCO-SGD by peers. A hash covers the names
+FedAvg, FedRolex, SCAFFOLD and FIARSE by clients; DSGD, DSGT, push-sum and CHOCO-SGD by peers; clients and peers of
+unequal modalities. A hash covers the names
 and bytes of the final model and every metric but those of clocks. Prints one JSON object; with --compare FILE it exits
 with 1 where a hash differs from that of an earlier output. With --by-rule modes are not pinned but left to the rule,
 and the examples of the README run, too: `golden_hashes.py --by-rule --workers 1 2 3 --repeats 2`. With --training the
@@ -85,6 +86,7 @@ VIDEOS = {
 RUNS: dict[str, dict[str, Any]] = {
     "missing modalities": federated("fedrolex", [0.5, 1.0], False, lr=0.01)
     | {"workload": VIDEOS, "rounds": 3, "engine": {}},
+    "missing modalities, peers": decentralized("dsgd", "od-equidyn", VIDEOS, steps=1) | {"rounds": 3, "engine": {}},
     "fedavg": federated("fedavg", [1.0], True, momentum=0.9),
     "fedrolex": federated("fedrolex", LEVELS, True),
     "scaffold": federated("scaffold", [1.0], False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,16 @@ def test_capacities_are_evaluated_with_all_modules(tmp_path: Path) -> None:
     record = gossamer.run(given, out=tmp_path / "run").metrics[-1]
     assert record["recall_at_10_by_capacity"].keys() == {"0.5", "1"}
     assert record["question_accuracy_by_capacity"].keys() == {"0.5", "1"}
+
+
+def test_peers_of_unequal_modalities(tmp_path: Path) -> None:
+    """They mix over a graph, each trains the modules that it has, and workers change no bits."""
+    given = config(algorithm="dsgd", peers={"num": 8, "topology": "od-equidyn"}, workload={"model": SMALL["model"]})
+    del given["clients"]
+    given["train"] = {"lr": 0.01, "batch_size": 8, "steps": 1}
+    runs = [
+        gossamer.run(given | {"engine": {"name": "local", "workers": workers}}, out=tmp_path / str(workers))
+        for workers in (0, 2)
+    ]
+    assert len({digest(run.params) for run in runs}) == 1
+    assert math.isfinite(runs[0].metrics[-1]["loss"])
