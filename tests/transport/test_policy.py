@@ -315,6 +315,7 @@ class TestEnforced:
 OTHERS = {
     "engine.device": "torch's name of a device",
     "engine.modes.device": "torch's name of a device",
+    "engine.modes.holding": "name of a set of modules",
     "log.sinks": "one of three names; a client has no trackers",
     "communication.uplink": "a codec, of a fixed list",
     "communication.downlink": "a codec, of a fixed list",
@@ -421,6 +422,8 @@ LOOKUPS = {
     "topology/topology.py": {"resolve"},
     "transport/__init__.py": {"import_module"},
     "workloads/base.py": {"resolve_function"},
+    "workloads/multimodal/workload.py": {"plug_in"},
+    "workloads/partitions.py": {"plug_in"},
     "workloads/plugins.py": {"plug_in", "resolve_function"},
     "workloads/supervised.py": {"plug_in"},
 }
