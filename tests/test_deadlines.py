@@ -219,6 +219,7 @@ class TestVariants:
             "flops_per_sample",
             "memory_bytes",
             "uncounted",
+            "holding",
         ]
         assert (small["capacity"], whole["capacity"]) == (0.25, 1.0)
         assert (whole["num_parameters"], whole["bytes_up"], whole["bytes_down"]) == (SIZE / 4, SIZE, SIZE)

@@ -25,7 +25,7 @@ from gossamer.config.resolve import resolve
 from gossamer.config.schema import Config
 from gossamer.errors import ConfigError, PolicyError, RegistryError
 from gossamer.reports.describe import options_model
-from gossamer.transport.policy import LISTS, NAMES, PLACE, TEXTS, Policy, is_path
+from gossamer.transport.policy import LISTS, NAMES, PLACE, PLACES, TEXTS, Policy, is_path
 
 SOURCE = Path(gossamer.__file__).parent
 EVIL = "import os, pathlib\npathlib.Path(os.environ['MARKER']).write_text('imported')\nclass Thing: ...\n"
@@ -97,6 +97,8 @@ CURIOUS: list[tuple[dict[str, Any], str]] = [
     ({"workload__dataset": {"name": "table", "path": "passwords"}}, "workload.dataset.path"),
     ({"workload__dataset": {"name": "table", "test_path": "/etc/passwd", "path": None}}, "workload.dataset.test_path"),
     ({"workload__dataset": {"name": "digits", "root": {"of": 7}}}, "workload.dataset.root.of"),
+    ({"workload__dataset": {"name": "captioned-videos", "videos": "private"}}, "workload.dataset.videos"),
+    ({"workload__dataset": {"name": "captioned-videos", "captions": "notes"}}, "workload.dataset.captions"),
     ({"clients__partition": {"name": "file", "path": "/etc/passwd"}}, "clients.partition.path"),
     ({"workload__model": {"name": "mlp", "weights": "/etc/passwd"}}, "workload.model.weights"),
     ({"workload__model": {"name": "mlp", "weights": "~/.ssh/id"}}, "workload.model.weights"),
@@ -326,6 +328,13 @@ OTHERS = {
     "peers.topology.graph": "a graph given in Python; JSON has none",
     "workload.dataset.label": "name of a column",
     "workload.dataset.sample": "name of a column",
+    "workload.tasks": "names of tasks of the model",
+    "workload.client_tasks": "shares by names of tasks",
+    "workload.task_weights": "numbers by names of tasks",
+    "workload.evaluate": "names of tasks of the model",
+    "workload.modalities": "shares by names of modalities",
+    "workload.missing.train": "rates by names of modalities",
+    "workload.missing.test": "rates by names of modalities",
 }
 
 
@@ -351,7 +360,9 @@ def parts(annotation: Any) -> Iterator[Any]:
 
 def is_known(key: str) -> bool:
     """Say whether the policy, or this file, says what an option is."""
-    return key in NAMES or key in TEXTS or key in OTHERS or bool(PLACE.fullmatch(key.rpartition(".")[2]))
+    return (
+        key in NAMES or key in TEXTS or key in PLACES or key in OTHERS or bool(PLACE.fullmatch(key.rpartition(".")[2]))
+    )
 
 
 class TestNothingIsForgotten:

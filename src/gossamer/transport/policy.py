@@ -45,6 +45,10 @@ TEXTS = {  # what is only recorded, or is a pattern of the names of parameters
     *("name", "device.name", "device.source", "devices.profile.name", "devices.profile.source"),
     *("clients.personal", "workload.frozen", "workload.lora.targets", "workload.lora.train", "train.groups.match"),
 }
+PLACES = {  # paths under other keys than those of `PLACE`
+    *("workload.dataset.videos", "workload.dataset.captions", "workload.dataset.test_captions"),
+    "workload.dataset.classes",
+}
 CODE = re.compile(r"\s*[^\W\d][\w.-]*:[^\W\d][\w.]*\s*")
 PLACE = re.compile(
     r"(.*_)?(path|file|folder|directory|dir|root|replay|address|kit|ur[il])s?"
@@ -192,7 +196,7 @@ class Policy(Options):
 
     def _check_leaf(self, key: str, value: Any) -> None:
         """Refuse what looks like the name of code, a path or an address."""
-        is_place = any(PLACE.fullmatch(part.lower()) for part in key.split("."))
+        is_place = key in PLACES or any(PLACE.fullmatch(part.lower()) for part in key.split("."))
         if value is None or key in TEXTS or key.removesuffix(".name") in NAMES:
             return
         if isinstance(value, str) and CODE.fullmatch(value) and not is_place:

@@ -63,7 +63,7 @@ def test_wrong_shares_are_refused(shares: dict[str, float], message: str) -> Non
 
 def test_missing_rates_are_read() -> None:
     options = parse_options(MissingOptions, {"train": {"text": 0.6}, "test": 0.3}, "missing")
-    assert (options.train, options.test, options.labels) == ({"text": 0.6}, 0.3, 0.0)
+    assert (options.train, options.test) == ({"text": 0.6}, 0.3)
     np.testing.assert_array_equal(missing_rates(0.3, KNOWN, "missing.train"), [0.3, 0.3, 0.3])
     np.testing.assert_array_equal(missing_rates({"text": 0.6}, KNOWN, "missing.train"), [0, 0.6, 0])
     with pytest.raises(ConfigError, match=r"missing.test has the modality 'smell'"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from gossamer.errors import DataError
+from gossamer.errors import ConfigError, DataError
 from gossamer.workloads.multimodal.nlvr import nlvr
 from gossamer.workloads.samples import LazySamples
 from media import write_nlvr
@@ -99,7 +99,7 @@ def test_wrong_lines_are_refused(made: Path, line: str, message: str) -> None:
 def test_wrong_files_are_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"'dev' in train and in test"):
         nlvr({"test": ["dev"]})
-    with pytest.raises(DataError, match=r"cannot read .*val.jsonl' for data set 'nlvr' \(No such file"):
+    with pytest.raises(ConfigError, match=r"train.0 = 'val': input should be 'dev', 'test' or 'hidden'"):
         nlvr({"train": ["val"]})
     (made / "hidden.jsonl").write_text("")
     with pytest.raises(DataError, match=r"hidden.jsonl' holds no sentences"):

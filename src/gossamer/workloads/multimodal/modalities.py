@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from gossamer import rng
 from gossamer.errors import ConfigError, nearest
@@ -91,21 +90,15 @@ def parse_shares(shares: Mapping[str, float], known: Sequence[str], where: str) 
 
 
 class MissingOptions(Options):
-    """Modalities and labels that are missing, and labels that are wrong, as in FedMultimodal (arXiv 2306.09486).
+    """Modalities that samples lack, as in FedMultimodal (arXiv 2306.09486).
 
     Attributes:
         train, test: probability that a sample lacks a modality that its client holds, of each modality by itself: one
             number for all of them, or one for each, such as ``{video: 0.3}``, 0 for the others.
-        labels: probability that a training sample has no label.
-        wrong_labels: probability that a training label is another class's.
-        sparsity: share of the other classes that a class is never taken for, from 0 to below 1.
     """
 
     train: float | dict[str, float] = 0.0
     test: float | dict[str, float] = 0.0
-    labels: float = Field(0.0, ge=0, le=1)
-    wrong_labels: float = Field(0.0, ge=0, le=1)
-    sparsity: float = Field(0.4, ge=0, lt=1)
 
 
 def missing_rates(given: float | Mapping[str, float], known: Sequence[str], where: str) -> Floats:

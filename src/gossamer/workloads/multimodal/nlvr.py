@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -25,6 +25,9 @@ LABELS = {"false": 0, "true": 1}
 NUM_IMAGES = 6  # of each sentence: the same boxes in another order
 
 
+Part = Literal["dev", "test", "hidden"]
+
+
 class NlvrOptions(Options):
     """Options of `nlvr`.
 
@@ -36,8 +39,8 @@ class NlvrOptions(Options):
         tokenizer: it is trained on the training sentences.
     """
 
-    train: list[str] = ["dev", "hidden"]
-    test: list[str] = ["test"]
+    train: list[Part] = ["dev", "hidden"]
+    test: list[Part] = ["test"]
     images: int = Field(NUM_IMAGES, ge=1, le=NUM_IMAGES)
     height: Annotated[int, Field(ge=1)] = 50
     width: Annotated[int, Field(ge=1)] = 200

@@ -54,7 +54,7 @@ class VideoLanguageOptions(Options):
         client_tasks: likewise of tasks: a client does those of its share; None: everybody does all that it can. Who
             does none of the tasks of a module holds none of it.
         task_weights: ``{task: factor of its loss}``; 1 where it is left out.
-        missing: modalities and labels that samples lack, and labels that are wrong.
+        missing: modalities that samples lack.
         evaluate: tasks that are measured; None: all of the run.
         shuffles: random orders of the frames in which videos are measured besides, see `VideoLanguage.metrics`.
     """
