@@ -81,6 +81,13 @@ class TestRefused:
         with pytest.raises(DataError, match="has no trace: run it with --profile"):
             read_trace(tmp_path)
 
+    @pytest.mark.parametrize("run", ["seed-0", "rolling/seed-0"])
+    def test_several_runs(self, run: str, tmp_path: Path) -> None:
+        (tmp_path / run).mkdir(parents=True)
+        write(tmp_path / run, "driver", [span("plan", 1, 3)], [(1, 0, 10)])
+        with pytest.raises(DataError, match=f"holds several runs: give one of them, such as .*{run}"):
+            read_trace(tmp_path)
+
     def test_no_whole_round(self, tmp_path: Path) -> None:
         write(tmp_path, "driver", [span("plan", 1, 3)])
         with pytest.raises(DataError, match="no whole round"):

@@ -129,10 +129,14 @@ def read_trace(directory: Path) -> Trace:
         directory: the run's.
 
     Raises:
-        DataError: there is no trace, no whole round, or a file that is no trace, or its clock ran backwards.
+        DataError: there is no trace, or those of several runs; no whole round; a file is no trace, or its clock ran
+            backwards.
     """
     paths = sorted((directory / "trace").glob("*.jsonl"))
     if not paths:
+        if below := sorted(directory.glob("*/*/trace")) or sorted(directory.glob("*/trace")):
+            one = str(below[0].parent)
+            raise DataError(f"{str(directory)!r} holds several runs: give one of them, such as {one!r}")
         raise DataError(f"{str(directory)!r} has no trace: run it with --profile")
     files = [_read_file(path) for path in paths]
     drivers = [file for file in files if file.header["process"] == DRIVER]

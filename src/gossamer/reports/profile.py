@@ -27,7 +27,25 @@ if TYPE_CHECKING:
 
 MAX_ROUNDS = 30  # that are replayed
 IDLE = {WAIT: "0.9", UNATTRIBUTED: "0.75", ABSENT: "1.0"}  # grey levels
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8866", "#44bb99", "#882255", "#999933")
+COLOURS = {  # of stages, the same in all figures; after Tol, https://sronpersonalpages.nl/~pault
+    "train": "#4477aa",
+    "send": "#ee6677",
+    "evaluate": "#228833",
+    "aggregate": "#66ccee",
+    "mix": "#332288",
+    "receive": "#ee8866",
+    "extract": "#44bb99",
+    "plan": "#ccbb44",
+    "coordinate": "#aa3377",
+    "exchange": "#999933",
+    "serialise": "#ddaa33",
+    "log": "#882255",
+    "commit": "#000000",
+    "compress": "#004488",
+    "update": "#bb5566",
+}
+OTHER_COLOUR = "#997700"
+MAX_SHOWN = 10  # stages in a legend
 
 
 @dataclass(frozen=True)
@@ -255,7 +273,7 @@ def _figure(panels: Sequence[tuple[str, Bars]]) -> Figure:
     for segment in (one for _, bars in panels for own in bars.values() for one in own):
         totals[segment.kind] += segment.seconds
     kinds = [kind for kind in sorted(totals, key=lambda kind: -totals[kind]) if kind not in IDLE]
-    colours = IDLE | {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(kinds)}
+    colours = dict.fromkeys(kinds, OTHER_COLOUR) | COLOURS | IDLE
     height = sum(0.28 * len(bars) + 0.9 for _, bars in panels)
     figure = figures.Figure(figsize=(9, height + 0.6), layout="constrained")
     heights = [len(bars) + 1 for _, bars in panels]
@@ -263,7 +281,7 @@ def _figure(panels: Sequence[tuple[str, Bars]]) -> Figure:
     for panel, (title, bars) in zip(axes, panels, strict=True):
         _draw_bars(panel, title, bars, colours)
     axes[-1].set_xlabel("Milliseconds since the round began")
-    shown = [kind for kind in [*kinds[: len(COLOURS)], *IDLE] if kind in totals]
+    shown = [kind for kind in [*kinds[:MAX_SHOWN], *IDLE] if kind in totals]
     patches: list[Any] = [Patch(color=colours[kind], label=kind) for kind in shown]
     figure.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False)
     return figure
