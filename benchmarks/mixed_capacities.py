@@ -245,8 +245,8 @@ def clocked(contender: Gossamer) -> Iterator[Clock]:
     engine = contender.engine
     places: list[tuple[Any, str, str]] = [
         (task.workload, "loss", "gradients"),
-        (trainer, "gradients", "gradients"),
-        (trainer, "step_in_place", "gradients"),
+        (trainer, "differentiate", "gradients"),
+        (trainer, "take_step", "gradients"),
         (trainer, "add_product_", "gradients"),
         (task.workload, "batch", "assemble batches"),
         (batches, "as_format", "assemble batches"),
@@ -255,7 +255,7 @@ def clocked(contender: Gossamer) -> Iterator[Clock]:
         (task.algorithm, "begin", "copy the model"),
         (task.algorithm, "end", "subtract the model"),
         (trainer, "stack_rows", "copy the model"),
-        (trainer, "finite_rows", "check for NaN"),
+        (trainer, "row_norms", "check for NaN"),
         (trainer.Trainer, "_weighted", "weight and add up"),
         (engine, "exchange", "aggregate"),
     ]

@@ -18,6 +18,7 @@ from gossamer.registry import BUILTIN, resolve
 SOURCE = Path(gossamer.__file__).parent
 FILES = [str(path.relative_to(SOURCE)) for path in sorted(SOURCE.rglob("*.py"))]
 MAX_LINES, MAX_LINES_OF_A_FUNCTION = 400, 50
+MAX_ATTRIBUTES_BY_NAME, MAX_MODULES_AT_THE_TOP = 15, 16
 NOWHERE = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "ray", "grpc", "torch.distributed", "tokenizers", "av"}
 ADAPTERS = {
     "engines/ray": {"ray"},
@@ -137,6 +138,13 @@ class TestEveryFile:
     def test_size_of_functions(self) -> None:
         lengths = {f"{file}:{one.lineno} {one.name}": length(one) for file in FILES for one in functions(file)}
         assert {name: number for name, number in lengths.items() if number > MAX_LINES_OF_A_FUNCTION} == {}
+
+    def test_attributes_by_name_are_few(self) -> None:
+        calls = [node for file in FILES for node in ast.walk(tree_of(file)) if isinstance(node, ast.Call)]
+        assert sum(ast.unparse(call.func) == "getattr" for call in calls) <= MAX_ATTRIBUTES_BY_NAME
+
+    def test_modules_at_the_top(self) -> None:
+        assert len([file for file in FILES if "/" not in file and not file.startswith("__")]) <= MAX_MODULES_AT_THE_TOP
 
     def test_docstrings(self) -> None:
         files = [file for file in FILES if tree_of(file).body and not ast.get_docstring(tree_of(file))]

@@ -86,7 +86,8 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values."""
-        return asdict(self) | {name: getattr(self, name)._asdict() for name in ("change", "best", "worst")}
+        intervals = {"change": self.change, "best": self.best, "worst": self.worst}
+        return asdict(self) | {name: interval._asdict() for name, interval in intervals.items()}
 
 
 def judge(graphs: Sequence[Graph], device: Device, stages: Sequence[Stage] = STAGES) -> list[Verdict]:

@@ -95,8 +95,8 @@ class ClipData:
                     raise DataError(f"label {name!r} of the {split} clips of {self.name!r} is outside 0 .. {num - 1}")
 
     def _check_tokens(self, split: str, clips: Clips) -> None:
-        for what in ("caption", "question", "answer"):
-            tokens: Tensor = getattr(clips, what)
+        texts = {"caption": clips.caption, "question": clips.question, "answer": clips.answer}
+        for what, tokens in texts.items():
             if len(tokens) != len(clips):
                 raise DataError(
                     f"{self.name!r} has {len(tokens)} {what}s for {len(clips)} {split} videos: give each video one"
