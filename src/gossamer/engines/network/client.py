@@ -85,20 +85,22 @@ class ClientNode:
         is_over = False
         while not (is_over and not self.linger_seconds):
             try:
-                told = self._learn(self.linger_seconds if is_over else self.patience_seconds)
+                told = self._learn(self.linger_seconds if is_over else self.patience_seconds, is_expected=not is_over)
             except Disconnected:
                 if is_over:
                     return
                 raise
             try:
                 is_over = self._take_part(told)
+                if is_over:
+                    self.tell("the run is over")
             except Disconnected as error:
                 is_over = False
                 self.tell(f"{error}; trying again")
 
-    def _learn(self, patience: float) -> Mapping[str, Any]:
-        """Ask the server what is trained, and prepare for it."""
-        with closing(self._join({}, patience)) as asking:
+    def _learn(self, patience: float, *, is_expected: bool) -> Mapping[str, Any]:
+        """Ask the server what is trained, and prepare for it; `is_expected`: see `_join`."""
+        with closing(self._join({}, patience, is_expected=is_expected)) as asking:
             told: Mapping[str, Any] = asking.welcome
             if self._training is None or self._training.run != told["run"]:
                 self._training = None  # whose memory is free from here on
@@ -119,8 +121,8 @@ class ClientNode:
         with suppress(TransportError):  # it may not want to know
             link.send(Message(REFUSED, address, {"reason": reason}))
 
-    def _join(self, clients: Mapping[str, Any], patience: float) -> Client:
-        """Join the server, which may be away."""
+    def _join(self, clients: Mapping[str, Any], patience: float, *, is_expected: bool = True) -> Client:
+        """Join the server, which may be away; nothing is told of that unless it `is_expected` to be there."""
         hello = {"versions": versions(), "is_simulated": self.is_simulated, "secret": self.secret, "clients": clients}
         hello["model"] = self._training.model if self._training is not None and clients else None
         end, is_told = time.monotonic() + patience, False
@@ -131,7 +133,7 @@ class ClientNode:
             except Disconnected as error:
                 if left <= DIAL_SECONDS:
                     raise
-                if not is_told:
+                if is_expected and not is_told:
                     self.tell(f"{error}; waiting for it")
                     is_told = True
         raise Interrupted("stopped")
