@@ -17,7 +17,9 @@ from federation import SINGLY, configure, modes
 from gossamer import run
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.training.steps import add_product_, gradients
+from gossamer.engines.local_steps import LocalSteps
+from gossamer.engines.training.batches import Part
+from gossamer.engines.training.steps import add_product_, differentiate, gradients
 from gossamer.engines.training.trainer import may_leave_products
 from gossamer.workloads.images import ImageClassification
 from gossamer.workloads.leaves import Leaves
@@ -68,6 +70,24 @@ def test_a_weight_may_be_both_left_in_products_and_in_the_graph() -> None:
     usual = (x @ again.t()).relu().sum() + ((x @ again.t()) ** 2).sum() + again.square().sum()
     assert torch.allclose(found, torch.autograd.grad(usual, again)[0], rtol=1e-5, atol=1e-5)
     assert leaves.take_products() == []
+
+
+def test_a_parameter_that_only_one_part_of_a_batch_uses() -> None:
+    """Its gradient is that of the part, whether it comes first or last."""
+    both, one = torch.randn(3), torch.randn(3)
+    x = torch.randn(4, 3)
+
+    def loss(batch: Mapping[str, Any]) -> Tensor:
+        value = (batch["x"] * params["both"]).sum()
+        return value + 5 * params["one"].sum() if batch["uses_one"] else value
+
+    for uses in ([True, False], [False, True]):
+        params = {name: value.clone().requires_grad_() for name, value in {"both": both, "one": one}.items()}
+        parts = [Part({"x": x[2 * n : 2 * n + 2], "uses_one": uses[n]}, torch.tensor(0.5)) for n in range(2)]
+        value, grads, _ = differentiate(loss, parts, Leaves(params), LocalSteps(), "cpu")
+        assert torch.allclose(value, 0.5 * ((x * both).sum() + 5 * one.sum()))
+        assert torch.allclose(grads["both"], 0.5 * x.sum(0))
+        assert torch.equal(grads["one"], torch.full((3,), 2.5))
 
 
 class OwnLoss(ImageClassification):
