@@ -164,8 +164,8 @@ def _take_part(server: str | None, name: str | None, kit: Kit | None, **options:
     Raises:
         ConfigError: no server is named, or the kit is another node's.
     """
+    from gossamer.engines.network.children import SECRET
     from gossamer.engines.network.client import ClientNode
-    from gossamer.engines.network.processes import SECRET
     from gossamer.engines.stopping import stop_on_signals
     from gossamer.errors import storage_errors
     from gossamer.transport import Client

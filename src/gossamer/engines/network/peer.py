@@ -17,12 +17,12 @@ from gossamer.engines.base import EngineSetup, Record
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.network.addresses import AddressBook
 from gossamer.engines.network.beginning import go_on_from
+from gossamer.engines.network.children import SECRET
 from gossamer.engines.network.lanes import When
 from gossamer.engines.network.outbox import Outbox
 from gossamer.engines.network.peer_links import PeerLinks
 from gossamer.engines.network.peer_row import PeerRow
 from gossamer.engines.network.place import Place
-from gossamer.engines.network.processes import SECRET
 from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.mixing import mixing_of
