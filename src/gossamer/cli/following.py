@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gossamer.cli.plug_ins import plug_ins
 from gossamer.errors import GossamerWarning
 
 if TYPE_CHECKING:
@@ -77,6 +78,34 @@ def follow(start: Callable[[Hooks], Run], plan: Callable[[], Plan], quiet: bool)
 
         typer.echo(summary.render([finished.directory]))
     typer.echo(finished.directory)
+
+
+def run_or_go_on(
+    file: Path, overrides: Sequence[str], changes: Sequence[str], out: Path | None, quiet: bool, trust: bool
+) -> None:
+    """Run an experiment as `follow` does; go on with the run in `out`, if there is one.
+
+    Args:
+        file: experiment as YAML.
+        overrides: ``key=value`` entries of a run that begins.
+        changes: those of this process, whether the run begins or goes on.
+        out: run directory; None: a new one.
+        quiet: see `follow`.
+        trust: whether any code may be named.
+    """
+    from gossamer import experiment
+    from gossamer.storage.runlog import CONFIG, EXPERIMENT
+
+    begun = out if out is not None and any((out / name).exists() for name in (CONFIG, EXPERIMENT)) else None
+
+    def start(hooks: Hooks) -> Run:
+        """Run, or go on."""
+        if begun is not None:
+            return experiment.resume(begun, hooks, changes)
+        return experiment.run(file, [*overrides, *changes], out, hooks)
+
+    with plug_ins(trust):
+        follow(start, lambda: plan_of(file, list(overrides)), quiet)
 
 
 def plan_of(file: Path, overrides: list[str] | None = None) -> Plan:

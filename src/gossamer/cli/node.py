@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gossamer.cli.following import Quiet, follow, plan_of, to_stderr
+from gossamer.cli.following import Quiet, run_or_go_on, to_stderr
 from gossamer.cli.peer import observer, peer
 from gossamer.cli.plug_ins import Trust, plug_ins
 from gossamer.cli.provision import provision
@@ -21,7 +21,6 @@ from gossamer.errors import ConfigError
 
 if TYPE_CHECKING:
     from gossamer.engines.task import Task
-    from gossamer.experiment import Hooks, Run
     from gossamer.transport.authentication import Kit
     from gossamer.transport.policy import Policy
 
@@ -71,21 +70,9 @@ def server(
     trust: Trust = False,
 ) -> None:
     """Be the server: run an experiment with clients that dial; the last line of the output is its directory."""
-    from gossamer import experiment
-    from gossamer.storage.runlog import CONFIG, EXPERIMENT
-
     changes = ["engine.name=network", f"engine.address={listen}"]
     changes += [] if kit is None else [f"engine.kit={kit.absolute()}"]
-    begun = out if out is not None and any((out / name).exists() for name in (CONFIG, EXPERIMENT)) else None
-
-    def start(hooks: Hooks) -> Run:
-        """Run, or go on."""
-        if begun is not None:
-            return experiment.resume(begun, hooks, changes)
-        return experiment.run(file, [*(overrides or ()), *changes], out, hooks)
-
-    with plug_ins(trust):
-        follow(start, lambda: plan_of(file, overrides), quiet)
+    run_or_go_on(file, overrides or (), changes, out, quiet, trust)
 
 
 @app.command()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from gossamer.cli.following import Quiet, follow, plan_of
-from gossamer.cli.plug_ins import Trust, plug_ins
+from gossamer.cli.following import Quiet, run_or_go_on
+from gossamer.cli.plug_ins import Trust
 from gossamer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from gossamer.experiment import Hooks, Run
 
 File = Annotated[Path, typer.Argument(metavar="FILE", help="Experiment as YAML, the same at all peers.")]
 Overrides = Annotated[
@@ -62,7 +58,8 @@ def peer(
         from gossamer.transport.authentication import load_kit
 
         number = load_kit(kit, "peer").number
-    _start(file, overrides, [f"engine.peer={number}", *_changes(peers, listen, kit)], out, quiet, trust)
+    changes = [f"engine.peer={number}", *_changes(peers, listen, kit)]
+    run_or_go_on(file, overrides or (), changes, out, quiet, trust)
 
 
 def observer(
@@ -76,29 +73,10 @@ def observer(
     trust: Trust = False,
 ) -> None:
     """Collect what all peers become: log, evaluate and keep the mean of their models; it trains nothing."""
-    _start(file, overrides, _changes(peers, listen, kit), out, quiet, trust)
+    run_or_go_on(file, overrides or (), _changes(peers, listen, kit), out, quiet, trust)
 
 
 def _changes(peers: Path, listen: str | None, kit: Path | None) -> list[str]:
     changes = ["engine.name=network", f"engine.peers_file={peers.absolute()}"]
     changes += [] if listen is None else [f"engine.address={listen}"]
     return changes + ([] if kit is None else [f"engine.kit={kit.absolute()}"])
-
-
-def _start(
-    file: Path, overrides: Sequence[str] | None, changes: Sequence[str], out: Path | None, quiet: bool, trust: bool
-) -> None:
-    """Run, or go on."""
-    from gossamer import experiment
-    from gossamer.storage.runlog import CONFIG, EXPERIMENT
-
-    begun = out if out is not None and any((out / name).exists() for name in (CONFIG, EXPERIMENT)) else None
-
-    def start(hooks: Hooks) -> Run:
-        """Run, or go on."""
-        if begun is not None:
-            return experiment.resume(begun, hooks, changes)
-        return experiment.run(file, [*(overrides or ()), *changes], out, hooks)
-
-    with plug_ins(trust):
-        follow(start, lambda: plan_of(file, list(overrides or ())), quiet)
