@@ -42,6 +42,11 @@ FOUR = "peers: [127.0.0.1:9001, 127.0.0.1:9002, 127.0.0.1:9003, 127.0.0.1:9004]\
         (FOUR, [], "which peer this is is not known: give --id K, or the --kit DIR of a peer"),
         (FOUR, ["--id", "4"], "--id 4: the run has the peers 0..3: give one of them"),
         ("peers: [127.0.0.1:9001, 127.0.0.1:9002]\n", ["--id", "0"], "has 2 addresses, but the run has 4 peers"),
+        (
+            "peers: ['127.0.0.1:9001', '127.0.0.1:9002', '127.0.0.1:9001', '127.0.0.1:9004']\n",
+            ["--id", "0"],
+            "has the address '127.0.0.1:9001' twice",
+        ),
         ("peers: [a, b, c, d]\n", ["--id", "0"], "an address in addresses.yaml is 'a': give HOST:PORT"),
         ("- 127.0.0.1:9001\n", ["--id", "0"], "must hold a mapping with peers, a list of HOST:PORT"),
         ("server: 127.0.0.1:9001\n", ["--id", "0"], "addresses.yaml"),

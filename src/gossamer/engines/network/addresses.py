@@ -86,8 +86,11 @@ class AddressBook:
                 f"{name} has {len(found.peers)} addresses, but the run has {self._num_peers} peers: give the HOST:PORT"
                 " of each, in the order of their numbers"
             )
-        for address in (*found.peers, *([found.observer] if found.observer else [])):
+        addresses = [*found.peers, *([found.observer] if found.observer else [])]
+        for place, address in enumerate(addresses):
             host_and_port(address, f"an address in {name}")
+            if address in addresses[:place]:
+                raise ConfigError(f"{name} has the address {address!r} twice: give each node one of its own")
         return found
 
 
