@@ -16,6 +16,7 @@ SENTENCES = {"dev": ["there is a blue tower", "a red box"], "test": ["there is n
 
 
 def picture(colour: int) -> bytes:
+    """Return a PNG of one red."""
     content = io.BytesIO()
     Image.new("RGB", (40, 10), (colour, 0, 0)).save(content, "PNG")
     return content.getvalue()
@@ -54,6 +55,7 @@ def write_video(path: Path, levels: Sequence[int] = LEVELS, height: int = SIDE, 
 
 
 def write_captions(path: Path, videos: Sequence[str], **more: Any) -> str:
+    """Write a JSONL file of captions, and return its path."""
     lines = [json.dumps({"video": one, "caption": f"the {one[:-4]} moves", **more}) for one in videos]
     path.write_text("\n".join(lines) + "\n")
     return str(path)

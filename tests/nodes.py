@@ -9,11 +9,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from gossamer.engines.network.client import ClientNode
 from gossamer.task import task_of
 from gossamer.transport import Client
+from gossamer.transport.audit import no_audit
+from gossamer.transport.messages import Audit
 
 HOOKED: list[bool] = []
 UNPICKLED: list[list[str]] = []  # of those who watch: audit hooks cannot be removed
@@ -48,6 +51,21 @@ def free_port() -> int:
             return port
 
 
+def client_in_thread(address: str, task: Any, directory: Path, *, audit: Audit = no_audit, **options: Any) -> Thread:
+    """Start a node that is client 3 of whatever run a server at an address has; a task is what it trains."""
+    node = ClientNode(
+        dial=lambda hello, seconds: Client(address, name="a", hello=hello, timeout_seconds=seconds, audit=audit),
+        clients=[3],
+        make_task=lambda config: task,
+        directory=directory,
+        audit=audit,
+        **options,
+    )
+    thread = Thread(target=node.run, daemon=True)
+    thread.start()
+    return thread
+
+
 class Nodes:
     """Nodes in threads of this process, each of which is some clients, and dials one server."""
 
@@ -64,6 +82,7 @@ class Nodes:
         name = f"node-{clients[0]}"
 
         def dial(hello: Mapping[str, Any], seconds: float) -> Client:
+            """Dial the server."""
             return Client(self.address, name=name, hello=hello, timeout_seconds=seconds)
 
         given = {"is_simulated": True, "linger_seconds": 0.0, "patience_seconds": 60.0} | options

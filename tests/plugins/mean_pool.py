@@ -41,6 +41,7 @@ class MeanPool(DeclaredModel):
         }
 
     def pooled(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], scale: Any) -> Tensor:
+        """Return the mean of the frames' features, [b, size]."""
         x = linear(params, "frames.pixels", batch["video"].flatten(-3))
         return self.feed(params, F.gelu(x), scale).mean(-2)
 
@@ -51,6 +52,7 @@ class MeanPool(DeclaredModel):
         batch: Mapping[str, Tensor],
         context: ForwardContext = DEFAULT_CONTEXT,
     ) -> Losses:
+        """Return the losses of tasks, see `VideoLanguageModel`."""
         video, found = self.pooled(params, batch, context.scale), Losses()
         if "recognition" in tasks:
             each = [cross_entropies(linear(params, f"classes.{name}", video), batch[name]) for name in self.labels]
@@ -63,10 +65,12 @@ class MeanPool(DeclaredModel):
         return found
 
     def text(self, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean of the words of each caption, of length 1, [b, size]."""
         caption = batch["caption"]
         return F.normalize(mean_of(self.words(params, caption), caption != PAD), dim=-1)
 
     def predict(self, task: str, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the metrics of a task need, see `VideoLanguageModel`."""
         video = self.pooled(params, batch, 1.0)
         if task == "recognition":
             return {name: linear(params, f"classes.{name}", video) for name in self.labels}

@@ -12,6 +12,7 @@ from nodes import Nodes
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """Nodes that end with the test."""
     made = Nodes(tmp_path / "nodes")
     yield made
     made.end()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import gossamer
 from federation import assert_same, configure, events, mixed, modes
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.network.client import ClientNode, Training
+from gossamer.engines.network.client import Training
 from gossamer.engines.network.evaluating import COUNTS, EVALUATE
 from gossamer.engines.network.evaluation import _read, details_of, metrics_of
 from gossamer.engines.task import WHOLE, Task
@@ -27,7 +26,7 @@ from gossamer.transport import SERVER, Address, Message, Refusal, Server, Welcom
 from gossamer.transport.audit import AuditLog
 from gossamer.transport.policy import Policy
 from gossamer.workloads.base import add_sums
-from nodes import Nodes, real
+from nodes import Nodes, client_in_thread, real
 
 pytestmark = pytest.mark.timeout(60)
 RUN = "ab"
@@ -215,7 +214,7 @@ class TestCuriousServer:
         asked = [Message(m.kind, Address(m.address.run, 0, 0, 3, n), m.body, m.arrays) for n, m in enumerate(asked)]
         with Server("127.0.0.1:0", admit=lambda hello: self._admit(task)) as server:
             log = AuditLog(tmp_path / "audit.jsonl")
-            thread = self._node(server.address, task, tmp_path, log)
+            thread = client_in_thread(server.address, task, tmp_path, audit=log.record, linger_seconds=0.0)
             try:
                 answers = self._ask(server, asked)
                 server.send("a", Message("end", Address(RUN, 1, 0, SERVER), {"is_over": True}))
@@ -232,21 +231,6 @@ class TestCuriousServer:
 
     def _admit(self, task: Task) -> Welcome | Refusal:
         return Welcome({"run": RUN, "instance": "i", "config": {}})
-
-    def _node(self, address: str, task: Task, directory: Path, log: AuditLog) -> threading.Thread:
-        from gossamer.transport import Client
-
-        node = ClientNode(
-            dial=lambda hello, seconds: Client(address, name="a", hello=hello, audit=log.record),
-            clients=[3],
-            make_task=lambda config: task,
-            directory=directory,
-            linger_seconds=0.0,
-            audit=log.record,
-        )
-        thread = threading.Thread(target=node.run, daemon=True)
-        thread.start()
-        return thread
 
     def _ask(self, server: Server, asked: list[Message]) -> list[Message]:
         """Send requests once the node is there with its client; return the answers."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ import pytest
 from federation import configure, mixed
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.network.client import ClientNode
-from gossamer.transport import SERVER, Address, Client, Joined, Message, Server, Welcome
+from gossamer.transport import SERVER, Address, Joined, Message, Server, Welcome
+from nodes import client_in_thread
 
 pytestmark = pytest.mark.timeout(60)
 RUN = "ab"
@@ -20,17 +19,7 @@ RUN = "ab"
 def test_that_the_server_has_ended_is_no_news(tmp_path: Path) -> None:
     task, lines = build(parse(configure(mixed("fedrolex")))).task, list[str]()
     with Server("127.0.0.1:0", admit=lambda hello: Welcome({"run": RUN, "instance": "i", "config": {}})) as server:
-        address = server.address
-        node = ClientNode(
-            dial=lambda hello, seconds: Client(address, name="a", hello=hello, timeout_seconds=seconds),
-            clients=[3],
-            make_task=lambda config: task,
-            directory=tmp_path,
-            linger_seconds=0.5,
-            tell=lines.append,
-        )
-        thread = threading.Thread(target=node.run, daemon=True)
-        thread.start()
+        thread = client_in_thread(server.address, task, tmp_path, linger_seconds=0.5, tell=lines.append)
         while not (isinstance(event := server.receive(20), Joined) and event.hello.body["clients"]):
             assert event is not None
         server.send("a", Message("end", Address(RUN, 1, 0, SERVER), {"is_over": True}))
