@@ -69,6 +69,8 @@ def test_offload_prints_json(run: Path) -> None:
     [
         (["profile", "nowhere"], "'nowhere' has no trace: run it with --profile"),
         (["profile", "RUN", "-o", "a.txt"], "cannot tell the format"),
+        (["profile", "RUN", "--workers", 3], "--workers 3 changes nothing without --scale"),
+        (["profile", "RUN", "--scale", "10", "--chrome", "a.json"], "--chrome exports the recorded trace"),
         (["offload", "RUN", "--device", "bluefield-9"], "unknown device 'bluefield-9'"),
         (["offload", "RUN", "--device", "emulated", "--stage", "mixin"], "did you mean 'mixing'"),
         (["offload", "RUN", "--device", "emulated", "--stage", "mixing"], "no span of stage 'mixing' was recorded"),

@@ -32,6 +32,7 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Show where the time of a recorded run went: by stage, along the critical path, and by process."""
+    from gossamer.errors import ConfigError
     from gossamer.profiling import exports
     from gossamer.profiling.trace import read_trace
     from gossamer.reports import profile as reports
@@ -40,6 +41,11 @@ def profile(
 
     if output is not None:
         require_image(output)
+    if scale is None and workers is not None:
+        raise ConfigError(f"--workers {workers} changes nothing without --scale: give both, or neither")
+    exported = [name for name, path in {"chrome": chrome, "perfetto": perfetto, "goal": goal}.items() if path]
+    if scale is not None and exported:
+        raise ConfigError(f"--{exported[0]} exports the recorded trace, and --scale extrapolates it: give one of them")
     sizes = None if scale is None else scaling.parse_sizes(scale)
     trace = read_trace(directory)
     if sizes is not None:
