@@ -25,4 +25,5 @@ def test_that_the_server_has_ended_is_no_news(tmp_path: Path) -> None:
         server.send("a", Message("end", Address(RUN, 1, 0, SERVER), {"is_over": True}))
     thread.join(20)
     assert not thread.is_alive()
-    assert lines == ["joined as client 3", "the run is over"]
+    assert lines[:2] == ["joined as client 3", "the run is over"]
+    assert set(lines[2:]) <= {"joined as client 3"}  # it may find the server once more before that has ended

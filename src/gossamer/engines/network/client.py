@@ -82,21 +82,25 @@ class ClientNode:
             Interrupted: a stop was requested.
             GossamerError: this node refuses what it is asked, or cannot do it.
         """
-        is_over = False
-        while not (is_over and not self.linger_seconds):
+        over: tuple[Any, Any] | None = None  # run and server that have said last that there is nothing more to do
+        while over is None or self.linger_seconds:
+            patience = self.patience_seconds if over is None else self.linger_seconds
             try:
-                told = self._learn(self.linger_seconds if is_over else self.patience_seconds, is_expected=not is_over)
+                told = self._learn(patience, is_expected=over is None)
             except Disconnected:
-                if is_over:
+                if over is not None:
                     return
                 raise
+            server = told["run"], told.get("instance")
+            if server != over:
+                over, patience = None, self.patience_seconds
             try:
-                is_over = self._take_part(told)
-                if is_over:
+                if self._take_part(told, patience):
+                    over = server
                     self.tell("the run is over")
             except Disconnected as error:
-                is_over = False
-                self.tell(f"{error}; trying again")
+                if over is None:
+                    self.tell(f"{error}; trying again")
 
     def _learn(self, patience: float, *, is_expected: bool) -> Mapping[str, Any]:
         """Ask the server what is trained, and prepare for it; `is_expected`: see `_join`."""
@@ -138,12 +142,12 @@ class ClientNode:
                     is_told = True
         raise Interrupted("stopped")
 
-    def _take_part(self, told: Mapping[str, Any]) -> bool:
+    def _take_part(self, told: Mapping[str, Any], patience: float) -> bool:
         """Join with what the clients hold, and do what the server asks; return whether the run is over."""
         training = self._training
         assert training is not None
         facts = {str(client): training.facts(client, with_labels=not self.secret) for client in self.clients}
-        with closing(self._join(facts, self.patience_seconds)) as link:
+        with closing(self._join(facts, patience)) as link:
             if link.welcome["run"] != told["run"]:
                 return False
             training.begin(link.welcome["instance"])
