@@ -23,6 +23,9 @@ def test_that_the_server_has_ended_is_no_news(tmp_path: Path) -> None:
         while not (isinstance(event := server.receive(20), Joined) and event.hello.body["clients"]):
             assert event is not None
         server.send("a", Message("end", Address(RUN, 1, 0, SERVER), {"is_over": True}))
+        while "the run is over" not in lines:
+            assert thread.is_alive()
+            thread.join(0.02)
     thread.join(20)
     assert not thread.is_alive()
     assert lines[:2] == ["joined as client 3", "the run is over"]
