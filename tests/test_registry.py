@@ -14,6 +14,7 @@ import pytest
 from gossamer import registry
 from gossamer.algorithms.federated import FedAvg
 from gossamer.errors import ConfigError, RegistryError
+from gossamer.registry import origins
 
 
 @pytest.fixture
@@ -24,8 +25,9 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> None:
         EntryPoint("broken", "no_such_package:Thing", "gossamer.algorithm"),
         EntryPoint("fedavg", "collections:OrderedDict", "gossamer.algorithm"),
         EntryPoint("gossip", "collections:deque", "gossamer.sampler"),
+        EntryPoint("gossip", "collections:Counter", "gossamer.text_model"),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in points if p.group == group])
+    monkeypatch.setattr(origins, "entry_points", lambda group: [p for p in points if p.group == group])
 
 
 class TestShipped:
@@ -195,6 +197,10 @@ class TestEntryPoints:
     def test_found_by_kind_and_name(self) -> None:
         assert registry.resolve("algorithm", "gossip").__name__ == "OrderedDict"
         assert registry.resolve("sampler", "gossip").__name__ == "deque"
+
+    def test_groups_have_no_hyphens(self) -> None:
+        assert registry.resolve("text-model", "gossip") is Counter
+        assert registry.names("text-model") == ["gossip", "transformer"]
 
     def test_shipped_names_win(self) -> None:
         assert registry.resolve("algorithm", "fedavg") is FedAvg

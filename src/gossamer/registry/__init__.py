@@ -1,7 +1,8 @@
 """Look-up of plug-ins by a short name, ``module:attribute``, or an entry point.
 
 `BUILTIN` has the short names of what is included; a package of your own adds names under the entry-point group
-``gossamer.<kind>``, or is named in full as ``my_package.my_module:MyThing``.
+``gossamer.<kind>`` (of the kind ``text-model``: ``gossamer.text_model``), or is named in full as
+``my_package.my_module:MyThing``.
 
 A configuration may be a stranger's, and a function that it names is called. So unless it is trusted (`trusting`), it
 can name only what is meant for gossamer: functions and classes of packages that declare an entry point, and of modules
@@ -16,126 +17,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
 from gossamer.errors import ConfigError, GossamerError, RegistryError, nearest, one_line, plugin_errors
-from gossamer.registry.origins import defined_as, files_of, is_installed, is_within
-
-
-def _same(module: str, names: str) -> dict[str, str]:
-    """Return the entries of names, in one text, whose attributes are called alike."""
-    return {name: f"{module}:{name.replace('-', '_')}" for name in names.split()}
-
-
-BUILTIN: dict[str, dict[str, str]] = {
-    "algorithm": {
-        "fedavg": "gossamer.algorithms.federated:FedAvg",
-        "fedrolex": "gossamer.algorithms.federated:FedRolex",
-        "heterofl": "gossamer.algorithms.federated:HeteroFL",
-        "federated-dropout": "gossamer.algorithms.federated:FederatedDropout",
-        "fjord": "gossamer.algorithms.fjord:FjORD",
-        "fiarse": "gossamer.algorithms.fiarse:FIARSE",
-        "fedprox": "gossamer.algorithms.fedprox:FedProx",
-        "scaffold": "gossamer.algorithms.scaffold:Scaffold",
-        "fednova": "gossamer.algorithms.fednova:FedNova",
-        "fedadam": "gossamer.algorithms.fedopt:FedAdam",
-        "fedyogi": "gossamer.algorithms.fedopt:FedYogi",
-        "fedadagrad": "gossamer.algorithms.fedopt:FedAdagrad",
-        "hetlora": "gossamer.algorithms.lora:HetLoRA",
-        "flexlora": "gossamer.algorithms.lora:FlexLoRA",
-        "fedper": "gossamer.algorithms.personal:FedPer",
-        "fedrep": "gossamer.algorithms.personal:FedRep",
-        "fedbn": "gossamer.algorithms.personal:FedBN",
-        "diloco": "gossamer.algorithms.diloco:DiLoCo",
-        "streaming-diloco": "gossamer.algorithms.diloco:StreamingDiLoCo",
-        "all-smallest": "gossamer.algorithms.federated:AllSmallest",
-        "all-largest": "gossamer.algorithms.federated:AllLargest",
-        "dsgd": "gossamer.algorithms.decentralized.dsgd:DSGD",
-        "gossip-pga": "gossamer.algorithms.decentralized.dsgd:GossipPGA",
-        "quasi-global-momentum": "gossamer.algorithms.decentralized.dsgd:QuasiGlobalMomentum",
-        "dsgt": "gossamer.algorithms.decentralized.tracking:DSGT",
-        "d2": "gossamer.algorithms.decentralized.diffusion:D2",
-        "exact-diffusion": "gossamer.algorithms.decentralized.diffusion:ExactDiffusion",
-        "push-sum": "gossamer.algorithms.decentralized.pushsum:StochasticGradientPush",
-        "choco-sgd": "gossamer.algorithms.decentralized.choco:ChocoSGD",
-        "dsgd-ceca": "gossamer.algorithms.decentralized.ceca:DSGDCECA",
-        "gasloc": "gossamer.algorithms.decentralized.outer:GASLoC",
-        "noloco": "gossamer.algorithms.decentralized.outer:NoLoCo",
-    },
-    "optimizer": {
-        "sgd": "gossamer.algorithms.optimizers:SGD",
-        "adam": "gossamer.algorithms.optimizers:Adam",
-        "adamw": "gossamer.algorithms.optimizers:AdamW",
-        "adagrad": "gossamer.algorithms.optimizers:Adagrad",
-        "rmsprop": "gossamer.algorithms.optimizers:RMSprop",
-        "muon": "gossamer.algorithms.optimizers:Muon",
-    },
-    "strategy": {
-        "rolling": "gossamer.submodel.strategies:rolling",
-        "static": "gossamer.submodel.strategies:static",
-        "random": "gossamer.submodel.strategies:random",
-        "covering": "gossamer.submodel.covering:covering",
-        "magnitude": "gossamer.submodel.magnitude:magnitude",
-    },
-    "engine": {
-        "local": "gossamer.engines.local.engine:LocalEngine",
-        "ray": "gossamer.engines.ray.engine:RayEngine",
-        "collective": "gossamer.engines.collective.engine:CollectiveEngine",
-        "network": "gossamer.engines.network.engine:NetworkEngine",
-    },
-    "workload": {
-        "image-classification": "gossamer.workloads.images:ImageClassification",
-        "next-character": "gossamer.workloads.text:NextCharacter",
-        "least-squares": "gossamer.workloads.convex:LeastSquares",
-        "logistic-regression": "gossamer.workloads.convex:LogisticRegression",
-        "consensus": "gossamer.workloads.consensus:Consensus",
-        "video-language": "gossamer.workloads.multimodal.workload:VideoLanguage",
-    },
-    "dataset": {
-        **_same("gossamer.workloads.datasets", "digits mnist fashion-mnist cifar10 cifar100 synthetic"),
-        "spoken-digits": "gossamer.workloads.spoken:spoken_digits",
-        **_same("gossamer.workloads.files", "image-folder table arrays hugging-face"),
-        "leaf": "gossamer.workloads.leaf:leaf",
-    },
-    "text": _same("gossamer.workloads.texts", "shakespeare synthetic"),
-    "model": {
-        "softmax": "gossamer.workloads.models:Softmax",
-        "mlp": "gossamer.workloads.models:MLP",
-        "cnn": "gossamer.workloads.models:CNN",
-        "preact-resnet18": "gossamer.workloads.resnet:PreActResNet18",
-        "transformer": "gossamer.workloads.transformer:TextClassifier",
-    },
-    "text-model": {"transformer": "gossamer.workloads.transformer:Transformer"},
-    "clips": {
-        "moving-digits": "gossamer.workloads.multimodal.clips:moving_digits",
-        **_same("gossamer.workloads.multimodal.clip_sets", "nlvr captioned-videos"),
-    },
-    "video-language-model": {"mplug-2": "gossamer.workloads.multimodal.mplug:MPlug"},
-    "partition": {
-        "iid": "gossamer.workloads.partitions:iid",
-        "dirichlet": "gossamer.workloads.partitions:dirichlet",
-        "n-classes": "gossamer.workloads.partitions:n_classes",
-        "shards": "gossamer.workloads.partitions:shards",
-        "natural-id": "gossamer.workloads.partitions:natural_id",
-        "file": "gossamer.workloads.given_partitions:file",
-    },
-    "topology": {
-        **_same("gossamer.topology.classic", "ring grid torus hypercube star complete static-exp"),
-        **_same("gossamer.topology.onepeer", "one-peer-exp random-match"),
-        **_same("gossamer.topology.randomgraphs", "half-random erdos-renyi geometric random-regular small-world"),
-        **_same("gossamer.topology.equitopo", "d-equistatic u-equistatic od-equidyn ou-equidyn"),
-        **_same("gossamer.topology.equitopo", "od-equidyn-complete ou-equidyn-complete"),
-        "hyper-hypercube": "gossamer.topology.finite:hyper_hypercube_family",
-        "simple-base": "gossamer.topology.finite:simple_base_family",
-        "base": "gossamer.topology.finite:base_family",
-        **_same("gossamer.topology.onepeer", "ceca el-oracle el-local"),
-        "file": "gossamer.topology.files:file",
-    },
-    "sampler": {"uniform": "gossamer.planning.clients:uniform"},
-}
+from gossamer.registry.builtin import BUILTIN as BUILTIN
+from gossamer.registry.origins import defined_as, files_of, is_installed, is_within, points_of
 
 
 @dataclass(frozen=True)
@@ -252,13 +140,13 @@ def module_of(kind: str, name: str) -> str | None:
     """Return the module that a name would be imported from, without doing so; None: the name is unknown."""
     if is_builtin(kind, name) or (":" in name and name[0] not in ".:"):
         return BUILTIN.get(kind, {}).get(name, name).partition(":")[0]
-    points = (point for point in entry_points(group=f"gossamer.{kind}") if point.name == name)
+    points = (point for point in points_of(kind) if point.name == name)
     return next((point.value.partition(":")[0] for point in points), None)
 
 
 def names(kind: str) -> list[str]:
     """List the short names known for `kind`, entry points included."""
-    return sorted({*BUILTIN.get(kind, {}), *(point.name for point in entry_points(group=f"gossamer.{kind}"))})
+    return sorted({*BUILTIN.get(kind, {}), *(point.name for point in points_of(kind))})
 
 
 def resolve_function(kind: str, name: str) -> Callable[..., Any]:
@@ -303,7 +191,7 @@ def resolve(kind: str, name: str) -> Any:
         if defined is not None and defined not in builtin.values():
             _require_trusted(f"{kind} {name!r}", defined.partition(":")[0])
         return found
-    for point in entry_points(group=f"gossamer.{kind}"):
+    for point in points_of(kind):
         if point.name == name:
             _require_listed(f"{kind} {name!r}", point.value.partition(":")[0])
             _announce(f"{kind} {name!r}", point.value.partition(":")[0])
@@ -395,5 +283,5 @@ def _announce(plugin: str, module: str) -> None:
 
 def _is_declared(top: str) -> bool:
     """Say whether a package declares an entry point for gossamer."""
-    points = (point for kind in BUILTIN for point in entry_points(group=f"gossamer.{kind}"))
+    points = (point for kind in BUILTIN for point in points_of(kind))
     return any(point.value.partition(":")[0].partition(".")[0] == top for point in points)

@@ -9,8 +9,14 @@ import operator
 import sys
 import sysconfig
 from collections.abc import Collection
+from importlib.metadata import EntryPoints, entry_points
 from pathlib import Path
 from typing import Any
+
+
+def points_of(kind: str) -> EntryPoints:
+    """Return the entry points of a kind of plug-ins, whose group's name may have no hyphen (packaging.python.org)."""
+    return entry_points(group=f"gossamer.{kind.replace('-', '_')}")
 
 
 def files_of(top: str) -> list[str] | None:

@@ -1,0 +1,116 @@
+"""Short names of what is included, by kind."""
+
+from __future__ import annotations
+
+
+def _same(module: str, names: str) -> dict[str, str]:
+    """Return the entries of names, in one text, whose attributes are called alike."""
+    return {name: f"{module}:{name.replace('-', '_')}" for name in names.split()}
+
+
+BUILTIN: dict[str, dict[str, str]] = {
+    "algorithm": {
+        "fedavg": "gossamer.algorithms.federated:FedAvg",
+        "fedrolex": "gossamer.algorithms.federated:FedRolex",
+        "heterofl": "gossamer.algorithms.federated:HeteroFL",
+        "federated-dropout": "gossamer.algorithms.federated:FederatedDropout",
+        "fjord": "gossamer.algorithms.fjord:FjORD",
+        "fiarse": "gossamer.algorithms.fiarse:FIARSE",
+        "fedprox": "gossamer.algorithms.fedprox:FedProx",
+        "scaffold": "gossamer.algorithms.scaffold:Scaffold",
+        "fednova": "gossamer.algorithms.fednova:FedNova",
+        "fedadam": "gossamer.algorithms.fedopt:FedAdam",
+        "fedyogi": "gossamer.algorithms.fedopt:FedYogi",
+        "fedadagrad": "gossamer.algorithms.fedopt:FedAdagrad",
+        "hetlora": "gossamer.algorithms.lora:HetLoRA",
+        "flexlora": "gossamer.algorithms.lora:FlexLoRA",
+        "fedper": "gossamer.algorithms.personal:FedPer",
+        "fedrep": "gossamer.algorithms.personal:FedRep",
+        "fedbn": "gossamer.algorithms.personal:FedBN",
+        "diloco": "gossamer.algorithms.diloco:DiLoCo",
+        "streaming-diloco": "gossamer.algorithms.diloco:StreamingDiLoCo",
+        "all-smallest": "gossamer.algorithms.federated:AllSmallest",
+        "all-largest": "gossamer.algorithms.federated:AllLargest",
+        "dsgd": "gossamer.algorithms.decentralized.dsgd:DSGD",
+        "gossip-pga": "gossamer.algorithms.decentralized.dsgd:GossipPGA",
+        "quasi-global-momentum": "gossamer.algorithms.decentralized.dsgd:QuasiGlobalMomentum",
+        "dsgt": "gossamer.algorithms.decentralized.tracking:DSGT",
+        "d2": "gossamer.algorithms.decentralized.diffusion:D2",
+        "exact-diffusion": "gossamer.algorithms.decentralized.diffusion:ExactDiffusion",
+        "push-sum": "gossamer.algorithms.decentralized.pushsum:StochasticGradientPush",
+        "choco-sgd": "gossamer.algorithms.decentralized.choco:ChocoSGD",
+        "dsgd-ceca": "gossamer.algorithms.decentralized.ceca:DSGDCECA",
+        "gasloc": "gossamer.algorithms.decentralized.outer:GASLoC",
+        "noloco": "gossamer.algorithms.decentralized.outer:NoLoCo",
+    },
+    "optimizer": {
+        "sgd": "gossamer.algorithms.optimizers:SGD",
+        "adam": "gossamer.algorithms.optimizers:Adam",
+        "adamw": "gossamer.algorithms.optimizers:AdamW",
+        "adagrad": "gossamer.algorithms.optimizers:Adagrad",
+        "rmsprop": "gossamer.algorithms.optimizers:RMSprop",
+        "muon": "gossamer.algorithms.optimizers:Muon",
+    },
+    "strategy": {
+        "rolling": "gossamer.submodel.strategies:rolling",
+        "static": "gossamer.submodel.strategies:static",
+        "random": "gossamer.submodel.strategies:random",
+        "covering": "gossamer.submodel.covering:covering",
+        "magnitude": "gossamer.submodel.magnitude:magnitude",
+    },
+    "engine": {
+        "local": "gossamer.engines.local.engine:LocalEngine",
+        "ray": "gossamer.engines.ray.engine:RayEngine",
+        "collective": "gossamer.engines.collective.engine:CollectiveEngine",
+        "network": "gossamer.engines.network.engine:NetworkEngine",
+    },
+    "workload": {
+        "image-classification": "gossamer.workloads.images:ImageClassification",
+        "next-character": "gossamer.workloads.text:NextCharacter",
+        "least-squares": "gossamer.workloads.convex:LeastSquares",
+        "logistic-regression": "gossamer.workloads.convex:LogisticRegression",
+        "consensus": "gossamer.workloads.consensus:Consensus",
+        "video-language": "gossamer.workloads.multimodal.workload:VideoLanguage",
+    },
+    "dataset": {
+        **_same("gossamer.workloads.datasets", "digits mnist fashion-mnist cifar10 cifar100 synthetic"),
+        "spoken-digits": "gossamer.workloads.spoken:spoken_digits",
+        **_same("gossamer.workloads.files", "image-folder table arrays hugging-face"),
+        "leaf": "gossamer.workloads.leaf:leaf",
+    },
+    "text": _same("gossamer.workloads.texts", "shakespeare synthetic"),
+    "model": {
+        "softmax": "gossamer.workloads.models:Softmax",
+        "mlp": "gossamer.workloads.models:MLP",
+        "cnn": "gossamer.workloads.models:CNN",
+        "preact-resnet18": "gossamer.workloads.resnet:PreActResNet18",
+        "transformer": "gossamer.workloads.transformer:TextClassifier",
+    },
+    "text-model": {"transformer": "gossamer.workloads.transformer:Transformer"},
+    "clips": {
+        "moving-digits": "gossamer.workloads.multimodal.clips:moving_digits",
+        **_same("gossamer.workloads.multimodal.clip_sets", "nlvr captioned-videos"),
+    },
+    "video-language-model": {"mplug-2": "gossamer.workloads.multimodal.mplug:MPlug"},
+    "partition": {
+        "iid": "gossamer.workloads.partitions:iid",
+        "dirichlet": "gossamer.workloads.partitions:dirichlet",
+        "n-classes": "gossamer.workloads.partitions:n_classes",
+        "shards": "gossamer.workloads.partitions:shards",
+        "natural-id": "gossamer.workloads.partitions:natural_id",
+        "file": "gossamer.workloads.given_partitions:file",
+    },
+    "topology": {
+        **_same("gossamer.topology.classic", "ring grid torus hypercube star complete static-exp"),
+        **_same("gossamer.topology.onepeer", "one-peer-exp random-match"),
+        **_same("gossamer.topology.randomgraphs", "half-random erdos-renyi geometric random-regular small-world"),
+        **_same("gossamer.topology.equitopo", "d-equistatic u-equistatic od-equidyn ou-equidyn"),
+        **_same("gossamer.topology.equitopo", "od-equidyn-complete ou-equidyn-complete"),
+        "hyper-hypercube": "gossamer.topology.finite:hyper_hypercube_family",
+        "simple-base": "gossamer.topology.finite:simple_base_family",
+        "base": "gossamer.topology.finite:base_family",
+        **_same("gossamer.topology.onepeer", "ceca el-oracle el-local"),
+        "file": "gossamer.topology.files:file",
+    },
+    "sampler": {"uniform": "gossamer.planning.clients:uniform"},
+}

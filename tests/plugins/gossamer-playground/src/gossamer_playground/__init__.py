@@ -1,0 +1,1 @@
+"""A workload, a data set and a model for gossamer."""
