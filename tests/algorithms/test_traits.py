@@ -109,6 +109,7 @@ class TestTraits:
             ({"lazy": True}, "lazy is for peers"),
             ({"merge_every": 3}, "merge_every is for peers"),
             ({"one_step_only": "it is so"}, "one_step_only is for peers"),
+            ({"downlink": None, "scores_models": True}, r"scores_models = True is for a server"),
             ({"downlink": None, "joint": True}, r"joint = True mixes the payloads x and y, but uplink names \['x'\]"),
             ({"num_phases": 0}, "num_phases = 0, .*give numbers from 1 on"),
             ({"downlink": None, "merge_every": 0}, "merge_every = 0: give numbers from 1 on"),

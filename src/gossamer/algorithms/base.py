@@ -135,6 +135,7 @@ class Algorithm(Protocol):
                 a bool mask [1, d] of the coordinates that some participant held, or None if all were. Where the uplink
                 says "rows", all of them instead, [p, d], with 0 where a participant holds nothing, in an order that
                 follows from the plan; ``inbox["weights"]`` [p] has their weights, which they are not multiplied by.
+                Where traits say `scores_models`, ``inbox["metrics"]`` returns the metrics of a model [d].
             num_clients: registered clients.
         """
         ...

@@ -12,7 +12,7 @@ from gossamer.options import Traits
 
 Uplink = Literal["mean", "sum", "rows"]
 LONG_ROW = 1 << 40  # numbers, of which a codec that keeps k loses some
-RESERVED = {"held", "sent", "lr", "weights"}  # what an inbox holds beside the payloads
+RESERVED = {"held", "sent", "lr", "weights", "metrics"}  # what an inbox holds beside the payloads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,8 @@ class AlgorithmTraits(Traits):
             or the BatchNorm layers ("norms").
         personal_first: share of the local steps that train the personal parameters alone; the rest train the others.
         no_offsets: reason why windows cannot be moved by ``submodel.offsets``.
+        one_round_only: reason why a run has a single round.
+        scores_models: whether `Algorithm.update` measures models on training data that are held out for it.
 
         has_local_loss: whether local steps have a loss of the algorithm's own, `Algorithm.local_loss`.
         transforms_parameters: whether a loss is given other parameters than ``carry["x"]``, `Algorithm.forward`.
@@ -83,6 +85,8 @@ class AlgorithmTraits(Traits):
     personal: Literal["none", "given", "norms"] = "none"
     personal_first: float = 0.0
     no_offsets: str | None = None
+    one_round_only: str | None = None
+    scores_models: bool = False
 
     has_local_loss: bool = False
     transforms_parameters: bool = False
@@ -149,6 +153,7 @@ class AlgorithmTraits(Traits):
             f"uplink gives {self.scalars} as rows, but these are numbers: give mean or sum": any(
                 self.uplink.get(name) == "rows" for name in self.scalars
             ),
+            "scores_models = True is for a server, but downlink = None: leave it out": peers and self.scores_models,
             "leaves_products = True is about a local loss: set has_local_loss to True": (
                 self.leaves_products and not self.has_local_loss
             ),

@@ -18,6 +18,7 @@ from gossamer.config.rules import (
     check_peers,
     require_importable,
     require_population,
+    require_selection,
     require_whole_models,
 )
 from gossamer.config.schema import Config
@@ -62,6 +63,7 @@ def resolve(config: Config) -> Resolved:
     algorithm = make_algorithm(config)
     require_population(config, algorithm)
     require_personal(config, algorithm)
+    require_selection(config, algorithm)
     filled = fill_in(config, algorithm)
     engine_class = registry.resolve("engine", filled.engine.name)
     require_attributes(f"engine {filled.engine.name!r}", engine_class, ENGINE)

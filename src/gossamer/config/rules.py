@@ -57,6 +57,25 @@ def require_whole_models(config: Config, algorithm: Any) -> None:
         )
 
 
+def require_selection(config: Config, algorithm: Any) -> None:
+    """Refuse several rounds, and a selection of models by test data, where `algorithm` gives a reason.
+
+    Raises:
+        ConfigError: the algorithm is of one round, or measures models and no training data are held out for it.
+    """
+    traits, name = algorithm.traits, config.algorithm["name"]
+    if traits.one_round_only is not None and config.rounds != 1:
+        raise ConfigError(
+            f"algorithm {name!r} is of one round, because {traits.one_round_only}: set rounds to 1 instead of"
+            f" {config.rounds}"
+        )
+    if traits.scores_models and config.workload.get("validation") is None:
+        raise ConfigError(
+            f"algorithm {name!r} selects models by what they reach, which must not be on the test data: give"
+            " workload.validation, the share of the training data that is held out for it"
+        )
+
+
 def check_peers(config: Config, algorithm: Any, topology: Topology) -> tuple[str, ...]:
     """Check what an algorithm asks of the topology and of local training, and return its warnings.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from gossamer.engines.training.compression import known_after
 from gossamer.plan import RoundPlan
 from gossamer.profiling import recorder
 from gossamer.threads import one_thread
+from gossamer.workloads.base import add_sums
 
 
 @dataclass
@@ -55,11 +58,26 @@ def update_(
         with recorder.span("aggregate", task.cutter.layout.d * state["x"].itemsize * len(traits.uplink)):
             inbox = combine(task.cutter.layout, traits.uplink, parts, traits.scalars)
         apart = {"weights", *(name for name, kind in traits.uplink.items() if kind == "rows")}
-        views = {name: value if value is None or name in apart else value[None] for name, value in inbox.items()}
+        views: dict[str, Any] = {
+            name: value if value is None or name in apart else value[None] for name, value in inbox.items()
+        }
+        if traits.scores_models:
+            views["metrics"] = partial(metrics_of, task)
         own = {name: value for name, value in state.items() if not name.startswith(KNOWN)}
         with recorder.span("update"):
             _write(state, algorithm.update(own, views, task.workload.num_clients))
             _write(state, known_after(task, state, plan.round, plan.phase))
+
+
+def metrics_of(task: Task, x: Tensor) -> dict[str, float]:
+    """Return the metrics of a whole model x [d], computed here, with one thread: the same bits on every engine."""
+    workload, params = task.workload, task.cutter.layout.views(x)
+    with one_thread(), torch.no_grad(), recorder.span("evaluate"):
+        parts = (workload.statistics(params, chunk) for chunk in range(workload.num_statistics_chunks))
+        sums = add_sums([{name: value.numpy() for name, value in part.items()} for part in parts])
+        statistics = {name: torch.from_numpy(np.asarray(value)) for name, value in sums.items()}
+        chunks = range(workload.num_evaluation_chunks)
+        return workload.metrics(add_sums([workload.evaluate(params, statistics, chunk) for chunk in chunks]))
 
 
 def _write(state: Arrays, new: Mapping[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "fedper": "gossamer.algorithms.personal:FedPer",
         "fedrep": "gossamer.algorithms.personal:FedRep",
         "fedbn": "gossamer.algorithms.personal:FedBN",
+        "soup": "gossamer.algorithms.soup:Soup",
         "diloco": "gossamer.algorithms.diloco:DiLoCo",
         "streaming-diloco": "gossamer.algorithms.diloco:StreamingDiLoCo",
         "all-smallest": "gossamer.algorithms.federated:AllSmallest",

@@ -219,6 +219,8 @@ def _check_update(algorithm: Algorithm, layout: Layout, *, must_move: bool) -> N
         }  # others, if models
         inbox |= scalars | {"held": None if mask is None else mask[None]}
         inbox |= {"weights": torch.arange(1.0, NUM_ROWS + 1)} if "rows" in algorithm.traits.uplink.values() else {}
+        if algorithm.traits.scores_models:
+            inbox |= {"metrics": lambda model: {"accuracy": float(model.sum()), "loss": float(model.abs().sum())}}
         before = _copies(state)
         updated = algorithm.update(state, inbox, 10)
         require_arrays(updated, set(updated), (1, layout.d), "update", torch.float32)
