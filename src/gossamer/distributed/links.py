@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -197,6 +197,7 @@ class Exchange:
         outgoing: Sequence[tuple[int, Tensor]],
         incoming: Sequence[tuple[int, int, torch.dtype]],
         device: torch.device = _CPU,
+        arrival: Callable[[int], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """Send and receive.
 
@@ -205,11 +206,12 @@ class Exchange:
             outgoing: ranks, and contiguous tensors of any dtype, not to be changed before the block.
             incoming: rank, length and dtype of each tensor, in the order in which the rank sends them.
             device: where what is sent lies. What comes lies there too if NCCL brings it, otherwise on the CPU.
+            arrival: called with a rank; returns a context within which what it sends is waited for.
 
         Raises:
             GroupBroken: a rank is gone.
         """
-        self._links, self._incoming = links, incoming
+        self._links, self._incoming, self._arrival = links, incoming, arrival
         links.bytes_sent += sum(value.nbytes for _, value in outgoing)
         self._works = list[tuple[int, Any]]()
         self._used: Use | None = None
@@ -255,8 +257,9 @@ class Exchange:
             GroupBroken: a rank is gone, or did not answer in time.
         """
         limit = () if self._is_nccl else (self._links.limit,)  # NCCL's only makes the device wait, if it has no limit
-        for rank, work in self._works:
-            with self._links.waiting(rank):
+        num_received = 0 if self._is_nccl else len(self._buffers)
+        for number, (rank, work) in enumerate(self._works):
+            with self._links.waiting(rank), self._arrival(rank) if number < num_received else nullcontext():
                 work.wait(*limit)
         if self._is_nccl:
             nothing = torch.empty(0, dtype=torch.uint8, device=self._came_to)
@@ -271,7 +274,7 @@ class Exchange:
     def _receive(self, rank: int, number: int) -> Incoming:
         links, memory = self._links, self._links.memory
         assert memory is not None
-        with links.waiting(rank):
+        with links.waiting(rank), self._arrival(rank):
             self._come.append(memory.receive(rank, ROWS, number, links.timeout_seconds))
         return self._come[-1]
 

@@ -6,7 +6,7 @@ from statistics import median
 from typing import NamedTuple
 
 from gossamer.profiling.replay import Edge, Graph, Node
-from gossamer.profiling.trace import ABSENT, DRIVER, UNATTRIBUTED, WAIT, Lane, Round, Segment
+from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, Lane, Round, Segment
 
 RECEIVE, SEND = "receive", "send"
 AROUND = (UNATTRIBUTED, "coordinate", "exchange", "evaluate", "train", "mix")  # what may stand between wait and receive
@@ -72,7 +72,7 @@ def messages_of(one: Round) -> tuple[set[tuple[Lane, int]], list[Arrival]]:
     }
     elastic, arrivals = set[tuple[Lane, int]](), list[Arrival]()
     for lane, segments in one.lanes.items():
-        if lane.process != DRIVER and segments[0].kind in (UNATTRIBUTED, ABSENT):
+        if not lane.leads and segments[0].kind in (UNATTRIBUTED, ABSENT):
             elastic.add((lane, 0))  # it was idle, or did not exist yet
         _match(one, lane, segments, sends, elastic, arrivals)
     return elastic, arrivals
@@ -80,7 +80,7 @@ def messages_of(one: Round) -> tuple[set[tuple[Lane, int]], list[Arrival]]:
 
 def _last(lane: Lane, segments: list[Segment]) -> int:
     """Return the place of a thread's last segment that matters: the rest of the round it may have been idle."""
-    if lane.process == DRIVER:
+    if lane.leads:
         return len(segments) - 1
     return max(
         (place for place, one in enumerate(segments) if one.kind not in (WAIT, UNATTRIBUTED, ABSENT)), default=-1

@@ -33,7 +33,7 @@ class Outlier:
 
 
 def find_outliers(rounds: Sequence[Round]) -> list[Outlier]:
-    """Return the processes that are slower than the others of their kind, the largest loss first.
+    """Return the processes that are slower than the others of their kind, the largest loss first; all their threads.
 
     The time of a piece is that of a stage in a round, divided by the number of its segments. Pieces of different sizes
     look like slow processes where these are shared out unevenly.
@@ -45,9 +45,10 @@ def find_outliers(rounds: Sequence[Round]) -> list[Outlier]:
         for segment in segments:
             if segment.kind not in IGNORED:
                 found[segment.kind].append(segment.seconds)
+        process = lane.name.partition(".")[0]
         for kind, seconds in found.items():
-            pieces[lane.process, kind][lane.name].append(fmean(seconds))
-            counts[lane.name, kind] += len(seconds)
+            pieces[lane.process, kind][process].append(fmean(seconds))
+            counts[process, kind] += len(seconds)
     length, outliers = fmean(one.seconds for one in rounds), []
     for (_, kind), by_process in pieces.items():
         for name, own in by_process.items():

@@ -56,14 +56,16 @@ class _Thread(threading.local):
 class Recorder:
     """Writes the trace of one process.
 
-    The header names ``format``, ``version``, ``process``, ``pid``, ``host``, ``boot`` (processes of one boot share the
-    clock), ``fields`` and a reading of both clocks, ``monotonic_ns`` and ``unix_ns``, taken together.
+    The header names ``format``, ``version``, ``process``, ``pid``, ``thread`` (the main one: the others serve it, and
+    are away where they record nothing), ``host``, ``boot`` (processes of one boot share the clock), ``fields`` and a
+    reading of both clocks, ``monotonic_ns`` and ``unix_ns``, taken together. May be used from several threads.
     """
 
     def __init__(self, directory: Path, process: str) -> None:
         """Begin to record; the file is made when there is something to write."""
         self.directory, self._thread, pid = directory, _Thread(), os.getpid()
         self._lines: list[str] = []
+        self._lock, self._is_closed = threading.RLock(), False
         self._path = directory / f"{process}-{pid}-{time.time_ns()}.jsonl"
         self._descriptor = -1
         header = {
@@ -71,6 +73,7 @@ class Recorder:
             "version": VERSION,
             "process": process,
             "pid": pid,
+            "thread": self._thread.number,
             "host": socket.gethostname(),
             "boot": _boot(),
             "fields": FIELDS,
@@ -103,10 +106,12 @@ class Recorder:
         self.flush()
 
     def write(self, line: str) -> None:
-        """Add one line."""
-        self._lines.append(line)
-        if len(self._lines) >= MAX_BUFFERED:
-            self.flush()
+        """Add one line, unless the recorder is closed."""
+        with self._lock:
+            if not self._is_closed:
+                self._lines.append(line)
+            if len(self._lines) >= MAX_BUFFERED:
+                self.flush()
 
     def flush(self) -> None:
         """Write what was recorded.
@@ -114,9 +119,9 @@ class Recorder:
         Raises:
             StorageError: the disk refuses it.
         """
-        if self._lines:
-            lines, self._lines = self._lines, []
-            with storage_errors(self._path):
+        with self._lock, storage_errors(self._path):
+            if self._lines:
+                lines, self._lines = self._lines, []
                 if self._descriptor < 0:
                     self.directory.mkdir(exist_ok=True)
                     self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -125,9 +130,11 @@ class Recorder:
 
     def close(self) -> None:
         """Write the rest, and close the file."""
-        self.flush()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        with self._lock:
+            self.flush()
+            self._is_closed = True
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
 
 
 class _Span:
@@ -148,6 +155,8 @@ class _Span:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         ended, thread = time.monotonic_ns(), self._thread
+        if self not in thread.open:  # it was begun in another thread, as of a generator that is thrown away
+            return
         cpu, delay = time.thread_time_ns() - self._cpu, thread.delay_ns() - self._delay
         thread.open.remove(self)
         self._recorder.write(
@@ -162,6 +171,13 @@ _current: Recorder | None = None
 def span(kind: str, num_bytes: int = 0, message: str = "") -> AbstractContextManager[None]:
     """Return a context that records a span, see `Recorder.span`, or does nothing."""
     return _NOTHING if _current is None else _current.span(kind, num_bytes, message)
+
+
+def mark(kind: str, num_bytes: int = 0, message: str = "") -> None:
+    """Record a moment, such as that at which a message leaves; see `span`."""
+    if _current is not None:
+        with _current.span(kind, num_bytes, message):
+            pass
 
 
 def count_bytes(num_bytes: Callable[[], int]) -> None:
@@ -186,15 +202,33 @@ def is_on() -> bool:
     return _current is not None
 
 
-def directory() -> Path | None:
-    """Return where this process records; None: it does not."""
-    return None if _current is None else _current.directory
+def folder() -> str | None:
+    """Return the absolute path of where this process records, for another one to begin there; None: it does not."""
+    return None if _current is None else str(_current.directory.resolve())
 
 
 def start(directory: Path, process: str) -> None:
     """Record this process from now on."""
     global _current
     _current = Recorder(directory, process)
+
+
+def start_there(directory: str | None, process: str) -> None:
+    """Record this process from now on if there is a folder for it, as on all machines that share the run's."""
+    if directory is not None and Path(directory).is_dir():
+        start(Path(directory), process)
+
+
+def stop() -> None:
+    """Write the rest of what this process recorded, and record no longer.
+
+    Raises:
+        StorageError: the disk refuses it.
+    """
+    global _current
+    ended, _current = _current, None
+    if ended is not None:
+        ended.close()
 
 
 @contextmanager
@@ -204,7 +238,6 @@ def recording(directory: Path | None) -> Iterator[None]:
     Raises:
         StorageError: the disk refuses a write.
     """
-    global _current
     if directory is None:
         yield
         return
@@ -212,9 +245,7 @@ def recording(directory: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        ended, _current = _current, None
-        if ended is not None:
-            ended.close()
+        stop()
 
 
 def _after_fork() -> None:

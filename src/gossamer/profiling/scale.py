@@ -69,12 +69,12 @@ def jobs_of(rounds: Sequence[Round]) -> Jobs:
     """
     seconds, handling, rest, workers = list[float](), 0.0, list[float](), set[str]()
     for one in rounds:
-        phase = _training(next(own for lane, own in one.lanes.items() if lane.process == DRIVER))
+        phase = _training(next(own for lane, own in one.lanes.items() if lane.leads))
         begin, end = (phase[0].begin, phase[-1].end) if phase else (0.0, 0.0)
         rest.append(one.seconds - (end - begin))
         handling += sum(segment.seconds for segment in phase if segment.kind in HANDLING)
         for lane, segments in one.lanes.items():
-            found = [] if lane.process == DRIVER else _jobs(segments)
+            found = _jobs(segments) if lane.is_main and not lane.leads else []
             workers |= {lane.name} if found else set()
             seconds += found
     if not seconds:

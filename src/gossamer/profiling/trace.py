@@ -1,7 +1,8 @@
 """Reads the trace of a run: what each thread did in each whole round, without gaps.
 
 Where spans are nested, a moment belongs to the innermost one. What no span covers is an `UNATTRIBUTED` segment, so the
-segments of a thread add up to the round; before a process's first span and after its last it is `ABSENT`.
+segments of a thread add up to the round; before a process's first span and after its last it is `ABSENT`. A thread
+that serves the main one of its process, as of a pool, waits between its spans.
 """
 
 from __future__ import annotations
@@ -38,12 +39,24 @@ class Span(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """One thread of one process; `name` is unique in a trace, such as ``worker-2``."""
+    """One thread of one process.
+
+    Attributes:
+        name: unique in a trace, such as ``worker-2``, or ``worker-2.1`` of another thread of that.
+        process, pid, thread: what it is, and its numbers.
+        is_main: whether it is the main thread of its process.
+    """
 
     name: str
     process: str
     pid: int
     thread: int
+    is_main: bool = True
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the thread that runs the rounds."""
+        return self.process == DRIVER and self.is_main
 
 
 @dataclass(frozen=True)
@@ -227,9 +240,10 @@ def _lanes(files: Sequence[_File], names: list[str], offsets: dict[str, float]) 
             threads[span.thread].append(
                 span._replace(begin_ns=span.begin_ns - shift, end_ns=span.end_ns - shift) if shift else span
             )
-        for number, (thread, spans) in enumerate(threads.items()):
+        main = file.header.get("thread", next(iter(threads), 0))
+        for number, (thread, spans) in enumerate(sorted(threads.items(), key=lambda item: item[0] != main)):
             lane_name = name if number == 0 else f"{name}.{number}"
-            yield Lane(lane_name, file.header["process"], file.header["pid"], thread), _Timeline(spans)
+            yield Lane(lane_name, file.header["process"], file.header["pid"], thread, number == 0), _Timeline(spans)
 
 
 def _round(number: int, begin_ns: int, end_ns: int, lanes: dict[Lane, _Timeline]) -> Round:
@@ -238,7 +252,9 @@ def _round(number: int, begin_ns: int, end_ns: int, lanes: dict[Lane, _Timeline]
         inside = timeline.within(begin_ns, end_ns)
         if inside:
             segments = [_since(begin_ns, one) for one in _segments(inside, begin_ns, end_ns)]
-            found[lane] = segments if lane.process == DRIVER else _with_absence(segments, inside, timeline.spans)
+            found[lane] = segments if lane.leads else _with_absence(segments, inside, timeline.spans)
+            if not lane.is_main:
+                found[lane] = [replace(s, kind=WAIT) if s.kind == UNATTRIBUTED else s for s in found[lane]]
     return Round(number, (end_ns - begin_ns) / 1e9, found)
 
 

@@ -22,9 +22,11 @@ from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.worker import Worker, named_arrays
 from gossamer.engines.updating import Collected, update_
 from gossamer.plan import RoundPlan
+from gossamer.profiling import recorder
 from gossamer.storage.row_files import Address, SharedRows, Work, settle
 from gossamer.threads import one_thread
 
+STAGES = {"state": "receive", "train": "train", "sums": "aggregate", "finish": "update", "settle": "store"}
 Key = tuple[int, str]  # number of a variant, name of a payload
 
 
@@ -55,6 +57,10 @@ class ClientRank:
 
     def handle(self, message: Message, arrays: list[Tensor]) -> Letter:
         """Do one job, see `World.ask`."""
+        with recorder.span(STAGES.get(message["kind"], "evaluate")):
+            return self._handle(message, arrays)
+
+    def _handle(self, message: Message, arrays: list[Tensor]) -> Letter:
         kind = message["kind"]
         if kind == "state":
             return self._replace(message, arrays)

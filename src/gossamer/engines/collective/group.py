@@ -8,7 +8,9 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, Self
 from uuid import uuid4
@@ -19,6 +21,7 @@ from torch import Tensor
 from gossamer.distributed.environment import INTERFACE, NCCL_INTERFACE, first_line
 from gossamer.distributed.links import Exchange, GroupBroken, Links
 from gossamer.errors import ConfigError
+from gossamer.profiling import recorder
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT_SECONDS = 600.0
@@ -50,6 +53,7 @@ class Group:
         rank: rank of this process, in 0, ..., size - 1.
         size: number of processes.
         links: the ways to the others: memory on one machine, gloo between machines.
+        bytes_sent: bytes of all messages that this process has sent.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
@@ -65,7 +69,8 @@ class Group:
         """
         import torch.distributed as dist
 
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.bytes_sent = rank, size, 0
+        self._numbers = Counter[str]()  # of messages, by sender, receiver and how they travel
         try:
             members = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_seconds))
         except RuntimeError as error:  # of which torch's own errors are
@@ -116,7 +121,26 @@ class Group:
         Raises:
             GroupBroken: a member is gone, or did not answer in time.
         """
-        return Exchange(self.links, outgoing, incoming)
+        sizes, expected = Counter[int](), Counter[int]()
+        for rank, value in outgoing:
+            sizes[rank] += value.nbytes
+        for rank, length, dtype in incoming:
+            expected[rank] += length * dtype.itemsize
+        self.bytes_sent += sizes.total()
+        ids = {rank: self._id(rank, self.rank, "=") for rank, size in expected.items() if size}
+
+        @contextmanager
+        def arrival(rank: int) -> Iterator[None]:
+            """Record a wait, and what has come."""
+            with recorder.span("wait"):
+                yield
+            recorder.mark("receive", expected[rank], ids[rank])
+
+        for rank, size in sizes.items():
+            if size:
+                recorder.mark("send", size, self._id(self.rank, rank, "="))
+        with recorder.span("send"):
+            return Exchange(self.links, outgoing, incoming, arrival=arrival)
 
     def tell_all(self, message: Message) -> list[Message]:
         """Send JSON values to all ranks, and return those of all, by rank."""
@@ -153,10 +177,14 @@ class Group:
             GroupBroken: as `exchange`, here or when the function is called.
         """
         described = [[str(value.dtype), list(value.shape)] for value in arrays]
-        header = torch.frombuffer(bytearray(json.dumps([message, described]).encode()), dtype=torch.uint8)
-        return self.links.send(
-            rank, [torch.tensor([len(header)]), header, *(value for value in arrays if value.numel())]
-        )
+        with recorder.span("serialise"):
+            header = torch.frombuffer(bytearray(json.dumps([message, described]).encode()), dtype=torch.uint8)
+            recorder.count_bytes(lambda: len(header))
+        parts = [torch.tensor([len(header)]), header, *(value for value in arrays if value.numel())]
+        num_bytes = sum(part.nbytes for part in parts)
+        self.bytes_sent += num_bytes
+        with recorder.span("send", num_bytes, self._id(self.rank, rank, ">")):
+            return self.links.send(rank, parts)
 
     def receive(self, rank: int, timeout_seconds: float | None = None) -> tuple[Message, list[Tensor]]:
         """Receive what another rank sent.
@@ -168,14 +196,25 @@ class Group:
         Raises:
             GroupBroken: it is gone, or did not send in time.
         """
-        with self.links.receive(rank, timeout_seconds) as take:
-            header = take(int(take(1, torch.int64)), torch.uint8)
-            message, described = json.loads(header.numpy().tobytes())
-            arrays = [torch.empty(shape, dtype=DTYPES[dtype]) for dtype, shape in described]
-            for value in arrays:
-                if value.numel():
-                    value.view(-1).copy_(take(value.numel(), value.dtype))
+        with ExitStack() as stack:
+            with recorder.span("wait"):
+                take = stack.enter_context(self.links.receive(rank, timeout_seconds))
+                length = take(1, torch.int64)
+            with recorder.span("receive", message=self._id(rank, self.rank, ">")):
+                header = take(int(length), torch.uint8)
+                message, described = json.loads(header.numpy().tobytes())
+                arrays = [torch.empty(shape, dtype=DTYPES[dtype]) for dtype, shape in described]
+                for value in arrays:
+                    if value.numel():
+                        value.view(-1).copy_(take(value.numel(), value.dtype))
+                recorder.count_bytes(lambda: sum(part.nbytes for part in (length, header, *arrays)))
             return message, arrays
+
+    def _id(self, sender: int, receiver: int, way: str) -> str:
+        """Number a message, and return what a sender's span and its receiver's have in common."""
+        path = f"{sender}{way}{receiver}"
+        self._numbers[path] += 1
+        return f"{path}.{self._numbers[path]}"
 
     def limit(self, timeout_seconds: float) -> None:
         """Change the timeout for each message."""

@@ -22,9 +22,12 @@ from gossamer.engines.task import Task
 from gossamer.engines.training.mixing import SENT, Mixer, column_sums, sparse_zeros, squared_distance
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 from gossamer.errors import storage_errors
+from gossamer.profiling import recorder
 from gossamer.storage.checkpoint import ROWS, STATE, describe_file, save_arrays
 from gossamer.storage.stored_arrays import StoredArrays
 from gossamer.threads import one_thread
+
+STAGES = {"train": "train", "mix": "mix", "save": "checkpoint", "read": "checkpoint"}  # all else is to evaluate
 
 
 class PeerRank:
@@ -71,7 +74,7 @@ class PeerRank:
 
     def handle(self, message: Message, arrays: list[Tensor]) -> Letter:
         """Do one job, see `World.ask`."""
-        with one_thread():
+        with one_thread(), recorder.span(STAGES.get(message["kind"], "evaluate")):
             return self._jobs[message["kind"]](message, arrays)
 
     @property

@@ -24,6 +24,7 @@ from gossamer.engines.collective.peer_rank import PeerRank
 from gossamer.engines.collective.world import Handler, Letter, leading
 from gossamer.engines.recipe import rebuild
 from gossamer.errors import GossamerError
+from gossamer.profiling import recorder
 from gossamer.registry import errors_of_plug_ins
 from gossamer.workloads.samples import telling
 
@@ -93,9 +94,11 @@ def serve(describe: Callable[[], Mapping[str, Any]], stop: Callable[[], bool]) -
                     reply = Letter({"seen": os.path.exists(message["path"])})
                 elif message["kind"] == "begin":
                     handler, reply = None, Letter({})  # memory of the one before is free
+                    recorder.start_there(message["trace"], "rank")
                     handler = handler_of(message, group)
                 elif message["kind"] == "close":
                     handler, reply = None, Letter({})
+                    recorder.stop()
                 else:
                     assert handler is not None, "rank 0 begins with a task"
                     with errors_of_plug_ins():
@@ -105,6 +108,7 @@ def serve(describe: Callable[[], Mapping[str, Any]], stop: Callable[[], bool]) -
             except GossamerError as error:
                 reply = Letter({"error": str(error), "exit_code": error.exit_code})
             group.send(0, reply.message | {"stop": stop() and not told}, reply.arrays)()
+            recorder.flush()
             told = told or stop()
 
 

@@ -17,6 +17,7 @@ from gossamer.engines.base import EngineSetup
 from gossamer.engines.collective.environment import is_rank
 from gossamer.engines.collective.group import TIMEOUT_SECONDS, Group, Message
 from gossamer.errors import ConfigError, EngineError, GossamerError, storage_errors
+from gossamer.profiling import recorder
 
 
 class Letter(NamedTuple):
@@ -98,7 +99,8 @@ class World:
         """
         limit = TIMEOUT_SECONDS if setup.straggler_seconds is None else setup.straggler_seconds
         self._handler = handler
-        self._ask_others({"kind": "begin", "recipe": dict(setup.recipe), "timeout_seconds": limit} | more)
+        told = {"recipe": dict(setup.recipe), "timeout_seconds": limit, "trace": recorder.folder()}
+        self._ask_others({"kind": "begin"} | told | more)
         self.group.limit(limit)
 
     def ask(self, letters: Sequence[Letter]) -> list[Letter]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import wraps
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from gossamer.profiling import recorder
@@ -30,8 +29,7 @@ def answer_id(actor: str, number: int) -> str:
 
 def recipe_entry() -> dict[str, str | None]:
     """Return what a recipe says of recording: where, or null."""
-    directory = recorder.directory()
-    return {TRACE: None if directory is None else str(directory.resolve())}
+    return {TRACE: recorder.folder()}
 
 
 class _Calls:
@@ -50,8 +48,7 @@ class _Calls:
         if self._idle is not None:
             self._idle.__exit__(None, None, None)
         self.number += 1
-        with recorder.span("receive", message=call_id(self.actor, self.number)):
-            pass
+        recorder.mark("receive", message=call_id(self.actor, self.number))
 
     def end(self) -> None:
         """Note the answer, write what was recorded, and begin to wait."""
@@ -66,8 +63,7 @@ _CALLS = _Calls()
 
 def start(recipe: dict[str, Any]) -> None:
     """Record this process from now on, if a recipe says so."""
-    if recipe.get(TRACE) is not None:
-        recorder.start(Path(recipe[TRACE]), "actor")
+    recorder.start_there(recipe.get(TRACE), "actor")
 
 
 def recorded(kind: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
