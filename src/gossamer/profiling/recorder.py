@@ -194,7 +194,8 @@ def round_span(number: int) -> AbstractContextManager[None]:
 def flush() -> None:
     """Write what was recorded, because this process may be ended."""
     if _current is not None:
-        _current.flush()
+        with _current.span("record"):
+            _current.flush()
 
 
 def is_on() -> bool:
