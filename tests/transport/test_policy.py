@@ -76,7 +76,13 @@ class TestWhatIsAccepted:
 
 
 CURIOUS: list[tuple[dict[str, Any], str]] = [
-    *(({key.replace(".", "__"): "evil_plug_in:Thing"}, key) for key in NAMES if not key.startswith("peers")),
+    *(
+        ({key.replace(".", "__"): "evil_plug_in:Thing"}, key)
+        for key in NAMES
+        if not key.startswith(("peers", "train.groups"))
+    ),
+    ({"train__groups": [{"match": "*", "optimizer": "evil_plug_in:Thing"}]}, "train.groups.optimizer"),
+    ({"train__groups": [{"match": "*", "optimizer": {"name": "a_name_of_nothing"}}]}, "train.groups.optimizer"),
     *(({key.replace(".", "__"): {"name": "evil_plug_in:Thing"}}, key) for key in LISTS),
     ({"workload__model": "torch.nn:Linear"}, "workload.model"),
     ({"workload__model": "gossamer.task:task_of"}, "workload.model"),

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from gossamer import registry
 from gossamer.algorithms.base import Algorithm, BaseAlgorithm
-from gossamer.algorithms.optimizers import SGD, Optimizer, OptimizerTraits
+from gossamer.algorithms.grouped import Group, Grouped
+from gossamer.algorithms.optimizers import SECTION, SGD, Optimizer, OptimizerTraits
 from gossamer.config.schema import Config
+from gossamer.config.train import TrainedGroup
 from gossamer.errors import ConfigError, plugin_errors, require_attributes
 from gossamer.options import check_traits
 from gossamer.submodel import Layout
@@ -64,10 +66,39 @@ def make_optimizer(config: Config) -> Given:
             )
         if value:
             options[option] = value
+    optimizer = _made(name, make, options)
+    if any(group.optimizer is not None for group in train.groups):
+        optimizer = Grouped(optimizer, [_group(number, group) for number, group in enumerate(train.groups)])
+    return Given(name, optimizer, state)
+
+
+def _made(name: str, make: Any, options: Mapping[str, Any]) -> Optimizer:
     with plugin_errors(f"optimizer {name!r}"):
         optimizer: Optimizer = make(options)
     require_optimizer(f"optimizer {name!r}", optimizer)
-    return Given(name, optimizer, state)
+    return optimizer
+
+
+def _group(number: int, given: TrainedGroup) -> Group:
+    """Return a group of parameters with its optimizer, if it has one.
+
+    Raises:
+        ConfigError: the optimizer is unknown, or its options are wrong.
+    """
+    if given.optimizer is None:
+        return Group(given.match, None)
+    options = dict(given.optimizer)
+    name = options.pop("name")
+    if "state" in options:
+        raise ConfigError(
+            f"train.groups[{number}].optimizer has a state, which is one for all parameters: give train.optimizer.state"
+        )
+    make: Any = registry.resolve("optimizer", name)
+    require_optimizer(f"optimizer {name!r}", make)
+    try:
+        return Group(given.match, _made(name, make, options))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(SECTION, f"train.groups[{number}].optimizer")) from error
 
 
 def require_optimizer(plugin: str, found: Any) -> None:

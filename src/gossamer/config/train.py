@@ -13,6 +13,29 @@ from gossamer.options import Options
 from gossamer.planning.schedule import ScheduleOptions
 
 
+class TrainedGroup(ParameterGroup):
+    """What some parameters have instead of what the others have, see `ParameterGroup`.
+
+    Attributes:
+        optimizer: name and options of an optimizer in the place of ``train.optimizer``, whose ``state`` holds for it,
+            too. Nothing else is taken over: neither its options, nor ``train.momentum`` and ``train.weight_decay``.
+    """
+
+    optimizer: Plugin | None = None
+
+    @model_validator(mode="after")
+    def _have_something(self) -> TrainedGroup:
+        if self.lr is None and self.weight_decay is None and self.optimizer is None:
+            raise ValueError(
+                f"group {self.match!r} has nothing of its own: give lr, weight_decay or optimizer, or leave it out"
+            )
+        if self.weight_decay is not None and self.optimizer is not None and "weight_decay" in self.optimizer:
+            raise ValueError(f"group {self.match!r} has two weight decays: leave out that of its optimizer")
+        if self.lr == 0 and (self.weight_decay is not None or self.optimizer is not None):
+            raise ValueError(f"group {self.match!r} is not trained, because its lr is 0: leave out all else")
+        return self
+
+
 class TrainConfig(Options):
     """Local training, for `epochs` or `steps`.
 
@@ -29,7 +52,7 @@ class TrainConfig(Options):
             gradient, or that they lose (adamw, muon).
         optimizer: name and options of the optimizer of local steps, and ``state``: "reset" (its moments begin anew in
             every round; clients, unless told otherwise) or "keep" (every participant keeps its own; peers).
-        groups: parameters, by patterns of their names, with a learning rate or a weight decay of their own.
+        groups: parameters, by patterns of their names, with a learning rate, weight decay or optimizer of their own.
         clip_norm: largest Euclidean norm of a step's gradient, to which larger ones are scaled down; None: any.
         precision: type of numbers: float64 for all of them (parameters, samples in a batch, gradients, moments, sums,
             what is sent, kept and evaluated); bfloat16 or float16 within the loss alone (`torch.autocast`), while
@@ -47,7 +70,7 @@ class TrainConfig(Options):
     momentum: float = Field(default=0.0, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     optimizer: Plugin = {"name": "sgd"}
-    groups: list[ParameterGroup] = []
+    groups: list[TrainedGroup] = []
     clip_norm: float | None = Field(default=None, gt=0)
     precision: Precision = "float32"
     schedule: Annotated[ScheduleOptions, BeforeValidator(as_mapping)] = ScheduleOptions()

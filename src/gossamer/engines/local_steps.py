@@ -62,12 +62,12 @@ class ParameterGroup(Options):
 
     Attributes:
         match: pattern of their names, with ``*``, ``?`` and ``[...]``; of several groups the first that fits holds.
-        lr: learning rate, in the place of ``train.lr``; schedules act on it, too.
+        lr: learning rate, in the place of ``train.lr``; schedules act on it, too. 0: they stay as they are.
         weight_decay: in the place of the optimizer's.
     """
 
     match: str
-    lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, ge=0)
     weight_decay: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ from gossamer.storage.strict_yaml import read_yaml
 NAMES = {  # where a configuration names what is looked up, and the kinds of the registry that it may be of
     "algorithm": ("algorithm",),
     "train.optimizer": ("optimizer",),
+    "train.groups.optimizer": ("optimizer",),
     "submodel.strategy": ("strategy",),
     "engine": ("engine",),
     "workload": ("workload",),
@@ -125,7 +126,8 @@ class Policy(Options):
                 raise PolicyError(f"the policy refuses {key} = {value}: a client trains in one run at a time")
         for key in NAMES:
             if key not in own:
-                self._check_name(key, _entry(configuration, key))
+                for value in _entries(configuration, key):
+                    self._check_name(key, value)
         for key, value in _leaves(configuration, own):
             self._check_leaf(key, value)
         self._check_work(configuration)
@@ -240,6 +242,15 @@ def _entry(configuration: Mapping[str, Any], key: str) -> Any:
     found: Any = configuration
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _entries(configuration: Mapping[str, Any], key: str) -> list[Any]:
+    """Return what stands at a dotted key, of each entry of the lists on the way."""
+    found: list[Any] = [configuration]
+    for part in key.split("."):
+        below = [one for each in found for one in (each if isinstance(each, list | tuple) else [each])]
+        found = [one.get(part) if isinstance(one, Mapping) else None for one in below]
     return found
 
 

@@ -51,6 +51,15 @@ def test_groups_are_those_of_torch(tmp_path: Path, mode: dict[str, bool]) -> Non
 
 
 @EITHER
+def test_parameters_at_rate_0_keep_their_bits(tmp_path: Path, mode: dict[str, bool]) -> None:
+    """As ``requires_grad=False`` in torch, also beside Adam with weight decay, whose moments go on."""
+    given = [{"match": "hidden0.*", "lr": 0}]
+    changes = ONE | {"train.groups": given, "train.optimizer": "adamw", "train.lr": 0.01, "rounds": 2} | modes(**mode)
+    start, found = initial_model(build(parse(configure(changes)))), run(configure(changes), out=tmp_path / "run").params
+    assert [name for name in found if torch.equal(found[name], start[name])] == ["hidden0.weight", "hidden0.bias"]
+
+
+@EITHER
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_schedules_of_a_round(tmp_path: Path, name: str, mode: dict[str, bool]) -> None:
     """Six steps: factors by hand."""

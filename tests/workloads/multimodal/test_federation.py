@@ -63,6 +63,21 @@ def test_a_unimodal_client_changes_no_other_modality(tmp_path: Path, sense: str,
     assert not changed & ({"vision", "latents"} if sense == "text" else {"text"})
 
 
+def test_modules_are_trained_at_rates_and_by_optimizers_of_their_own(tmp_path: Path) -> None:
+    """Vision stays as it is; SGD at a rate of nearly nothing moves the text encoder less than Adam does the rest."""
+    given = config(rounds=1)
+    slow = {"match": "text.*", "lr": 1e-6, "optimizer": {"name": "sgd", "momentum": 0.5}}
+    given["train"] = TRAIN | {"groups": [{"match": "vision.*", "lr": 0}, slow]}
+    _, before = initial(given)
+    after = gossamer.run(given, out=tmp_path / "run").params
+    moved = dict[str, float]()
+    for name, value in before.items():
+        module, distance = name.partition(".")[0], float((after[name] - value).abs().max())
+        moved[module] = max(moved.get(module, 0.0), distance)
+    assert moved["vision"] == 0
+    assert 0 < moved["text"] < 1e-4 < moved["universal"]
+
+
 @pytest.mark.parametrize("strategy", ["static", "rolling"])
 def test_a_coordinate_is_averaged_over_its_holders(tmp_path: Path, strategy: str) -> None:
     """One step of SGD on all samples of each client, against the mean taken coordinate by coordinate."""

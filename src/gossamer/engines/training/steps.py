@@ -103,6 +103,8 @@ def take_step(variant: Variant, stretches: Sequence[Stretch], grads: Arrays, lr:
             if variant.takes_turns and not variant.is_trained(name, step, num_steps):
                 continue
             algorithm, factor = steppers[name]
+            if not factor:
+                continue
             step_in_place(algorithm, views[name], grad if rows is None else grad[rows], rate * factor)
 
 
