@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import Tensor
 from gossamer.workloads.multimodal.workload import VideoLanguage
 
 MODEL = {"name": "mplug-2", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1, "num_latents": 3}
+MODELS: dict[str, dict[str, Any]] = {
+    "mplug-2": MODEL,
+    "smaug": {"name": "smaug", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1},
+}
 SMALL = {"dataset": {"name": "moving-digits", "num_train": 120, "num_pools": 1}, "model": MODEL}
 
 
@@ -25,6 +30,12 @@ def workload(num_clients: int = 4, **options: Any) -> VideoLanguage:
     return VideoLanguage(SMALL | given, num_clients=num_clients, partition="iid", seed=0)
 
 
+def with_model(name: str, num_clients: int = 4, **options: Any) -> VideoLanguage:
+    """Return a small workload of one of `MODELS`, changed by the option `model`, pairs of its options."""
+    model = MODELS[name] | dict(options.pop("model", ()))
+    return workload(num_clients, model=tuple(model.items()), **options)
+
+
 def merged(made: VideoLanguage, client: int = 0, count: int = 8) -> dict[str, Any]:
     """Return a batch of one client, as `loss` receives it."""
     batch = made.batch(np.array([client]), np.arange(count, dtype=np.int64)[None])
@@ -36,6 +47,11 @@ def nudged(made: VideoLanguage, seed: int = 1) -> dict[str, Tensor]:
     row = made.init(0)
     noise = 0.05 * torch.randn(made.layout.d, generator=torch.Generator().manual_seed(seed))
     return {name: value.clone() for name, value in made.layout.views(row + noise).items()}
+
+
+def modules(grads: Mapping[str, Tensor | None]) -> set[str]:
+    """Return the modules that a gradient reaches."""
+    return {name.partition(".")[0] for name, grad in grads.items() if grad is not None and bool(grad.any())}
 
 
 def gradients(made: VideoLanguage, params: dict[str, Tensor], batch: dict[str, Any]) -> dict[str, Tensor | None]:

@@ -92,7 +92,10 @@ BUILTIN: dict[str, dict[str, str]] = {
         "moving-digits": "gossamer.workloads.multimodal.clips:moving_digits",
         **_same("gossamer.workloads.multimodal.clip_sets", "nlvr captioned-videos"),
     },
-    "video-language-model": {"mplug-2": "gossamer.workloads.multimodal.mplug:MPlug"},
+    "video-language-model": {
+        "mplug-2": "gossamer.workloads.multimodal.mplug:MPlug",
+        "smaug": "gossamer.workloads.multimodal.smaug:Smaug",
+    },
     "partition": {
         "iid": "gossamer.workloads.partitions:iid",
         "dirichlet": "gossamer.workloads.partitions:dirichlet",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gossamer.submodel.layout import AxisSpec, Dim
 from gossamer.workloads.models import DeclaredModel, rescale
+from gossamer.workloads.multimodal.sparse import taken
 
 Params = Mapping[str, Tensor]
 Cut = Literal["heads", "head-dim"]
@@ -127,10 +128,8 @@ class Attention:
             scale: the scaler's factor.
         """
         memory = x if memory is None else memory
-        split = (-1, self.head_dim) if self.cut == "heads" else (self.num_heads, -1)
         query, key, value = (
-            linear(params, f"{self.name}.{name}", source).reshape(*source.shape[:-1], *split).transpose(-3, -2)
-            for name, source in (("query", x), ("key", memory), ("value", memory))
+            self._heads_of(params, name, source) for name, source in (("query", x), ("key", memory), ("value", memory))
         )
         if self.cut == "head-dim":
             query = rescale(query, scale)
@@ -139,6 +138,21 @@ class Attention:
             scores = scores.masked_fill(~allowed.unsqueeze(-3), torch.finfo(scores.dtype).min)
         mixed = scores.softmax(-1) @ value
         return linear(params, f"{self.name}.project", rescale(mixed.transpose(-3, -2).flatten(-2), scale))
+
+    def shares(self, params: Params, x: Tensor, memory: Tensor) -> Tensor:
+        """Return how x [..., n, size] divides its attention among a memory [..., k, memory_size], mean of the heads.
+
+        Returns:
+            float32 [..., n, k]; they sum to 1. No gradient goes through them.
+        """
+        with torch.no_grad():
+            query, key = (self._heads_of(params, n, source) for n, source in (("query", x), ("key", memory)))
+            return ((query * (1 / math.sqrt(self.head_dim))) @ key.transpose(-1, -2)).softmax(-1).mean(-3)
+
+    def _heads_of(self, params: Params, layer: str, source: Tensor) -> Tensor:
+        """Return a projection of a sequence [..., n, size], divided into heads: [..., heads, n, head_dim]."""
+        split = (-1, self.head_dim) if self.cut == "heads" else (self.num_heads, -1)
+        return linear(params, f"{self.name}.{layer}", source).reshape(*source.shape[:-1], *split).transpose(-3, -2)
 
 
 @dataclass(frozen=True)
@@ -237,11 +251,19 @@ class Patches:
         # [..., frames, channels, rows, p, columns, p] -> [..., frames, rows, columns, channels, p, p]
         return tiles.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
 
-    def __call__(self, params: Params, video: Tensor) -> Tensor:
-        """Return tokens float32 [..., frames, places, size] of a video float32 [..., frames, channels, h, w]."""
-        tokens = linear(params, f"{self.name}.patches", self.cut_out(video))
+    def __call__(self, params: Params, video: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return tokens float32 [..., frames, places, size] of a video float32 [..., frames, channels, h, w].
+
+        Args:
+            params: of the model.
+            video: its pixels.
+            chosen: places int64 [..., frames, k] of each frame; nothing of the others is computed. None: all.
+        """
+        pixels, where = self.cut_out(video), params[f"{self.name}.places.weight"]
+        if chosen is not None:
+            pixels, where = taken(pixels, chosen), F.embedding(chosen, where)
         when = params[f"{self.name}.frames.weight"][: video.shape[-4], None]
-        return tokens + params[f"{self.name}.places.weight"] + when
+        return linear(params, f"{self.name}.patches", pixels) + where + when
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ class Transformer(DeclaredModel, ABC):
     @torch.no_grad()
     def predict(self, task: str, params: Params, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the metrics of a task are made of, see `VideoLanguageModel`."""
-        forward = self.forward(params, batch)
+        forward = self.forward(params, batch, ForwardContext(training=False))
         if task == "retrieval":
             return {"video": forward.video_embedding, "text": forward.text_embedding}
         if task == "question-answering":
