@@ -78,7 +78,12 @@ def assert_same(run: Run, other: Run, but: Sequence[str] = ()) -> None:
         [{key: value for key, value in record.items() if key not in but} for record in without_clocks(one.metrics)]
         for one in (run, other)
     )
-    assert found == expected
+    pairs = zip(found, expected, strict=False)
+    others = [
+        {key: (one.get(key), two.get(key)) for key in {**one, **two} if one.get(key) != two.get(key)}
+        for one, two in pairs
+    ]
+    assert found == expected, others
 
 
 def relative_error(params: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from gossamer.config import diagnosis
 from gossamer.config.buffers import require_averages
 from gossamer.config.clock import goes_by_the_clock, wall_clock
 from gossamer.config.communication import check_codecs, require_whole_downlink
-from gossamer.config.inputs import configuration_inputs, require_replayed, run_id
+from gossamer.config.inputs import configuration_inputs, run_id
 from gossamer.config.optimizers import require_moments
 from gossamer.config.personal import require_holdings
+from gossamer.config.replays import replaying
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks, EngineSetup
@@ -28,7 +29,6 @@ from gossamer.engines.task import Task
 from gossamer.engines.training.modes import measured_modes, modes_by_rule
 from gossamer.errors import ConfigError, plugin_errors
 from gossamer.memory import require_memory
-from gossamer.planning.absences import absences
 from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
 from gossamer.planning.base import Planner
 from gossamer.planning.clients import ClientPlanner
@@ -89,10 +89,9 @@ class Parts:
         """Start the engine from the initial model, with a store for private state if clients keep some."""
         options, x = self.config.engine, self.workload.init(self.config.seed)
         block_size = None if options.block_size == "auto" else options.block_size
-        if self.config.replay is not None:  # in which single clients are left out
-            require_replayed(Path(self.config.replay), self.inputs)
-            absent = absences(Path(self.config.replay), self.workload.num_clients)
-            block_size, hooks = 1, replace(hooks, absent=absent)
+        if self.config.replay is not None and self.config.clients is not None:  # single ones are left out
+            block_size = 1
+        hooks = replaying(self.config, self.inputs, self.workload.num_clients, hooks)
         counts_cpus = self.engine_class.is_remote and options.workers == "auto"
         setup = EngineSetup(
             workers=0 if counts_cpus else num_workers(self.config, self.workload),

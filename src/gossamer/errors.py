@@ -68,7 +68,16 @@ class EngineError(GossamerError):
 
 
 class StateLost(EngineError):
-    """The resident state is lost; the last commit has it."""
+    """The resident state is lost; the last commit has it.
+
+    Attributes:
+        told: more of it, by name, for the log.
+    """
+
+    def __init__(self, message: str, **told: int) -> None:
+        """Say why."""
+        super().__init__(message)
+        self.told = told
 
 
 class RoundAborted(EngineError):

@@ -126,7 +126,8 @@ class Loop:
         self.restore(checkpoint)
         self.spans.take()
         self.progress.wall_seconds = wall_seconds
-        self.log.log_event("state-lost", round=lost, back_to=checkpoint.round, times=times, reason=str(error))
+        told = {"back_to": checkpoint.round, "times": times, "reason": str(error), **error.told}
+        self.log.log_event("state-lost", round=lost, **told)
 
     def _run_rounds(self) -> None:
         self._committed_at = time.monotonic()

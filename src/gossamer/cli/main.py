@@ -92,7 +92,10 @@ def run(
     device: Device = None,
     replay: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Drop again whom the clock dropped in this run of real clients."),
+        typer.Option(
+            metavar="DIR",
+            help="Drop again whom the clock dropped in this run of real clients, or in peers' runs below.",
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run directory; default: runs/<name>-<time>.")] = None,
     recorded: Annotated[

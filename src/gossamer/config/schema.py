@@ -297,7 +297,8 @@ class Config(Options):
         engine: where training runs; a bare name is its `name`.
         log: trackers.
         profile: whether to record where the time goes, for ``gossamer profile``; changes no bits.
-        replay: path of the directory of a run of real clients; those whom the clock dropped there are dropped again.
+        replay: path of the directory of a run of real clients, or of a folder with the runs of real peers; those whom
+            the clock dropped there are dropped again.
         methods: ``{name: {key: value}}``, each a run (of each seed) in which these keys are replaced.
     """
 

@@ -109,7 +109,8 @@ def _of_merges(config: Config, algorithm: Any) -> Iterator[Rule]:
     peers, own, rounds = config.peers, algorithm.traits.merge_every, config.rounds
     assert peers is not None
     every = peers.merge_every or own
-    alone = None if config.engine.name == "network" else f"peers of engine {config.engine.name!r} are never absent"
+    are_away = config.engine.name == "network" or config.replay is not None
+    alone = None if are_away else f"peers of engine {config.engine.name!r} are never absent"
     yield "peers.absent_neighbour", peers.absent_neighbour, "wait", alone
     patient = "they wait for ever" if peers.absent_neighbour == "wait" else None
     yield "peers.patience_seconds", peers.patience_seconds, 30.0, alone or patient

@@ -28,6 +28,19 @@ STOP_SIGNALS = tuple(  # that end a process unless it handles them, and ask a ru
 )
 
 
+@dataclass(frozen=True)
+class AbsentNeighbours:
+    """Peers that were away for some of the others. Rounds and phases are counted from 0.
+
+    Attributes:
+        missing: (round, phase) -> {peer: those whose rows it did not get}.
+        taken: (round, phase) -> {peer: whose state it began the phase with, because it had fallen behind}.
+    """
+
+    missing: Mapping[tuple[int, int], Mapping[int, Sequence[int]]]
+    taken: Mapping[tuple[int, int], Mapping[int, int]]
+
+
 def never() -> bool:
     """Return false."""
     return False
@@ -51,6 +64,7 @@ class EngineHooks:
         report: callback for what goes wrong and is repaired: ``report(kind, **fields)``.
         must_stop: asked where to stop would lose work; true a few seconds after `stop_requested`.
         absent: asked who does not train in a phase, because it was dropped in the run that is replayed, and why.
+        neighbours: whose rows peers did not get in the run that is replayed; None: all got all.
         tell: gets lines that whoever watches the run should see.
         show: gets what there is to see of real clients, again and again, see `gossamer.engines.network.state`.
     """
@@ -59,6 +73,7 @@ class EngineHooks:
     report: Callable[..., None] = _ignore
     must_stop: Callable[[], bool] = never
     absent: Absent = nobody
+    neighbours: AbsentNeighbours | None = None
     tell: Callable[[str], None] = lambda line: None
     show: Callable[[Sequence[Mapping[str, Any]]], None] = lambda clients: None
 

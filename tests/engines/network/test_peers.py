@@ -20,8 +20,9 @@ from federation import LEVELS, STACKED, assert_same, events, modes
 from gossamer.engines.network.roster import versions
 from gossamer.errors import ConfigError, Disconnected, GossamerError, Refused
 from gossamer.experiment import Hooks, Run, resume, run
+from gossamer.storage.checkpoint import STATE, Checkpoints
 from gossamer.storage.jsonl import read
-from gossamer.storage.runlog import read_metrics
+from gossamer.storage.runlog import CHECKPOINTS, read_metrics
 from gossamer.transport import Client
 from gossamer.transport.authentication import load_kit
 from gossamer.transport.provisioning import provision
@@ -106,6 +107,13 @@ def ended_after(number: int) -> Hooks:
     return Hooks(observer=lambda name, num_rounds: watch, is_ended=over.is_set)
 
 
+def committed_rows(directory: Path) -> torch.Tensor:
+    """Return the models of a run's last commit, [n, d]."""
+    latest = Checkpoints(directory / CHECKPOINTS).latest()
+    assert latest is not None
+    return latest.arrays[f"{STATE}x"]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_bits(name: str, tmp_path: Path) -> None:
     config = configured(RUNS[name])
@@ -170,6 +178,40 @@ def test_who_renormalises_goes_on_and_who_comes_back_takes_up_a_state(tmp_path: 
     assert [3] in [one["peers"] for one in events(peers.where(0), "neighbours-absent")]
     assert [one for one in events(peers.where(3), "state-lost") if "its state is taken up" in one["reason"]]
     assert {read_metrics(peers.where(peer))[-1]["round"] for peer in range(4)} == {40}
+    assert events(peers.where(3), "state-lost")[0]["taken_from"] in range(3)
+    for workers in (0, 2):
+        replayed = tmp_path / f"replayed-{workers}"
+        run(
+            {**peers.config, "replay": str(tmp_path), "engine": {**peers.config["engine"], "workers": workers}},
+            out=replayed,
+        )
+        rows = committed_rows(replayed)
+        for peer in range(NUM_PEERS):
+            assert torch.equal(committed_rows(peers.where(peer))[0], rows[peer])
+
+
+def test_runs_of_peers_that_cannot_be_replayed(tmp_path: Path) -> None:
+    config = configured({"rounds": 1})
+    peers = Peers(tmp_path, config)
+    for peer in range(NUM_PEERS):
+        peers.start(peer)
+    peers.join()
+    again = {**config, "replay": str(tmp_path)}
+    run(again, out=tmp_path / "replayed")
+    for changes, told in (
+        ({"engine": {**config["engine"], "name": "ray", "workers": 1}}, "cannot leave out neighbours"),
+        ({"replay": str(tmp_path / "none")}, "is no folder"),
+        ({"seed": 5}, "of another experiment, in which seed = "),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            run({**again, **changes}, out=tmp_path / "refused")
+    shutil.copytree(peers.where(1), tmp_path / "node-copy")
+    with pytest.raises(ConfigError, match="holds two runs of peer 1"):
+        run(again, out=tmp_path / "refused")
+    for directory in (tmp_path / "node-copy", peers.where(1)):
+        shutil.rmtree(directory)
+    with pytest.raises(ConfigError, match="holds no run directory of peer 1: collect those of all 4 peers"):
+        run(again, out=tmp_path / "refused")
 
 
 def test_a_peer_whose_disk_is_lost_takes_up_a_neighbours_state(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from gossamer.engines.memory import keep_freed_memory, shared_zeros
 from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
-from gossamer.plan import RoundPlan
+from gossamer.plan import RoundPlan, TrainReport
 from gossamer.threads import one_thread
 
 SMALL_FLOATS = 1 << 17  # of a state that one process mixes sooner than it could tell others to
@@ -77,12 +77,23 @@ class LocalPeerEngine(PeerEngine):
     def _is_small(self) -> bool:
         return self._peers.state["x"].numel() <= SMALL_FLOATS
 
+    def train(self, plan: RoundPlan) -> Iterator[TrainReport]:
+        """Train all peers; in a run that is replayed, some begin with the state of another one."""
+        if self.hooks.neighbours is not None:
+            taken = self.hooks.neighbours.taken.get((plan.round, plan.phase), {})
+            for rows in self._peers.state.values():
+                rows[list(taken)] = rows[list(taken.values())]
+        return super().train(plan)
+
     def _train_jobs(self, plan: RoundPlan, jobs: list[list[Message]]) -> Iterator[Message]:
         return self._map(jobs[0])
 
     def _mix(self, plan: RoundPlan) -> None:
         """Mix and update, panel by panel; scalars last."""
         message, algorithm = mix_message(plan), self._task.phases[plan.phase].algorithm
+        if self.hooks.neighbours is not None:
+            missing = self.hooks.neighbours.missing.get((plan.round, plan.phase), {})
+            message["missing"] = [[peer, list(others)] for peer, others in missing.items()]
         for columns in (self._columns, [[0, 0]] if algorithm.traits.scalars else []):
             for _ in self._map(({**message, "columns": one} for one in columns), here=self._is_small):
                 pass

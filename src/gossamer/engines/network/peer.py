@@ -188,7 +188,8 @@ class NetworkPeer(PeerEngine):
         missing = self._links.wait(at, senders, receivers, until)
         if missing:
             self._go_without(at, missing)
-        received = {sender: dict(one.arrays) for sender, one in self._links.collected(at).items() if sender in senders}
+        here = {*senders} - missing  # a row that has come since is not used: others can tell from the log what was
+        received = {sender: dict(one.arrays) for sender, one in self._links.collected(at).items() if sender in here}
         self._require_finite(at, received)
         self._row.mix(message, received)
         self._outbox.keep({one for lane in self._links.lanes.values() for one in lane.kept} | {at})
@@ -209,7 +210,8 @@ class NetworkPeer(PeerEngine):
         found = self._links.state_of(ahead, specs) if is_behind else None
         if found is not None and found[0] > at:
             go_on_from(self._place.directory, *found)
-            raise StateLost(f"peer {ahead} is in round {found[0][0] + 1}: its state is taken up")
+            told = {"taken_from": ahead, "taken_round": found[0][0] + 1, "taken_phase": found[0][1] + 1}
+            raise StateLost(f"peer {ahead} is in round {found[0][0] + 1}: its state is taken up", **told)
         if self._waits:
             raise EngineError(
                 f"peer {ahead} is past round {at[0] + 1} and does not send its row again: start this peer once more"

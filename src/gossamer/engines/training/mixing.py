@@ -82,6 +82,32 @@ class Mixer:
             updated["x"] = torch.where(self._personal[columns], own["x"], updated["x"])
         return updated
 
+    def update_without(
+        self,
+        plan: Mapping[str, Any],
+        sent: Arrays,
+        holders: Tensor | None,
+        state: Arrays,
+        absent: tuple[int, Sequence[int]],
+        columns: slice = slice(None),
+    ) -> Arrays:
+        """Return the new state of one peer that some did not reach, [1, columns].
+
+        What the others and the peer itself weigh is divided by its sum; where payloads are added up, what is missing is
+        lost.
+
+        Args:
+            plan, sent, holders, columns: see `update`.
+            state: arrays of all peers, [n, columns].
+            absent: the peer, and those that did not reach it.
+        """
+        peer, missing = absent[0], list(absent[1])
+        held = torch.ones(self._num_peers, 1, dtype=torch.uint8) if holders is None else holders.clone()
+        held[missing] = 0
+        reached = {name: value.index_fill(0, torch.tensor(missing), 0.0) for name, value in sent.items()}
+        own = slice(peer, peer + 1)
+        return self.update(plan, reached, held, {name: value[own] for name, value in state.items()}, own, columns)
+
     def update_block(self, plan: Mapping[str, Any], everyone: Arrays, block: Arrays, bounds: Sequence[int]) -> Arrays:
         """Return the new state of a block of peers.
 

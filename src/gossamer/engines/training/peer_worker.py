@@ -199,7 +199,8 @@ class PeerWorker:
     def mix(self, message: Message) -> Message:
         """Mix one panel of columns of all payloads, and update the state there; an empty panel updates the scalars.
 
-        Scalars come last, in a panel of their own, because every panel reads those that were sent.
+        Scalars come last, in a panel of their own, because every panel reads those that were sent. ``missing`` in the
+        message are [peer, those whose rows it does not get].
         """
         columns = slice(*message["columns"])
 
@@ -215,6 +216,10 @@ class PeerWorker:
         state = {name: panel(name, value) for name, value in self._peers.state.items()}
         everyone = slice(0, self._task.workload.num_clients)
         updated = self._mixer.update(message, sent, holders, state, everyone, columns)
+        for peer, missing in message.get("missing", ()):
+            alone = self._mixer.update_without(message, sent, holders, state, (peer, missing), columns)
+            for name, row in alone.items():
+                updated[name][peer : peer + 1] = row
         self._before_writing()
         for name, value in updated.items():
             if (name in self._scalars) == (columns.start == columns.stop):
