@@ -19,7 +19,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -35,7 +35,7 @@ from gossamer import rng
 from gossamer.engines.local.engine import LocalEngine
 from gossamer.engines.server import STACKED_BLOCK_FLOATS
 from gossamer.engines.training import batches, trainer
-from gossamer.submodel.layout import as_dim
+from gossamer.submodel.layout import AxisSpec, as_dim
 from gossamer.submodel.windows import window_length
 from harness import Gate, machine, spread
 
@@ -138,6 +138,20 @@ class Convolutional(nn.Module):
 MODULES: dict[str, Callable[[float], nn.Module]] = {"mlp": Perceptron, "narrow cnn": Convolutional}
 
 
+def rolled_mesh(shape: Sequence[int], axes: Sequence[AxisSpec], capacity: float, number: int) -> tuple[Tensor, ...]:
+    """Return the open mesh of index arrays of a round's rolled window of one parameter."""
+    indices = []
+    for size, spec in zip(shape, axes, strict=True):
+        dim = as_dim(spec)
+        index = np.arange(size)
+        if dim.cuttable:
+            width = size // dim.inner
+            channels = np.roll(np.arange(width), -number)[: window_length(width, capacity)]
+            index = (channels[:, None] * dim.inner + np.arange(dim.inner)).reshape(-1)
+        indices.append(index)
+    return tuple(torch.from_numpy(index) for index in np.ix_(*indices))
+
+
 class Naive:
     """One module, one state dict and two full-size accumulators a client."""
 
@@ -149,19 +163,6 @@ class Naive:
         data = parts.workload.data
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
         self.images, self.labels = (data.train_images - mean) / std, data.train_labels
-
-    def windows(self, value: Tensor, name: str, capacity: float, number: int) -> tuple[Tensor, ...]:
-        """Return the open mesh of rolled index arrays of one parameter."""
-        indices = []
-        for size, spec in zip(value.shape, self.axes[name], strict=True):
-            dim = as_dim(spec)
-            index = np.arange(size)
-            if dim.cuttable:
-                width = size // dim.inner
-                channels = np.roll(np.arange(width), -number)[: window_length(width, capacity)]
-                index = (channels[:, None] * dim.inner + np.arange(dim.inner)).reshape(-1)
-            indices.append(index)
-        return tuple(torch.from_numpy(index) for index in np.ix_(*indices))
 
     def orders(self, number: int) -> list[np.ndarray[Any, Any]]:
         """Return the samples of every client in the order of the round, int64 [clients][samples]."""
@@ -177,7 +178,7 @@ class Naive:
         returned = []
         for client in range(NUM_CLIENTS):
             capacity = self.parts.task.capacities[variants[client]]
-            meshes = {name: self.windows(value, name, capacity, number) for name, value in self.state.items()}
+            meshes = {n: rolled_mesh(v.shape, self.axes[n], capacity, number) for n, v in self.state.items()}
             module = self.make_module(capacity)
             module.load_state_dict({name: value[meshes[name]].clone() for name, value in self.state.items()})
             self.train(module, orders[client])
