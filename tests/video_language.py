@@ -15,6 +15,7 @@ from gossamer.workloads.multimodal.workload import VideoLanguage
 MODEL = {"name": "mplug-2", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1, "num_latents": 3}
 MODELS: dict[str, dict[str, Any]] = {
     "mplug-2": MODEL,
+    "anchor-captioner": {"name": "anchor-captioner", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1},
     "smaug": {"name": "smaug", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1},
 }
 SMALL = {"dataset": {"name": "moving-digits", "num_train": 120, "num_pools": 1}, "model": MODEL}

@@ -94,6 +94,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "video-language-model": {
         "mplug-2": "gossamer.workloads.multimodal.mplug:MPlug",
+        "anchor-captioner": "gossamer.workloads.multimodal.anchors:AnchorCaptioner",
         "smaug": "gossamer.workloads.multimodal.smaug:Smaug",
     },
     "partition": {

@@ -36,7 +36,17 @@ def test_captions_that_are_right() -> None:
     made = workload(tasks=("captioning",))
     measure, clips = made._measures["captioning"], made.data.test
     found = measure.metrics(measure.sums({"tokens": clips.caption}, clips))
-    assert found == {"caption_accuracy": 1.0, "cider_d": pytest.approx(10.0), "bleu_4": pytest.approx(100.0)}
+    right = {"caption_accuracy": 1.0, "object_recall": 1.0}
+    assert found == right | {"cider_d": pytest.approx(10.0), "bleu_4": pytest.approx(100.0)}
+
+
+def test_objects_are_found_word_by_word() -> None:
+    """Captions of other clips: the digit of the next clip is another one for one clip of twelve."""
+    made = workload(tasks=("captioning",))
+    measure, clips = made._measures["captioning"], made.data.test
+    found = measure.metrics(measure.sums({"tokens": clips.caption.roll(-1, 0)}, clips))
+    assert found["object_recall"] == pytest.approx(11 / 12)
+    assert found["caption_accuracy"] == 0.0
 
 
 def test_a_model_without_time_does_not_rely_on_it() -> None:

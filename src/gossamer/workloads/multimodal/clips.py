@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -62,6 +62,7 @@ class ClipData:
         partition_label: name of the label by which partitions by class divide.
         pool: test clips, in order, among which a caption is to be found; none of a pool have the same caption.
         mean, std: of pixels from 0 to 1, by which videos are normalised.
+        label_words: ``{name: (word, ...)}`` of the labels whose classes captions name by a word.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ClipData:
     pool: int
     mean: float = 0.0
     std: float = 1.0
+    label_words: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what a model relies on.
@@ -93,6 +95,16 @@ class ClipData:
                 label = clips.labels[name]
                 if label.shape != (len(clips),) or int(label.min()) < 0 or int(label.max()) >= num:
                     raise DataError(f"label {name!r} of the {split} clips of {self.name!r} is outside 0 .. {num - 1}")
+
+        for name, words in self.label_words.items():
+            unknown = next((word for word in words if word not in self.vocabulary), None)
+            if unknown is not None or len(words) != self.num_labels.get(name):
+                raise DataError(
+                    f"label_words of {self.name!r} has {len(words)} words for {name!r}, which has"
+                    f" {self.num_labels.get(name, 0)} classes"
+                    + ("" if unknown is None else f", and {unknown!r} is not in the vocabulary")
+                    + ": give a known word for each class"
+                )
 
     def _check_tokens(self, split: str, clips: Clips) -> None:
         texts = {"caption": clips.caption, "question": clips.question, "answer": clips.answer}
@@ -178,6 +190,7 @@ def moving_digits(options: Mapping[str, Any]) -> ClipData:
         pool=len(texts),
         mean=0.1,
         std=0.25,
+        label_words={"digit": DIGITS},
     )
 
 

@@ -290,10 +290,14 @@ class Forward(ABC):
         """Return captions, word by word the likeliest one, int64 [b, length]; `PAD` follows the end."""
         tokens = torch.full((len(self.visual), 1), BEGIN, device=self.visual.device)
         for _ in range(length - 1):
-            word = self.decoded(tokens, self.visual)[:, -1].argmax(-1)
+            word = self.next_words(tokens).argmax(-1)
             over = (tokens[:, -1] == END) | (tokens[:, -1] == PAD)
             tokens = torch.cat([tokens, word.masked_fill(over, PAD)[:, None]], dim=1)
         return tokens
+
+    def next_words(self, tokens: Tensor) -> Tensor:
+        """Return the logits float32 [b, num_tokens] of the word after captions int64 [b, n] of the videos."""
+        return self.decoded(tokens, self.visual)[:, -1]
 
     def label_logits(self, label: str) -> Tensor:
         """Return the logits of a video's classes, float32 [b, classes]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ class Facts:
         frame: channels, height and width.
         num_frames: frames of a video.
         num_labels: ``{name: classes}`` of the labels of videos.
+        label_words: ``{name: (token, ...)}`` of labels whose classes are words of captions.
     """
 
     num_tokens: int
@@ -34,15 +35,18 @@ class Facts:
     frame: tuple[int, int, int]
     num_frames: int
     num_labels: Mapping[str, int]
+    label_words: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values."""
-        return asdict(self) | {"frame": list(self.frame), "num_labels": dict(self.num_labels)}
+        words = {name: list(tokens) for name, tokens in self.label_words.items()}
+        return asdict(self) | {"frame": list(self.frame), "num_labels": dict(self.num_labels), "label_words": words}
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> Facts:
         """Return what `as_json` was made of."""
-        return cls(**{**values, "frame": tuple(values["frame"])})
+        words = {name: tuple(tokens) for name, tokens in values["label_words"].items()}
+        return cls(**{**values, "frame": tuple(values["frame"]), "label_words": words})
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,12 @@ class Graph:
     Attributes:
         modules: names of modules.
         modalities: names among `MODALITIES`.
+        predicts: names of further modules, without which nothing is predicted: they are trained by other tasks.
     """
 
     modules: frozenset[str]
     modalities: frozenset[str]
+    predicts: frozenset[str] = frozenset()
 
 
 class VideoLanguageModel(Protocol):
@@ -108,6 +114,6 @@ class VideoLanguageModel(Protocol):
         ...
 
 
-def graph(modules: str, modalities: str) -> Graph:
+def graph(modules: str, modalities: str, predicts: str = "") -> Graph:
     """Return a graph of names in one text each."""
-    return Graph(frozenset(modules.split()), frozenset(modalities.split()))
+    return Graph(frozenset(modules.split()), frozenset(modalities.split()), frozenset(predicts.split()))

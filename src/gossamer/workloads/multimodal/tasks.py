@@ -91,11 +91,15 @@ class Recognition:
 
 
 class Captioning:
-    """BLEU-4, CIDEr-D, and the share of captions that are right word for word."""
+    """BLEU-4, CIDEr-D, the share of captions that are right word for word, and how often they name the right object.
+
+    Objects are the words that name classes, `ClipData.label_words`; where there are none, there is no such recall.
+    """
 
     def __init__(self, data: ClipData) -> None:
         """Take the captions of the test clips as references."""
         self._data = data
+        self._objects = frozenset(word for words in data.label_words.values() for word in words)
         self._frequencies = DocumentFrequencies.of([[data.words(caption).split()] for caption in data.test.caption])
 
     def sums(self, predicted: Mapping[str, Tensor], clips: Clips) -> Sums:
@@ -104,19 +108,31 @@ class Captioning:
             (self._data.words(found).split(), self._data.words(wanted).split())
             for found, wanted in zip(predicted["tokens"], clips.caption, strict=True)
         ]
-        exact, cider = (np.zeros(1) for _ in range(2))
+        exact, cider, objects = (np.zeros(size) for size in (1, 1, 2))
         for found, wanted in pairs:
             exact += found == wanted
+            named = self._objects & frozenset(wanted)
+            objects += (len(named & frozenset(found)), len(named))
             cider += cider_d(found, [wanted], self._frequencies)
         counts = np.sum([bleu_sums(found, [wanted]) for found, wanted in pairs], axis=0)
-        return flat({"caption_count": len(pairs)}) | {"caption_exact": exact, "cider": cider, "bleu": counts}
+        return flat({"caption_count": len(pairs)}) | {
+            "caption_exact": exact,
+            "cider": cider,
+            "bleu": counts,
+            "objects": objects,
+        }
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Return ``caption_accuracy``, ``bleu_4`` (0 .. 100; 0 where no four words match) and ``cider_d`` (0 .. 10)."""
+        """Return ``caption_accuracy``, ``bleu_4`` (0 .. 100; 0 where no four words match) and ``cider_d`` (0 .. 10).
+
+        ``object_recall`` is the share of the objects of the references that the captions name, too.
+        """
         count = float(sums["caption_count"].sum())
         matched = bleu(sums["bleu"]) if sums["bleu"][2:6].all() else 0.0  # without smoothing, which is of small corpora
         means = {"caption_accuracy": sums["caption_exact"], "cider_d": sums["cider"]}
-        return {name: float(value.sum()) / count for name, value in means.items()} | {"bleu_4": matched}
+        found, wanted = sums["objects"]
+        recall = {"object_recall": float(found / wanted)} if wanted else {}
+        return {name: float(value.sum()) / count for name, value in means.items()} | {"bleu_4": matched} | recall
 
 
 class Unmeasured:

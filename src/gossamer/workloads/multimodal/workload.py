@@ -149,8 +149,9 @@ class VideoLanguage(Workload):
     def _facts(self) -> Facts:
         train = self.data.train
         frames, *frame = train.video.shape[1:]
-        lengths = train.caption.shape[-1], train.question.shape[-1]
-        return Facts(len(self.data.vocabulary), *lengths, tuple(frame), frames, self.data.num_labels)  # type: ignore[arg-type]
+        lengths, data = (train.caption.shape[-1], train.question.shape[-1]), self.data
+        words = {name: tuple(map(data.vocabulary.index, known)) for name, known in data.label_words.items()}
+        return Facts(len(data.vocabulary), *lengths, tuple(frame), frames, data.num_labels, words)  # type: ignore[arg-type]
 
     @classmethod
     def build_model(cls, options: Mapping[str, Any], facts: Mapping[str, Any], seed: int) -> Any:
@@ -302,7 +303,7 @@ class VideoLanguage(Workload):
     def _pool(self, params: Params, batch: dict[str, Tensor], rows: Tensor) -> Sums:
         held, found = {name.partition(".")[0] for name in params}, Sums()
         for task in self.measured:
-            if self.model.graphs[task].modules <= held:
+            if self.model.graphs[task].modules | self.model.graphs[task].predicts <= held:
                 found |= self._measured(task, params, batch, rows)
         return found
 
