@@ -48,6 +48,10 @@ Number = Annotated[
 Simulated = Annotated[
     str | None, typer.Option(metavar="K,...", help="Be these clients, each with its part of the experiment's own data.")
 ]
+TraceFolder = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Record where the time goes, into a folder; for gossamer profile."),
+]
 RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -99,6 +103,7 @@ def client(
     linger: Annotated[
         float, typer.Option(metavar="SECONDS", help="How long to wait for another run after one has ended.")
     ] = 10.0,
+    profile: TraceFolder = None,
     trust: Trust = False,
 ) -> None:
     """Be a client: dial the server, and train for it until the run is over."""
@@ -110,14 +115,14 @@ def client(
     from gossamer.transport.policy import Policy
 
     own = None if kit is None else load_kit(kit, "client")
-    held = (own and own.number) or 0 if number is None else number
-    clients = [held] if simulate is None else _numbers(simulate)
+    clients = [(own and own.number) or 0 if number is None else number] if simulate is None else _numbers(simulate)
     rules = None if trust else Policy.load(policy)
     with plug_ins(trust, own=trust or rules != Policy() or ":" in (data or "")):
         _take_part(
             server,
             name,
             own,
+            profile,
             clients=clients,
             make_task=_task_maker(clients[0], data, rules),
             directory=directory,
@@ -145,7 +150,7 @@ def stop(directory: RunDirectory) -> None:
     os.kill(state.read(directory)["process"], signal.SIGTERM)
 
 
-def _take_part(server: str | None, name: str | None, kit: Kit | None, **options: Any) -> None:
+def _take_part(server: str | None, name: str | None, kit: Kit | None, trace: Path | None, **options: Any) -> None:
     """Be a node of a server, see `ClientNode`.
 
     Raises:
@@ -155,6 +160,7 @@ def _take_part(server: str | None, name: str | None, kit: Kit | None, **options:
     from gossamer.engines.network.client import ClientNode
     from gossamer.engines.stopping import stop_on_signals
     from gossamer.errors import storage_errors
+    from gossamer.profiling.recorder import recording
     from gossamer.transport import Client
     from gossamer.transport.audit import AUDIT, AuditLog
 
@@ -175,7 +181,7 @@ def _take_part(server: str | None, name: str | None, kit: Kit | None, **options:
         )
 
     secret = os.environ.pop(SECRET, "")
-    with closing(AuditLog(options["directory"] / AUDIT)) as log, stop_on_signals() as stop:
+    with closing(AuditLog(options["directory"] / AUDIT)) as log, stop_on_signals() as stop, recording(trace, "client"):
         ClientNode(dial=dial, secret=secret, tell=to_stderr, stop=stop, audit=log.record, **options).run()
 
 

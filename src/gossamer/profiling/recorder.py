@@ -123,7 +123,7 @@ class Recorder:
             if self._lines:
                 lines, self._lines = self._lines, []
                 if self._descriptor < 0:
-                    self.directory.mkdir(exist_ok=True)
+                    self.directory.mkdir(parents=True, exist_ok=True)
                     self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
                     lines.insert(0, self._header)
                 os.write(self._descriptor, ("\n".join(lines) + "\n").encode())
@@ -233,8 +233,8 @@ def stop() -> None:
 
 
 @contextmanager
-def recording(directory: Path | None) -> Iterator[None]:
-    """Record the driver, and all processes that it forks, within the block; None: record nothing.
+def recording(directory: Path | None, process: str = "driver") -> Iterator[None]:
+    """Record this process, and all processes that it forks, within the block; None: record nothing.
 
     Raises:
         StorageError: the disk refuses a write.
@@ -242,7 +242,7 @@ def recording(directory: Path | None) -> Iterator[None]:
     if directory is None:
         yield
         return
-    start(directory, "driver")
+    start(directory, process)
     try:
         yield
     finally:

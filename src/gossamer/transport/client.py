@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gossamer.errors import Disconnected, Dropped, Refused, TransportError
+from gossamer.profiling import recorder
 from gossamer.transport import gossamer_pb2 as pb
 from gossamer.transport.audit import no_audit, of_received, of_sent
 from gossamer.transport.calls import VERSION, waits
@@ -17,7 +18,18 @@ from gossamer.transport.connection import Connection, Foreign
 from gossamer.transport.credentials import Credentials, require_protected
 from gossamer.transport.frames import Outgoing
 from gossamer.transport.limits import Counts, Inbox, Limits, Traffic
-from gossamer.transport.messages import SERVER_NODE, Accept, Audit, Json, Message, Received, check_node, encode_json
+from gossamer.transport.messages import (
+    SERVER_NODE,
+    TAKEN,
+    Accept,
+    Audit,
+    Json,
+    Message,
+    Received,
+    check_node,
+    encode_json,
+    message_id,
+)
 from gossamer.transport.order import Busy
 from gossamer.transport.reading import Frames, Reader
 
@@ -61,7 +73,7 @@ class Client:
         self._hello = pb.Hello(version=VERSION, instance=secrets.token_hex(16), body=body).SerializeToString()
         self._counts = Counts()
         self._inbox = Inbox(limits.inbox_bytes)
-        self._reader = Reader(limits, accept, self._inbox)
+        self._reader = Reader(limits, accept, self._inbox, name)
         self._server_id: str | None = None
         self._received: queue.SimpleQueue[tuple[Received, int] | None] = queue.SimpleQueue()
         self._connection = self._joined(timeout_seconds)
@@ -99,13 +111,15 @@ class Client:
             error = self._connection.error
             left = 0.0 if error is not None else None if end is None else max(0.0, end - time.monotonic())
             try:
-                found = self._received.get(timeout=left)
+                with recorder.span("wait"):
+                    found = self._received.get(timeout=left)
             except queue.Empty:
                 if error is not None:
                     raise error from None
                 return None
             if found is not None:
                 received, taken_bytes = found
+                recorder.mark("receive", message=self._taken_id(received))
                 self._inbox.give_back(taken_bytes)
                 return received
 
@@ -126,7 +140,11 @@ class Client:
             TransportError: the message is malformed or over a limit.
         """
         seconds = self._limits.call_seconds if timeout_seconds is None else timeout_seconds
-        connection, outgoing = self._connection, Outgoing(message, self._limits)
+        with recorder.span("send", message=message_id(self._name, ">", message)):
+            return self._send(Outgoing(message, self._limits), seconds)
+
+    def _send(self, outgoing: Outgoing, seconds: float) -> bool:
+        connection = self._connection
         busy = ""
         for left in waits(seconds):
             if connection.error is not None:
@@ -214,7 +232,11 @@ class Client:
 
     def _take(self, received: Received, taken_bytes: int) -> None:
         self._audit("received", **of_received(received))
-        self._received.put((received, taken_bytes))
+        with recorder.span("send", message=self._taken_id(received)):
+            self._received.put((received, taken_bytes))
+
+    def _taken_id(self, received: Received) -> str:
+        return f"{message_id(self._name, '<', received.message)}{TAKEN}"
 
     def _taken(self, receipt: Any, outgoing: Outgoing) -> bool:
         """Return what a receipt says."""

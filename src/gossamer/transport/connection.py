@@ -6,6 +6,7 @@ import threading
 from typing import Any, Protocol
 
 from gossamer.errors import Disconnected, Dropped, GossamerError, Refused, TransportError, one_line
+from gossamer.profiling import recorder
 from gossamer.transport import gossamer_pb2 as pb
 from gossamer.transport.calls import DELIVER, DELIVER_STREAM, JOIN, NODE, SERVICE, SESSION, TOKEN, options
 from gossamer.transport.credentials import Credentials
@@ -107,6 +108,7 @@ class Connection:
             raise error_of(error) from None
         finally:
             self._counts.add(sent_bytes=outgoing.wire_bytes)
+            recorder.count_bytes(lambda: outgoing.wire_bytes)
         return pb.Receipt.FromString(answer)
 
     def close(self, error: TransportError) -> None:

@@ -7,6 +7,8 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 
+from gossamer.profiling import recorder
+
 _INLINE_BYTES = 1 << 16  # up to which another thread would take longer
 
 
@@ -27,16 +29,21 @@ class Digest:
         """Go on with a chunk, which must not change; waits for the one before."""
         self._wait()
         if len(chunk) <= _INLINE_BYTES:
-            self._sha256.update(chunk)
+            self._update(chunk)
         else:
-            self._pending = _pool().submit(self._sha256.update, chunk)
+            self._pending = _pool().submit(self._update, chunk)
 
     def digest(self) -> bytes:
         """Return the digest of all."""
         self._wait()
         return self._sha256.digest()
 
+    def _update(self, chunk: memoryview) -> None:
+        with recorder.span("checksum", len(chunk)):
+            self._sha256.update(chunk)
+
     def _wait(self) -> None:
         if self._pending is not None:
-            self._pending.result()
+            with recorder.span("wait"):
+                self._pending.result()
             self._pending = None

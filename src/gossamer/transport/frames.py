@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from gossamer.errors import Dropped, TransportError
+from gossamer.profiling import recorder
 from gossamer.transport import arrays as wire
 from gossamer.transport import gossamer_pb2 as pb
 from gossamer.transport.digests import Digest
@@ -54,14 +55,16 @@ class Outgoing:
             )
         self._compression = limits.compression
         self._chunk_bytes = limits.chunk_bytes
-        self.header: bytes = pb.Header(
-            address=pb.Address(**vars(message.address)),
-            kind=message.kind,
-            body=encode_json(message.body, limits.body_bytes),
-            arrays=wire.encode_specs(arrays),
-            num_bytes=self.num_bytes,
-            compression=pb.ZSTD if limits.compression == "zstd" else pb.NONE,
-        ).SerializeToString()
+        with recorder.span("serialise"):
+            self.header: bytes = pb.Header(
+                address=pb.Address(**vars(message.address)),
+                kind=message.kind,
+                body=encode_json(message.body, limits.body_bytes),
+                arrays=wire.encode_specs(arrays),
+                num_bytes=self.num_bytes,
+                compression=pb.ZSTD if limits.compression == "zstd" else pb.NONE,
+            ).SerializeToString()
+            recorder.count_bytes(lambda: len(self.header))
         self._views = [wire.view_of(array) for array in arrays.values() if array.numel()]
         self.wire_bytes = 0
         self.sha256 = ""
@@ -79,9 +82,11 @@ class Outgoing:
             yield frame
 
     def _single(self) -> Iterator[bytes]:
-        data = b"".join(self._views)
-        digest = hashlib.sha256(self.header)
-        digest.update(data)
+        with recorder.span("serialise", self.num_bytes):
+            data = b"".join(self._views)
+        with recorder.span("checksum", self.num_bytes):
+            digest = hashlib.sha256(self.header)
+            digest.update(data)
         self.sha256 = digest.hexdigest()
         yield self._frame(header=self.header, chunk=self._packed(data), sha256=digest.digest())
 
@@ -91,7 +96,8 @@ class Outgoing:
         for pieces, size in in_chunks(self._views, self._chunk_bytes):
             if self._compression == "none":
                 prefix = _CHUNK_TAG + _varint(size)
-                frame = b"".join((prefix, *pieces))
+                with recorder.span("serialise", size):
+                    frame = b"".join((prefix, *pieces))
                 digest.update(memoryview(frame)[len(prefix) :])
             else:
                 data = b"".join(pieces)
@@ -104,7 +110,10 @@ class Outgoing:
         yield self._frame(sha256=sha256)
 
     def _packed(self, data: bytes) -> bytes:
-        return compress(data) if self._compression == "zstd" and data else data
+        if self._compression != "zstd" or not data:
+            return data
+        with recorder.span("zstd", len(data)):
+            return compress(data)
 
     @staticmethod
     def _frame(**fields: Any) -> bytes:
@@ -157,7 +166,8 @@ class Incoming:
             Dropped: it is more than what is left, or cannot be decompressed to as much.
         """
         if self._is_compressed:
-            chunk = decompress(chunk, min(self._left, MAX_CHUNK_BYTES))
+            with recorder.span("decompress", len(chunk)):
+                chunk = decompress(chunk, min(self._left, MAX_CHUNK_BYTES))
         if len(chunk) > self._left:
             raise Dropped("too much data")
         self._digest.update(chunk)

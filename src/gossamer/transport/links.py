@@ -8,6 +8,7 @@ from collections import deque
 from concurrent.futures import Future
 
 from gossamer.errors import Disconnected, TransportError
+from gossamer.profiling import recorder
 from gossamer.transport.calls import Failure
 from gossamer.transport.credentials import Caller
 from gossamer.transport.frames import Outgoing
@@ -62,7 +63,7 @@ class Link:
 
     def next(self) -> Waiting | None:
         """Wait for a message to send; None: the link has ended."""
-        with self._changed:
+        with recorder.span("wait"), self._changed:
             self._changed.wait_for(lambda: self._waiting or not self._is_open or self._is_draining)
             return self._waiting.popleft() if self._waiting and self._is_open else None
 

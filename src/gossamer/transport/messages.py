@@ -17,6 +17,8 @@ SERVER = -1  # sender of what the server itself says
 SERVER_NODE = "server"  # name that a client's events give to its server
 MAX_NUMBER = 2**32 - 1  # of rounds, phases and attempts
 
+QUEUED, TAKEN = ":queued", ":taken"  # of the ids of messages that are on their way between threads of one process
+
 Json = Mapping[str, Any]
 Spec = tuple[torch.dtype, tuple[int, ...]]  # of an array
 Audit = Callable[..., None]  # audit(kind, **fields)
@@ -173,6 +175,17 @@ class Gone:
 
 
 Event = Joined | Received | Gone
+
+
+def message_id(client: str, way: str, message: Message | Header) -> str:
+    """Return the name that a message has in the traces of both ends, see `gossamer.profiling.recorder`.
+
+    Args:
+        client: node that has dialled.
+        way: ">" from it, or "<" to it.
+    """
+    address = message.address
+    return f"{client}{way}{message.kind}.{address.round}.{address.phase}.{address.sender}.{address.attempt}"
 
 
 def check_node(name: str) -> str:

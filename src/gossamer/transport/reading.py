@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from gossamer.errors import Dropped
+from gossamer.profiling import recorder
 from gossamer.transport.frames import GRPC_BYTES, Frame, Incoming, split
 from gossamer.transport.limits import MESSAGE_OVERHEAD_BYTES, Counts, Inbox, Limits
-from gossamer.transport.messages import Accept, Received
+from gossamer.transport.messages import Accept, Header, Received, message_id
 from gossamer.transport.order import Busy, Order
 
 Deliver = Callable[[Received, int], None]
@@ -36,7 +37,8 @@ class Frames:
         Raises:
             Dropped: it is malformed.
         """
-        encoded = next(self._encoded, None)
+        with recorder.span("wait"):
+            encoded = next(self._encoded, None)
         if encoded is None:
             self.is_broken = True
             return None
@@ -57,9 +59,12 @@ class Frames:
 class Reader:
     """Reads messages of any node, several at a time."""
 
-    def __init__(self, limits: Limits, accept: Accept | None, inbox: Inbox) -> None:
-        """Read into `inbox` what `accept` wants, see `gossamer.transport.messages.Accept`."""
-        self._limits = limits
+    def __init__(self, limits: Limits, accept: Accept | None, inbox: Inbox, client: str | None = None) -> None:
+        """Read into `inbox` what `accept` wants, see `gossamer.transport.messages.Accept`; `client`: who has dialled.
+
+        None: a server reads, and those that send have dialled.
+        """
+        self._limits, self._client = limits, client
         self._accept = accept
         self._inbox = inbox
         self.order = Order(limits.senders)
@@ -85,18 +90,25 @@ class Reader:
         taken_bytes = incoming.header.num_bytes + len(frame.header) + MESSAGE_OVERHEAD_BYTES
         if taken_bytes > self._inbox.capacity_bytes:
             raise Dropped("too large")
-        with self.order.applying(incoming.header):
+        with self.order.applying(incoming.header), recorder.span("receive", message=self._id(incoming.header)):
             targets = None if self._accept is None else self._accept(incoming.header)
-            if not self._inbox.take(taken_bytes, patience_seconds):
+            with recorder.span("wait"):
+                has_room = self._inbox.take(taken_bytes, patience_seconds)
+            if not has_room:
                 raise Busy("the receiver has not taken what it was sent before: send it again later")
             try:
                 incoming.read_into(targets)
                 sha256 = self._read_data(frame, frames, incoming)
+                recorder.count_bytes(lambda: frames.wire_bytes)
                 message, digest = incoming.finish(sha256)
                 deliver(Received(node, message, digest, frames.wire_bytes), taken_bytes)
             except BaseException:
                 self._inbox.give_back(taken_bytes)
                 raise
+
+    def _id(self, header: Header) -> str:
+        way = ">" if self._client is None else "<"
+        return message_id(header.node if self._client is None else self._client, way, header)
 
     @staticmethod
     def _read_data(first: Frame, frames: Frames, incoming: Incoming) -> bytes:

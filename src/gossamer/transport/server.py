@@ -11,12 +11,25 @@ from types import TracebackType
 from typing import Any, Self
 
 from gossamer.errors import ConfigError, Disconnected
+from gossamer.profiling import recorder
 from gossamer.transport.audit import no_audit
 from gossamer.transport.calls import SERVICE, Failure, options
 from gossamer.transport.credentials import Credentials, host_and_port, require_protected
 from gossamer.transport.frames import Outgoing
 from gossamer.transport.limits import Inbox, Limits, Traffic
-from gossamer.transport.messages import Accept, Audit, Event, Hello, Message, Refusal, Welcome
+from gossamer.transport.messages import (
+    QUEUED,
+    TAKEN,
+    Accept,
+    Audit,
+    Event,
+    Hello,
+    Message,
+    Received,
+    Refusal,
+    Welcome,
+    message_id,
+)
 from gossamer.transport.reading import Reader
 from gossamer.transport.service import Service
 
@@ -128,20 +141,24 @@ class Server:
         link = self._service.links().get(node)
         if link is None:
             raise Disconnected(f"node {node!r} is not connected")
-        return link.put(Outgoing(message, self._limits))
+        with recorder.span("send", message=f"{message_id(node, '<', message)}{QUEUED}"):
+            return link.put(Outgoing(message, self._limits))
 
     def receive(self, timeout_seconds: float | None) -> Event | None:
         """Return the next event; None: there was none within the timeout, or the server is closed."""
         if self._closed:
             return None
         try:
-            found = self._events.get(timeout=timeout_seconds)
+            with recorder.span("wait"):
+                found = self._events.get(timeout=timeout_seconds)
         except queue.Empty:
             return None
         if found is None:
             self._events.put(None)  # for the next one who asks
             return None
         event, taken_bytes = found
+        if isinstance(event, Received):
+            recorder.mark("receive", message=f"{message_id(event.node, '>', event.message)}{TAKEN}")
         self._inbox.give_back(taken_bytes)
         return event
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from google.protobuf.message import DecodeError
 
 from gossamer.errors import Dropped, GossamerError, TransportError, one_line
+from gossamer.profiling import recorder
 from gossamer.transport import gossamer_pb2 as pb
 from gossamer.transport.audit import of_received, of_sent
 from gossamer.transport.calls import DELIVER, DELIVER_STREAM, JOIN, NODE, SERVICE, SESSION, VERSION, Failure
@@ -20,6 +21,8 @@ from gossamer.transport.frames import Outgoing
 from gossamer.transport.limits import Account, Limits, Traffic
 from gossamer.transport.links import Link, fail
 from gossamer.transport.messages import (
+    QUEUED,
+    TAKEN,
     Audit,
     Event,
     Gone,
@@ -31,6 +34,7 @@ from gossamer.transport.messages import (
     check_node,
     decode_json,
     encode_json,
+    message_id,
 )
 from gossamer.transport.order import TAKEN_BEFORE, Busy
 from gossamer.transport.reading import Frames, Reader
@@ -252,14 +256,17 @@ class Service:
 
     def _written(self, link: Link, outgoing: Outgoing, future: Any) -> Iterator[bytes]:
         """Yield the frames of a message."""
-        counts, size = link.account.counts, 0
+        counts, size, name = link.account.counts, 0, message_id(link.node, "<", outgoing.message)
+        recorder.mark("receive", message=f"{name}{QUEUED}")
         try:
             if self._verify is not None:
                 self._verify(link.caller)
-            for frame in outgoing.frames():
-                yield frame
-                counts.add(sent_bytes=outgoing.wire_bytes - size)
-                size = outgoing.wire_bytes
+            with recorder.span("send", message=name):
+                for frame in outgoing.frames():
+                    yield frame
+                    counts.add(sent_bytes=outgoing.wire_bytes - size)
+                    size = outgoing.wire_bytes
+                recorder.count_bytes(lambda: outgoing.wire_bytes)
             counts.add(sent_messages=1)
             self._audit("sent", **of_sent(link.node, outgoing))
             future.set_result(outgoing.sha256)
@@ -277,7 +284,8 @@ class Service:
         counts = link.account.counts
 
         def take(received: Received, taken_bytes: int) -> None:
-            with self._lock:
+            name = message_id(link.node, ">", received.message)
+            with recorder.span("send", message=f"{name}{TAKEN}"), self._lock:
                 if self._links.get(link.node) is not link:
                     raise Failure("FAILED_PRECONDITION", f"node {link.node!r} joined again since")
                 self._events(received, taken_bytes)

@@ -29,6 +29,7 @@ from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.worker import Worker
 from gossamer.errors import DataError, Disconnected, Dropped, Interrupted, PolicyError, TransportError
+from gossamer.profiling import recorder
 from gossamer.threads import one_thread
 from gossamer.transport import Address, Client, Message
 from gossamer.transport.audit import no_audit
@@ -37,6 +38,7 @@ from gossamer.transport.policy import Policy
 
 POLL_SECONDS = 0.2
 DIAL_SECONDS = 5.0
+STAGES = {"model": "receive", "train": "train"}  # of messages; what they ask for besides is to evaluate
 Dial = Callable[[Mapping[str, Any], float], Client]  # (what it says, seconds) -> connection
 
 
@@ -164,7 +166,9 @@ class ClientNode:
                 if message.kind == "end":
                     return bool(message.body["is_over"])
                 if not any(_is_later(other, message) for other in waiting):
-                    self._answer(link, training, message)
+                    with recorder.span(STAGES.get(message.kind, "evaluate")):
+                        self._answer(link, training, message)
+                    recorder.flush()
         raise Interrupted("stopped")
 
     def _answer(self, link: Client, training: Training, message: Message) -> None:

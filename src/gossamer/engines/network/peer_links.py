@@ -18,6 +18,7 @@ from gossamer.engines.network.lanes import Lane, When, when
 from gossamer.engines.network.place import Place, described
 from gossamer.engines.network.roster import versions
 from gossamer.errors import ConfigError, EngineError, Interrupted, TransportError
+from gossamer.profiling import recorder
 from gossamer.transport import (
     SERVER,
     Address,
@@ -164,7 +165,8 @@ class PeerLinks:
                 if is_late or not (missing - past - away or untaken - away):
                     self._absent = (self._absent - {*senders, *receivers}) | missing | untaken
                     return missing
-                self._changed.wait(POLL_SECONDS)
+                with recorder.span("wait"):
+                    self._changed.wait(POLL_SECONDS)
 
     def is_past(self, number: int, at: When) -> bool:
         """Say whether another peer sends nothing of a phase any more."""
@@ -190,7 +192,8 @@ class PeerLinks:
         with self._changed:
             while lane.answer is None and time.monotonic() < until:
                 self.check()
-                self._changed.wait(POLL_SECONDS)
+                with recorder.span("wait"):
+                    self._changed.wait(POLL_SECONDS)
         answer = lane.answer
         if answer is None:
             return None
@@ -246,7 +249,8 @@ class PeerLinks:
                     return
                 if self._hooks.stop_requested():
                     return
-                self._changed.wait(POLL_SECONDS)
+                with recorder.span("wait"):
+                    self._changed.wait(POLL_SECONDS)
 
     def close(self, reason: str) -> None:
         """End all connections."""

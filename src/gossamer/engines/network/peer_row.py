@@ -18,6 +18,7 @@ from gossamer.engines.task import Task
 from gossamer.engines.training.mixing import HOLDERS, SENT, Mixer, sparse_zeros
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 from gossamer.engines.training.rows import row_norms
+from gossamer.profiling import recorder
 from gossamer.threads import one_thread
 
 
@@ -62,7 +63,7 @@ class PeerRow:
 
         What others' updates are like is not known here: one that is very large is dropped if the row was not zero.
         """
-        with one_thread():
+        with one_thread(), recorder.span("train"):
             reply = self._workers[job["phase"]].train(job)
             if reply["again"]:
                 is_zero = not any(row_norms(self.state))
@@ -102,7 +103,7 @@ class PeerRow:
         """
         mixer, own = self._mixers[message["phase"]], self._number
         sent = self.payload(message["phase"])
-        with one_thread():
+        with one_thread(), recorder.span("mix"):
             everyone = mixer.laid_out([[own, own + 1]], [{f"{SENT}{name}": row for name, row in sent.items()}])
             for peer, arrays in received.items():
                 for name, row in arrays.items():

@@ -9,6 +9,7 @@ from gossamer.engines.network.children import SILENT_SECONDS, Child, end
 from gossamer.engines.network.roster import Roster
 from gossamer.engines.network.state import NODES
 from gossamer.errors import storage_errors
+from gossamer.profiling import recorder
 
 PATIENCE_SECONDS = 20.0  # after which processes end whose server is gone
 
@@ -38,6 +39,8 @@ class Processes:
             arguments = ["client", "--server", address, "--name", name, "--directory", str(directory), "--trust"]
             arguments += ["--simulate", ",".join(map(str, clients))]
             arguments += ["--patience", str(PATIENCE_SECONDS), "--linger", "0"]
+            folder = recorder.folder()
+            arguments += [] if folder is None else ["--profile", folder]
             log, report = directory / f"{name}.log", setup.hooks.report
             self._children[name] = Child(name, arguments, log, secret, report, clients=clients[:100])
 
