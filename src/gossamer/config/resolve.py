@@ -141,14 +141,15 @@ def _with_absolute_paths(config: Config) -> Config:
         name = spec.get("name") if isinstance(spec, Mapping) else None
         if not isinstance(name, str) or name not in registry.BUILTIN[kind]:
             return spec
-        given = {key: spec[key] for key in ("path", "test_path") if isinstance(spec.get(key), str)}
+        given = {key: spec[key] for key in ("path", "test_path", "weights") if isinstance(spec.get(key), str)}
         return {**spec, **{key: str(Path(path).absolute()) for key, path in given.items()}}
 
     section = "clients" if config.peers is None else "peers"
     population = config.population.model_copy(update={"partition": absolute("partition", config.population.partition)})
     workload = dict(config.workload)
-    if "dataset" in workload:
-        workload["dataset"] = absolute("dataset", workload["dataset"])
+    for kind in ("dataset", "model"):
+        if kind in workload:
+            workload[kind] = absolute(kind, workload[kind])
     replay = None if config.replay is None else str(Path(config.replay).absolute())
     return config.model_copy(update={section: population, "workload": workload, "replay": replay})
 

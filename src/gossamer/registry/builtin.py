@@ -86,6 +86,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "cnn": "gossamer.workloads.models:CNN",
         "preact-resnet18": "gossamer.workloads.resnet:PreActResNet18",
         "transformer": "gossamer.workloads.transformer:TextClassifier",
+        "vit": "gossamer.workloads.vit:VisionTransformer",
+        "fedins": "gossamer.workloads.vit:InstanceAdaptive",
     },
     "text-model": {"transformer": "gossamer.workloads.transformer:Transformer"},
     "clips": {

@@ -257,8 +257,7 @@ class ForwardContext:
     """What a forward pass depends on besides parameters and inputs.
 
     Attributes:
-        scale: factor for hidden activations, 1 / capacity or 1.0: the Scaler of HeteroFL (arXiv 2010.01264), while
-            training.
+        scale: factor of hidden activations while training, 1 / capacity or 1.0: HeteroFL's Scaler (arXiv 2010.01264).
         statistics: added-up sums as `record` receives them, by which BatchNorm normalises (static BatchNorm, same
             paper); None or empty: the moments of the batch.
         record: receives of every BatchNorm layer's input, per channel, ``"<layer>.sum"`` and ``"<layer>.squares"``
@@ -266,9 +265,9 @@ class ForwardContext:
         training: whether it is part of training; False while metrics are computed.
         key: int64 [], or [s] of stacked participants: random bits from which dropout masks follow; None: no dropout.
         factors: ``{weight: (A [r, i], B [o, r])}``: low-rank products ``B A`` to be added to weights [o, i].
-        moments: ``"<layer>.running_mean"`` and ``"<layer>.running_var"`` [channels], by which BatchNorm normalises
-            instead where they are given.
+        moments: ``"<layer>.running_mean"`` and ``"<layer>.running_var"`` [channels], which BatchNorm takes if given.
         updates: receives what the forward pass makes of buffers that it changes, which are not changed themselves.
+        terms: receives what a model adds to the training loss, [b] or []; None: nobody asks.
     """
 
     scale: float | Tensor = 1.0
@@ -279,6 +278,7 @@ class ForwardContext:
     factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     moments: Mapping[str, Tensor] | None = None
     updates: dict[str, Tensor] | None = None
+    terms: dict[str, Tensor] | None = None
 
     @property
     def is_scaled(self) -> bool:

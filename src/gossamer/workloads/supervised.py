@@ -170,9 +170,10 @@ class Supervised(Workload):
         size = tuple(size) if isinstance(size, list) else size
         model = cls._make_model(function, params, size, facts, seed, keeps_buffers=keeps)
         require_model(f"workload.model {name!r}", model)
-        if parsed.frozen or parsed.lora is not None:
+        frozen = parsed.frozen if parsed.lora is not None else (*parsed.frozen, *model.traits.always_frozen)
+        if frozen or parsed.lora is not None:
             source = partial(rng.generator, seed, "init-model")
-            parted: Any = PartlyTrained(model, parsed.frozen, parsed.lora, source)
+            parted: Any = PartlyTrained(model, frozen, parsed.lora, source)
             model = parted
         if keeps and not (isinstance(model, WithConstants) and model.buffers):
             raise ConfigError(
@@ -285,12 +286,29 @@ class Supervised(Workload):
             batch: ``"x"``, ``"y"``, ``"labels"`` and optionally ``"mask"`` of `batch`, without the leading s, and
                 optionally ``"scale"`` and ``"key"``.
         """
-        return self.loss_of_logits(self.logits(params, batch), batch)
+        share, terms = self.model.traits.terms_share, dict[str, Tensor]()
+        loss = self.loss_of_logits(self.logits(params, batch, terms), batch)
+        if not share:
+            return loss
+        return (1 - share) * loss + share * sum(mean_of_term(term, batch.get("mask")) for term in terms.values())
 
-    def logits(self, params: Params, batch: Mapping[str, Any]) -> Tensor:
-        """Return the logits [..., num_labels] of a training batch, masked as the option `label_mask` says."""
+    def logits(self, params: Params, batch: Mapping[str, Any], terms: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the logits [..., num_labels] of a training batch, masked as the option `label_mask` says.
+
+        Args:
+            params, batch: see `loss`.
+            terms: receives what the model adds to the loss.
+
+        Raises:
+            ConfigError: the model adds something, but nobody asks what.
+        """
+        if terms is None and self.model.traits.terms_share:
+            raise ConfigError(
+                f"model {self.options.model!r} adds terms to the loss, which an algorithm with a loss of its own leaves"
+                " out: choose fedavg, fedrolex or the like"
+            )
         updates: dict[str, Tensor] = {}
-        context = ForwardContext(batch.get("scale", 1.0), key=batch.get("key"), updates=updates)
+        context = ForwardContext(batch.get("scale", 1.0), key=batch.get("key"), updates=updates, terms=terms)
         logits: Tensor = self.model.apply(params, batch["x"], context)
         for name, value in updates.items():
             params[name].data.copy_(value.detach())  # other entries of the row are still to be differentiated by
@@ -330,6 +348,13 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.dtype.itemsize < 4:  # train.precision is half
         logits = logits.float()
     return -F.log_softmax(logits, dim=-1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+def mean_of_term(term: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean of a term of the loss, [b] or [], over what is not padding (0 if there is nothing)."""
+    if mask is None or not term.dim():
+        return term.mean()
+    return torch.where(mask > 0, term, 0.0).sum() / mask.sum().clamp_min(1.0)
 
 
 def chunk_of(total: int, num_chunks: int, chunk: int) -> slice:

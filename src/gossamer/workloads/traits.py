@@ -50,6 +50,9 @@ class ModelTraits(Traits):
     Attributes:
         adaptable: whether ``F.linear``, ``F.embedding`` and ``torch.addmm`` (as its left matrix) are called with the
             parameters themselves wherever one participant is trained alone, so that low-rank factors can stand beside.
+        always_frozen: patterns of the parameters that the model has as constants, beside `workload.frozen`.
+        terms_share: share of the training loss that is what the model adds to it, see `ForwardContext.terms`; the rest
+            is the cross entropy.
         takes_tokens: whether samples may be whole numbers, int64 [b, length]; others are float32.
     """
 
@@ -58,4 +61,6 @@ class ModelTraits(Traits):
     has_images: bool = False
     uses_key: bool = False
     adaptable: bool = False
+    always_frozen: tuple[str, ...] = ()
+    terms_share: float = 0.0
     takes_tokens: bool = False

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.submodel.layout import AxisSpec, Dim
+from gossamer.workloads.features import linear as linear
+from gossamer.workloads.features import normalised as normalised
 from gossamer.workloads.models import DeclaredModel, rescale
 from gossamer.workloads.multimodal.sparse import taken
 
@@ -47,16 +49,6 @@ def glorot(shapes: Mapping[str, tuple[int, ...]], source: np.random.Generator) -
         else:
             params[name] = torch.from_numpy(source.standard_normal(shape, dtype=np.float32)).mul_(0.5)
     return params
-
-
-def linear(params: Params, layer: str, x: Tensor) -> Tensor:
-    """Apply the linear layer of a name to the last dimension."""
-    return F.linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"])
-
-
-def normalised(params: Params, layer: str, x: Tensor) -> Tensor:
-    """Apply the layer normalisation of a name to the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], params[f"{layer}.weight"], params[f"{layer}.bias"])
 
 
 def mean_of(x: Tensor, counts: Tensor) -> Tensor:
