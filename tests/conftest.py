@@ -96,6 +96,17 @@ def no_plug_ins_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_LOADED", {})
 
 
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Write a small file of spoken digits where GOSSAMER_DATA names it, and return its arrays."""
+    from made_recordings import recordings, write
+
+    arrays = recordings()
+    write(tmp_path / "data", arrays)
+    monkeypatch.setenv("GOSSAMER_DATA", str(tmp_path / "data"))
+    return arrays
+
+
 @pytest.fixture(scope="session")
 def one_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Start a Ray, which all runs in this process find and use; `scheduling` gives such tests to one worker.

@@ -49,7 +49,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
     """
     sub, train = config.submodel, config.train
     assert sub.scaler is not None
-    algorithm = algorithm.of_model(workload.layout)
+    algorithm = algorithm.of_model(workload.layout).of_workload(workload)
     cutter = make_cutter(config, algorithm, workload.layout)
     capacities, communication = sorted(sub.capacities), make_communication(config.communication)
     rates = capacity_rates(train.lr_by_capacity, capacities)

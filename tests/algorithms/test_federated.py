@@ -28,7 +28,7 @@ from gossamer.submodel.windows import Window
 PLAIN = (
     *("fedavg", "fedrolex", "heterofl", "federated-dropout", "fjord", "all-smallest", "all-largest"),
     *("hetlora", "flexlora", "fednova", "fedadam", "fedyogi", "fedadagrad", "diloco", "fedper", "fedbn"),
-    *("streaming-diloco", "soup"),
+    *("streaming-diloco", "soup", "creamfl"),
     *("dsgd", "gossip-pga", "d2", "exact-diffusion", "push-sum", "choco-sgd", "dsgd-ceca", "gasloc", "noloco"),
 )
 SIZE = 16

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays, carry_views
+from gossamer.algorithms.base import Arrays
+from gossamer.algorithms.carries import carry_views
 from gossamer.algorithms.federated import FedAvg
 from gossamer.algorithms.fiarse import FIARSE
 from gossamer.algorithms.optimizers import NUM_STEPS, Optimizer

@@ -196,7 +196,7 @@ class TestPlugIns:
         [
             (3, "is a int without traits, optimizer, init, "),
             (dict, "is a dict without traits, optimizer, init, .*: derive it from gossamer.algorithms.base.Algorithm"),
-            (Mapped, "is a Mapped without traits, optimizer, of_phase, of_model, sent, of_capacity, takes_optimizer, "),
+            (Mapped, "is a Mapped without traits, optimizer, of_phase, of_model, sent, received, "),
             (without("traits"), "is a Mine without traits: "),
             (without("update"), "is a Mine without update: "),
             (without("step", "end"), "is a Mine without step, end: "),

@@ -144,7 +144,8 @@ def test_a_filled_in_configuration_stays_as_it_is(algorithm: str, given: dict[st
         with pytest.raises(ConfigError, match="trains whole models only, because"):
             filled(algorithm, **given)
         return
-    strategy = {"submodel__strategy": "rolling"} if found.traits.capacities == "one" and given else {}
+    strategy = {"submodel__strategy": found.traits.strategy or "rolling"}
+    strategy = strategy if found.traits.capacities == "one" and given else {}
     config = filled(algorithm, **given, **strategy)
     written = parse(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
     assert written == config

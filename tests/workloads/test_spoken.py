@@ -14,39 +14,11 @@ import torch
 from gossamer.errors import ConfigError, DataError
 from gossamer.workloads.images import ImageClassification
 from gossamer.workloads.spoken import FILE, FRAME, HOP, log_mel, mel_filters, spoken_digits
+from made_recordings import NUM_CLIPS, NUM_DIGITS, NUM_SPEAKERS, recordings, write
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("GOSSAMER_DATA"), reason="GOSSAMER_DATA does not name a folder with fsdd"
 )
-NUM_SPEAKERS, NUM_DIGITS, NUM_CLIPS = 3, 10, 7  # clips 5 and 6 are for training
-
-
-def recordings() -> dict[str, Any]:
-    """Make clips of noise, ordered as in the real file: by speaker, digit and number."""
-    source = np.random.default_rng(0)
-    keys = [(s, d, i) for s in range(NUM_SPEAKERS) for d in range(NUM_DIGITS) for i in range(NUM_CLIPS)]
-    clips = [source.integers(-3000, 3000, source.integers(300, 900)).astype(np.int16) for _ in keys]
-    return {
-        "pcm": np.concatenate(clips),
-        "offset": np.cumsum([0, *map(len, clips)]),
-        "label": np.array([digit for _, digit, _ in keys], dtype=np.uint8),
-        "speaker": np.array([("zoe", "ann", "bob")[speaker] for speaker, _, _ in keys]),
-        "index": np.array([index for _, _, index in keys], dtype=np.uint8),
-    }
-
-
-def write(folder: Path, arrays: dict[str, Any]) -> None:
-    path = folder / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
-
-
-@pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    arrays = recordings()
-    write(tmp_path, arrays)
-    monkeypatch.setenv("GOSSAMER_DATA", str(tmp_path))
-    return arrays
 
 
 # ---- features
@@ -114,22 +86,22 @@ def test_every_filter_hears_something(bands: int) -> None:
 # ---- the split
 
 
-def test_split_and_owners(made: dict[str, Any]) -> None:
+def test_split_and_owners(recorded: dict[str, Any]) -> None:
     data = spoken_digits({"bands": 8, "frames": 5})
     assert data.shape == (1, 8, 5)
     assert (data.num_labels, data.mean, data.std) == (10, (0.0,), (1.0,))
-    everything = log_mel(made["pcm"], made["offset"], 8, 5)
-    is_test = made["index"] < 5
+    everything = log_mel(recorded["pcm"], recorded["offset"], 8, 5)
+    is_test = recorded["index"] < 5
     assert torch.equal(data.test_images, everything[is_test])
     assert torch.equal(data.train_images, everything[~is_test])
-    assert data.train_labels.tolist() == made["label"][~is_test].tolist()
-    assert data.test_labels.tolist() == made["label"][is_test].tolist()
+    assert data.train_labels.tolist() == recorded["label"][~is_test].tolist()
+    assert data.test_labels.tolist() == recorded["label"][is_test].tolist()
     number = {"ann": 0, "bob": 1, "zoe": 2}
     assert data.owner is not None
-    assert data.owner.tolist() == [number[name] for name in made["speaker"][~is_test].tolist()]
+    assert data.owner.tolist() == [number[name] for name in recorded["speaker"][~is_test].tolist()]
 
 
-def test_some_speakers_train_and_all_are_tested(made: dict[str, Any]) -> None:
+def test_some_speakers_train_and_all_are_tested(recorded: dict[str, Any]) -> None:
     whole, some = spoken_digits({"frames": 4}), spoken_digits({"frames": 4, "speakers": [2, 0]})
     assert whole.owner is not None
     assert some.owner is not None
@@ -141,7 +113,7 @@ def test_some_speakers_train_and_all_are_tested(made: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("speakers", [None, [1]])
-def test_each_speaker_is_a_client(made: dict[str, Any], speakers: list[int] | None) -> None:
+def test_each_speaker_is_a_client(recorded: dict[str, Any], speakers: list[int] | None) -> None:
     options = {"dataset": {"name": "spoken-digits", "speakers": speakers, "frames": 8}, "model": "softmax"}
     num_clients = NUM_SPEAKERS if speakers is None else 1
     workload = ImageClassification(options, num_clients=num_clients, partition="natural-id", seed=0)
@@ -191,14 +163,14 @@ def test_the_real_set_leaks_nothing() -> None:
         ({"bands": 0}, "workload.dataset.bands = 0"),
     ],
 )
-def test_wrong_options(made: dict[str, Any], options: dict[str, Any], expected: str) -> None:
+def test_wrong_options(recorded: dict[str, Any], options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         spoken_digits(options)
     assert expected in str(caught.value)
 
 
 @pytest.mark.parametrize("speakers", [[], [0, 3]])
-def test_speakers_that_there_are_not(made: dict[str, Any], speakers: list[int]) -> None:
+def test_speakers_that_there_are_not(recorded: dict[str, Any], speakers: list[int]) -> None:
     with pytest.raises(DataError, match=r"speakers = \[.*name one or more of the speakers 0 ann, 1 bob, 2 zoe"):
         spoken_digits({"speakers": speakers})
 
@@ -222,14 +194,14 @@ def test_missing_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"pcm": np.array([object()])}, "cannot read .*Object arrays cannot be loaded"),
     ],
 )
-def test_broken_files(tmp_path: Path, made: dict[str, Any], changes: dict[str, Any], expected: str) -> None:
-    arrays = {key: value for key, value in (made | changes).items() if value is not None}
-    write(tmp_path, arrays)
+def test_broken_files(tmp_path: Path, recorded: dict[str, Any], changes: dict[str, Any], expected: str) -> None:
+    arrays = {key: value for key, value in (recorded | changes).items() if value is not None}
+    write(tmp_path / "data", arrays)
     with pytest.raises(DataError, match=expected):
         spoken_digits({})
 
 
-def test_a_file_that_is_no_archive(tmp_path: Path, made: dict[str, Any]) -> None:
-    (tmp_path / FILE).write_bytes(b"nothing")
+def test_a_file_that_is_no_archive(tmp_path: Path, recorded: dict[str, Any]) -> None:
+    (tmp_path / "data" / FILE).write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"cannot read .*as spoken digits .*fetch the file again"):
         spoken_digits({})

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from gossamer.topology import Topology
 
 Arrays = dict[str, Tensor]
-Views = dict[str, Arrays]  # {parameter: {name: [s, *shape], or [s, 1] of scalars}}
+Draws = Callable[[str], np.random.Generator]
 
 
 class Algorithm(Protocol):
@@ -156,6 +156,27 @@ class Algorithm(Protocol):
         """Return which of the model's parameters travel, of the payloads that have its shape; by default all."""
         return names
 
+    def received(self, names: Sequence[str]) -> Collection[str]:
+        """Return which of the model's parameters are received, of the downlink's arrays; by default what is `sent`."""
+        return self.sent(names)
+
+    def of_workload(self, workload: Any) -> Algorithm:
+        """Return the algorithm, which is `of_model`, for a workload of that model; or raise a ConfigError."""
+        return self
+
+    def represent(self, params: Arrays, before: Arrays, lr: float, generator: Draws) -> None:
+        """Change, in place, what one client has after its local steps, before it sends anything.
+
+        Traits must say `represents`; see `gossamer.algorithms.creamfl.CreamFL`.
+
+        Args:
+            params: ``{name: tensor}`` of its (sub-)model.
+            before: what it began with: what it had itself, and what it received.
+            lr: learning rate of its local steps.
+            generator: returns random numbers of this client and round for a named purpose.
+        """
+        return
+
     def of_capacity(self, layout: Layout, capacity: float) -> Algorithm:
         """Return the algorithm as participants of a capacity run it; `layout` is that of the whole model."""
         return self
@@ -204,7 +225,7 @@ class Algorithm(Protocol):
         capacity: float,
         params: Mapping[str, Tensor],
         batch: Mapping[str, Any],
-        generator: Callable[[str], np.random.Generator],
+        generator: Draws,
     ) -> Tensor:
         """Return the loss (scalar) of one local step of one client; by default the workload's.
 
@@ -376,24 +397,3 @@ def require_no_momentum(plugin: str, traits: AlgorithmTraits, momentum: float) -
             f"{plugin} does not go with train.momentum = {momentum!r}, because {traits.no_momentum}: set train.momentum"
             " to 0"
         )
-
-
-def carry_views(layout: Layout, carry: Mapping[str, Tensor]) -> Views:
-    """Return views of what local steps work on, [s, d] or [s, 1] each, by parameter."""
-    views = {
-        name: dict.fromkeys(layout.names, value) if value.shape[1] == 1 else layout.views(value)
-        for name, value in carry.items()
-    }
-    return {parameter: {name: view[parameter] for name, view in views.items()} for parameter in layout.names}
-
-
-def given_to_loss(algorithm: Algorithm, x: Mapping[str, Tensor], carries: Mapping[str, Arrays]) -> Mapping[str, Tensor]:
-    """Return the parameters that a loss is given: x, unless the algorithm puts something in their place.
-
-    Args:
-        x: ``{parameter: tensor}``.
-        carries: ``{parameter: {name: tensor}}``, what local steps work on.
-    """
-    if not algorithm.traits.transforms_parameters:
-        return x
-    return {name: algorithm.forward(value, carries[name]) for name, value in x.items()}

@@ -52,6 +52,8 @@ class AlgorithmTraits(Traits):
 
         has_local_loss: whether local steps have a loss of the algorithm's own, `Algorithm.local_loss`.
         transforms_parameters: whether a loss is given other parameters than ``carry["x"]``, `Algorithm.forward`.
+        represents: whether `Algorithm.represent` follows the local steps. What travels are then representations of a
+            public set, which the workload must have, and models stay with the clients.
         leaves_products: whether `Algorithm.local_loss` may be given `Leaves` that are factored.
         stackable: whether participants may be trained several at a time.
         no_momentum: reason why ``train.momentum`` must be 0.
@@ -67,7 +69,11 @@ class AlgorithmTraits(Traits):
         one_step_only: of peers, reason why a round may not have several local steps.
     """
 
-    hooks: ClassVar[Mapping[str, str]] = {"has_local_loss": "local_loss", "transforms_parameters": "forward"}
+    hooks: ClassVar[Mapping[str, str]] = {
+        "has_local_loss": "local_loss",
+        "transforms_parameters": "forward",
+        "represents": "represent",
+    }
 
     uplink: Mapping[str, Uplink] = field(default_factory=lambda: {"x": "mean"})
     downlink: tuple[str, ...] | None = ("x",)
@@ -90,6 +96,7 @@ class AlgorithmTraits(Traits):
 
     has_local_loss: bool = False
     transforms_parameters: bool = False
+    represents: bool = False
     leaves_products: bool = False
     stackable: bool = True
     no_momentum: str | None = None

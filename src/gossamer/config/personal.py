@@ -20,6 +20,13 @@ def require_holdings(config: Config, algorithm: Algorithm, workload: Workload) -
         ConfigError: it does.
     """
     traits, every = algorithm.traits, workload.layout.modules
+    if traits.represents:
+        return  # its server never combines parameters
+    if workload.traits.has_public_set:
+        raise ConfigError(
+            "workload.exchange = 'representations' keeps whole models with the clients, but algorithm"
+            f" {config.algorithm['name']!r} combines parameters: choose creamfl, or leave workload.exchange out"
+        )
     lacking = {one.name: [name for name in every if name not in one.modules] for one in workload.holdings}
     reason = traits.whole_models_only
     if traits.full_size or traits.has_local_loss:
@@ -54,6 +61,10 @@ def require_personal(config: Config, algorithm: Any) -> None:
             " 'fedper'"
         )
     shaped = {payload: kind for payload, kind in traits.uplink.items() if payload not in traits.scalars}
+    if given and traits.represents:
+        raise ConfigError(
+            f"algorithm {name!r} keeps whole models with the clients: leave {WHERE} = {given} out, or choose 'fedper'"
+        )
     if (given or traits.personal != "none") and (shaped != {"x": "mean"} or traits.num_phases > 1):
         raise ConfigError(
             f"algorithm {name!r} does not go with {WHERE}, because clients send more than one mean of their changes:"

@@ -99,6 +99,7 @@ def _of_clients(config: Config, algorithm: Any) -> Iterator[Rule]:
     yield "clients.over_selection", clients.over_selection, 1.0, everybody
     yield "evaluation.num_peers", config.evaluation.num_peers, 8, "there are no peers, but clients"
     own = clients.personal or config.workload.get("buffers") == "personal" or algorithm.traits.personal != "none"
+    own = own or algorithm.traits.represents
     keep = own or config.evaluation.fine_tune_steps
     alone = None if keep else "clients keep no parameters, and are not fine-tuned"
     yield "evaluation.num_clients", config.evaluation.num_clients, 8, alone

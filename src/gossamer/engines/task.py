@@ -84,6 +84,7 @@ class Variant:
         downlink: codec of what they receive, likewise; None: it is not compressed.
         personal: names of the parameters that stay with the client.
         unsent: those, and what the algorithm does not send in this phase.
+        unreceived: those, and what it does not receive.
         holding: which modules its participants hold; None: all.
         has_all_modules: whether these are all of them.
     """
@@ -102,6 +103,7 @@ class Variant:
     downlink: BaseCodec | None = None
     personal: frozenset[str] = frozenset()
     unsent: frozenset[str] = frozenset()
+    unreceived: frozenset[str] = frozenset()
     holding: Holding | None = None
     has_all_modules: bool = True
 
@@ -139,6 +141,7 @@ class Variant:
             downlink=down,
             personal=personal,
             unsent=unsent,
+            unreceived=personal | (frozenset(layout.names) - frozenset(bound.received(layout.names))),
             holding=holding,
             has_all_modules=layout.names == cutter.layout.names,
         )
@@ -197,6 +200,12 @@ class Variant:
         """Number of parameters that are sent."""
         sent = self.sent_coordinates
         return self.layout.num_parameters if isinstance(sent, slice) else len(sent)
+
+    @property
+    def num_received(self) -> int:
+        """Number of parameters that are received."""
+        every = zip(self.layout.names, self.layout.shapes, strict=True)
+        return sum(math.prod(shape) for name, shape in every if name not in self.unreceived)
 
 
 WHOLE = -1  # index of the whole model among the variants

@@ -27,6 +27,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "fedper": "gossamer.algorithms.personal:FedPer",
         "fedrep": "gossamer.algorithms.personal:FedRep",
         "fedbn": "gossamer.algorithms.personal:FedBN",
+        "creamfl": "gossamer.algorithms.creamfl:CreamFL",
         "soup": "gossamer.algorithms.soup:Soup",
         "diloco": "gossamer.algorithms.diloco:DiLoCo",
         "streaming-diloco": "gossamer.algorithms.diloco:StreamingDiLoCo",
@@ -72,6 +73,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "logistic-regression": "gossamer.workloads.convex:LogisticRegression",
         "consensus": "gossamer.workloads.consensus:Consensus",
         "video-language": "gossamer.workloads.multimodal.workload:VideoLanguage",
+        "audio-visual-digits": "gossamer.workloads.multimodal.classification:AudioVisualDigits",
     },
     "dataset": {
         **_same("gossamer.workloads.datasets", "digits mnist fashion-mnist cifar10 cifar100 synthetic"),

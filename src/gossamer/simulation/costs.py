@@ -29,6 +29,7 @@ class VariantCosts:
             `counting.memory_bytes`.
         uncounted: names of the operations that `flops_per_sample` leaves out, because no formula is known.
         holding: name of the modules that it holds; None: all.
+        flops_per_round: operations that do not depend on the number of samples.
     """
 
     capacity: float
@@ -39,6 +40,7 @@ class VariantCosts:
     memory_bytes: int
     uncounted: tuple[str, ...] = ()
     holding: str | None = None
+    flops_per_round: float = 0.0
 
 
 class Efforts(NamedTuple):
@@ -91,7 +93,7 @@ class Costs:
             return np.array([getattr(profile, name) for profile in self.devices.profiles], dtype=np.float64)[device]
 
         up, down = of_variant("bytes_up"), of_variant("bytes_down")
-        flops = of_variant("flops_per_sample") * samples_trained
+        flops = of_variant("flops_per_sample") * samples_trained + of_variant("flops_per_round")
         return Efforts(
             bytes_up=up,
             bytes_down=down,

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gossamer.aggregate.codec_base import Codec
-from gossamer.algorithms.base import Algorithm, Arrays, carry_views, given_to_loss
+from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.algorithms.carries import carry_views, given_to_loss
 from gossamer.simulation.costs import VariantCosts
 from gossamer.submodel import Layout
 from gossamer.submodel.tracing_rules import RULES
@@ -69,7 +70,11 @@ class Participant(Protocol):
 
     @property
     def num_sent(self) -> int:
-        """Number of parameters that are sent and received."""
+        """Number of parameters that are sent."""
+
+    @property
+    def num_received(self) -> int:
+        """Number of parameters that are received."""
 
     @property
     def downlink(self) -> Codec | None:
@@ -102,9 +107,9 @@ def count_variants(
     found = []
     for variant in variants:
         capacity, layout, down, steps = variant.capacity, variant.layout, variant.downlink, every[variant.holding]
-        size = variant.num_sent * bytes_per_number
+        size = variant.num_received * bytes_per_number
         sent = sent_bytes(algorithm, variant.num_sent, bytes_per_number, variant.uplink)
-        received = size if down is None else down.row_bytes(variant.num_sent, bytes_per_number)
+        received = size if down is None else down.row_bytes(variant.num_received, bytes_per_number)
         passes = algorithm.mean_passes(list(steps), capacity)
         # At worst a step goes through the whole sub-model and then, if it makes two passes, through the next smaller.
         widest = sorted(passes, reverse=True)[: 1 if sum(passes.values()) < 1.5 else 2]
@@ -121,9 +126,20 @@ def count_variants(
                 ),
                 uncounted=tuple(sorted({name for width in passes for name in steps[width].uncounted})),
                 holding=None if variant.holding is None else variant.holding.name,
+                flops_per_round=flops_of_representing(algorithm, layout),
             )
         )
     return found
+
+
+def flops_of_representing(algorithm: Algorithm, layout: Layout) -> float:
+    """Return the FLOPs of what follows the local steps of a participant of a layout, by doing it."""
+    if not algorithm.traits.represents:
+        return 0.0
+    counter, row = FlopCounter(), torch.ones(layout.d)
+    with one_thread(), counter:
+        algorithm.represent(layout.views(row), layout.views(row.clone()), 0.0, lambda _: np.random.default_rng(0))
+    return counter.total
 
 
 def sent_bytes(

@@ -213,10 +213,7 @@ class Workload(Protocol):
         return {}
 
     def hold(self, clients: NDArray[np.int64], chunks: NDArray[np.int64]) -> None:
-        """Read the samples of clients, and of chunks of the test data, now, if they would be read while training.
-
-        Called where a process trains and evaluates these and hardly any others; by default nothing is done.
-        """
+        """Read now what would be read while training of these, where a process has hardly any others; default: not."""
 
     def params_of(self, row: Tensor) -> dict[str, Tensor]:
         """Return the whole model of a flat row [d]: what is trained, as views, and whatever is constant beside it."""
@@ -250,6 +247,9 @@ class Workload(Protocol):
     def peer_metrics(self, rows: Tensor) -> dict[str, float]:
         """Return metrics of all peers' models, [num_clients, d]; traits must say `has_peer_metrics`."""
         return {}
+
+    def public_set(self) -> Any:
+        """Return samples that everybody has, see `gossamer.algorithms.creamfl`; traits must say `has_public_set`."""
 
 
 @dataclass(frozen=True)

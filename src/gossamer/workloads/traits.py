@@ -25,11 +25,17 @@ class WorkloadTraits(Traits):
             not made of tokens.
         merges_parameters: whether `Workload.params_of` returns merged parameters in the place of some of a row's.
         uses_key: whether `Workload.loss` draws random numbers, by ``batch["key"]``.
+        has_public_set: whether there are samples that everybody has, and modules for what is known of them,
+            ``public_set()``, see `gossamer.algorithms.creamfl.PublicSet`.
         has_peer_init: whether peers start from models of their own, `Workload.peer_init`.
         has_peer_metrics: whether there are metrics of all peers' models, `Workload.peer_metrics`.
     """
 
-    hooks: ClassVar[Mapping[str, str]] = {"has_peer_init": "peer_init", "has_peer_metrics": "peer_metrics"}
+    hooks: ClassVar[Mapping[str, str]] = {
+        "has_peer_init": "peer_init",
+        "has_peer_metrics": "peer_metrics",
+        "has_public_set": "public_set",
+    }
 
     supports_padding: bool = True
     supports_stacking: bool = True
@@ -39,6 +45,7 @@ class WorkloadTraits(Traits):
     tokens_per_sample: int | None = None
     merges_parameters: bool = False
     uses_key: bool = False
+    has_public_set: bool = False
     has_peer_init: bool = False
     has_peer_metrics: bool = False
 

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.algorithms.base import Algorithm, Arrays, Views
+from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.algorithms.carries import Views
 from gossamer.algorithms.optimizers import NUM_STEPS
 from gossamer.engines.local_steps import LocalSteps
 from gossamer.engines.task import Variant

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from gossamer import rng
 from gossamer.aggregate import scale_rows_, tree_sum, tree_sum_rows
-from gossamer.algorithms.base import Algorithm, Arrays, carry_views, given_to_loss
+from gossamer.algorithms.base import Algorithm, Arrays
+from gossamer.algorithms.carries import carry_views, given_to_loss
 from gossamer.engines.base import never
 from gossamer.engines.task import PERSONAL, Task, Variant
 from gossamer.engines.training.batches import Batches, local_positions, on
@@ -259,6 +260,7 @@ class Trainer:
                 for name, left, right in factors:
                     add_product_(carries[name]["x"], left, right, -lr)
                 values.append(value)
+            self._represent(job, i, carry["x"][0], received[i]["x"][0], lr)
             own = self._own_part(variant, carry["x"])
             sent, kept = algorithm.end(received[i], mine, carry, num_steps, lr)
             for lists, arrays in ((payload, sent), (private, kept | own)):
@@ -266,6 +268,19 @@ class Trainer:
                     lists[name].append(row)
             losses.append(numbers(torch.stack(values).sum()) / num_steps)
         return dict(payload), dict(private), losses
+
+    def _represent(self, job: Job, row: int, x: Tensor, before: Tensor, lr: float) -> None:
+        """Change the trained model [d_sub] of a row of the job as the algorithm says, see `Algorithm.represent`."""
+        task, variant = self.task, self.task.variants[job.block.variant]
+        if not task.algorithm.traits.represents:
+            return
+
+        def generator(purpose: str) -> np.random.Generator:
+            """Return the client's own random numbers."""
+            return rng.generator(task.seed, purpose, job.round, job.phase, int(job.client[row]))
+
+        layout = variant.working_layout
+        variant.algorithm.represent(layout.views(x), layout.views(before), lr, generator)
 
     def _own_part(self, variant: Variant, x: Tensor) -> Arrays:
         """Return what clients keep, see `own_part`; what stays with peers stays in their rows."""
@@ -321,6 +336,8 @@ class Trainer:
             for name, left, right in factors:
                 add_product_(views[name]["x"], left, right, -lr, active)
             total[:active].add_(values[:active])
+        for i in range(s):
+            self._represent(job, i, carry["x"][i], rows["x"][i], lr)
         kept = self._own_part(variant, carry["x"])
         payload, private = end_rows(algorithm, rows, client_state, carry, job, lr)
         private |= kept

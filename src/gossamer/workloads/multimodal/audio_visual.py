@@ -31,6 +31,8 @@ class AudioVisualOptions(Options):
             samples are parted: those who hear hold what was said, others what was written, and nobody holds both.
         num_train, num_test: number of pairs; None: one for each recording, 2,700 and 300. Of more, each has another
             partner in most pairs.
+        num_public: number of training pairs that are taken out, and which everybody has. With `num_train`, recordings
+            and images of these may be in other pairs, too.
         bands, frames: height and width of a spectrogram, see `gossamer.workloads.spoken.SpokenOptions`.
         seed: seed of the pairing.
     """
@@ -39,6 +41,7 @@ class AudioVisualOptions(Options):
     split: Literal["paired", "natural"] = "paired"
     num_train: int | None = Field(None, ge=1)
     num_test: int | None = Field(None, ge=1)
+    num_public: int = Field(0, ge=0)
     bands: int = Field(32, ge=1, le=64)
     frames: int = Field(32, ge=1, le=500)
     seed: int = 0
@@ -69,14 +72,21 @@ def audio_visual_digits(options: Mapping[str, Any]) -> MultimodalData:
     }
     splits = dict[str, MultimodalSplit]()
     for split, (images, image_labels, audio, audio_labels, count) in parts.items():
-        num_pairs = len(audio_labels) if count is None else count
+        num_more = chosen.num_public if split == "train" else 0
+        num_pairs = len(audio_labels) if count is None else count + num_more
+        if num_pairs <= num_more:
+            raise DataError(
+                f"{WHERE}.num_public = {num_more} takes all of the {num_pairs} training pairs: give fewer, or num_train"
+            )
         pairs = paired(image_labels.numpy(), audio_labels.numpy(), num_pairs, chosen.seed, f"audio-visual-{split}")
         image_rows, audio_rows = map(torch.from_numpy, pairs)
         both = {"image": images[image_rows], "audio": audio[audio_rows]}
         owner = heard.owner[audio_rows] if split == "train" else None
         splits[split] = MultimodalSplit(both, torch.ones(num_pairs, 2).bool(), audio_labels[audio_rows], owner)
-    train = splits["train"] if chosen.split == "paired" else parted(splits["train"], chosen.seed)
-    return MultimodalData(f"audio-visual-{chosen.images}", train, splits["test"], 10)
+    public = splits["train"][: chosen.num_public] if chosen.num_public else None
+    train = splits["train"][chosen.num_public :]
+    train = train if chosen.split == "paired" else parted(train, chosen.seed)
+    return MultimodalData(f"audio-visual-{chosen.images}", train, splits["test"], 10, public=public)
 
 
 def paired(image_labels: Ints, audio_labels: Ints, num_pairs: int, seed: int, purpose: str) -> tuple[Ints, Ints]:

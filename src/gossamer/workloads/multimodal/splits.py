@@ -48,6 +48,12 @@ class MultimodalSplit:
                 " and int64"
             )
 
+    def __getitem__(self, rows: slice) -> MultimodalSplit:
+        """Return a split of some samples."""
+        samples = {name: values[:][rows] for name, values in self.samples.items()}
+        owner = None if self.owner is None else self.owner[rows]
+        return MultimodalSplit(samples, self.present[rows], self.labels[rows], owner)
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """Names of the modalities."""
@@ -63,6 +69,7 @@ class MultimodalData:
         train, test: of the same modalities.
         num_labels: number of classes.
         vocabulary: tokens of the modality ``text`` by their numbers, or ().
+        public: samples that everybody has, and which are neither in `train` nor in `test`; None: there are none.
     """
 
     name: str
@@ -70,3 +77,4 @@ class MultimodalData:
     test: MultimodalSplit
     num_labels: int
     vocabulary: tuple[str, ...] = ()
+    public: MultimodalSplit | None = None
