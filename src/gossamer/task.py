@@ -129,8 +129,12 @@ def on_device(modes: Iterable[VariantMode], device: str | None) -> list[VariantM
     return list(modes) if device is None else [mode.model_copy(update={"device": device}) for mode in modes]
 
 
-def load_workload(config: Config, data: Any = None) -> Workload:
+def load_workload(config: Config, data: Any = None, stands_for: tuple[int, int] | None = None) -> Workload:
     """Make the workload, with `data` that were loaded elsewhere, see `task_of`.
+
+    Args:
+        stands_for: number of a client that has data of its own, and of all clients: where clients hold different
+            modules, its one client holds those of that number.
 
     Raises:
         GossamerError: its options are wrong, its data missing or malformed, or one of its plug-ins fails.
@@ -143,6 +147,8 @@ def load_workload(config: Config, data: Any = None) -> Workload:
     given: dict[str, Any] = {} if data is None else {"data": data}
     if "whole_models" in inspect.signature(make).parameters:
         given["whole_models"] = tuple(config.submodel.capacities) == (1.0,) and not config.submodel.mask_labels
+    if stands_for is not None and "stands_for" in inspect.signature(make).parameters:
+        given["stands_for"] = stands_for
     precision = config.train.precision
     if precision == "float64" and "dtype" in inspect.signature(make).parameters:
         given["dtype"] = torch_dtype(precision)
@@ -169,8 +175,7 @@ def held_task_of(config: Mapping[str, Any], client: int, dataset: Any) -> Task:
     if parsed.clients is None or not 0 <= client < parsed.clients.num:
         raise ConfigError(f"there is no client {client} in this run: give a number below {parsed.population.num}")
     alone = parsed.clients.model_copy(update={"num": 1, "per_round": 1, "partition": {"name": "iid"}})
-    workload = load_workload(
-        parsed.model_copy(update={"clients": alone, "workload": {**parsed.workload, "dataset": dataset}})
-    )
+    own = parsed.model_copy(update={"clients": alone, "workload": {**parsed.workload, "dataset": dataset}})
+    workload = load_workload(own, stands_for=(client, parsed.clients.num))
     held: Any = HeldWorkload(workload, client, parsed.clients.num)
     return make_task(parsed, make_algorithm(parsed), None, held)

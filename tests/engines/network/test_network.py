@@ -12,16 +12,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 import gossamer
 from federation import STACKED, assert_same, configure, events, mixed, modes
 from gossamer import experiment
+from gossamer.build import build
+from gossamer.config.loading import parse
 from gossamer.errors import ConfigError, Interrupted
 from gossamer.storage.runlog import read_events, read_metrics
 from gossamer.task import held_task_of, task_of
 from nodes import Nodes, real
+from video_language import SMALL
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -138,6 +142,35 @@ def test_own_data(nodes: Nodes, tmp_path: Path) -> None:
     nodes.join()
     assert not nodes.errors
     assert [record["total_samples"] for record in run.metrics] == [130, 260]
+
+
+def test_own_data_of_different_modalities(nodes: Nodes, tmp_path: Path) -> None:
+    """Each client has the modalities of its number, whatever its own data have, and sends their modules alone."""
+    kinds = {"video+text": 0.34, "text": 0.33, "video": 0.33}
+    tasks = ["retrieval", "masked-language", "recognition"]
+    options = {**SMALL, "tasks": tasks, "modalities": kinds}
+    clients = {"num": 3, "per_round": 3, "partition": "iid"}
+    config = configure({"workload": {"name": "video-language", **options}, "clients": clients, "rounds": 1})
+    config["engine"] = {"name": "local", "workers": 0, "modes": {"stacked": True}}
+    simulated = build(parse(config)).task.workload
+    sizes = [60, 70, 80]
+    for client, num_train in enumerate(sizes):
+        own = {**SMALL["dataset"], "num_train": num_train}
+        nodes.start(
+            [client],
+            make_task=lambda told, client=client, own=own: held_task_of(told, client, own),  # type: ignore[misc]
+            is_simulated=False,
+        )
+    run = gossamer.run(real(config, nodes), out=tmp_path / "network")
+    nodes.join()
+    assert not nodes.errors
+    (record,) = run.metrics
+    assert record["total_samples"] == sum(sizes)
+    assert record["num_dropped"] == 0
+    held = [simulated.holdings[kind].name for kind in simulated.client_holdings(np.arange(3))]
+    assert sorted(held) == sorted(kinds)
+    (again,) = gossamer.run(config, out=tmp_path / "local").metrics
+    assert record["total_bytes_up"] == again["total_bytes_up"]
 
 
 def test_processes_that_are_killed(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ class VideoLanguage(Workload):
         seed: int,
         data: ClipData | None = None,
         dtype: torch.dtype = torch.float32,
+        stands_for: tuple[int, int] | None = None,
     ) -> None:
         """Make the data, divide them and lay out the model.
 
@@ -102,6 +103,8 @@ class VideoLanguage(Workload):
             seed: seed of the partition, of who has what, and of what is missing.
             data: the clips, if they are made already.
             dtype: that of parameters and videos.
+            stands_for: number of a client, and of all clients of the run: the one client that there is here has the
+                modalities and tasks of that one; None: there are as many clients as `num_clients`.
         """
         self.options = parse_options(VideoLanguageOptions, options, "workload")
         self.num_clients, self.seed, self.dtype = num_clients, seed, dtype
@@ -113,7 +116,9 @@ class VideoLanguage(Workload):
         self.model = self.build_model(options, self._facts().as_json(), seed)
         self.layout = Layout.of(self.model.shapes, self.model.axes)
         self.tasks = self._known("workload.tasks", self.options.tasks or tuple(self.model.graphs))
-        self._kinds, self._kind_of_client = self._divide_kinds()
+        self._kinds, self._kind_of_client = self._divide_kinds(num_clients if stands_for is None else stands_for[1])
+        if stands_for is not None:
+            self._kind_of_client = self._kind_of_client[stands_for[0] : stands_for[0] + 1]
         self.holdings = tuple(Holding(kind.name, self._modules(kind.tasks)) for kind in self._kinds)
         self.measured = self._known("workload.evaluate", self.options.evaluate or self.tasks)
         self._measures = {task: measure_of(task, self.data) for task in self.measured}
@@ -167,7 +172,7 @@ class VideoLanguage(Workload):
                 raise ConfigError(f"{where} names {name!r}, which is none of {', '.join(known)}{nearest(name, known)}")
         return tuple(name for name in known if name in names)
 
-    def _divide_kinds(self) -> tuple[list[Kind], NDArray[np.int16]]:
+    def _divide_kinds(self, num_clients: int) -> tuple[list[Kind], NDArray[np.int16]]:
         """Return the kinds of clients, as name, modalities and tasks, and the kind of each client.
 
         Raises:
@@ -177,7 +182,7 @@ class VideoLanguage(Workload):
         senses = parse_shares(self.options.modalities, MODALITIES, "workload.modalities")
         jobs = parse_shares(given or everything, self.tasks, "workload.client_tasks")
         sense_of, job_of = (
-            assigned(kinds.shares.tolist(), self.num_clients, self.seed, f"assign-{what}").astype(np.int64)
+            assigned(kinds.shares.tolist(), num_clients, self.seed, f"assign-{what}").astype(np.int64)
             for what, kinds in (("modalities", senses), ("tasks", jobs))
         )
         found, numbers = list[Kind](), dict[tuple[int, int], int]()
