@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,8 +13,7 @@ from gossamer.workloads.models import DeclaredModel
 from gossamer.workloads.multimodal.blocks import FeedForward, Tokens, linear, mean_of
 from gossamer.workloads.multimodal.clips import PAD
 from gossamer.workloads.multimodal.graphs import Facts, Losses, graph
-from gossamer.workloads.multimodal.objectives import contrastive, contrastive_logits
-from gossamer.workloads.supervised import cross_entropies
+from gossamer.workloads.multimodal.objectives import contrastive, contrastive_logits, label_losses
 from gossamer.workloads.traits import ModelTraits
 
 
@@ -55,8 +53,9 @@ class MeanPool(DeclaredModel):
         """Return the losses of tasks, see `VideoLanguageModel`."""
         video, found = self.pooled(params, batch, context.scale), Losses()
         if "recognition" in tasks:
-            each = [cross_entropies(linear(params, f"classes.{name}", video), batch[name]) for name in self.labels]
-            found["recognition"] = torch.stack(each).sum(0), batch["has_video"]
+            logits = {name: linear(params, f"classes.{name}", video) for name in self.labels}
+            losses, has_any = label_losses(logits, batch)
+            found["recognition"] = losses, batch["has_video"] * has_any
         if "retrieval" in tasks:
             weights = batch["has_video"] * batch["has_text"]
             same = (batch["caption"][:, None] == batch["caption"][None]).all(-1)

@@ -331,6 +331,7 @@ OTHERS = {
     "submodel.offsets": "numbers by the name of an axis",
     "methods": "refused",
     "stop.metric": "name of a metric",
+    "algorithm.metric": "name of a metric",
     "peers.topology.graph": "a graph given in Python; JSON has none",
     "workload.dataset.label": "name of a column",
     "workload.dataset.sample": "name of a column",
@@ -341,6 +342,9 @@ OTHERS = {
     "workload.modalities": "shares by names of modalities",
     "workload.missing.train": "rates by names of modalities",
     "workload.missing.test": "rates by names of modalities",
+    "workload.labels.missing": "rates by names of labels",
+    "workload.labels.wrong": "rates by names of labels",
+    "workload.partition_label": "name of a label",
 }
 
 

@@ -40,6 +40,7 @@ from gossamer.workloads.multimodal.objectives import (
     contrastive,
     contrastive_logits,
     hardest_negatives,
+    label_losses,
     masked_places,
     sequence_losses,
 )
@@ -373,5 +374,5 @@ class Forward(ABC):
 
     def recognition(self) -> Loss:
         """Return the losses of the video's classes."""
-        losses = [cross_entropies(self.label_logits(name), self.batch[name]) for name in self.model.facts.num_labels]
-        return torch.stack(losses).sum(0), self.batch["has_video"]
+        losses, has_any = label_losses({n: self.label_logits(n) for n in self.model.facts.num_labels}, self.batch)
+        return losses, self.batch["has_video"] * has_any

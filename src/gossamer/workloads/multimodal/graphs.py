@@ -97,7 +97,8 @@ class VideoLanguageModel(Protocol):
         Args:
             tasks: tasks whose modules are all in `params`, and whose modalities are in the batch.
             params: parameters of the (sub-)model, at least those of the tasks.
-            batch: what there is of a batch, see `gossamer.workloads.multimodal.workload.VideoLanguage.batch`.
+            batch: what there is of a batch, see `gossamer.workloads.multimodal.workload.VideoLanguage.batch`; labels
+                are -1 where they are missing, see `gossamer.workloads.multimodal.objectives.label_losses`.
             context: its scale, and its key where a loss is random.
         """
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,18 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """Return the mean of losses [b] by weights [b]; 0, without a gradient, where all of these are 0."""
     counted = torch.where(weights > 0, losses, 0.0)
     return (counted * weights).sum() / weights.sum().clamp_min(1e-12)
+
+
+def label_losses(logits: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the sum [b] of the cross entropies of the labels that each sample has, and whether it has any, bool [b].
+
+    Args:
+        logits: float32 [b, classes] of each label.
+        batch: int64 [b] of each label; below 0: it is missing.
+    """
+    pairs = [(batch[name] >= 0, cross_entropies(one, batch[name].clamp_min(0))) for name, one in logits.items()]
+    losses = torch.stack([torch.where(has, loss, 0.0) for has, loss in pairs]).sum(0)
+    return losses, torch.stack([has for has, _ in pairs]).any(0)
 
 
 def contrastive_logits(first: Tensor, second: Tensor, same: Tensor, counts: Tensor, temperature: float) -> Tensor:

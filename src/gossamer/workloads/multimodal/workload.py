@@ -22,6 +22,7 @@ from gossamer.workloads.digests import digest_of
 from gossamer.workloads.holdings import Holding, assigned
 from gossamer.workloads.multimodal.clips import PAD, ClipData
 from gossamer.workloads.multimodal.graphs import MODALITIES, Facts, VideoLanguageModel
+from gossamer.workloads.multimodal.labels import LabelOptions, classes_of, given_clips
 from gossamer.workloads.multimodal.modalities import MissingOptions, missing_rates, parse_shares, presence
 from gossamer.workloads.multimodal.objectives import weighted_mean
 from gossamer.workloads.multimodal.tasks import flat, measure_of
@@ -31,6 +32,7 @@ from gossamer.workloads.traits import WorkloadTraits
 
 Ints = NDArray[np.int64]
 ATTRIBUTES = ("traits", "shapes", "axes", "graphs", "init", "losses", "predict")
+ANSWERING = "question-answering"
 SHUFFLED = "shuffled"  # before the number of an order of the frames, and a dot, in sums
 WEIGHT = "weight."  # before the name of a task: how much its loss counts
 
@@ -55,6 +57,8 @@ class VideoLanguageOptions(Options):
             does none of the tasks of a module holds none of it.
         task_weights: ``{task: factor of its loss}``; 1 where it is left out.
         missing: modalities that samples lack.
+        labels: labels and answers that training samples lack, or have wrong.
+        partition_label: label by which partitions by class divide; None: that of the data set.
         evaluate: tasks that are measured; None: all of the run.
         shuffles: random orders of the frames in which videos are measured besides, see `VideoLanguage.metrics`.
     """
@@ -66,6 +70,8 @@ class VideoLanguageOptions(Options):
     client_tasks: dict[str, float] | None = None
     task_weights: dict[str, float] = {}
     missing: MissingOptions = Field(default_factory=lambda: MissingOptions.model_validate({}))
+    labels: LabelOptions = LabelOptions.model_validate({})
+    partition_label: str | None = None
     evaluate: tuple[str, ...] | None = None
     shuffles: int = Field(0, ge=0)
 
@@ -109,9 +115,9 @@ class VideoLanguage(Workload):
         self.options = parse_options(VideoLanguageOptions, options, "workload")
         self.num_clients, self.seed, self.dtype = num_clients, seed, dtype
         self.data = self._load() if data is None else data
-        train, label, missing = self.data.train, self.data.partition_label, self.options.missing
-        classes = train.labels[label].numpy()
-        self.partition = divide(partition, num_clients, seed, classes, self.data.num_labels[label])
+        missing, classes = self.options.missing, classes_of(self.data, self.options.partition_label)
+        self._train = given_clips(self.data, self.options.labels, seed)
+        self.partition = divide(partition, num_clients, seed, *classes)
         self.num_samples = self.partition.num_samples
         self.model = self.build_model(options, self._facts().as_json(), seed)
         self.layout = Layout.of(self.model.shapes, self.model.axes)
@@ -124,7 +130,7 @@ class VideoLanguage(Workload):
         self._measures = {task: measure_of(task, self.data) for task in self.measured}
         self._present = {
             split: self._presence(split, rates, len(clips))
-            for split, rates, clips in (("train", missing.train, train), ("test", missing.test, self.data.test))
+            for split, rates, clips in (("train", missing.train, self._train), ("test", missing.test, self.data.test))
         }
         self.num_evaluation_chunks = -(-len(self.data.test) // self.data.pool)
         model = self.model.traits
@@ -224,7 +230,8 @@ class VideoLanguage(Workload):
 
     def digest(self) -> str:
         """Return a digest of the data, their partition, and who has what."""
-        return digest_of(self.data, self.partition, self._kind_of_client.astype(np.int64), self._present)
+        given = (self._train.labels, self._train.answer) if self._train is not self.data.train else ()
+        return digest_of(self.data, self.partition, self._kind_of_client.astype(np.int64), self._present, *given)
 
     def client_holdings(self, clients: Ints) -> NDArray[np.int16]:
         """Return int16 [s]: the number among `holdings` of what each client holds."""
@@ -235,10 +242,10 @@ class VideoLanguage(Workload):
 
         Returns:
             samples, of the modalities that the clients have: ``"video"``: float32 [s, m, frames, channels, h, w], and
-            its labels; ``"caption"``: int64 [s, m, n], ``"question"``: int64 [s, m, q], one of each video's, and
-            ``"answer"``: int64 [s, m]; ``"has_video"`` and ``"has_text"``: float32 [s, m], 0 where a sample lacks it;
-            and, only where a row is padded, ``"mask"``; client constants ``"weight.<task>"``: float32 [s], of the tasks
-            that they do.
+            its labels, int64 [s, m], -1 where one is missing; ``"caption"``: int64 [s, m, n], ``"question"``: int64
+            [s, m, q], one of each video's, and ``"answer"``: int64 [s, m], `PAD` where it is missing; ``"has_video"``
+            and ``"has_text"``: float32 [s, m], 0 where a sample lacks it; and, only where a row is padded, ``"mask"``;
+            client constants ``"weight.<task>"``: float32 [s], of the tasks that they do.
         """
         _, modalities, tasks = self._kinds[self._kind_of_client[clients[0]]]
         padding = positions < 0
@@ -256,7 +263,7 @@ class VideoLanguage(Workload):
 
     def _fetch(self, split: str, rows: Tensor, modalities: tuple[str, ...]) -> dict[str, Tensor]:
         """Return clips of a split, of these modalities, all questions of each; what is missing is 0 or `PAD`."""
-        clips = self.data.train if split == "train" else self.data.test
+        clips = self._train if split == "train" else self.data.test
         present, found = {name: self._present[split][name][rows] for name in modalities}, dict[str, Tensor]()
         if "video" in modalities:
             shown = present["video"][(...,) + (None,) * 4]
@@ -278,6 +285,9 @@ class VideoLanguage(Workload):
             held |= {name: batch[name] * mask for name in ("has_video", "has_text") if name in batch}
         context = ForwardContext(batch.get("scale", 1.0), key=batch.get("key"))
         found = self.model.losses(tasks, params, held, context)
+        if ANSWERING in found:
+            losses, weights = found[ANSWERING]
+            found[ANSWERING] = losses, weights * (held["answer"] != PAD)
         return sum_of([weighted_mean(*found[task]) * batch[WEIGHT + task] for task in tasks])
 
     @torch.no_grad()
@@ -312,7 +322,7 @@ class VideoLanguage(Workload):
             answer=clips.answer[rows],
             labels={name: label[rows] for name, label in clips.labels.items()},
         )
-        if task == "question-answering":
+        if task == ANSWERING:
             each = [
                 self.model.predict(task, params, {**one, "question": batch["question"][:, i]})["logits"]
                 for i in range(batch["question"].shape[1])

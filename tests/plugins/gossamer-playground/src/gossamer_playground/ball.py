@@ -15,7 +15,7 @@ from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.models import DeclaredModel, rescale
 from gossamer.workloads.multimodal.clips import DIRECTIONS, SPECIAL, ClipData, Clips, encoded
 from gossamer.workloads.multimodal.graphs import Facts, Losses, graph
-from gossamer.workloads.supervised import cross_entropies
+from gossamer.workloads.multimodal.objectives import label_losses
 from gossamer.workloads.traits import ModelTraits
 
 QUESTION = "where does it move"
@@ -88,8 +88,8 @@ class FrameDifferences(DeclaredModel):
     ) -> Losses:
         """Return the losses of tasks, see `VideoLanguageModel`."""
         logits = self._logits(params, batch["video"], context.scale)
-        each = torch.stack([cross_entropies(logits[name], batch[name]) for name in self.labels]).sum(0)
-        return {"recognition": (each, batch["has_video"])}
+        each, has_any = label_losses(logits, batch)
+        return {"recognition": (each, batch["has_video"] * has_any)}
 
     def predict(self, task: str, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return logits of each label, [b, classes]."""

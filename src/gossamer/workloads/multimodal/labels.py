@@ -1,0 +1,108 @@
+"""Labels and answers of training clips that are missing or wrong, as switches of a workload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from gossamer.errors import ConfigError, nearest
+from gossamer.options import Options
+from gossamer.workloads.multimodal.clips import PAD, ClipData, Clips
+from gossamer.workloads.multimodal.modalities import MISSING_LABEL, drop_labels, transition_matrix, wrong_labels
+
+ANSWER = "answer"
+WHERE = "workload.labels"
+
+
+class LabelOptions(Options):
+    """Labels that training samples lack or have wrong, as in FedMultimodal (arXiv 2306.09486).
+
+    Partitions go by true labels, and test samples have these.
+
+    Attributes:
+        missing: probability that a sample lacks a label, and so takes no part in its loss, of each label by itself: one
+            number for all of them, or one for each, such as ``{digit: 0.3}``, 0 for the others. ``answer`` stands for
+            the answer to each question.
+        wrong: probability that it is another one, likewise.
+        sparsity: share of the other classes that a class is never taken for.
+    """
+
+    missing: float | dict[str, float] = 0.0
+    wrong: float | dict[str, float] = 0.0
+    sparsity: float = Field(0.0, ge=0, lt=1)
+
+
+def given_clips(data: ClipData, options: LabelOptions, seed: int) -> Clips:
+    """Return the training clips with labels as they are given, -1 where one is missing, and `PAD` for an answer.
+
+    Raises:
+        ConfigError: an unknown label, a rate that is no probability, or a label of one class that shall be wrong.
+    """
+    clips = data.train
+    has_answers = bool((clips.answer != PAD).any())
+    known = (*data.num_labels, *((ANSWER,) if has_answers else ()))
+    missing, wrong = (_rates(given, known, f"{WHERE}.{name}") for name, given in _both(options).items())
+    if not any((*missing.values(), *wrong.values())):
+        if options.sparsity:
+            raise ConfigError(f"{WHERE}.sparsity = {options.sparsity} is of wrong labels, of which there are none")
+        return clips
+
+    def given(name: str, labels: Tensor, num_labels: int, purpose: str) -> Tensor:
+        """Return labels int64 [N] as they are given."""
+        found = labels.numpy()
+        if wrong[name]:
+            matrix = transition_matrix(num_labels, wrong[name], options.sparsity, seed)
+            found = wrong_labels(found, matrix, seed, f"wrong-{purpose}")
+        return torch.from_numpy(drop_labels(found, missing[name], seed, f"missing-{purpose}"))
+
+    labels = {name: given(name, clips.labels[name], num, f"label-{name}") for name, num in data.num_labels.items()}
+    answer = clips.answer
+    if has_answers:
+        each = []
+        for number in range(answer.shape[1]):
+            words, places = torch.unique(answer[:, number], return_inverse=True)
+            found = given(ANSWER, places, len(words), f"answer-{number}")
+            each.append(torch.where(found == MISSING_LABEL, PAD, words[found.clamp_min(0)]))
+        answer = torch.stack(each, dim=1)
+    return replace(clips, labels=labels, answer=answer)
+
+
+def _both(options: LabelOptions) -> dict[str, float | Mapping[str, float]]:
+    return {"missing": options.missing, "wrong": options.wrong}
+
+
+def _rates(given: float | Mapping[str, float], known: tuple[str, ...], where: str) -> dict[str, float]:
+    """Return the rate of each label.
+
+    Raises:
+        ConfigError: a label is unknown, or a rate is no probability.
+    """
+    by_name = given if isinstance(given, Mapping) else dict.fromkeys(known, given)
+    for name, rate in by_name.items():
+        if name not in known:
+            raise ConfigError(
+                f"{where} names the label {name!r}, which is none of {', '.join(known)}{nearest(name, known)}"
+            )
+        if not 0 <= rate <= 1:
+            raise ConfigError(f"{where} has the rate {rate} for {name!r}: give a probability from 0 to 1")
+    return {name: float(by_name.get(name, 0.0)) for name in known}
+
+
+def classes_of(data: ClipData, label: str | None) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], int]:
+    """Return the classes by which partitions divide, int64 [N], and how many there are.
+
+    Args:
+        label: name of a label; None: the data set's own choice.
+
+    Raises:
+        ConfigError: there is no such label.
+    """
+    name, known = data.partition_label if label is None else label, tuple(data.num_labels)
+    if name not in known:
+        raise ConfigError(f"workload.partition_label = {name!r} is none of {', '.join(known)}{nearest(name, known)}")
+    return data.train.labels[name].numpy(), data.num_labels[name]
