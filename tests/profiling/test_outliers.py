@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
+import gossamer
+from gossamer.aggregate.codecs import CODECS, Sign
 from gossamer.profiling.outliers import find_outliers
 from gossamer.profiling.trace import Round, read_trace
 from gossamer.reports.profile import examine, render
 from traces import span, write
+
+IMAGES = {"name": "image-classification", "dataset": {"name": "digits", "limit": 200}, "model": "softmax"}
+
+
+class Sleepy(Sign):
+    """Takes a time that is stated; in the worker that comes first, and so makes the file `mark`, a multiple of it."""
+
+    mark: str
+    seconds: float
+    factor: float
+
+    def compress(self, rows: Tensor, **draws: Any) -> Tensor:
+        """Sleep, and compress."""
+        if multiprocessing.parent_process() is not None:
+            with suppress(FileExistsError):
+                os.symlink(str(os.getpid()), self.mark)
+            is_slow = os.readlink(self.mark) == str(os.getpid())
+            time.sleep(self.seconds * (self.factor if is_slow else 1.0))
+        return super().compress(rows, **draws)
+
+
+def test_a_secret_slowdown_of_a_real_worker_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two workers, that which trains first compresses twice as slowly."""
+    monkeypatch.setitem(CODECS, "sleepy", Sleepy)
+    mark = tmp_path / "slow"
+    codec = {"name": "sleepy", "mark": str(mark), "seconds": 0.02, "factor": 2.0}
+    config = {
+        "rounds": 6,
+        "workload": IMAGES,
+        "clients": {"num": 8, "per_round": 8},
+        "train": {"lr": 0.1},
+        "communication": {"uplink": codec},
+        "engine": {"workers": 2, "modes": "auto"},
+        "profile": True,
+    }
+    trace = read_trace(gossamer.run(config, out=tmp_path / "run").directory)
+    names = {lane.pid: lane.name for one in trace.rounds for lane in one.lanes}
+    found = {one.stage: one for one in find_outliers(trace.rounds)}["compress"]
+    assert found.process == names[int(mark.readlink().name)]
+    assert found.ratio.mean == pytest.approx(2.0, rel=0.1)
+    assert f"{found.process} takes" in render(examine(trace))
 
 
 def recorded(directory: Path, factor: float, seed: int = 0) -> list[Round]:

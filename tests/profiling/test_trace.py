@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from gossamer.errors import DataError
 from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, read_trace, stage_totals
+from gossamer.reports.profile import examine, render
 from traces import header, span, write
 
 
@@ -71,9 +73,23 @@ def test_clocks_of_other_machines_are_shifted_by_the_time_of_day(tmp_path: Path)
     spans = [span("train", 5000 + 4, 5000 + 8)]
     write(tmp_path, "actor", spans, pid=2, boot="other", monotonic_ns=ahead, unix_ns=10**18)
     trace = read_trace(tmp_path)
-    assert trace.clock_offsets == {"driver": 0.0, "actor-0": 5.0}
+    assert trace.clocks == {"driver": (0.0, 0.0), "actor-0": (5.0, math.inf)}
     (lane,) = (lane for lane in trace.rounds[0].lanes if lane.process == "actor")
     assert [s.kind for s in trace.rounds[0].lanes[lane]] == [ABSENT, "train", ABSENT]
+
+
+def test_messages_both_ways_set_the_clocks_of_machines(tmp_path: Path) -> None:
+    """The actor's clock is 5 s ahead; a message takes 1 ms there, and 3 ms back."""
+    ahead = 5000
+    spans = [span("send", 1, 1.5, message="a<1"), span("receive", 8.5, 9, message="a>1")]
+    write(tmp_path, "driver", spans, [(1, 0, 10)], monotonic_ns=0, unix_ns=10**18)
+    spans = [span("receive", ahead + 1.5, ahead + 2, message="a<1"), span("send", ahead + 6, ahead + 7, message="a>1")]
+    write(tmp_path, "actor", spans, pid=2, boot="other", monotonic_ns=0, unix_ns=10**18)
+    trace = read_trace(tmp_path)
+    assert trace.clocks["actor-0"] == pytest.approx((4.999, 0.002), abs=1e-9)
+    told = render(examine(trace))
+    assert json.loads(render(examine(trace), as_json=True))["clocks"]["actor-0"]["error"] == pytest.approx(0.002)
+    assert "Clocks against the driver's: actor-0 +4.999000 s with an error of 2 ms at most." in told
 
 
 class TestRefused:

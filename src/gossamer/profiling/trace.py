@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gossamer.errors import DataError
+from gossamer.profiling.clocks import Clock, Ends, clocks_of
 from gossamer.profiling.recorder import FIELDS, FORMAT, VERSION
 
 UNATTRIBUTED, WAIT = "unattributed", "wait"
@@ -106,12 +107,12 @@ class Trace:
 
     Attributes:
         rounds: whole rounds, by their numbers; of one that was repeated, the last.
-        clock_offsets: seconds by which the clock of each process is ahead of the driver's, by both systems' time of day
-            where they are not of one boot, and so as uncertain as these.
+        clocks: of each process against the driver's, by the messages between their machines; where these do not go both
+            ways, by the time of day of both.
     """
 
     rounds: list[Round]
-    clock_offsets: dict[str, float] = field(default_factory=dict)
+    clocks: dict[str, Clock] = field(default_factory=dict)
 
 
 class _Timeline:
@@ -156,15 +157,16 @@ def read_trace(directory: Path) -> Trace:
     if not any(file.rounds for file in drivers):
         raise DataError(f"the trace of {str(directory)!r} has no whole round: let the run get further")
     names = _names(files)
-    offsets = {names[number]: _offset(file, drivers[0]) for number, file in enumerate(files)}
+    of_boots = _clocks(files, drivers[0])
+    clocks = {name: of_boots[file.header["boot"]] for name, file in zip(names, files, strict=True)}
     windows: dict[int, tuple[int, int]] = {}
     for driver in drivers:
         for number, begin, end in driver.rounds:
-            shift = round(_offset(driver, drivers[0]) * 1e9)
+            shift = round(of_boots[driver.header["boot"]].offset * 1e9)
             windows[number] = begin - shift, end - shift
-    lanes = dict(_lanes(files, names, offsets))
+    lanes = dict(_lanes(files, names, clocks))
     found = [_round(number, *windows[number], lanes) for number in sorted(windows)]
-    return Trace(found, offsets)
+    return Trace(found, clocks)
 
 
 def _read_file(path: Path) -> _File:
@@ -225,16 +227,25 @@ def _names(files: Sequence[_File]) -> list[str]:
     return names
 
 
-def _offset(file: _File, driver: _File) -> float:
-    if file.header["boot"] == driver.header["boot"]:
-        return 0.0
-    ours, theirs = (one.header["monotonic_ns"] - one.header["unix_ns"] for one in (file, driver))
-    return float(ours - theirs) / 1e9
+def _clocks(files: Sequence[_File], driver: _File) -> dict[str, Clock]:
+    """Return the clock of each boot against the driver's."""
+    machines: dict[str, Ends] = {}
+    by_time_of_day: dict[str, float] = {}
+    ahead = driver.header["monotonic_ns"] - driver.header["unix_ns"]
+    for file in files:
+        boot = file.header["boot"]
+        by_time_of_day[boot] = (file.header["monotonic_ns"] - file.header["unix_ns"] - ahead) / 1e9
+        ends = machines.setdefault(boot, Ends())
+        for span in file.spans:
+            if span.message and span.kind in ("send", "receive"):
+                is_sent = span.kind == "send"
+                ends.note(span.message, span.begin_ns if is_sent else span.end_ns, is_sent=is_sent)
+    return clocks_of(machines, driver.header["boot"], by_time_of_day)
 
 
-def _lanes(files: Sequence[_File], names: list[str], offsets: dict[str, float]) -> Iterator[tuple[Lane, _Timeline]]:
+def _lanes(files: Sequence[_File], names: list[str], clocks: dict[str, Clock]) -> Iterator[tuple[Lane, _Timeline]]:
     for file, name in zip(files, names, strict=True):
-        shift = round(offsets[name] * 1e9)
+        shift = round(clocks[name].offset * 1e9)
         threads: dict[int, list[Span]] = defaultdict(list)
         for span in file.spans:
             threads[span.thread].append(

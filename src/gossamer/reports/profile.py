@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from gossamer.profiling.advice import Verdict, is_nothing_worth, judge, path_shares
+from gossamer.profiling.clocks import Clock
 from gossamer.profiling.devices import Device
 from gossamer.profiling.exports import rounds_of
 from gossamer.profiling.graphs import graph_of
@@ -82,7 +84,7 @@ class Profile:
         stages: the largest first.
         processes: ``{thread: {stage: seconds}}``.
         slow: processes that are slower than the others in a stage.
-        clock_offsets: see `Trace`.
+        clocks: those of `Trace` that are not the driver's.
     """
 
     num_rounds: int
@@ -92,7 +94,7 @@ class Profile:
     stages: list[StageTime]
     processes: dict[str, dict[str, float]]
     slow: list[Outlier]
-    clock_offsets: dict[str, float]
+    clocks: dict[str, Clock]
 
 
 def examine(trace: Trace) -> Profile:
@@ -137,14 +139,18 @@ def examine(trace: Trace) -> Profile:
         stages,
         {name: dict(sums) for name, sums in sorted(processes.items())},
         find_outliers(trace.rounds),
-        {name: offset for name, offset in trace.clock_offsets.items() if offset},
+        {name: clock for name, clock in trace.clocks.items() if clock.offset},
     )
 
 
 def render(profile: Profile, as_json: bool = False) -> str:
     """Return a profile as tables, or as JSON."""
     if as_json:
-        return json.dumps(asdict(profile), indent=2)
+        clocks = {
+            name: {"offset": offset, "error": error if math.isfinite(error) else None}
+            for name, (offset, error) in profile.clocks.items()
+        }
+        return json.dumps(asdict(profile) | {"clocks": clocks}, indent=2)
     mean, lo, hi = profile.round_seconds
     head = (
         f"{profile.num_rounds} rounds, {as_time(profile.seconds)}; a round takes {as_time(mean)}"
@@ -175,15 +181,20 @@ def render(profile: Profile, as_json: bool = False) -> str:
         told = ", ".join(f"{kind} {as_time(seconds)}" for kind, seconds in most)
         lanes.append((name, busy_share, waiting, unattributed, told))
     tail = f"Replayed rounds differ from recorded ones by {profile.replay_error:.2%} at most."
-    if profile.clock_offsets:
-        told = ", ".join(f"{name} {offset:+.3f} s" for name, offset in profile.clock_offsets.items())
-        tail += f" Clocks, by the time of day: {told}."
+    if profile.clocks:
+        tail += f" Clocks against the driver's: {', '.join(map(_clock_text, profile.clocks.items()))}."
     slow = [
         f"{one.process} takes {one.ratio.mean:.2f} times as long for a piece of {one.stage} as the others"
         f" ({one.ratio.lo:.2f} to {one.ratio.hi:.2f}): {as_time(one.seconds)} a round."
         for one in profile.slow
     ]
     return "\n\n".join((head, aligned(rows), aligned(lanes), *(["\n".join(slow)] if slow else []), tail))
+
+
+def _clock_text(item: tuple[str, Clock]) -> str:
+    name, clock = item
+    error = f"with an error of {as_time(clock.error)} at most" if math.isfinite(clock.error) else "by the time of day"
+    return f"{name} {clock.offset:+.6f} s {error}"
 
 
 def as_time(seconds: float) -> str:
