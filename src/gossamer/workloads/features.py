@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from gossamer.workloads import stacked
 
 Features = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -34,10 +35,9 @@ def modulated(params: Mapping[str, Tensor], layer: str, y: Tensor) -> Tensor:
 
 def linear(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
     """Apply the linear layer of a name to the last dimension."""
-    return modulated(params, layer, F.linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"]))
+    return modulated(params, layer, stacked.linear(x, params[f"{layer}.weight"], params[f"{layer}.bias"]))
 
 
 def normalised(params: Mapping[str, Tensor], layer: str, x: Tensor) -> Tensor:
     """Apply the layer normalisation of a name to the last dimension."""
-    y = F.layer_norm(x, x.shape[-1:], params[f"{layer}.weight"], params[f"{layer}.bias"])
-    return modulated(params, layer, y)
+    return modulated(params, layer, stacked.layer_norm(x, params[f"{layer}.weight"], params[f"{layer}.bias"]))

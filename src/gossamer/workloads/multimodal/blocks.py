@@ -5,9 +5,9 @@ What a capacity below 1 shortens: in attention whole heads (``cut="heads"``), or
 layers and of local temporal blocks. The residual stream, tokens, patches, classes and positions are never cut, so a
 sub-model computes what the whole model would with all other channels set to zero.
 
-All leading dimensions of inputs are batch dimensions, and nothing but plain products is used, so blocks run under
-`torch.vmap`, on any device, and their FLOPs are counted. While training, the scaler (HeteroFL, arXiv 2010.01264)
-multiplies what a sum over a cut width receives.
+All leading dimensions of inputs are batch dimensions, parameters may be stacked (see `stacked`), and nothing but plain
+products is used, so blocks run under `torch.vmap`, on any device, and their FLOPs are counted. While training, the
+scaler (HeteroFL, arXiv 2010.01264) multiplies what a sum over a cut width receives.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gossamer.submodel.layout import AxisSpec, Dim
+from gossamer.workloads import stacked
 from gossamer.workloads.features import linear as linear
 from gossamer.workloads.features import normalised as normalised
 from gossamer.workloads.models import DeclaredModel, rescale
@@ -34,10 +35,9 @@ Scale = float | Tensor
 
 
 def glorot(shapes: Mapping[str, tuple[int, ...]], source: np.random.Generator) -> dict[str, Tensor]:
-    """Draw parameters: matrices uniform in ±sqrt(6 / (rows + columns)) (Glorot and Bengio, 2010), others as they start.
+    """Draw parameters: matrices uniform in ±sqrt(6 / (rows + columns)) (Glorot and Bengio, 2010).
 
-    Normalisations start with weights of 1, and biases with 0. Embeddings, which have no bias beside them, are normal
-    with the deviation 0.5.
+    Normalisations start with 1, biases with 0; embeddings, which have no bias beside them, are normal, deviation 0.5.
     """
     params: dict[str, Tensor] = {}
     for name, shape in shapes.items():
@@ -174,8 +174,7 @@ class LocalTemporal:
     linear layer back, which starts at zero.
 
     Attributes:
-        name: prefix of its parameters.
-        size: width of the stream.
+        name, size: prefix of its parameters, and width of the stream.
         hidden: channels in between, an axis of its own; in the paper half the stream.
     """
 
@@ -200,9 +199,11 @@ class LocalTemporal:
         """Return what is added to the stream, of the shape of x [..., frames, places, size]."""
         hidden = linear(params, f"{self.name}.reduce", normalised(params, f"{self.name}.norm", x))
         weight, nothing = params[f"{self.name}.mix.weight"], torch.zeros_like(hidden[..., :1, :, :])
+        kernel = (*weight.unbind(-1), params[f"{self.name}.mix.bias"])
+        first, middle, last, bias = (stacked.beside(one, 1, hidden) for one in kernel)
         before = torch.cat([nothing, hidden[..., :-1, :, :]], dim=-3)
         after = torch.cat([hidden[..., 1:, :, :], nothing], dim=-3)
-        hidden = before * weight[:, 0] + hidden * weight[:, 1] + after * weight[:, 2] + params[f"{self.name}.mix.bias"]
+        hidden = before * first + hidden * middle + after * last + bias
         hidden = hidden * torch.sigmoid(1.702 * hidden)
         return linear(params, f"{self.name}.restore", rescale(hidden, scale))
 
@@ -212,8 +213,7 @@ class Patches:
     """Embedding of the square patches of frames, a convolution of kernel and stride (1, p, p), with learned positions.
 
     Attributes:
-        name: prefix of its parameters.
-        size: width of the stream.
+        name, size: prefix of its parameters, and width of the stream.
         shape: channels, height and width of a frame.
         num_frames: most frames of a video.
         patch: pixels of a side.
@@ -254,8 +254,9 @@ class Patches:
         pixels, where = self.cut_out(video), params[f"{self.name}.places.weight"]
         if chosen is not None:
             pixels, where = taken(pixels, chosen), F.embedding(chosen, where)
-        when = params[f"{self.name}.frames.weight"][: video.shape[-4], None]
-        return linear(params, f"{self.name}.patches", pixels) + where + when
+        tokens = linear(params, f"{self.name}.patches", pixels)
+        when = params[f"{self.name}.frames.weight"][..., : video.shape[-4], None, :]
+        return tokens + stacked.beside(where, 2, tokens) + stacked.beside(when, 3, tokens)
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,7 @@ class Tokens:
     """Embedding of tokens with learned positions.
 
     Attributes:
-        name: prefix of its parameters.
-        size: width of the stream.
+        name, size: prefix of its parameters, and width of the stream.
         num_tokens: size of the vocabulary.
         length: most tokens of a text.
     """
@@ -281,12 +281,13 @@ class Tokens:
 
     def __call__(self, params: Params, tokens: Tensor) -> Tensor:
         """Return float32 [..., n, size] of tokens int64 [..., n]."""
-        places = params[f"{self.name}.positions.weight"][: tokens.shape[-1]]
-        return F.embedding(tokens, params[f"{self.name}.embedding.weight"]) + places
+        places = params[f"{self.name}.positions.weight"][..., : tokens.shape[-1], :]
+        x = stacked.embedding(tokens, params[f"{self.name}.embedding.weight"])
+        return x + stacked.beside(places, 2, x)
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """Return float32 [..., num_tokens], the products of x [..., size] and the embedding, which is tied."""
-        return F.linear(x, params[f"{self.name}.embedding.weight"])
+        return stacked.linear(x, params[f"{self.name}.embedding.weight"])
 
 
 @dataclass(frozen=True)

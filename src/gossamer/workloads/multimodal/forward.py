@@ -44,6 +44,7 @@ from gossamer.workloads.multimodal.objectives import (
     masked_places,
     sequence_losses,
 )
+from gossamer.workloads.multimodal.sparse import taken
 from gossamer.workloads.supervised import cross_entropies
 from gossamer.workloads.traits import ModelTraits
 
@@ -323,7 +324,7 @@ class Forward(ABC):
     def pair_logits(self, first: Tensor, second: Tensor) -> Tensor:
         """Return `contrastive_logits` of embeddings [b, width], where clips of the same caption are no negatives."""
         caption = self.batch["caption"]
-        same = (caption[:, None] == caption[None]).all(-1)
+        same = (caption[..., :, None, :] == caption[..., None, :, :]).all(-1)
         return contrastive_logits(first, second, same, self.paired > 0, self.model.options.temperature)
 
     def retrieval(self) -> Loss:
@@ -334,7 +335,8 @@ class Forward(ABC):
             caption = self.batch["caption"]
             other, exists = hardest_negatives(logits)
             losses = losses + self._matching(caption, self.caption, 1)
-            wrong = self._matching(caption[other], self.caption[other], 0)
+            states = taken(self.caption.flatten(-2), other).view_as(self.caption)
+            wrong = self._matching(taken(caption, other), states, 0)
             losses = losses + torch.where(exists, wrong, 0.0)
         return losses, self.paired
 
@@ -351,7 +353,7 @@ class Forward(ABC):
     def captioning(self) -> Loss:
         """Return the losses of the caption's words, each after those before it."""
         caption = self.batch["caption"]
-        logits, targets = self.decoded(caption[:, :-1], self.visual), caption[:, 1:]
+        logits, targets = self.decoded(caption[..., :-1], self.visual), caption[..., 1:]
         return sequence_losses(logits, targets, targets != PAD), self.paired
 
     def masked_language(self) -> Loss:

@@ -27,6 +27,8 @@ from gossamer.workloads.multimodal.blocks import Attention, Declaring, Params, V
 from gossamer.workloads.multimodal.clips import PAD
 from gossamer.workloads.multimodal.forward import Forward, Transformer, TransformerOptions
 from gossamer.workloads.multimodal.graphs import Facts, graph
+from gossamer.workloads.stacked import beside
+from gossamer.workloads.traits import ModelTraits
 
 VISUAL = "vision universal latents"
 
@@ -60,6 +62,7 @@ class MPlug(Transformer):
             ConfigError: an unknown or wrong option, or frames that patches do not divide.
         """
         super().__init__(facts, **params)
+        self.traits = ModelTraits(uses_key=True, stacks_natively=True)
         options, size = self.options, self.options.stream
         between = window_length(max(1, size // 2), options.width)
         self.blocks = [
@@ -110,7 +113,7 @@ class MPlugForward(Forward):
         for block in model.blocks:
             x = block(params, x, scale)
         x = normalised(params, "vision.norm", x).flatten(-3, -2)
-        latents = params["latents.vectors.weight"].expand(*x.shape[:-2], -1, -1)
+        latents = beside(params["latents.vectors.weight"], 2, x).expand(*x.shape[:-2], -1, -1)
         for layer, across in zip(model.universal[:-1], model.across[:-1], strict=True):
             latents = layer(params, self._across(across, latents, x), scale=scale)
         return self._ended(model.universal[-1](params, self._across(model.across[-1], x, latents), scale=scale))

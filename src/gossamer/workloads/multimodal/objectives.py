@@ -14,7 +14,7 @@ from gossamer.workloads.supervised import cross_entropies
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     """Return the mean of losses [b] by weights [b]; 0, without a gradient, where all of these are 0."""
     counted = torch.where(weights > 0, losses, 0.0)
-    return (counted * weights).sum() / weights.sum().clamp_min(1e-12)
+    return (counted * weights).sum(-1) / weights.sum(-1).clamp_min(1e-12)
 
 
 def label_losses(logits: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -38,20 +38,20 @@ def contrastive_logits(first: Tensor, second: Tensor, same: Tensor, counts: Tens
         counts: bool [b], which samples there are.
         temperature: of the softmax.
     """
-    own = torch.eye(len(first), dtype=torch.bool, device=first.device)
-    allowed = own | (counts[None, :] & counts[:, None] & ~same)
-    return (first @ second.T / temperature).masked_fill(~allowed, torch.finfo(first.dtype).min)
+    own = torch.eye(first.shape[-2], dtype=torch.bool, device=first.device)
+    allowed = own | (counts[..., None, :] & counts[..., :, None] & ~same)
+    return (first @ second.mT / temperature).masked_fill(~allowed, torch.finfo(first.dtype).min)
 
 
 def contrastive(logits: Tensor) -> Tensor:
     """Return the losses [b] of `contrastive_logits`, the mean of both directions (CLIP, arXiv 2103.00020)."""
-    target = torch.arange(len(logits), device=logits.device)
-    return (cross_entropies(logits, target) + cross_entropies(logits.T, target)) / 2
+    target = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape[:-1])
+    return (cross_entropies(logits, target) + cross_entropies(logits.mT, target)) / 2
 
 
 def hardest_negatives(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the most similar negative of each row of `contrastive_logits`, int64 [b], and whether there is one."""
-    own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    own = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
     lowest = torch.finfo(logits.dtype).min
     found = logits.detach().masked_fill(own, lowest).max(-1)
     return found.indices, found.values > lowest
@@ -77,6 +77,6 @@ def masked_places(key: Tensor, maskable: Tensor, rate: float) -> Tensor:
         maskable: bool [b, n], which places may be chosen.
         rate: share of them.
     """
-    draws = random_bits(key, list(maskable.shape)).to(torch.float32) * 2.0**-64 + 0.5  # uniform in [0, 1]
+    draws = random_bits(key, list(maskable.shape[key.dim() :])).to(torch.float32) * 2.0**-64 + 0.5  # uniform in [0, 1]
     draws = draws.masked_fill(~maskable, 2.0)
     return maskable & ((draws < rate) | (draws == draws.min(-1, keepdim=True).values))

@@ -136,6 +136,7 @@ class VideoLanguage(Workload):
         model = self.model.traits
         self.traits = WorkloadTraits(
             supports_stacking=model.supports_stacking,
+            stacks_natively=model.stacks_natively,
             uses_key=model.uses_key,
             tokens_per_sample=None,
         )
