@@ -92,6 +92,9 @@ def judge(entry: dict[str, Any], values: Values) -> tuple[bool | None, str]:
     if "at_most" in entry:
         highest = values[entry["method"]][metric]["highest"]
         return bool(highest <= entry["at_most"]), f"{metric} at most {highest}, bound {entry['at_most']}"
+    if "at_least" in entry:
+        lowest = values[entry["method"]][metric]["lowest"]
+        return bool(lowest >= entry["at_least"]), f"{metric} at least {lowest}, bound {entry['at_least']}"
     if "smaller_mean" in entry:
         worst = values[entry["larger"]][metric]["lowest"]
         mean = statistics.mean(values[method][metric]["mean"] for method in entry["smaller_mean"])
