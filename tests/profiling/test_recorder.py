@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import defaultdict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.proto import parse_length_prefixed
 
 import gossamer
 from gossamer.profiling import recorder
-from gossamer.profiling.exports import write_chrome, write_goal, write_perfetto
+from gossamer.profiling.chakra import COMPUTE, RECEIVE, SCHEMA, SEND, messages, write_chakra
+from gossamer.profiling.exports import pieces_of, write_chrome, write_goal, write_perfetto
 from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, read_trace, stage_totals
 from gossamer.reports.profile import examine
 from gossamer.storage.runlog import read_config
@@ -79,6 +83,32 @@ class TestRuns:
         busy = sum(one.seconds for kind, one in stage_totals(trace.rounds).items() if kind not in IDLE)
         assert calculated / 1e9 >= 0.99 * busy
 
+    def test_chakra_reads_equal_totals(self, recorded: Path, tmp_path: Path) -> None:
+        trace = read_trace(recorded)
+        paths = write_chakra(trace, tmp_path / "run")
+        totals: dict[str, float] = defaultdict(float)
+        sends, receives = set[tuple[int, int, int, int]](), set[tuple[int, int, int, int]]()
+        for rank, path in enumerate(paths):
+            assert path.name == f"run.{rank}.et"
+            for number, node in enumerate(parse_chakra(path)):
+                assert (node.id, list(node.data_deps)) == (number, [number - 1] if number else [])
+                attributes = {one.name: getattr(one, one.WhichOneof("value")) for one in node.attr}
+                if node.type == COMPUTE:
+                    assert attributes == {"is_cpu_op": True}
+                    totals[node.name] += node.duration_micros
+                else:
+                    ends = tuple(attributes[f"comm_{what}"] for what in ("src", "dst", "tag", "size"))
+                    assert ends[node.type == RECEIVE] == rank
+                    (sends if node.type == SEND else receives).add(ends)
+        assert sends == receives
+        expected: dict[str, float] = defaultdict(float)
+        for piece in pieces_of(trace):
+            expected[piece.segment.kind] += 1e6 * piece.segment.seconds
+        num_pieces = sum(1 for _ in pieces_of(trace))
+        assert totals == pytest.approx(expected, abs=num_pieces)  # each is rounded to a microsecond
+        busy = {kind: 1e6 * one.seconds for kind, one in stage_totals(trace.rounds).items() if kind not in IDLE}
+        assert {kind: totals[kind] for kind in busy} == pytest.approx(busy, abs=num_pieces)
+
     def test_perfetto_reads_equal_totals(self, recorded: Path, tmp_path: Path) -> None:
         found = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
         trace = read_trace(recorded)
@@ -96,6 +126,16 @@ class TestRuns:
                 totals[name] = totals.get(name, 0.0) + (packet.timestamp - begin) / 1e9
         expected = {kind: one.seconds for kind, one in stage_totals(trace.rounds).items()}
         assert totals == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def parse_chakra(path: Path) -> list[Any]:
+    """Return the nodes of a file."""
+    data = BytesIO(path.read_bytes())
+    assert parse_length_prefixed(messages()["GlobalMetadata"], data).version == SCHEMA
+    nodes = []
+    while (node := parse_length_prefixed(messages()["Node"], data)) is not None:
+        nodes.append(node)
+    return nodes
 
 
 def parse_goal(text: str) -> tuple[list, list, int]:

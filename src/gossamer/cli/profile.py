@@ -23,6 +23,9 @@ def profile(
         Path | None, typer.Option(metavar="FILE", help="Write the trace for ui.perfetto.dev; needs perfetto.")
     ] = None,
     goal: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the trace as GOAL, for LogGOPSim.")] = None,
+    chakra: Annotated[
+        Path | None, typer.Option(metavar="PREFIX", help="Write PREFIX.<rank>.et, Chakra execution traces.")
+    ] = None,
     scale: Annotated[
         str | None, typer.Option(metavar="N,M,...", help="Extrapolate to so many participants a round, instead.")
     ] = None,
@@ -34,6 +37,7 @@ def profile(
     """Show where the time of a recorded run went: by stage, along the critical path, and by process."""
     from gossamer.errors import ConfigError
     from gossamer.profiling import exports
+    from gossamer.profiling.chakra import write_chakra
     from gossamer.profiling.trace import read_trace
     from gossamer.reports import profile as reports
     from gossamer.reports import scaling
@@ -43,7 +47,8 @@ def profile(
         require_image(output)
     if scale is None and workers is not None:
         raise ConfigError(f"--workers {workers} changes nothing without --scale: give both, or neither")
-    exported = [name for name, path in {"chrome": chrome, "perfetto": perfetto, "goal": goal}.items() if path]
+    given = {"chrome": chrome, "perfetto": perfetto, "goal": goal, "chakra": chakra}
+    exported = [name for name, path in given.items() if path]
     if scale is not None and exported:
         raise ConfigError(f"--{exported[0]} exports the recorded trace, and --scale extrapolates it: give one of them")
     sizes = None if scale is None else scaling.parse_sizes(scale)
@@ -60,6 +65,8 @@ def profile(
         if path is not None:
             write(trace, path)
             typer.echo(path, err=as_json)
+    for path in () if chakra is None else write_chakra(trace, chakra):
+        typer.echo(path, err=as_json)
     if output is not None:
         typer.echo(reports.draw_timeline(trace, output), err=as_json)
 

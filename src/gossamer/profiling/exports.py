@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gossamer.errors import ConfigError, storage_errors
 from gossamer.profiling.graphs import RECEIVE, SEND, messages_of
@@ -73,36 +73,74 @@ def write_perfetto(trace: Trace, path: Path) -> None:
         path.write_bytes(builder.serialize())
 
 
+class Link(NamedTuple):
+    """A message that one thread sends and another receives.
+
+    Attributes:
+        other: the thread at the other end.
+        tag: number of the message.
+        num_bytes: its size, 1 at least.
+        is_sent: whether it is seen from its sender.
+    """
+
+    other: Lane
+    tag: int
+    num_bytes: int
+    is_sent: bool
+
+
+class Piece(NamedTuple):
+    """A piece of work, and the message that is sent or received with it; begin: in seconds, of all rounds in a row."""
+
+    lane: Lane
+    begin: float
+    segment: Segment
+    link: Link | None
+
+
+def pieces_of(trace: Trace) -> Iterator[Piece]:
+    """Yield all work, of each thread in its order; waits for messages, and absences, are left out."""
+    tags: dict[str, int] = {}
+    begin = 0.0
+    for one in trace.rounds:
+        elastic, arrivals = messages_of(one)
+        ends: dict[str, tuple[Lane, Lane, int]] = {}
+        for arrival in arrivals:
+            sent = one.lanes[arrival.sender][arrival.sent]
+            ends[sent.message] = arrival.sender, arrival.lane, max(1, sent.num_bytes)
+        for lane, segments in one.lanes.items():
+            for place, segment in enumerate(segments):
+                is_last_wait = segment.kind == WAIT and place == len(segments) - 1
+                if (lane, place) in elastic or is_last_wait or segment.kind == ABSENT:
+                    continue
+                link = None
+                if segment.kind in (SEND, RECEIVE) and segment.message in ends:
+                    sender, receiver, size = ends[segment.message]
+                    tag, is_sent = tags.setdefault(segment.message, len(tags)), segment.kind == SEND
+                    link = Link(receiver if is_sent else sender, tag, size, is_sent)
+                yield Piece(lane, begin + segment.begin, segment, link)
+        begin += one.seconds
+
+
+def ranks_of(trace: Trace) -> dict[Lane, int]:
+    """Number the threads of a trace."""
+    return {lane: number for number, lane in enumerate(_processes(trace))}
+
+
 def write_goal(trace: Trace, path: Path) -> None:
     """Write GOAL: each thread is a rank, whose work is ``calc`` in nanoseconds; waits for messages are left out.
 
     Raises:
         StorageError: the disk refuses it.
     """
-    ranks = {lane: number for number, lane in enumerate(_processes(trace))}
+    ranks = ranks_of(trace)
     lines: dict[Lane, list[str]] = {lane: [] for lane in ranks}
-    tags: dict[str, int] = {}
-    for one in trace.rounds:
-        elastic, arrivals = messages_of(one)
-        senders = {one.lanes[a.sender][a.sent].message: a.sender for a in arrivals}
-        receivers = {one.lanes[a.sender][a.sent].message: a.lane for a in arrivals}
-        sizes = {one.lanes[a.sender][a.sent].message: one.lanes[a.sender][a.sent].num_bytes for a in arrivals}
-        for lane, segments in one.lanes.items():
-            for place, segment in enumerate(segments):
-                if (
-                    (lane, place) in elastic
-                    or (segment.kind == WAIT and place == len(segments) - 1)
-                    or segment.kind == ABSENT
-                ):
-                    continue
-                size = max(1, sizes.get(segment.message, 0))
-                if segment.kind == RECEIVE and segment.message in senders:
-                    tag = tags.setdefault(segment.message, len(tags))
-                    lines[lane].append(f"recv {size}b from {ranks[senders[segment.message]]} tag {tag}")
-                if segment.kind == SEND and segment.message in receivers:
-                    tag = tags.setdefault(segment.message, len(tags))
-                    lines[lane].append(f"send {size}b to {ranks[receivers[segment.message]]} tag {tag}")
-                lines[lane].append(f"calc {round(1e9 * segment.seconds)}")
+    for piece in pieces_of(trace):
+        if piece.link is not None:
+            verb, way = ("send", "to") if piece.link.is_sent else ("recv", "from")
+            other, tag = ranks[piece.link.other], piece.link.tag
+            lines[piece.lane].append(f"{verb} {piece.link.num_bytes}b {way} {other} tag {tag}")
+        lines[piece.lane].append(f"calc {round(1e9 * piece.segment.seconds)}")
     text = [f"num_ranks {len(ranks)}"]
     for lane, rank in ranks.items():
         text.append(f"\nrank {rank} {{")
