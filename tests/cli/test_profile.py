@@ -30,12 +30,13 @@ def call(*arguments: object) -> Result:
 
 
 def test_profile_prints_stages_and_writes_files(run: Path, tmp_path: Path) -> None:
-    files = [tmp_path / name for name in ("a.json", "a.goal", "a.png")]
-    result = call("profile", run, "--chrome", files[0], "--goal", files[1], "-o", files[2])
+    files = [tmp_path / name for name in ("a.json", "a.goal", "a.0.et", "a.png")]
+    exports = ("--chrome", files[0], "--goal", files[1], "--chakra", tmp_path / "a")
+    result = call("profile", run, *exports, "-o", files[-1])
     assert result.exit_code == 0, result.output
     assert "a round takes 100 ms" in result.output
     assert [line.split()[0] for line in result.output.splitlines()[3:5]] == ["train", "checkpoint"]
-    assert result.output.splitlines()[-1] == str(files[2])
+    assert result.output.splitlines()[-len(files) :] == [str(path) for path in files]
     assert all(path.stat().st_size for path in files)
 
 
@@ -71,6 +72,9 @@ def test_offload_prints_json(run: Path) -> None:
         (["profile", "RUN", "-o", "a.txt"], "cannot tell the format"),
         (["profile", "RUN", "--workers", 3], "--workers 3 changes nothing without --scale"),
         (["profile", "RUN", "--scale", "10", "--chrome", "a.json"], "--chrome exports the recorded trace"),
+        (["profile", "RUN", "--torch", "a.json"], "--torch a.json changes nothing without --chrome"),
+        (["profile", "RUN", "--chakra", "a", "--scale", "10"], "--chakra exports the recorded trace"),
+        (["profile", "RUN", "--chrome", "a.json", "--torch", "none.json"], "cannot read 'none.json'"),
         (["offload", "RUN", "--device", "bluefield-9"], "unknown device 'bluefield-9'"),
         (["offload", "RUN", "--device", "emulated", "--stage", "mixin"], "did you mean 'mixing'"),
         (["offload", "RUN", "--device", "emulated", "--stage", "mixing"], "no span of stage 'mixing' was recorded"),

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from gossamer.profiling.trace import Trace
+
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run that was recorded, by gossamer run --profile.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+Chrome = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the trace as JSON for chrome://tracing.")]
+Perfetto = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the trace for ui.perfetto.dev; needs perfetto.")
+]
+Goal = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the trace as GOAL, for LogGOPSim.")]
+Chakra = Annotated[
+    Path | None, typer.Option(metavar="PREFIX", help="Write the trace for ASTRA-sim, as PREFIX.<rank>.et.")
+]
+Torch = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="With --chrome: add what torch.profiler exported of the run.")
+]
 
 
 def profile(
@@ -16,16 +34,11 @@ def profile(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Draw a round as .png, .svg or .pdf.")
     ] = None,
-    chrome: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the trace as JSON for chrome://tracing.")
-    ] = None,
-    perfetto: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the trace for ui.perfetto.dev; needs perfetto.")
-    ] = None,
-    goal: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the trace as GOAL, for LogGOPSim.")] = None,
-    chakra: Annotated[
-        Path | None, typer.Option(metavar="PREFIX", help="Write PREFIX.<rank>.et, Chakra execution traces.")
-    ] = None,
+    chrome: Chrome = None,
+    perfetto: Perfetto = None,
+    goal: Goal = None,
+    chakra: Chakra = None,
+    torch: Torch = None,
     scale: Annotated[
         str | None, typer.Option(metavar="N,M,...", help="Extrapolate to so many participants a round, instead.")
     ] = None,
@@ -35,9 +48,6 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Show where the time of a recorded run went: by stage, along the critical path, and by process."""
-    from gossamer.errors import ConfigError
-    from gossamer.profiling import exports
-    from gossamer.profiling.chakra import write_chakra
     from gossamer.profiling.trace import read_trace
     from gossamer.reports import profile as reports
     from gossamer.reports import scaling
@@ -45,12 +55,8 @@ def profile(
 
     if output is not None:
         require_image(output)
-    if scale is None and workers is not None:
-        raise ConfigError(f"--workers {workers} changes nothing without --scale: give both, or neither")
-    given = {"chrome": chrome, "perfetto": perfetto, "goal": goal, "chakra": chakra}
-    exported = [name for name, path in given.items() if path]
-    if scale is not None and exported:
-        raise ConfigError(f"--{exported[0]} exports the recorded trace, and --scale extrapolates it: give one of them")
+    exports = {"chrome": chrome, "perfetto": perfetto, "goal": goal, "chakra": chakra}
+    _require_effect(scale, workers, torch, exports)
     sizes = None if scale is None else scaling.parse_sizes(scale)
     trace = read_trace(directory)
     if sizes is not None:
@@ -60,15 +66,44 @@ def profile(
             typer.echo(scaling.draw(found, output), err=as_json)
         return
     typer.echo(reports.render(reports.examine(trace), as_json))
-    writers = (exports.write_chrome, chrome), (exports.write_perfetto, perfetto), (exports.write_goal, goal)
-    for write, path in writers:
-        if path is not None:
-            write(trace, path)
-            typer.echo(path, err=as_json)
-    for path in () if chakra is None else write_chakra(trace, chakra):
+    for path in _export(trace, exports, torch):
         typer.echo(path, err=as_json)
     if output is not None:
         typer.echo(reports.draw_timeline(trace, output), err=as_json)
+
+
+def _require_effect(
+    scale: str | None, workers: int | None, torch: Path | None, exports: Mapping[str, Path | None]
+) -> None:
+    """Refuse options that others leave without effect.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    from gossamer.errors import ConfigError
+
+    if scale is None and workers is not None:
+        raise ConfigError(f"--workers {workers} changes nothing without --scale: give both, or neither")
+    if torch is not None and exports["chrome"] is None:
+        raise ConfigError(f"--torch {torch} changes nothing without --chrome: give both, or neither")
+    exported = [name for name, path in exports.items() if path is not None]
+    if scale is not None and exported:
+        raise ConfigError(f"--{exported[0]} exports the recorded trace, and --scale extrapolates it: give one of them")
+
+
+def _export(trace: Trace, exports: Mapping[str, Path | None], torch: Path | None) -> Iterator[Path]:
+    """Write a trace for other programs, and yield the files."""
+    from gossamer.profiling.chakra import write_chakra
+    from gossamer.profiling.exports import write_chrome, write_goal, write_perfetto
+
+    writers: dict[str, Callable[[Trace, Path], None]]
+    writers = {"chrome": partial(write_chrome, torch_path=torch), "perfetto": write_perfetto, "goal": write_goal}
+    for name, path in exports.items():
+        if path is not None and name == "chakra":
+            yield from write_chakra(trace, path)
+        elif path is not None:
+            writers[name](trace, path)
+            yield path
 
 
 def offload(

@@ -1,8 +1,8 @@
 """Writes a trace as Chakra execution traces, the input of ASTRA-sim: one file for each thread.
 
 A file is a sequence of protobuf messages, each behind its length as a varint: `GlobalMetadata`, then a `Node` for each
-piece of work. Of the schema, https://github.com/mlcommons/chakra (et_def.proto, MIT), only the fields stand here that are
-written; names and numbers are the format's. It is described in Python, so nothing is compiled.
+piece of work. Of the schema, https://github.com/mlcommons/chakra (et_def.proto, MIT), only the fields stand here that
+are written; names and numbers are the format's. It is described in Python, so nothing is compiled.
 """
 
 from __future__ import annotations

@@ -9,13 +9,18 @@ from typing import Any, NamedTuple
 
 from gossamer.errors import ConfigError, storage_errors
 from gossamer.profiling.graphs import RECEIVE, SEND, messages_of
+from gossamer.profiling.torch_events import events_of
 from gossamer.profiling.trace import ABSENT, WAIT, Lane, Round, Segment, Trace
 
 
-def write_chrome(trace: Trace, path: Path) -> None:
+def write_chrome(trace: Trace, path: Path, torch_path: Path | None = None) -> None:
     """Write JSON for chrome://tracing: one track a thread, without overlaps, and arrows for messages; microseconds.
 
+    Args:
+        torch_path: what torch.profiler exported of the run, see `events_of`; None: nothing.
+
     Raises:
+        DataError: that cannot be used.
         StorageError: the disk refuses it.
     """
     events: list[dict[str, Any]] = []
@@ -33,6 +38,8 @@ def write_chrome(trace: Trace, path: Path) -> None:
         if segment.message and segment.kind in (SEND, RECEIVE):
             ends = {"ph": "s"} if segment.kind == SEND else {"ph": "f", "bp": "e"}
             events.append(where | ends | {"name": "message", "cat": "message", "id": segment.message})
+    if torch_path is not None:
+        events += events_of(trace, processes, torch_path)
     with storage_errors(path):
         path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 

@@ -94,11 +94,13 @@ class Round:
         number: counted from 1.
         seconds: how long it took.
         lanes: the segments of each thread that did something, in order, without gaps from 0 to `seconds`.
+        unix_ns: time of day at which it began.
     """
 
     number: int
     seconds: float
     lanes: dict[Lane, list[Segment]]
+    unix_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,9 @@ def read_trace(directory: Path) -> Trace:
             shift = round(of_boots[driver.header["boot"]].offset * 1e9)
             windows[number] = begin - shift, end - shift
     lanes = dict(_lanes(files, names, clocks))
-    found = [_round(number, *windows[number], lanes) for number in sorted(windows)]
-    return Trace(found, clocks)
+    day = drivers[0].header["unix_ns"] - drivers[0].header["monotonic_ns"]
+    rounds = [_round(number, *windows[number], lanes) for number in sorted(windows)]
+    return Trace([replace(one, unix_ns=windows[one.number][0] + day) for one in rounds], clocks)
 
 
 def _read_file(path: Path) -> _File:
