@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ RANK_AXIS = "lora-rank"  # the axis of all factors, which a capacity below 1 cut
 A, B = ".lora_A", ".lora_B"
 MOST_NAMED = 12  # names that an error lists
 Axis = tuple[AxisSpec, ...]
+T = TypeVar("T")
 
 
 class LoRAOptions(Options):
@@ -190,6 +192,16 @@ class PartlyTrained(WithConstants):
         Raises:
             ConfigError: the scaler is on, but some of what it would scale is a constant of full width.
         """
+        return self._called(params, x.device, context, lambda own, context: self._model.apply(own, x, context))
+
+    def _called(
+        self,
+        params: Mapping[str, Tensor],
+        device: torch.device,
+        context: ForwardContext,
+        call: Callable[[dict[str, Tensor], ForwardContext], T],
+    ) -> T:
+        """Return what a forward pass of the model makes of its own parameters, with low-rank factors beside them."""
         if self._lora is not None:  # nothing but the rank is cut, whose products are of the same size at any rank
             context = replace(context, scale=1.0, factors=self._factors(params))
         elif self._pinned and context.is_scaled:
@@ -199,19 +211,19 @@ class PartlyTrained(WithConstants):
             )
         own = {name: value for name, value in params.items() if not name.endswith((A, B))}
         if isinstance(self._model, ModuleModel):
-            return self._model.apply(own, x, context)
-        own |= {name: value.to(x.device) for name, value in self._own.items()}
+            return call(own, context)
+        own |= {name: value.to(device) for name, value in self._own.items()}
         if self._lora is None:
-            return self._model.apply(own, x, context)
+            return call(own, context)
         with Mending(own, {}, ForwardContext(factors=context.factors)):
-            return self._model.apply(own, x, context)
+            return call(own, context)
 
     def _factors(self, params: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A and the scaled B of every targeted weight."""
         if self._lora is None:
             return {}
         scale = self._lora.alpha / self._lora.rank
-        layers = {name: layer_of(name) for name in self.targets}
+        layers = {name: layer_of(name) for name in self.targets if layer_of(name) + A in params}
         return {name: (params[layer + A], scale * params[layer + B]) for name, layer in layers.items()}
 
     def _check_factors(self, source: np.random.Generator) -> None:

@@ -122,7 +122,7 @@ class Transformer(DeclaredModel, ABC):
                 f"{WHERE}.patch = {options.patch} does not divide frames of {facts.frame[1]} x {facts.frame[2]} pixels:"
                 " choose a divisor of both"
             )
-        self.traits, self.facts = ModelTraits(uses_key=True), facts
+        self.traits, self.facts = ModelTraits(uses_key=True, adaptable=True), facts
         heads, head_dim = options.num_heads, options.stream // options.num_heads
         if options.cut == "heads":
             heads = window_length(heads, options.width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -19,7 +20,9 @@ from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.workloads.base import Batch, Blueprint, ForwardContext, Params, Sums, Workload
 from gossamer.workloads.digests import digest_of
+from gossamer.workloads.functional import blueprint_of
 from gossamer.workloads.holdings import Holding, assigned
+from gossamer.workloads.multimodal.adapted import AdaptedModel
 from gossamer.workloads.multimodal.clips import PAD, ClipData
 from gossamer.workloads.multimodal.graphs import MODALITIES, Facts, VideoLanguageModel
 from gossamer.workloads.multimodal.labels import LabelOptions, classes_of, given_clips
@@ -27,6 +30,7 @@ from gossamer.workloads.multimodal.modalities import MissingOptions, missing_rat
 from gossamer.workloads.multimodal.objectives import weighted_mean
 from gossamer.workloads.multimodal.tasks import flat, measure_of
 from gossamer.workloads.partitions import divide
+from gossamer.workloads.parts import LoRAOptions
 from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
 from gossamer.workloads.traits import WorkloadTraits
 
@@ -59,6 +63,8 @@ class VideoLanguageOptions(Options):
         missing: modalities that samples lack.
         labels: labels and answers that training samples lack, or have wrong.
         partition_label: label by which partitions by class divide; None: that of the data set.
+        frozen, lora: what is not trained, and low-rank factors, see `gossamer.workloads.supervised.SupervisedOptions`;
+            a pattern such as ``"text.*"`` names a module.
         evaluate: tasks that are measured; None: all of the run.
         shuffles: random orders of the frames in which videos are measured besides, see `VideoLanguage.metrics`.
     """
@@ -72,6 +78,8 @@ class VideoLanguageOptions(Options):
     missing: MissingOptions = Field(default_factory=lambda: MissingOptions.model_validate({}))
     labels: LabelOptions = LabelOptions.model_validate({})
     partition_label: str | None = None
+    frozen: tuple[str, ...] = ()
+    lora: LoRAOptions | None = None
     evaluate: tuple[str, ...] | None = None
     shuffles: int = Field(0, ge=0)
 
@@ -139,7 +147,12 @@ class VideoLanguage(Workload):
             stacks_natively=model.stacks_natively,
             uses_key=model.uses_key,
             tokens_per_sample=None,
+            merges_parameters=self.options.lora is not None,
         )
+        if isinstance(self.model, AdaptedModel):
+            self.model.convert(dtype)
+            few = self._fetch("test", torch.arange(min(2, len(self.data.test))), MODALITIES)
+            self.model.check(self.layout.views(self.init(seed)), with_first_question(few))
 
     # ---- what is asked for
 
@@ -166,11 +179,18 @@ class VideoLanguage(Workload):
         name, function, params = plug_in("video-language-model", parsed.model, "workload.model")
         model: VideoLanguageModel = call_plug_in(function, "workload.model", Facts.of_json(facts), **params)
         require_attributes(f"workload.model {name!r}", model, ATTRIBUTES)
-        return model
+        if not parsed.frozen and parsed.lora is None:
+            return model
+        return AdaptedModel(model, parsed.frozen, parsed.lora, partial(rng.generator, seed, "init-model"))
 
     def blueprint(self) -> Blueprint:
-        """Return what `build_model` takes of the data."""
-        return Blueprint(self._facts().as_json())
+        """Return what `build_model` takes of the data, and what is constant in the model."""
+        return blueprint_of(self.model, self._facts().as_json())
+
+    def params_of(self, row: Tensor) -> dict[str, Tensor]:
+        """Return the whole model of a flat row [d]: frozen parameters included, low-rank factors merged."""
+        params = super().params_of(row)
+        return self.model.whole(params) if isinstance(self.model, AdaptedModel) else params
 
     def _known(self, where: str, names: tuple[str, ...], known: Any = None) -> tuple[str, ...]:
         known = tuple(self.model.graphs if known is None else known)
@@ -201,7 +221,13 @@ class VideoLanguage(Workload):
                 tuple(name for name, held in zip(known, kinds.holds[number], strict=True) if held)
                 for known, kinds, number in ((MODALITIES, senses, sense), (self.tasks, jobs, job))
             )
-            tasks = tuple(task for task in wanted if self.model.graphs[task].modalities <= frozenset(has))
+            able = tuple(task for task in wanted if self.model.graphs[task].modalities <= frozenset(has))
+            tasks = tuple(task for task in able if self.model.graphs[task].modules)
+            if able and not tasks:
+                raise ConfigError(
+                    f"client {members[0]} has {senses.names[sense]} and does {' and '.join(able)}, of which"
+                    " workload.lora or workload.frozen leaves nothing to train: train some of their modules"
+                )
             name = senses.names[sense]
             if not tasks:
                 raise ConfigError(
@@ -314,7 +340,7 @@ class VideoLanguage(Workload):
         return found
 
     def _measured(self, task: str, params: Params, batch: Mapping[str, Tensor], rows: Tensor) -> Sums:
-        one, clips = {**batch, "question": batch["question"][:, 0], "answer": batch["answer"][:, 0]}, self.data.test
+        one, clips = with_first_question(batch), self.data.test
         here = replace(
             clips,
             video=clips.video[rows],
@@ -358,6 +384,11 @@ class VideoLanguage(Workload):
         for task in done:
             found |= self._measures[task].metrics(sums)
         return found
+
+
+def with_first_question(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return clips with the first of their questions, and its answer, alone."""
+    return {**batch, "question": batch["question"][:, 0], "answer": batch["answer"][:, 0]}
 
 
 def sum_of(values: list[Tensor]) -> Tensor:
