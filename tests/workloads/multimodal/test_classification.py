@@ -46,7 +46,7 @@ def of_kind(made: AudioVisualDigits, name: str) -> int:
         {},
         {"modalities": THREE, "missing": {"train": 0.3, "test": {"audio": 0.5}}},
         {"modalities": THREE, "exchange": "representations", "dataset": DATA | {"num_public": 20}},
-        {"missing_labels": 0.3, "wrong_labels": {"rate": 0.2, "sparsity": 0.5}},
+        {"labels": {"missing": 0.3, "wrong": {"digit": 0.2}, "sparsity": 0.5}},
     ],
     ids=["plain", "missing", "representations", "labels"],
 )
@@ -69,7 +69,7 @@ def test_a_client_holds_the_modules_of_its_modalities() -> None:
 
 def test_the_loss_is_the_sum_of_the_heads_means() -> None:
     """Head by head and sample by sample, where some samples lack a modality, a label, or are padding."""
-    made = workload(missing={"train": 0.4}, missing_labels=0.3)
+    made = workload(missing={"train": 0.4}, labels={"missing": 0.3})
     params = made.layout.views(made.init(0))
     batch = merged(made, 0, 9) | {"mask": torch.tensor([1.0] * 7 + [0.0] * 2)}
     logits = made.model.logits(params, batch)
@@ -130,7 +130,7 @@ def test_metrics_are_of_what_a_sample_has() -> None:
 
 
 def test_labels_as_they_are_given() -> None:
-    made, true = workload(missing_labels=0.5, wrong_labels={"rate": 0.3}), workload().data.train.labels
+    made, true = workload(labels={"missing": 0.5, "wrong": 0.3}), workload().data.train.labels
     given = made._labels
     kept = given >= 0
     assert 0.2 < float((~kept).float().mean()) < 0.8
@@ -171,6 +171,7 @@ def test_public_pairs_are_nobodys() -> None:
         ({"encoders": {"image": "mlp"}}, "iid", r"workload\.encoders names image, but the data have image, audio"),
         ({"encoders": {"image": "mlp", "audio": "preact-resnet18"}}, "iid", r"audio = 'preact-resnet18' has BatchNorm"),
         ({"server_encoders": {"image": "mlp", "audio": "mlp"}}, "iid", "are those of a server with a model of its own"),
+        ({"labels": {"wrong": {"speaker": 0.1}}}, "iid", r"wrong names the label 'speaker', which is none of digit"),
         ({"missing": {"train": {"text": 0.1}}}, "iid", "the modality 'text'"),
         (
             {"modalities": {"image": 1.0}, "dataset": DATA | {"split": "natural"}},

@@ -20,16 +20,8 @@ from gossamer.workloads.digests import digest_of
 from gossamer.workloads.holdings import Holding, assigned
 from gossamer.workloads.multimodal.audio_visual import AudioVisualOptions, audio_visual_digits
 from gossamer.workloads.multimodal.encoders import FUSION, JOINED, Classifier
-from gossamer.workloads.multimodal.modalities import (
-    JOIN,
-    MissingOptions,
-    drop_labels,
-    missing_rates,
-    parse_shares,
-    presence,
-    transition_matrix,
-    wrong_labels,
-)
+from gossamer.workloads.multimodal.labels import LabelOptions, given_labels, label_rates
+from gossamer.workloads.multimodal.modalities import JOIN, MissingOptions, missing_rates, parse_shares, presence
 from gossamer.workloads.multimodal.objectives import weighted_mean
 from gossamer.workloads.multimodal.public import SERVER, PublicPairs
 from gossamer.workloads.multimodal.splits import MultimodalData, MultimodalSplit
@@ -43,20 +35,9 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 ENCODERS: dict[str, Spec] = {name: {"name": "mlp", "hidden": [64]} for name in ("image", "audio")}
 REPRESENTATIONS = "representations"
+LABEL = "digit"
 HAS = "has_"  # before a modality, in a batch
 EVALUATED = 1000  # samples at a time
-
-
-class WrongLabelOptions(Options):
-    """Labels that are given wrongly, see `gossamer.workloads.multimodal.modalities.transition_matrix`.
-
-    Attributes:
-        rate: share of the training labels.
-        sparsity: share of the other classes that a class is never mistaken for.
-    """
-
-    rate: float = Field(0.0, ge=0, le=1)
-    sparsity: float = Field(0.0, ge=0, lt=1)
 
 
 class AudioVisualDigitsOptions(Options):
@@ -69,8 +50,7 @@ class AudioVisualDigitsOptions(Options):
         modalities: ``{names joined by +: share of the clients that have these}``. Of samples that lack a modality by
             themselves, a client has what is left.
         missing: modalities that samples lack besides.
-        missing_labels: share of the training samples that have no label.
-        wrong_labels: labels that are wrong.
+        labels: labels of training samples that are missing or wrong; the only label is ``digit``.
         exchange: what clients send: parameters of the modules that they hold; or, for creamfl, representations of the
             ``dataset.num_public`` public pairs, while models stay with them.
         server_encoders: likewise for the server's own model, where representations are exchanged; None: as `encoders`.
@@ -81,8 +61,7 @@ class AudioVisualDigitsOptions(Options):
     width: int = Field(32, ge=1)
     modalities: dict[str, float] = {"image+audio": 1.0}
     missing: MissingOptions = Field(default_factory=lambda: MissingOptions.model_validate({}))
-    missing_labels: float = Field(0.0, ge=0, le=1)
-    wrong_labels: WrongLabelOptions = Field(default_factory=lambda: WrongLabelOptions.model_validate({}))
+    labels: LabelOptions = Field(default_factory=lambda: LabelOptions.model_validate({}))
     exchange: Literal["parameters", "representations"] = "parameters"
     server_encoders: dict[str, Spec] | None = None
 
@@ -157,11 +136,9 @@ class AudioVisualDigits(Workload):
 
     def _given_labels(self) -> Tensor:
         """Return the labels of training samples as they are given, int64 [N], -1 where there is none."""
-        options, labels = self.options, self.data.train.labels.numpy()
-        wrong = options.wrong_labels
-        matrix = transition_matrix(self.num_labels, wrong.rate, wrong.sparsity, self.seed)
-        given = wrong_labels(labels, matrix, self.seed) if wrong.rate else labels
-        return torch.from_numpy(drop_labels(given, options.missing_labels, self.seed))
+        missing, wrong = (rates[LABEL] for rates in label_rates(self.options.labels, (LABEL,)))
+        labels, sparsity = self.data.train.labels, self.options.labels.sparsity
+        return given_labels(labels, self.num_labels, missing, wrong, sparsity, self.seed, f"label-{LABEL}")
 
     def _held_by_clients(self) -> Bools:
         """Return which modalities each client has, bool [num_clients, modalities].

@@ -46,19 +46,13 @@ def given_clips(data: ClipData, options: LabelOptions, seed: int) -> Clips:
     clips = data.train
     has_answers = bool((clips.answer != PAD).any())
     known = (*data.num_labels, *((ANSWER,) if has_answers else ()))
-    missing, wrong = (_rates(given, known, f"{WHERE}.{name}") for name, given in _both(options).items())
+    missing, wrong = label_rates(options, known)
     if not any((*missing.values(), *wrong.values())):
-        if options.sparsity:
-            raise ConfigError(f"{WHERE}.sparsity = {options.sparsity} is of wrong labels, of which there are none")
         return clips
 
     def given(name: str, labels: Tensor, num_labels: int, purpose: str) -> Tensor:
         """Return labels int64 [N] as they are given."""
-        found = labels.numpy()
-        if wrong[name]:
-            matrix = transition_matrix(num_labels, wrong[name], options.sparsity, seed)
-            found = wrong_labels(found, matrix, seed, f"wrong-{purpose}")
-        return torch.from_numpy(drop_labels(found, missing[name], seed, f"missing-{purpose}"))
+        return given_labels(labels, num_labels, missing[name], wrong[name], options.sparsity, seed, purpose)
 
     labels = {name: given(name, clips.labels[name], num, f"label-{name}") for name, num in data.num_labels.items()}
     answer = clips.answer
@@ -72,8 +66,33 @@ def given_clips(data: ClipData, options: LabelOptions, seed: int) -> Clips:
     return replace(clips, labels=labels, answer=answer)
 
 
-def _both(options: LabelOptions) -> dict[str, float | Mapping[str, float]]:
-    return {"missing": options.missing, "wrong": options.wrong}
+def given_labels(
+    labels: Tensor, num_labels: int, missing: float, wrong: float, sparsity: float, seed: int, purpose: str
+) -> Tensor:
+    """Return labels int64 [N] as they are given, -1 where one is missing.
+
+    Args:
+        labels: int64 [N], true labels.
+        num_labels: number of classes.
+        missing, wrong, sparsity: see `LabelOptions`.
+        seed, purpose: address of the draws.
+    """
+    found = labels.numpy()
+    if wrong:
+        found = wrong_labels(found, transition_matrix(num_labels, wrong, sparsity, seed), seed, f"wrong-{purpose}")
+    return torch.from_numpy(drop_labels(found, missing, seed, f"missing-{purpose}"))
+
+
+def label_rates(options: LabelOptions, known: tuple[str, ...]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the rates of missing and of wrong labels, by name.
+
+    Raises:
+        ConfigError: an unknown label, a rate that is no probability, or a sparsity of nothing.
+    """
+    missing, wrong = _rates(options.missing, known, f"{WHERE}.missing"), _rates(options.wrong, known, f"{WHERE}.wrong")
+    if options.sparsity and not any((*missing.values(), *wrong.values())):
+        raise ConfigError(f"{WHERE}.sparsity = {options.sparsity} is of wrong labels, of which there are none")
+    return missing, wrong
 
 
 def _rates(given: float | Mapping[str, float], known: tuple[str, ...], where: str) -> dict[str, float]:
