@@ -156,6 +156,19 @@ def test_contrasts_change_what_clients_learn_from_the_second_round_on(tmp_path: 
         )
 
 
+def test_groups_hold_in_the_public_pass_too(tmp_path: Path) -> None:
+    """What is at rate 0 stays as it is, while the rest learns."""
+    made = parts()
+    before = made.workload.layout.views(made.workload.init(0))
+    given = config()
+    given["train"] = given["train"] | {"groups": [{"match": "image.*", "lr": 0}]}
+    gossamer.run(given, out=tmp_path / "run")
+    own = [gossamer.load(tmp_path / "run").state_dict(client=client) for client in range(6)]
+    for one in own:
+        assert all(torch.equal(value, before[name]) for name, value in one.items() if name.startswith("image."))
+    assert any(not torch.equal(one["audio.output.weight"], before["audio.output.weight"]) for one in own)
+
+
 def test_flops_of_the_public_pass_are_counted() -> None:
     ways = [parts(algorithm=one).planner.costs[0].variants for one in ({}, {"inter": 0.0, "intra": 0.0})]
     for full, alone in zip(*ways, strict=True):

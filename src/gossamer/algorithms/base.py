@@ -68,6 +68,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, Tensor]
 Draws = Callable[[str], np.random.Generator]
+Steppers = Mapping[str, tuple["Algorithm", float]]
 
 
 class Algorithm(Protocol):
@@ -164,7 +165,7 @@ class Algorithm(Protocol):
         """Return the algorithm, which is `of_model`, for a workload of that model; or raise a ConfigError."""
         return self
 
-    def represent(self, params: Arrays, before: Arrays, lr: float, generator: Draws) -> None:
+    def represent(self, params: Arrays, before: Arrays, steppers: Steppers, lr: float, generator: Draws) -> None:
         """Change, in place, what one client has after its local steps, before it sends anything.
 
         Traits must say `represents`; see `gossamer.algorithms.creamfl.CreamFL`.
@@ -172,8 +173,8 @@ class Algorithm(Protocol):
         Args:
             params: ``{name: tensor}`` of its (sub-)model.
             before: what it began with: what it had itself, and what it received.
-            lr: learning rate of its local steps.
-            generator: returns random numbers of this client and round for a named purpose.
+            steppers: ``{name: (who takes the steps of a parameter, factor of their learning rate)}``.
+            lr, generator: learning rate of its local steps; random numbers of client and round for a named purpose.
         """
         return
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gossamer.aggregate.representations import CHUNK, ensemble
-from gossamer.algorithms.base import Arrays, BaseAlgorithm, Draws
+from gossamer.algorithms.base import Arrays, BaseAlgorithm, Draws, Steppers
 from gossamer.algorithms.federated import FedAvg
 from gossamer.algorithms.optimizers import NUM_STEPS, Adam
 from gossamer.errors import ConfigError
@@ -65,7 +65,7 @@ class CreamFL(FedAvg):
     Representations are all that is sent: P * width numbers for each modality, up for those that the client has and
     down for both. [M] Here the server trains when a round ends, so that in the first round, when it has sent nothing
     yet (zeros), clients only train on their own samples, and count alike. [M] The server's optimizer is Adam, anew in
-    every round; the clients' is the one of local steps, with moments of its own, as are those of ``train.groups``.
+    every round; the clients' is that of local steps, ``train.groups`` included, with new moments.
     """
 
     class Options(BaseAlgorithm.Options):
@@ -145,12 +145,13 @@ class CreamFL(FedAvg):
         """Return the model of the server, with representations of zeros."""
         return {"x": x}
 
-    def represent(self, params: Arrays, before: Arrays, lr: float, generator: Draws) -> None:
+    def represent(self, params: Arrays, before: Arrays, steppers: Steppers, lr: float, generator: Draws) -> None:
         """Go through the public set once, and put the representations of all of it where they are sent from.
 
         Args:
             params: ``{name: tensor}`` of the client's model.
             before: that with which it began the round, and what the server sent.
+            steppers: ``{name: (who takes the steps of a parameter, factor of their learning rate)}``.
             lr: learning rate.
             generator: random numbers of this client and round.
         """
@@ -175,7 +176,7 @@ class CreamFL(FedAvg):
         if (options.inter or options.intra) and all(bool(value.any()) for value in sent.values()):
             order = torch.from_numpy(generator("public-pass").permutation(public.num_samples))
             models = {name: value for name, value in params.items() if name not in public.entries.values()}
-            descend(models, batches(order, options.public_batch_size), loss, self, lr)
+            descend(models, batches(order, options.public_batch_size), loss, steppers, lr)
         with torch.no_grad():
             for modality in held:
                 params[public.entries[modality]].copy_(public.represent(params, modality, every))
@@ -211,10 +212,11 @@ class CreamFL(FedAvg):
 
         every = torch.arange(public.num_samples)
         server = FedAvg({}).with_optimizer(Adam({}), keeps_moments=False)
+        steppers = dict.fromkeys(own, (server, 1.0))
         parts = list(batches(every, options.public_batch_size)) * options.server_epochs
         if targets and options.distillation:
-            descend(own, parts, imitation, server, options.server_lr)
-        descend(own, parts, public.server_loss, server, options.server_lr)
+            descend(own, parts, imitation, steppers, options.server_lr)
+        descend(own, parts, public.server_loss, steppers, options.server_lr)
         with torch.no_grad():
             for modality, entry in public.entries.items():
                 params[entry].copy_(public.represent(own, modality, every))
@@ -259,7 +261,7 @@ def descend(
     params: Arrays,
     parts: Iterable[Tensor],
     loss: Callable[[Mapping[str, Tensor], Tensor], Tensor],
-    algorithm: FedAvg,
+    steppers: Steppers,
     lr: float,
 ) -> None:
     """Take a step in place along the gradient of the loss of each part, with new moments of the optimizer.
@@ -268,14 +270,14 @@ def descend(
         params: ``{name: tensor}``; those on which the loss does not depend stay as they are.
         parts: public samples of each step.
         loss: callback that returns the loss of parameters and samples.
-        algorithm: who takes the steps.
+        steppers: ``{name: (who takes the steps of a parameter, factor of their learning rate)}``.
         lr: learning rate.
     """
-    steppers = {name: algorithm.of_parameter(name, tuple(value.shape)) for name, value in params.items()}
-    carries = {
-        name: {"x": value.detach()[None]} | steppers[name].optimizer.init(value.detach()[None])
-        for name, value in params.items()
-    }
+    carries = {name: {"x": value.detach()[None]} for name, value in params.items()}
+    for name, carry in carries.items():
+        optimizer = steppers[name][0].optimizer
+        assert optimizer is not None
+        carry.update(optimizer.init(carry["x"]))
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     for rows in parts:
         grads = torch.autograd.grad(loss(leaves, rows), list(leaves.values()), allow_unused=True)
@@ -283,4 +285,5 @@ def descend(
             if grad is not None:
                 if NUM_STEPS in carry:
                     carry[NUM_STEPS].add_(1)
-                steppers[name].step(carry, grad[None], lr)
+                algorithm, factor = steppers[name]
+                algorithm.step(carry, grad[None], lr * factor)

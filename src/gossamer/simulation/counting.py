@@ -136,9 +136,11 @@ def flops_of_representing(algorithm: Algorithm, layout: Layout) -> float:
     """Return the FLOPs of what follows the local steps of a participant of a layout, by doing it."""
     if not algorithm.traits.represents:
         return 0.0
-    counter, row = FlopCounter(), torch.ones(layout.d)
+    counter, row, every = FlopCounter(), torch.ones(layout.d), zip(layout.names, layout.shapes, strict=True)
+    steppers = {name: (algorithm.of_parameter(name, shape), 1.0) for name, shape in every}
+    params, before = layout.views(row), layout.views(row.clone())
     with one_thread(), counter:
-        algorithm.represent(layout.views(row), layout.views(row.clone()), 0.0, lambda _: np.random.default_rng(0))
+        algorithm.represent(params, before, steppers, 0.0, lambda _: np.random.default_rng(0))
     return counter.total
 
 

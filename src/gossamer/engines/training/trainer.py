@@ -280,7 +280,7 @@ class Trainer:
             return rng.generator(task.seed, purpose, job.round, job.phase, int(job.client[row]))
 
         layout = variant.working_layout
-        variant.algorithm.represent(layout.views(x), layout.views(before), lr, generator)
+        variant.algorithm.represent(layout.views(x), layout.views(before), variant.steppers, lr, generator)
 
     def _own_part(self, variant: Variant, x: Tensor) -> Arrays:
         """Return what clients keep, see `own_part`; what stays with peers stays in their rows."""
