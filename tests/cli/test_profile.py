@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import gossamer
+from federation import configure
 from gossamer.cli.main import app
+from slow_peers import decentralized
 from traces import span, write
 
 
@@ -71,6 +74,9 @@ def test_offload_prints_json(run: Path) -> None:
         (["profile", "nowhere"], "'nowhere' has no trace: run it with --profile"),
         (["profile", "RUN", "-o", "a.txt"], "cannot tell the format"),
         (["profile", "RUN", "--workers", 3], "--workers 3 changes nothing without --scale"),
+        (["profile", "RUN", "--links", "a.graphml"], "--links a.graphml changes nothing without --scale"),
+        (["profile", "RUN", "--scale", "9", "--workers", 3, "--links", "a"], "--workers are of this machine"),
+        (["profile", "RUN", "--scale", "9", "--links", "a.graphml"], "--links a.graphml: cannot read the graph"),
         (["profile", "RUN", "--scale", "10", "--chrome", "a.json"], "--chrome exports the recorded trace"),
         (["profile", "RUN", "--torch", "a.json"], "--torch a.json changes nothing without --chrome"),
         (["profile", "RUN", "--chakra", "a", "--scale", "10"], "--chakra exports the recorded trace"),
@@ -114,3 +120,33 @@ class TestScale:
         result = call("profile", run, "--scale", "10")
         assert result.exit_code == 2
         assert "--scale is for runs with clients" in result.stderr
+
+
+NETWORK = "topologies/internet-50.graphml"
+
+
+@pytest.mark.parametrize("kind", ["clients", "peers"])
+def test_a_run_is_extrapolated_to_machines_of_a_network(kind: str, tmp_path: Path) -> None:
+    config = configure({"rounds": 2}) if kind == "clients" else decentralized({"rounds": 2, "peers.topology": "ring"})
+    kinds = [{"profile": "laptop"}, {"profile": "raspberry-pi-4"}]
+    engine = {**config["engine"], "workers": 1}
+    gossamer.run({**config, "profile": True, "devices": kinds, "engine": engine}, out=tmp_path / "run")
+    result = call(
+        "profile", tmp_path / "run", "--scale", "8,300", "--links", NETWORK, "-o", tmp_path / "a.png", "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [one["participants"] for one in found] == [8, 300]
+    assert all(one["workers"] is None and one["seconds"]["mean"] > 0.05 for one in found), "a link takes 50 ms"
+    assert (tmp_path / "a.png").stat().st_size
+    table = call("profile", tmp_path / "run", "--scale", "300", "--links", NETWORK).stdout
+    assert "its own" in table
+    assert " -" in table.splitlines()[-1]
+
+
+def test_topologies_of_a_given_number_of_peers_are_refused(tmp_path: Path) -> None:
+    config = decentralized({"rounds": 1, "engine.workers": 1, "profile": True})
+    gossamer.run({**config, "peers": {"topology": "topologies/karate-club.yaml"}}, out=tmp_path / "run")
+    result = call("profile", tmp_path / "run", "--scale", "300", "--links", NETWORK)
+    assert result.exit_code == 2
+    assert "has 34 peers" in result.stderr

@@ -45,6 +45,10 @@ def profile(
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="With --scale: workers; default: as recorded.")
     ] = None,
+    links: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --scale: each on a machine of its own, in this network (GraphML)."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where the time of a recorded run went: by stage, along the critical path, and by process."""
@@ -56,11 +60,14 @@ def profile(
     if output is not None:
         require_image(output)
     exports = {"chrome": chrome, "perfetto": perfetto, "goal": goal, "chakra": chakra}
-    _require_effect(scale, workers, torch, exports)
+    _require_effect(scale, {"workers": workers, "links": links}, torch, exports)
     sizes = None if scale is None else scaling.parse_sizes(scale)
     trace = read_trace(directory)
     if sizes is not None:
-        found = scaling.scale(directory, trace, sizes, workers)
+        if links is None:
+            found = scaling.scale(directory, trace, sizes, workers)
+        else:
+            found = scaling.deploy(directory, trace, sizes, links)
         typer.echo(scaling.render(found, as_json))
         if output is not None:
             typer.echo(scaling.draw(found, output), err=as_json)
@@ -73,7 +80,7 @@ def profile(
 
 
 def _require_effect(
-    scale: str | None, workers: int | None, torch: Path | None, exports: Mapping[str, Path | None]
+    scale: str | None, of_scale: Mapping[str, int | Path | None], torch: Path | None, exports: Mapping[str, Path | None]
 ) -> None:
     """Refuse options that others leave without effect.
 
@@ -82,8 +89,12 @@ def _require_effect(
     """
     from gossamer.errors import ConfigError
 
-    if scale is None and workers is not None:
-        raise ConfigError(f"--workers {workers} changes nothing without --scale: give both, or neither")
+    given = {name: value for name, value in of_scale.items() if value is not None}
+    if scale is None and given:
+        name, value = next(iter(given.items()))
+        raise ConfigError(f"--{name} {value} changes nothing without --scale: give both, or neither")
+    if len(given) > 1:
+        raise ConfigError("--workers are of this machine, and with --links nobody trains here: give one of them")
     if torch is not None and exports["chrome"] is None:
         raise ConfigError(f"--torch {torch} changes nothing without --chrome: give both, or neither")
     exported = [name for name, path in exports.items() if path is not None]

@@ -29,14 +29,16 @@ class Scaled:
     """A round of another size.
 
     Attributes:
-        participants, workers: its size.
+        participants: its size.
+        workers: of this machine, that train; None: each participant has a machine of its own.
         seconds: how long it takes.
-        bottleneck: what is busy for most of it: workers, driver, or what a round does besides training.
-        shares: share of the round in which each of these is busy.
+        bottleneck: what is busy for most of it: workers, driver, or what a round does besides training; or, of
+            participants on machines of their own, what it would be shortest without.
+        shares: share of the round in which each of these is busy, or by which it would be shorter without it.
     """
 
     participants: int
-    workers: int
+    workers: int | None
     seconds: Interval
     bottleneck: str
     shares: dict[str, float]
