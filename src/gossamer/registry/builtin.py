@@ -68,6 +68,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "workload": {
         "image-classification": "gossamer.workloads.images:ImageClassification",
+        "shape-groups": "gossamer.workloads.fronts:ShapeGroups",
         "next-character": "gossamer.workloads.text:NextCharacter",
         "least-squares": "gossamer.workloads.convex:LeastSquares",
         "logistic-regression": "gossamer.workloads.convex:LogisticRegression",
@@ -90,6 +91,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "transformer": "gossamer.workloads.transformer:TextClassifier",
         "vit": "gossamer.workloads.vit:VisionTransformer",
         "fedins": "gossamer.workloads.vit:InstanceAdaptive",
+        "fronted": "gossamer.workloads.fronts:FrontedMLP",
     },
     "text-model": {"transformer": "gossamer.workloads.transformer:Transformer"},
     "clips": {

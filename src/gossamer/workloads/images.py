@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class ImageClassification(Supervised):
     samples are converted batch by batch, and normalised in it.
     """
 
-    Options = ImageOptions
+    Options: ClassVar[type[SupervisedOptions]] = ImageOptions
     data_class, data_kind, model_kind = ImageData, "dataset", "model"
 
     def _prepare(self) -> tuple[Ints, int, Ints | None]:
