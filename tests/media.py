@@ -29,7 +29,9 @@ def write_nlvr(folder: Path) -> None:
         for place, (split, sentences) in enumerate(SENTENCES.items()):
             lines = list[str]()
             for number, sentence in enumerate(sentences):
+                boxes = [[], [{"color": "Yellow", "type": "square"}] * number, [{"color": "#0099ff", "type": "circle"}]]
                 entry = {"identifier": f"{number}-1", "sentence": sentence, "label": "true" if number else "false"}
+                entry |= {"structured_rep": boxes}
                 lines.append(json.dumps(entry))
                 for order in range(6):
                     images.writestr(f"{split}-{number}-1-{order}.png", picture(100 * place + 10 * number + order))

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import gossamer
+from gossamer.errors import ConfigError, DataError
 from gossamer.workloads.multimodal.clip_sets import captioned_videos, nlvr
 from gossamer.workloads.multimodal.clips import BEGIN, END, PAD, UNKNOWN
+from gossamer.workloads.multimodal.nlvr import count_objects
 from gossamer.workloads.multimodal.tokens import SPECIAL
 from media import write_captions, write_nlvr, write_video
 
@@ -42,6 +44,44 @@ def test_a_sentence_is_asked_and_its_truth_the_answer(nlvr_options: dict[str, An
     assert data.num_labels == {"truth": 2}
     assert data.pool == 4
     assert data.test.caption[0].tolist().count(UNKNOWN) == 1  # "no", which no training sentence has
+
+
+def test_boxes_are_frames(nlvr_options: dict[str, Any]) -> None:
+    whole, boxes = nlvr(nlvr_options).test.video, nlvr(nlvr_options | {"boxes": True}).test.video
+    assert boxes.shape == (len(whole), 3, 3, 8, 4)
+    for box, columns in enumerate((slice(0, 4), slice(6, 10), slice(12, 16))):
+        assert torch.equal(boxes[:, box], whole[:, 0, ..., columns])
+
+
+def test_boxes_need_a_width_of_eighths(nlvr_options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"workload\.dataset\.width = 20 cannot be divided into boxes"):
+        nlvr(nlvr_options | {"boxes": True, "width": 20})
+
+
+def test_objects_are_counted_by_colour_and_shape(nlvr_options: dict[str, Any]) -> None:
+    data = nlvr(nlvr_options | {"objects": True})
+    kinds = ("yellow", "black", "blue", "circle", "square", "triangle")
+    assert tuple(data.num_labels) == ("truth", *kinds)
+    counts = [[data.train.labels[kind][row].item() for kind in kinds] for row in (0, 6)]
+    assert counts == [[0, 0, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{}", r"line 1 of .*a\.jsonl' lists no objects \(KeyError"),
+        ('{"structured_rep": [[{"color": "Black", "type": "circle"}]]}', None),
+        ('{"structured_rep": [[' + ",".join(['{"color": "Black", "type": "circle"}'] * 25) + "]]}", "lists 25 objects"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused(tmp_path: Path, line: str, told: str | None) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{line}\n")
+    if told is None:
+        assert count_objects(path).tolist() == [[0, 1, 0, 1, 0, 0]]
+        return
+    with pytest.raises(DataError, match=told):
+        count_objects(path)
 
 
 def test_captioned_videos_as_clips(tmp_path: Path) -> None:

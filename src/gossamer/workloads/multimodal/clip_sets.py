@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gossamer.errors import ConfigError
 from gossamer.memory import require_memory
 from gossamer.options import parse_options, takes
 from gossamer.workloads.datasets import WHERE
@@ -29,11 +30,15 @@ class NlvrClipOptions(sentences.NlvrOptions):
 
     Attributes:
         height, width: to which images of 100 x 400 pixels are resized; a model's patches must divide them.
+        boxes: whether the three boxes of an image are three frames, without the grey between them.
+        objects: whether clips have labels besides, how many objects of each colour and shape an image shows.
         pool: test clips that are evaluated at a time.
     """
 
     height: Annotated[int, Field(ge=1)] = 24
     width: Annotated[int, Field(ge=1)] = 96
+    boxes: bool = False
+    objects: bool = False
     pool: int = Field(POOL, ge=1)
 
 
@@ -51,7 +56,7 @@ class VideoClipOptions(video_sets.VideoOptions):
 
 @takes(NlvrClipOptions)
 def nlvr(options: Mapping[str, Any]) -> ClipData:
-    """NLVR as videos of one frame: the sentence is question and caption, the answer ``true`` or ``false``.
+    """NLVR as videos of one or three frames: the sentence is question and caption, the answer ``true`` or ``false``.
 
     See `gossamer.workloads.multimodal.nlvr`.
 
@@ -63,16 +68,36 @@ def nlvr(options: Mapping[str, Any]) -> ClipData:
         DataError: a file is missing or malformed.
     """
     chosen = parse_options(NlvrClipOptions, options, WHERE)
-    data = sentences.nlvr({name: value for name, value in options.items() if name != "pool"} | _size(chosen))
+    if chosen.boxes and chosen.width % 8:
+        raise ConfigError(f"{WHERE}.width = {chosen.width} cannot be divided into boxes: give a multiple of 8")
+    own = NlvrClipOptions.model_fields.keys() - sentences.NlvrOptions.model_fields.keys()
+    data = sentences.nlvr({name: value for name, value in options.items() if name not in own} | _size(chosen))
     vocabulary = _vocabulary(data.vocabulary, *sentences.LABELS)
     words = torch.tensor([vocabulary.index(word) for word in sentences.LABELS])  # in the order of the labels 0 and 1
 
-    def clips(split: MultimodalSplit) -> Clips:
+    def clips(split: MultimodalSplit, files: Sequence[str]) -> Clips:
         """Return a split as clips."""
         text, images = _renumbered(split, data.vocabulary, vocabulary), _whole(split, "image")
-        return Clips(images[:, None], text, text[:, None], words[split.labels][:, None], {"truth": split.labels})
+        frames = _boxes(images) if chosen.boxes else images[:, None]
+        labels = {"truth": split.labels} | (_objects(files, chosen.images) if chosen.objects else {})
+        return Clips(frames, text, text[:, None], words[split.labels][:, None], labels)
 
-    return _clip_data(data, clips(data.train), clips(data.test), vocabulary, "truth", chosen.pool)
+    counts = dict.fromkeys(sentences.KINDS if chosen.objects else (), sentences.MOST_OBJECTS + 1)
+    train, test = clips(data.train, chosen.train), clips(data.test, chosen.test)
+    return _clip_data(data, train, test, vocabulary, {"truth": data.num_labels} | counts, chosen.pool)
+
+
+def _boxes(images: Tensor) -> Tensor:
+    """Return the three boxes of images [N, channels, height, width] as frames [N, 3, channels, height, width / 4]."""
+    eighth = images.shape[-1] // 8  # a box has two of them, and what is between two boxes one
+    return torch.stack([images[..., first * eighth : (first + 2) * eighth] for first in (0, 3, 6)], dim=1)
+
+
+def _objects(files: Sequence[str], num_images: int) -> dict[str, Tensor]:
+    """Return how many objects of each kind images show, int64 [N] each."""
+    folder = sentences.folder_of_data()
+    counts = torch.cat([sentences.count_objects(folder / f"{name}.jsonl") for name in files])
+    return dict(zip(sentences.KINDS, counts.repeat_interleave(num_images, 0).unbind(1), strict=True))
 
 
 @takes(VideoClipOptions)
@@ -101,7 +126,7 @@ def captioned_videos(options: Mapping[str, Any]) -> ClipData:
         answer = torch.full((count, 1), PAD)
         return Clips(_whole(split, "video"), text, question, answer, {"class": split.labels})
 
-    return _clip_data(data, clips(data.train), clips(data.test), vocabulary, "class", chosen.pool)
+    return _clip_data(data, clips(data.train), clips(data.test), vocabulary, {"class": data.num_labels}, chosen.pool)
 
 
 def _size(options: NlvrClipOptions) -> dict[str, int]:
@@ -133,9 +158,15 @@ def _whole(split: MultimodalSplit, modality: str) -> Tensor:
 
 
 def _clip_data(
-    data: MultimodalData, train: Clips, test: Clips, vocabulary: tuple[str, ...], label: str, pool: int
+    data: MultimodalData,
+    train: Clips,
+    test: Clips,
+    vocabulary: tuple[str, ...],
+    num_labels: dict[str, int],
+    pool: int,
 ) -> ClipData:
+    """Return a data set whose first label is the one to divide by."""
     few = train.video[:: -(-len(train) // FEW)].numpy()
     mean, std = float(np.mean(few)) / 255, float(np.std(few)) / 255 or 1.0
-    num_labels = {label: data.num_labels}
+    label = next(iter(num_labels))
     return ClipData(data.name, train, test, vocabulary, num_labels, label, min(pool, len(test)), mean, std)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from gossamer.errors import DataError
 from gossamer.options import Options, parse_options, takes
@@ -23,6 +24,15 @@ from gossamer.workloads.samples import LazySamples, passed
 FOLDER, IMAGES = "nlvr", "nlvr_images.zip"  # below $GOSSAMER_DATA
 LABELS = {"false": 0, "true": 1}
 NUM_IMAGES = 6  # of each sentence: the same boxes in another order
+KINDS = {
+    "yellow": "Yellow",
+    "black": "Black",
+    "blue": "#0099ff",
+    "circle": "circle",
+    "square": "square",
+    "triangle": "triangle",
+}
+MOST_OBJECTS = 24  # of a picture
 
 
 Part = Literal["dev", "test", "hidden"]
@@ -85,7 +95,7 @@ def nlvr(options: Mapping[str, Any]) -> MultimodalData:
     chosen = parse_options(NlvrOptions, options, WHERE)
     if both := set(chosen.train) & set(chosen.test):
         raise DataError(f"{WHERE} has {min(both)!r} in train and in test: name each file once")
-    folder = _folder()
+    folder = folder_of_data()
     train, test = ([one for name in names for one in read_statements(folder / f"{name}.jsonl", name, chosen.images)]
                    for names in (chosen.train, chosen.test))  # fmt: skip
     names = [image for one in (*train, *test) for image in one.images]
@@ -116,7 +126,7 @@ def _split(
     return MultimodalSplit({"image": images, "text": ids}, torch.ones(len(ids), 2).bool(), labels, prompts)
 
 
-def _folder() -> Path:
+def folder_of_data() -> Path:
     """Return the folder of the files.
 
     Raises:
@@ -163,6 +173,34 @@ def read_statements(path: Path, split: str, num_images: int) -> list[Statement]:
     if not found:
         raise DataError(f"{str(path)!r} holds no sentences: fetch the file again")
     return found
+
+
+def count_objects(path: Path) -> Tensor:
+    """Return how many objects of each of `KINDS` the picture of each line shows, int64 [lines, kinds].
+
+    Args:
+        path: a file of sentences, see `read_statements`, whose lines list the objects of each box as structured_rep.
+
+    Raises:
+        DataError: a line does not, or lists more than `MOST_OBJECTS` in all.
+    """
+    found = list[list[int]]()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            objects = [one for box in json.loads(line)["structured_rep"] for one in box]
+            looks = [{str(one["color"]), str(one["type"])} for one in objects]
+        except (ValueError, LookupError, TypeError) as error:
+            raise DataError(
+                f"line {number} of {str(path)!r} lists no objects ({type(error).__name__}: {error}): set objects to"
+                " false, or fetch the file again"
+            ) from None
+        if len(looks) > MOST_OBJECTS:
+            raise DataError(
+                f"line {number} of {str(path)!r} lists {len(looks)} objects, more than {MOST_OBJECTS}: set objects to"
+                " false"
+            )
+        found.append([sum(kind in look for look in looks) for kind in KINDS.values()])
+    return torch.tensor(found)
 
 
 def _digest(options: NlvrOptions, folder: Path) -> str:
