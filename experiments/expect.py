@@ -37,7 +37,15 @@ from gossamer.errors import GossamerError
 from gossamer.reports.curves import SingleRun, find_runs, group
 
 Values = dict[str, dict[str, Any]]
-PERFORMANCE = ("accuracy", "recall", "bits_per", "unigram", "distance", "gradient_norm")  # parts of metrics' names
+PERFORMANCE = (
+    "accuracy",
+    "recall",
+    "cider",
+    "bits_per",
+    "unigram",
+    "distance",
+    "gradient_norm",
+)  # parts of metrics' names
 COSTS = ("total_client_flops", "simulated_seconds", "wall_seconds")
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gossamer.workloads.multimodal.caption_metrics import DocumentFrequencies, bleu, bleu_sums, cider_d
+from gossamer.workloads.multimodal.caption_metrics import Bigrams, DocumentFrequencies, bleu, bleu_sums, cider_d
 
 CAPTIONS = st.lists(
     st.sampled_from(["the", "five", "seven", "moves", "left", "right", "then", "up", "down"]), min_size=1, max_size=9
@@ -99,3 +99,20 @@ def test_cider_d_lies_between_0_and_10(corpus: list[tuple[list[str], ...]]) -> N
     frequencies = DocumentFrequencies.of([references for _, *references in corpus])
     for caption, *references in corpus:
         assert -1e-9 <= cider_d(caption, references, frequencies) <= 10 + 1e-9
+
+
+class TestBigrams:
+    def test_probabilities_by_hand(self) -> None:
+        """1 2 3, 1 2 2 3 and 1 3: after 1 comes 2 twice and 3 once, after 2 comes 3 twice and 2 once."""
+        model = Bigrams.of(np.array([[1, 2, 3, -1], [1, 2, 2, 3], [1, 3, -1, -1]]), 4)
+        wanted = np.array([[0, 0, 0, 0], [0, 0, 2 / 3, 1 / 3], [0, 0, 1 / 3, 2 / 3], [0, 0, 0, 0]])
+        np.testing.assert_allclose(model.following, wanted)
+
+    def test_texts_follow_the_probabilities(self) -> None:
+        model = Bigrams.of(np.array([[1, 2, 3, -1], [1, 2, 2, 3], [1, 3, -1, -1]]), 4)
+        texts = model.drawn(1, 4000, 6, np.random.default_rng(0))
+        assert (texts[:, 0] == 1).all()
+        assert np.mean(texts[:, 1] == 2) == pytest.approx(2 / 3, abs=0.03)
+        after = texts[:, 1:][texts[:, :-1] == 2]
+        assert np.mean(after == 3) == pytest.approx(2 / 3, abs=0.03)
+        assert set(texts[:, 1:][(texts[:, :-1] == 3) | (texts[:, :-1] == -1)].tolist()) == {-1}

@@ -36,6 +36,8 @@ def test_captions_that_are_right() -> None:
     made = workload(tasks=("captioning",))
     measure, clips = made._measures["captioning"], made.data.test
     found = measure.metrics(measure.sums({"tokens": clips.caption}, clips))
+    baseline = found.pop("cider_d_bigram")
+    assert 0.5 < baseline < 3.0
     right = {"caption_accuracy": 1.0, "object_recall": 1.0}
     assert found == right | {"cider_d": pytest.approx(10.0), "bleu_4": pytest.approx(100.0)}
 

@@ -74,6 +74,43 @@ def bleu(sums: NDArray[np.float64]) -> float:
 
 
 @dataclass(frozen=True)
+class Bigrams:
+    """A model of texts in which a word depends on the one before it alone: the baseline of captions.
+
+    Attributes:
+        following: float64 [tokens, tokens], the probability of each token after each; rows without any are 0.
+    """
+
+    following: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, texts: NDArray[np.int64], num_tokens: int) -> Bigrams:
+        """Count in texts int64 [N, n], from the first token of each; negative ones are none."""
+        counts = np.zeros((num_tokens, num_tokens))
+        first, second = texts[:, :-1].ravel(), texts[:, 1:].ravel()
+        held = (first >= 0) & (second >= 0)
+        np.add.at(counts, (first[held], second[held]), 1)
+        return cls(counts / np.maximum(counts.sum(1, keepdims=True), 1))
+
+    def drawn(self, begin: int, count: int, length: int, source: np.random.Generator) -> NDArray[np.int64]:
+        """Return texts that are drawn word by word, int64 [count, length]; -1 follows what nothing follows.
+
+        Args:
+            begin: first token of each.
+            count, length: number of texts, and of tokens of each.
+            source: of the draws.
+        """
+        texts = np.full((count, length), -1, dtype=np.int64)
+        texts[:, 0] = begin
+        for place in range(1, length):
+            sums = self.following[texts[:, place - 1]].cumsum(1)
+            sums[texts[:, place - 1] < 0] = 0
+            word = (source.random((count, 1)) * sums[:, -1:] >= sums).sum(1)
+            texts[:, place] = np.where(sums[:, -1] > 0, word, -1)
+        return texts
+
+
+@dataclass(frozen=True)
 class DocumentFrequencies:
     """In how many documents a run of words occurs; the references of one image or video are a document.
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from gossamer import rng
 from gossamer.workloads.base import Sums
-from gossamer.workloads.multimodal.caption_metrics import DocumentFrequencies, bleu, bleu_sums, cider_d
-from gossamer.workloads.multimodal.clips import ClipData, Clips
+from gossamer.workloads.multimodal.caption_metrics import Bigrams, DocumentFrequencies, bleu, bleu_sums, cider_d
+from gossamer.workloads.multimodal.clips import BEGIN, PAD, ClipData, Clips
 
 RECALLS = (1, 5, 10)
 
@@ -102,6 +106,17 @@ class Captioning:
         self._objects = frozenset(word for words in data.label_words.values() for word in words)
         self._frequencies = DocumentFrequencies.of([[data.words(caption).split()] for caption in data.test.caption])
 
+    @cached_property
+    def _baseline(self) -> NDArray[np.float64]:
+        """CIDEr-D of as many captions as there are test clips, drawn from a bigram model, float64 [1]."""
+        data, captions = self._data, self._data.train.caption
+        model = Bigrams.of(captions.masked_fill(captions == PAD, -1).numpy(), len(data.vocabulary))
+        source = rng.generator(0, "bigram-captions")
+        texts = torch.from_numpy(model.drawn(BEGIN, len(data.test), captions.shape[1], source)).clamp_min(PAD)
+        pairs = zip(texts, data.test.caption, strict=True)
+        scores = [cider_d(data.words(a).split(), [data.words(b).split()], self._frequencies) for a, b in pairs]
+        return np.array([np.mean(scores)])
+
     def sums(self, predicted: Mapping[str, Tensor], clips: Clips) -> Sums:
         """Return what the scores are made of, of ``"tokens"`` [n, length]."""
         pairs = [
@@ -125,11 +140,13 @@ class Captioning:
     def metrics(self, sums: Sums) -> dict[str, float]:
         """Return ``caption_accuracy``, ``bleu_4`` (0 .. 100; 0 where no four words match) and ``cider_d`` (0 .. 10).
 
-        ``object_recall`` is the share of the objects of the references that the captions name, too.
+        ``cider_d_bigram`` is the CIDEr-D of captions that are drawn from a bigram model of the training captions, and
+        ``object_recall`` the share of the objects of the references that the captions name, too.
         """
         count = float(sums["caption_count"].sum())
         matched = bleu(sums["bleu"]) if sums["bleu"][2:6].all() else 0.0  # without smoothing, which is of small corpora
         means = {"caption_accuracy": sums["caption_exact"], "cider_d": sums["cider"]}
+        means |= {"cider_d_bigram": self._baseline * count}
         found, wanted = sums["objects"]
         recall = {"object_recall": float(found / wanted)} if wanted else {}
         return {name: float(value.sum()) / count for name, value in means.items()} | {"bleu_4": matched} | recall
