@@ -10,14 +10,17 @@ Entries of "theory" and "published" look like these, each with "what" is claimed
     {"metric": "accuracy", "larger": "all-large", "smaller": "all-small"}
     {"metric": "accuracy", "larger": "federated", "smaller_mean": ["local-0", "local-1"]}
     {"metric": "bits_per_character", "method": "rolling", "below": "unigram_bits"}
+    {"metric": "total_client_flops", "larger": "dense", "smaller": "sparse", "times": 1.9}
     {"metric": "accuracy", "method": "rolling", "value": 0.69, "tolerance": 0.02}
+    {"metric": "accuracy", "method": "sparse", "near": "dense", "tolerance": 0.02}
     {"metric": "rounds_to_gradient_norm", "method": "ou-equidyn", "at_most": 100}
 
-The first holds if the worst seed of one method beats the best seed of the other: beyond the seeds' band. The second
-holds if that worst seed beats the mean of several methods, the third if the worst seed stays below another metric, and
-the fifth if the worst seed needs no more. With {"levels": {"gradient_norm": 1e-7}} in expected.json,
-rounds_to_gradient_norm is the first round in which a run is at or below that level; where a seed never is, the method
-has no such number, and entries about it do not hold.
+The first holds if the worst seed of one method beats the best seed of the other: beyond the seeds' band; with "times",
+that many times the other. The second holds if that worst seed beats the mean of several methods, the third if the worst
+seed stays below another metric, and the last, and "at_least", if the worst seed needs no more, or reaches it. "value"
+and "near" are of means over seeds: a figure, and another method from which it may be short by the tolerance.
+With {"levels": {"gradient_norm": 1e-7}} in expected.json, rounds_to_gradient_norm is the first round in which a run is
+at or below that level; where a seed never is, the method has no such number, and entries about it do not hold.
 Entries with "comparable": false are printed beside what was measured and not judged: another setting, or a figure that
 nobody has checked against its source.
 """
@@ -58,6 +61,7 @@ def last_values(run: SingleRun, levels: dict[str, float]) -> dict[str, float]:
         found |= {f"rounds_to_{metric}": reached[0]} if reached else {}
     found["loss"] = final.get("loss", float("nan"))
     found |= {key: final[key] for key in COSTS if key in final}
+    found["train_seconds"] = sum(record.get("phase_seconds.train", 0.0) for record in run.records)
     found["total_bytes"] = final["total_bytes_up"] + final["total_bytes_down"]
     return found
 
@@ -89,7 +93,9 @@ def significant(value: float) -> float:
 def judge(entry: dict[str, Any], values: Values) -> tuple[bool | None, str]:
     """Say whether an entry holds (None: it is not judged), and in which numbers."""
     metric = entry["metric"]
-    named = [entry[key] for key in ("method", "larger", "smaller") if key in entry] + entry.get("smaller_mean", [])
+    named = [entry[key] for key in ("method", "larger", "smaller", "near") if key in entry] + entry.get(
+        "smaller_mean", []
+    )
     if metric.startswith("rounds_to_") and any(metric not in values.get(method, {metric}) for method in named):
         return False, f"a seed of {' or '.join(named)} never gets there"
     if any(metric not in values.get(method, {}) for method in named):
@@ -103,6 +109,10 @@ def judge(entry: dict[str, Any], values: Values) -> tuple[bool | None, str]:
     if "at_least" in entry:
         lowest = values[entry["method"]][metric]["lowest"]
         return bool(lowest >= entry["at_least"]), f"{metric} at least {lowest}, bound {entry['at_least']}"
+    if "near" in entry:
+        mean, other = (values[entry[key]][metric]["mean"] for key in ("method", "near"))
+        told = f"{entry['method']} {mean}, {entry['near']} {other}, at most {entry['tolerance']} less"
+        return bool(mean >= other - entry["tolerance"]), told
     if "smaller_mean" in entry:
         worst = values[entry["larger"]][metric]["lowest"]
         mean = statistics.mean(values[method][metric]["mean"] for method in entry["smaller_mean"])
@@ -111,7 +121,8 @@ def judge(entry: dict[str, Any], values: Values) -> tuple[bool | None, str]:
         larger, smaller = values[entry["larger"]][metric], values[entry["smaller"]][metric]
         told = f"{entry['larger']} {larger['lowest']} .. {larger['highest']}"
         told += f", {entry['smaller']} {smaller['lowest']} .. {smaller['highest']}"
-        holds = bool(larger["lowest"] > smaller["highest"])
+        holds = bool(larger["lowest"] > entry.get("times", 1) * smaller["highest"])
+        told += f", {entry['times']} times as much" if "times" in entry else ""
         if entry.get("comparable", True) is False:
             return None, f"{'so it is' if holds else 'not so'} here: {told}"
         return holds, told
