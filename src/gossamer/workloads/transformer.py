@@ -5,7 +5,7 @@ Which dimensions a capacity below 1 shortens:
 - ``cut="heads"``: whole heads, one axis a block; what a head computes, and its softmax, stay as they are.
 - ``cut="head-dim"``: every head keeps some of its channels, the same ones in all heads of a block; queries share theirs
   with keys (one axis) and values with the output projection (another). The softmax keeps the full model's scale.
-- the hidden width of every feed-forward layer, an axis of its own.
+- the hidden width of every feed-forward layer, an axis of its own; or, with ``experts``, whole experts of it.
 - ``cut_stream=True``: also the residual stream, one axis for embedding, positions, normalisations and projections.
 
 Characters, words and positions are never cut. With a whole stream, a sub-model computes what the full model would
@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,10 @@ class BlockOptions(ModelOptions):
         cut: whether a capacity drops whole heads or channels of every head.
         cut_stream: whether a capacity cuts the residual stream, too.
         dropout: share of what enters the stream, and of the shares of attention, that is dropped while training.
+        experts: experts of each feed-forward layer, of `hidden` units each, among which a router chooses for every
+            token; a capacity holds some of them as a whole. None: there is one perceptron, and no router.
+        top_experts: experts that a token goes through.
+        balance: share of the training loss that spreads tokens over experts; the cross entropy has the rest.
     """
 
     stream: int = Field(64, ge=1)
@@ -56,6 +60,18 @@ class BlockOptions(ModelOptions):
     cut: Literal["heads", "head-dim"] = "heads"
     cut_stream: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
+    experts: int | None = Field(None, ge=1)
+    top_experts: int = Field(2, ge=1)
+    balance: float = Field(0.01, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _routable(self) -> BlockOptions:
+        for option in ("top_experts", "balance"):
+            if self.experts is None and option in self.model_fields_set:
+                raise ValueError(f"{option} changes nothing without experts: leave it out, or give their number")
+        if self.experts is not None and self.top_experts > self.experts:
+            raise ValueError(f"top_experts {self.top_experts} exceeds experts {self.experts}: lower it")
+        return self
 
     @model_validator(mode="after")
     def _divisible(self) -> BlockOptions:
@@ -79,6 +95,10 @@ class TransformerBlocks(DeclaredModel):
     perceptron with GELU, each of the normalised stream; a normalisation and a linear layer end it. Dropout stands where
     GPT-2 has it: after the embedding, in the shares of attention, and on what every layer adds to the stream.
 
+    With ``experts`` the perceptron is a mixture of as many, see `_routed`: a participant of a smaller capacity holds
+    whole experts, and its router chooses among these. All experts that are held are computed for every token, and those
+    that the router did not choose count 0: that saves traffic and memory of who holds few, but no computation.
+
     While training, the scaler (HeteroFL, arXiv 2010.01264) multiplies what a sum over a cut width receives, so that the
     sum over a share of the channels is about as large as the whole one.
 
@@ -101,7 +121,8 @@ class TransformerBlocks(DeclaredModel):
             options: of the model.
         """
         self.options = options
-        self.traits = ModelTraits(uses_key=options.dropout > 0, adaptable=True)
+        share = options.balance if options.experts is not None else 0.0
+        self.traits = ModelTraits(uses_key=options.dropout > 0, adaptable=True, terms_share=share)
         self.blocks = tuple(f"block{i}" for i in range(options.num_blocks))
         self.head_dim, self.num_heads = options.stream // options.num_heads, options.num_heads
         if options.cut == "heads":
@@ -119,9 +140,18 @@ class TransformerBlocks(DeclaredModel):
             self.add(f"{block}.norm0", (size,), (axis,))
             self._add_attention(block, size, axis)
             self.add(f"{block}.norm1", (size,), (axis,))
-            self.add(f"{block}.expand", (hidden, size), (f"{block}.hidden", axis))
-            self.add(f"{block}.contract", (size, hidden), (axis, f"{block}.hidden"))
+            self._add_feed_forward(block, hidden, size, axis)
         self.add("norm", (size,), (axis,))
+
+    def _add_feed_forward(self, block: str, hidden: int, size: int, axis: str | None) -> None:
+        """Declare a perceptron, or a mixture of them side by side and their router."""
+        inner, options = cast(AxisSpec, f"{block}.hidden"), self.options
+        if options.experts is not None:
+            num_experts = window_length(options.experts, options.width)
+            hidden, inner = num_experts * options.hidden, Dim(f"{block}.experts", inner=options.hidden)
+            self.add(f"{block}.router", (num_experts, size), (f"{block}.experts", axis), bias=False)
+        self.add(f"{block}.expand", (hidden, size), (inner, axis))
+        self.add(f"{block}.contract", (size, hidden), (axis, inner))
 
     def _add_attention(self, block: str, size: int, axis: str | None) -> None:
         """Declare the four projections; their inner dimension runs over heads, and in each over its channels."""
@@ -145,9 +175,40 @@ class TransformerBlocks(DeclaredModel):
             normal = rescale(_normalised(params, f"{block}.norm0", stream), wide)
             stream = stream + dropout(self._attention(params, block, normal, scale, dropout), p)
             normal = rescale(_normalised(params, f"{block}.norm1", stream), wide)
-            hidden = rescale(F.gelu(_linear(params, f"{block}.expand", normal)), scale)
-            stream = stream + dropout(_linear(params, f"{block}.contract", hidden), p)
+            stream = stream + dropout(self._feed_forward(params, block, normal, context), p)
         return rescale(_normalised(params, "norm", stream), wide)
+
+    def _feed_forward(self, params: Mapping[str, Tensor], block: str, x: Tensor, context: ForwardContext) -> Tensor:
+        """Return what a perceptron, or a mixture of them, adds to the stream, of x float32 [b, n, stream]."""
+        hidden = F.gelu(_linear(params, f"{block}.expand", x))
+        if self.options.experts is None:
+            return _linear(params, f"{block}.contract", rescale(hidden, context.scale))
+        gates, imbalance = self._routed(params[f"{block}.router.weight"], x)
+        if context.terms is not None:
+            context.terms[f"{block}.balance"] = imbalance / len(self.blocks)
+        each = hidden.reshape(*hidden.shape[:-1], -1, self.options.hidden)  # [b, n, experts, hidden]
+        return _linear(params, f"{block}.contract", (each * gates[..., None]).flatten(-2))
+
+    def _routed(self, router: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weight of each expert for each token, and how unevenly tokens are spread over experts.
+
+        The softmax of the largest logits, and 0 for all other experts (Shazeer et al., arXiv 1701.06538). Weights sum
+        to 1 however many experts are held, so that the scaler has nothing to make up for. Imbalance is that of Switch
+        (Fedus et al., arXiv 2101.03961, Eq. 4) of each sample by itself, so that padding does not count: E sum_e f_e
+        P_e, of the share f of its tokens that expert e gets, and the mean probability P; 1 where both are even.
+
+        Args:
+            router: float32 [experts, stream], of those that are held.
+            x: float32 [b, n, stream], normalised.
+
+        Returns:
+            float32 [b, n, experts]; float32 [b].
+        """
+        logits = F.linear(x, router)
+        best, which = logits.topk(min(self.options.top_experts, logits.shape[-1]), dim=-1)
+        gates = torch.zeros_like(logits).scatter(-1, which, best.softmax(-1))
+        shares = torch.zeros_like(logits).scatter(-1, which, 1 / best.shape[-1]).mean(-2)
+        return gates, logits.shape[-1] * (shares * logits.softmax(-1).mean(-2)).sum(-1)
 
     def _attention(
         self, params: Mapping[str, Tensor], block: str, x: Tensor, scale: float | Tensor, dropout: Dropout
