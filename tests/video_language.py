@@ -15,6 +15,8 @@ from gossamer.workloads.multimodal.workload import VideoLanguage
 MODEL = {"name": "mplug-2", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1, "num_latents": 3}
 MODELS: dict[str, dict[str, Any]] = {
     "mplug-2": MODEL,
+    "tw-bert": {"name": "tw-bert", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1},
+    "hitea": {"name": "hitea", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1},
     "anchor-captioner": {"name": "anchor-captioner", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1},
     "smaug": {"name": "smaug", "stream": 16, "num_heads": 4, "hidden": 24, "vision_blocks": 1},
 }

@@ -101,6 +101,8 @@ BUILTIN: dict[str, dict[str, str]] = {
     "video-language-model": {
         "mplug-2": "gossamer.workloads.multimodal.mplug:MPlug",
         "anchor-captioner": "gossamer.workloads.multimodal.anchors:AnchorCaptioner",
+        "tw-bert": "gossamer.workloads.multimodal.twbert:TwBert",
+        "hitea": "gossamer.workloads.multimodal.hitea:HiTeA",
         "smaug": "gossamer.workloads.multimodal.smaug:Smaug",
     },
     "partition": {

@@ -21,6 +21,11 @@ from video_language import MODELS, SMALL, gradients, merged, modules, nudged, wi
 FROZEN = {("anchor-captioner", "captioning"): {"text", "contrast"}}  # held, but not trained by this task
 ENCODERS = {  # modules that a modality alone reaches, and that lose their gradient with it
     "mplug-2": {"video": {"vision", "latents"}, "text": {"text", "contrast", "fusion", "decoder"}},
+    "tw-bert": {"video": {"vision", "fusion", "recognition"}, "text": {"text", "contrast", "fusion", "answer"}},
+    "hitea": {
+        "video": {"vision", "fusion", "relation", "recognition"},
+        "text": {"text", "contrast", "fusion", "relation", "decoder"},
+    },
     "anchor-captioner": {"video": {"vision", "recognition"}, "text": {"text", "contrast", "prefix", "decoder"}},
     "smaug": {"video": {"vision", "reconstruction"}, "text": {"text", "contrast", "fusion", "decoder"}},
 }
@@ -84,6 +89,30 @@ def test_a_sub_model_is_the_masked_whole_one(name: str, what: str, capacity: flo
         found, wanted = (made.model.predict(task, params, batch) for params in (sub, expected))
         for key, value in found.items():
             torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-5)
+
+
+@every_model
+@pytest.mark.parametrize("what", ["heads", "head-dim"])
+def test_a_narrow_model_has_the_shapes_of_a_sub_model(name: str, what: str) -> None:
+    made, narrow = (with_model(name, model=(("cut", what), ("width", width))) for width in (1.0, 0.5))
+    cut = Cutter(made.layout, find_strategy("static"), 1, 0).cut(0.5, 0, 0)
+    shapes = [dict(zip(one.names, one.shapes, strict=True)) for one in (narrow.layout, cut.sub)]
+    assert shapes[0] == shapes[1]
+    assert torch.isfinite(narrow.loss(nudged(narrow), merged(narrow)))
+
+
+@pytest.mark.parametrize("name", ["mplug-2", "tw-bert", "hitea"])
+def test_what_stands_where_something_is_missing_has_no_effect(name: str) -> None:
+    made = with_model(name)
+    batch = merged(made)
+    batch["has_video"], batch["has_text"] = torch.ones(8), torch.ones(8)
+    batch["has_video"][2], batch["has_text"][5] = 0, 0
+    other = {key: value.clone() if isinstance(value, Tensor) else value for key, value in batch.items()}
+    other["video"][2] = batch["video"][0] + 1
+    other["caption"][5], other["question"][5] = batch["caption"][0], batch["question"][0].flip(0)
+    params = nudged(made)
+    assert not torch.equal(batch["caption"][5], other["caption"][5])
+    torch.testing.assert_close(made.loss(params, other), made.loss(params, batch), rtol=1e-5, atol=1e-5)
 
 
 @every_model

@@ -38,11 +38,11 @@ from gossamer.workloads.multimodal.clips import BEGIN, END, MASK, PAD
 from gossamer.workloads.multimodal.graphs import Facts, Graph, Losses
 from gossamer.workloads.multimodal.objectives import (
     contrastive,
-    contrastive_logits,
     hardest_negatives,
     label_losses,
     masked_places,
     sequence_losses,
+    true_pairs,
 )
 from gossamer.workloads.multimodal.sparse import taken
 from gossamer.workloads.supervised import cross_entropies
@@ -51,14 +51,16 @@ from gossamer.workloads.traits import ModelTraits
 Loss = tuple[Tensor, Tensor]
 
 
-class TransformerOptions(ModelOptions):
-    """Options of a `Transformer`; `width` (in (0, 1]) makes a model of its own with the shapes of such a sub-model.
+class EncoderOptions(ModelOptions):
+    """Options of a `Transformer` without a decoder.
+
+    With `width` below 1 it is a model of its own with the shapes of such a sub-model.
 
     Attributes:
         stream: channels of the residual stream; a head has ``stream / num_heads`` of them.
         num_heads: heads of each attention layer.
         hidden: hidden units of each feed-forward layer.
-        vision_blocks, text_layers, fusion_layers, decoder_layers: layers of each module.
+        vision_blocks, text_layers, fusion_layers: layers of each module.
         patch: pixels of a patch's side.
         contrast: channels of the embeddings that retrieval compares.
         temperature: of the softmax over similarities.
@@ -73,7 +75,6 @@ class TransformerOptions(ModelOptions):
     vision_blocks: int = Field(2, ge=1)
     text_layers: int = Field(1, ge=1)
     fusion_layers: int = Field(1, ge=1)
-    decoder_layers: int = Field(1, ge=1)
     patch: int = Field(4, ge=1)
     contrast: int = Field(32, ge=1)
     temperature: float = Field(0.07, gt=0)
@@ -82,12 +83,18 @@ class TransformerOptions(ModelOptions):
     cut: Cut = "heads"
 
     @model_validator(mode="after")
-    def _divisible(self) -> TransformerOptions:
+    def _divisible(self) -> EncoderOptions:
         if self.stream % self.num_heads:
             raise ValueError(
                 f"stream {self.stream} cannot be divided among num_heads {self.num_heads}: make it a multiple of them"
             )
         return self
+
+
+class TransformerOptions(EncoderOptions):
+    """Options of a `Transformer` with a decoder. Attributes: decoder_layers: layers of this module."""
+
+    decoder_layers: int = Field(1, ge=1)
 
 
 class Transformer(DeclaredModel, ABC):
@@ -97,13 +104,15 @@ class Transformer(DeclaredModel, ABC):
         graphs: ``{task: graph}`` of what it can do.
         zeros: names of the parameters that start at zero.
         fusion: layers in which texts attend to visual tokens, of models whose `Forward.fused` is the one here.
+        decoder: layers that tell the next word, of models that have them.
     """
 
-    Options: ClassVar[type[TransformerOptions]] = TransformerOptions
-    options: TransformerOptions
+    Options: ClassVar[type[EncoderOptions]] = TransformerOptions
+    options: EncoderOptions
     graphs: Mapping[str, Graph]
     zeros: tuple[str, ...] = ()
     fusion: Sequence[Layer]
+    decoder: Sequence[Layer]
 
     def __init__(self, facts: Facts, **params: Any) -> None:
         """Read the options, and make the parts that every model has; none of them is declared yet.
@@ -135,7 +144,8 @@ class Transformer(DeclaredModel, ABC):
             Tokens(name, options.stream, facts.num_tokens, length) for name in ("text", "decoder")
         )
         self.text = self.layers("text", options.text_layers)
-        self.decoder = self.layers("decoder", options.decoder_layers, has_memory=True)
+        if isinstance(options, TransformerOptions):
+            self.decoder = self.layers("decoder", options.decoder_layers, has_memory=True)
 
     def layers(self, name: str, count: int, *, has_memory: bool = False) -> list[Layer]:
         """Return the layers of a module."""
@@ -249,6 +259,11 @@ class Forward(ABC):
             x = layer(self.params, x, allowed, visual, scale=self.scale)
         return normalised(self.params, "fusion.norm", x)
 
+    @cached_property
+    def fused_caption(self) -> Tensor:
+        """The caption after it has met the video, float32 [b, n, size]."""
+        return self.fused(self.batch["caption"], self.caption, self.visual)
+
     def decoded(self, tokens: Tensor, memory: Tensor, allowed: Tensor | None = None) -> Tensor:
         """Return the logits float32 [b, n, num_tokens] of the word after each of tokens int64 [b, n].
 
@@ -321,30 +336,29 @@ class Forward(ABC):
         """How much each sample counts where both modalities are needed, float32 [b]."""
         return self.batch["has_video"] * self.batch["has_text"]
 
-    def pair_logits(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return `contrastive_logits` of embeddings [b, width], where clips of the same caption are no negatives."""
+    def true_pairs(self, similarity: Tensor) -> Tensor:
+        """Return similarities [b, b] as `objectives.true_pairs` does; clips of the same caption are no negatives."""
         caption = self.batch["caption"]
         same = (caption[..., :, None, :] == caption[..., None, :, :]).all(-1)
-        return contrastive_logits(first, second, same, self.paired > 0, self.model.options.temperature)
+        return true_pairs(similarity, same, self.paired > 0, self.model.options.temperature)
 
     def retrieval(self) -> Loss:
         """Return contrastive losses, and those of matching if the model has it."""
-        logits = self.pair_logits(self.video_embedding, self.text_embedding)
+        logits = self.true_pairs(self.video_embedding @ self.text_embedding.mT)
         losses = contrastive(logits)
         if self.model.options.matching:
             caption = self.batch["caption"]
             other, exists = hardest_negatives(logits)
-            losses = losses + self._matching(caption, self.caption, 1)
-            states = taken(self.caption.flatten(-2), other).view_as(self.caption)
-            wrong = self._matching(taken(caption, other), states, 0)
+            losses = losses + self._matching(caption, self.fused_caption, 1)
+            tokens, states = taken(caption, other), taken(self.caption.flatten(-2), other).view_as(self.caption)
+            wrong = self._matching(tokens, self.fused(tokens, states, self.visual), 0)
             losses = losses + torch.where(exists, wrong, 0.0)
         return losses, self.paired
 
-    def _matching(self, tokens: Tensor, states: Tensor, suits: int) -> Tensor:
-        """Return the losses [b] of saying whether each text suits the video beside it."""
-        pooled = mean_of(self.fused(tokens, states, self.visual), tokens != PAD)
+    def _matching(self, tokens: Tensor, fused: Tensor, suits: int) -> Tensor:
+        """Return the losses [b] of saying whether each text, as fused, suits the video beside it."""
         target = torch.full(tokens.shape[:-1], suits, device=tokens.device)
-        return cross_entropies(linear(self.params, "matching.output", pooled), target)
+        return cross_entropies(linear(self.params, "matching.output", mean_of(fused, tokens != PAD)), target)
 
     def answering(self) -> Loss:
         """Return the losses of generating the answer."""

@@ -38,9 +38,14 @@ def contrastive_logits(first: Tensor, second: Tensor, same: Tensor, counts: Tens
         counts: bool [b], which samples there are.
         temperature: of the softmax.
     """
-    own = torch.eye(first.shape[-2], dtype=torch.bool, device=first.device)
+    return true_pairs(first @ second.mT, same, counts, temperature)
+
+
+def true_pairs(similarity: Tensor, same: Tensor, counts: Tensor, temperature: float) -> Tensor:
+    """Return similarities [b, b], however they were found, as `contrastive_logits` does."""
+    own = torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
     allowed = own | (counts[..., None, :] & counts[..., :, None] & ~same)
-    return (first @ second.mT / temperature).masked_fill(~allowed, torch.finfo(first.dtype).min)
+    return (similarity / temperature).masked_fill(~allowed, torch.finfo(similarity.dtype).min)
 
 
 def contrastive(logits: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,5 +39,5 @@ def moment_words(clip: Tensor, words: Tensor, counts: Tensor, num_words: int) ->
     """
     similarity = F.cosine_similarity(clip[..., None, :], words, dim=-1).detach().masked_fill(~counts, -2.0)
     chosen = similarity.topk(min(num_words, words.shape[-2]), dim=-1).indices
-    places = F.one_hot(chosen, words.shape[-2]).sum(-2).bool()
+    places = (chosen[..., None] == torch.arange(words.shape[-2], device=words.device)).any(-2)
     return mean_of(words, places & counts)
