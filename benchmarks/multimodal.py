@@ -7,7 +7,8 @@ the client's batches; then it scatters the trained weights into a sum and a coun
 forward pass are those of gossamer's workload, which works on a dictionary of plain tensors, so that the loop has no
 modules to call and nothing to load; models are compared after every round.
 
-The share of time outside gradient computation is measured in further rounds, see mixed_capacities.py. Beside the
+The smaller the batches, the more is gained by stacking: a few clips are too few to keep a processor's units busy. The
+share of time outside gradient computation is measured in further rounds, see mixed_capacities.py. Beside the
 seconds stand those that all products of matrices of a round would take at the rate of one product of large ones.
 """
 
@@ -197,23 +198,22 @@ def measure(batch: int, optimizer: str, num_rounds: int, gate: Gate) -> Report:
 def main() -> None:
     """Measure and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds of each way")
-    parser.add_argument("--batch", type=int, default=8, help="clips of a batch")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each way")
+    parser.add_argument("--batches", type=int, nargs="+", default=[4, 8], help="clips of a batch")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
     Gate.add_options(parser)
     arguments = parser.parse_args()
     before, gate = machine(), Gate.of(arguments)
     torch.set_num_threads(1)
-    found = measure(arguments.batch, arguments.optimizer, arguments.rounds, gate)
     result = {
         "benchmark": "multimodal",
         "machine": before,
         "versions": {"torch": version("torch"), "numpy": version("numpy"), "threads": torch.get_num_threads()},
-        "clients": {"number": NUM_CLIENTS, "capacities": CAPACITIES, "samples": SAMPLES, "batch": arguments.batch},
+        "clients": {"number": NUM_CLIENTS, "capacities": CAPACITIES, "samples": SAMPLES},
         "optimizer": arguments.optimizer,
-        **found,
-        **gate.report(),
+        "batches": {size: measure(size, arguments.optimizer, arguments.rounds, gate) for size in arguments.batches},
     }
+    result |= gate.report()
     print(json.dumps(result, indent=1))
 
 
