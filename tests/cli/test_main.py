@@ -283,12 +283,12 @@ class TestHelp:
             "describe",
             "doctor",
             "profile",
-            "offload",
             "export",
             "runs",
             "table",
             "topology",
             "node",
+            "offload",
         ]
         assert re.findall(r"^│ (\w+) ", done.stdout, re.MULTILINE) == commands
         assert "--install-completion" in done.stdout

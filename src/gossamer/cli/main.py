@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from gossamer.cli import node, profile, results, topology
+from gossamer.cli import node, offload, profile, results, topology
 from gossamer.cli.following import Quiet, follow, plan_of, to_stderr, warnings_to
 from gossamer.cli.plug_ins import Trust, plug_ins
 from gossamer.errors import GossamerError
@@ -55,6 +55,7 @@ app = typer.Typer(
 
 app.add_typer(topology.app, name="topology")
 app.add_typer(node.app, name="node")
+app.add_typer(offload.app, name="offload")
 
 
 def _print_version(asked: bool) -> None:
@@ -255,7 +256,7 @@ def doctor(
     typer.echo(render(examine(), as_json))
 
 
-for command in (profile.profile, profile.offload, results.export, results.runs, results.table):
+for command in (profile.profile, results.export, results.runs, results.table):
     app.command()(command)
 
 

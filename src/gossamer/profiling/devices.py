@@ -102,6 +102,15 @@ def read_device(name: str) -> Device:
     Raises:
         ConfigError: there is none, or a number lacks its unit, source, bounds or tag, or contradicts itself.
     """
+    return device_of(f"device {name!r}", read_numbers(name))
+
+
+def read_numbers(name: str) -> Any:
+    """Read the file of a device, and check nothing in it.
+
+    Raises:
+        ConfigError: there is none.
+    """
     is_path = "/" in name or name.endswith((".yaml", ".yml"))
     if not is_path and name not in (known := device_names()):
         raise ConfigError(
@@ -109,18 +118,29 @@ def read_device(name: str) -> Device:
             " YAML file)"
         )
     path = Path(name) if is_path else resources.files("gossamer.profiling") / "profiles" / f"{name}.yaml"
-    data = read_yaml(path, "device")
+    return read_yaml(path, "device")
+
+
+def device_of(where: str, data: Any) -> Device:
+    """Return the device that the content of a file describes.
+
+    Args:
+        where: what errors call it.
+
+    Raises:
+        ConfigError: see `read_device`.
+    """
     allowed = {"name", "description", "numbers", "engines"}
     if not isinstance(data, Mapping) or not {"name", "description", "numbers"} <= data.keys() or data.keys() - allowed:
-        raise ConfigError(f"device {name!r} has other keys than {', '.join(sorted(allowed))}: correct the file")
+        raise ConfigError(f"{where} has other keys than {', '.join(sorted(allowed))}: correct the file")
     engines = data.get("engines") or {}
     if not isinstance(engines, Mapping):
-        raise ConfigError(f"device {name!r}: engines is no mapping: give each engine a name")
+        raise ConfigError(f"{where}: engines is no mapping: give each engine a name")
     return Device(
         str(data["name"]),
         str(data["description"]),
-        _numbers(f"device {name!r}", data["numbers"], UNITS),
-        {str(key): _engine(f"device {name!r}, engine {key!r}", value) for key, value in engines.items()},
+        _numbers(where, data["numbers"], UNITS),
+        {str(key): _engine(f"{where}, engine {key!r}", value) for key, value in engines.items()},
     )
 
 
