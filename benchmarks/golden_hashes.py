@@ -6,7 +6,8 @@ and bytes of the final model and every metric but those of clocks. Prints one JS
 with 1 where a hash differs from that of an earlier output. With --by-rule modes are not pinned but left to the rule,
 and the examples of the README run, too: `golden_hashes.py --by-rule --workers 1 2 3 --repeats 2`. With --training the
 runs are those of optimizers, parts of models, codecs and outer steps; with --kill each is also killed after its second
-round by SIGKILL, on the local engine, and resumed: `golden_hashes.py --training --kill --workers 1 2 4`. With --ranks
+round by SIGKILL, on the local engine, and resumed: `golden_hashes.py --training --kill --workers 1 2 4`. With
+--multimodal the runs are those of several modalities: `golden_hashes.py --multimodal --workers 0 1 2`. With --ranks
 they also run on engine collective, under torchrun: `golden_hashes.py --engines local --ranks 1 2 3 5`. With --profile
 each also runs recorded, on the first engine.
 """
@@ -83,10 +84,12 @@ VIDEOS = {
     "modalities": {"video+text": 0.5, "text": 0.25, "video": 0.25},
     "missing": {"train": {"text": 0.3}},
 }
-RUNS: dict[str, dict[str, Any]] = {
+MULTIMODAL: dict[str, dict[str, Any]] = {
     "missing modalities": federated("fedrolex", [0.5, 1.0], False, lr=0.01)
     | {"workload": VIDEOS, "rounds": 3, "engine": {}},
     "missing modalities, peers": decentralized("dsgd", "od-equidyn", VIDEOS, steps=1) | {"rounds": 3, "engine": {}},
+}
+RUNS: dict[str, dict[str, Any]] = MULTIMODAL | {
     "fedavg": federated("fedavg", [1.0], True, momentum=0.9),
     "fedrolex": federated("fedrolex", LEVELS, True),
     "scaffold": federated("scaffold", [1.0], False),
@@ -216,6 +219,7 @@ def main() -> int:
     parser.add_argument(
         "--training", action="store_true", help="runs of optimizers, parts of models, codecs, outer steps"
     )
+    parser.add_argument("--multimodal", action="store_true", help="runs of several modalities alone")
     parser.add_argument("--profile", action="store_true", help="also record each, on the first engine")
     parser.add_argument("--kill", action="store_true", help="also kill and resume each, on the local engine")
     parser.add_argument("--ranks", type=int, nargs="*", default=[], help="also on so many ranks, under torchrun")
@@ -223,13 +227,17 @@ def main() -> int:
     parser.add_argument("--compare", type=Path, help="an earlier output")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    runs, ways = TRAINING if given.training else by_rule() if given.by_rule else RUNS, dict[str, tuple[str, int]]()
+    chosen = [name for name in ("multimodal", "training", "by_rule") if vars(given)[name]]
+    runs = {"multimodal": MULTIMODAL, "training": TRAINING}.get(chosen[0], by_rule()) if chosen else RUNS
+    ways = dict[str, tuple[str, int]]()
     if given.as_rank:
         found = measure(runs, "collective", 1)
         if os.environ["RANK"] == "0":
             print(json.dumps(found))
         return 0
     for engine, workers, number in product(given.engines, given.workers, range(given.repeats)):
+        if engine == "ray" and not workers:  # which has actors
+            continue
         is_only = len(given.workers) == given.repeats == 1
         ways[engine if is_only else f"{engine}, {workers} workers, run {number + 1}"] = engine, workers
     hashes: dict[str, Mapping[str, str]] = {}
@@ -239,7 +247,7 @@ def main() -> int:
     if given.profile:
         recorded = {name: config | {"profile": True} for name, config in runs.items()}
         hashes[f"{given.engines[0]}, recorded"] = measure(recorded, given.engines[0], given.workers[0])
-    which = ["--training"] if given.training else ["--by-rule"] if given.by_rule else []
+    which = [f"--{name.replace('_', '-')}" for name in chosen]
     hashes |= {f"collective, {num} ranks": measured_on_ranks(num, which) for num in given.ranks}
     engines_equal = len({json.dumps(one, sort_keys=True) for one in hashes.values()}) == 1
     report: dict[str, Any] = {"hashes": hashes, "engines_equal": engines_equal}
