@@ -19,13 +19,25 @@ SOURCE = Path(gossamer.__file__).parent
 FILES = [str(path.relative_to(SOURCE)) for path in sorted(SOURCE.rglob("*.py"))]
 MAX_LINES, MAX_LINES_OF_A_FUNCTION = 400, 50
 MAX_ATTRIBUTES_BY_NAME, MAX_MODULES_AT_THE_TOP = 15, 16
-NOWHERE = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "ray", "grpc", "torch.distributed", "tokenizers", "av"}
+NOWHERE = {
+    "pickle",
+    "cloudpickle",
+    "dill",
+    "shelve",
+    "marshal",
+    "ray",
+    "grpc",
+    "torch.distributed",
+    "tokenizers",
+    "av",
+    "transformers",
+}
 ADAPTERS = {
     "engines/ray": {"ray"},
     "engines/collective": {"torch.distributed"},
     "distributed": {"torch.distributed"},
     "transport": {"grpc"},
-    "workloads/multimodal": {"tokenizers", "av"},
+    "workloads/multimodal": {"tokenizers", "av", "transformers"},
 }  # the packages that each of these may be imported in
 # Where they are used, these are imported inside a function, so that a short command does not pay for them.
 LAZY = {
@@ -46,6 +58,7 @@ LAZY = {
     "PIL",
     "tokenizers",
     "av",
+    "transformers",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -335,6 +335,7 @@ OTHERS = {
     "peers.topology.graph": "a graph given in Python; JSON has none",
     "workload.dataset.label": "name of a column",
     "workload.dataset.sample": "name of a column",
+    "workload.model.lora.targets": "patterns of the names of layers",
     "workload.tasks": "names of tasks of the model",
     "workload.client_tasks": "shares by names of tasks",
     "workload.task_weights": "numbers by names of tasks",

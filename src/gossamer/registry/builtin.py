@@ -104,6 +104,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "tw-bert": "gossamer.workloads.multimodal.twbert:TwBert",
         "hitea": "gossamer.workloads.multimodal.hitea:HiTeA",
         "smaug": "gossamer.workloads.multimodal.smaug:Smaug",
+        "pretrained": "gossamer.workloads.multimodal.pretrained:Pretrained",
     },
     "partition": {
         "iid": "gossamer.workloads.partitions:iid",

@@ -27,6 +27,7 @@ class Facts:
         num_frames: frames of a video.
         num_labels: ``{name: classes}`` of the labels of videos.
         label_words: ``{name: (token, ...)}`` of labels whose classes are words of captions.
+        vocabulary: the words by their numbers.
     """
 
     num_tokens: int
@@ -36,17 +37,20 @@ class Facts:
     num_frames: int
     num_labels: Mapping[str, int]
     label_words: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    vocabulary: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values."""
         words = {name: list(tokens) for name, tokens in self.label_words.items()}
-        return asdict(self) | {"frame": list(self.frame), "num_labels": dict(self.num_labels), "label_words": words}
+        lists = {"frame": list(self.frame), "vocabulary": list(self.vocabulary)}
+        return asdict(self) | lists | {"num_labels": dict(self.num_labels), "label_words": words}
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> Facts:
         """Return what `as_json` was made of."""
         words = {name: tuple(tokens) for name, tokens in values["label_words"].items()}
-        return cls(**{**values, "frame": tuple(values["frame"]), "label_words": words})
+        lists = {name: tuple(values[name]) for name in ("frame", "vocabulary")}
+        return cls(**{**values, **lists, "label_words": words})
 
 
 @dataclass(frozen=True)

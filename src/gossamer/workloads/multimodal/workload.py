@@ -18,7 +18,7 @@ from gossamer import rng
 from gossamer.errors import ConfigError, DataError, nearest, require_attributes
 from gossamer.options import Options, parse_options
 from gossamer.submodel.layout import Layout
-from gossamer.workloads.base import Batch, Blueprint, ForwardContext, Params, Sums, Workload
+from gossamer.workloads.base import Batch, Blueprint, ForwardContext, Params, Sums, WithConstants, Workload
 from gossamer.workloads.digests import digest_of
 from gossamer.workloads.functional import blueprint_of
 from gossamer.workloads.holdings import Holding, assigned
@@ -128,6 +128,8 @@ class VideoLanguage(Workload):
         self.partition = divide(partition, num_clients, seed, *classes)
         self.num_samples = self.partition.num_samples
         self.model = self.build_model(options, self._facts().as_json(), seed)
+        if isinstance(self.model, WithConstants):
+            self.model.convert(dtype)
         self.layout = Layout.of(self.model.shapes, self.model.axes)
         self.tasks = self._known("workload.tasks", self.options.tasks or tuple(self.model.graphs))
         self._kinds, self._kind_of_client = self._divide_kinds(num_clients if stands_for is None else stands_for[1])
@@ -170,7 +172,8 @@ class VideoLanguage(Workload):
         frames, *frame = train.video.shape[1:]
         lengths, data = (train.caption.shape[-1], train.question.shape[-1]), self.data
         words = {name: tuple(map(data.vocabulary.index, known)) for name, known in data.label_words.items()}
-        return Facts(len(data.vocabulary), *lengths, tuple(frame), frames, data.num_labels, words)  # type: ignore[arg-type]
+        shape, vocabulary = (int(frame[0]), int(frame[1]), int(frame[2])), data.vocabulary
+        return Facts(len(vocabulary), *lengths, shape, frames, data.num_labels, words, vocabulary)
 
     @classmethod
     def build_model(cls, options: Mapping[str, Any], facts: Mapping[str, Any], seed: int) -> Any:
@@ -256,8 +259,10 @@ class VideoLanguage(Workload):
         return self.layout.flatten(self.model.init(rng.generator(seed, "init-model"))).to(self.dtype)
 
     def digest(self) -> str:
-        """Return a digest of the data, their partition, and who has what."""
-        given = (self._train.labels, self._train.answer) if self._train is not self.data.train else ()
+        """Return a digest of the data, their partition, who has what, and what of the model is not trained."""
+        given: tuple[Any, ...] = (self._train.labels, self._train.answer) if self._train is not self.data.train else ()
+        if isinstance(self.model, WithConstants):
+            given += (self.model.constants,)
         return digest_of(self.data, self.partition, self._kind_of_client.astype(np.int64), self._present, *given)
 
     def client_holdings(self, clients: Ints) -> NDArray[np.int16]:
