@@ -48,7 +48,7 @@ TEXTS = {  # what is only recorded, or is a pattern of the names of parameters
 }
 PLACES = {  # paths under other keys than those of `PLACE`
     *("workload.dataset.videos", "workload.dataset.captions", "workload.dataset.test_captions"),
-    "workload.dataset.classes",
+    *("workload.dataset.classes", "workload.model.weights"),
 }
 CODE = re.compile(r"\s*[^\W\d][\w.-]*:[^\W\d][\w.]*\s*")
 PLACE = re.compile(

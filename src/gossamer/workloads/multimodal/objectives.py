@@ -17,6 +17,14 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     return (counted * weights).sum(-1) / weights.sum(-1).clamp_min(1e-12)
 
 
+def sum_of(values: list[Tensor]) -> Tensor:
+    """Return the sum of tensors, one after another."""
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
 def label_losses(logits: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the sum [b] of the cross entropies of the labels that each sample has, and whether it has any, bool [b].
 

@@ -27,7 +27,7 @@ from gossamer.workloads.multimodal.clips import PAD, ClipData
 from gossamer.workloads.multimodal.graphs import MODALITIES, Facts, VideoLanguageModel
 from gossamer.workloads.multimodal.labels import LabelOptions, classes_of, given_clips
 from gossamer.workloads.multimodal.modalities import MissingOptions, missing_rates, parse_shares, presence
-from gossamer.workloads.multimodal.objectives import weighted_mean
+from gossamer.workloads.multimodal.objectives import sum_of, weighted_mean
 from gossamer.workloads.multimodal.tasks import flat, measure_of
 from gossamer.workloads.partitions import divide
 from gossamer.workloads.parts import LoRAOptions
@@ -394,11 +394,3 @@ class VideoLanguage(Workload):
 def with_first_question(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return clips with the first of their questions, and its answer, alone."""
     return {**batch, "question": batch["question"][:, 0], "answer": batch["answer"][:, 0]}
-
-
-def sum_of(values: list[Tensor]) -> Tensor:
-    """Return the sum of tensors, one after another."""
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return total
