@@ -340,6 +340,7 @@ OTHERS = {
     "workload.model.lora.targets": "patterns of the names of layers",
     "workload.encoders": "models by modality, whose names are refused where they are code",
     "workload.server_encoders": "likewise",
+    "workload.shapes": "shares of clients by names of sizes",
     "workload.tasks": "names of tasks of the model",
     "workload.client_tasks": "shares by names of tasks",
     "workload.task_weights": "numbers by names of tasks",
