@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
+import threading
 import time
 from collections import defaultdict
 from io import BytesIO
@@ -213,6 +216,51 @@ def test_processor_time_is_that_of_the_thread(tmp_path: Path) -> None:
     assert totals["wait"].cpu < 0.005
 
 
+def test_processor_time_of_spans_is_that_of_the_system(tmp_path: Path) -> None:
+    """Of a thread that is nearly always in a span, of many lengths, some nested, some asleep."""
+    with recorder.recording(tmp_path / "trace"), recorder.round_span(1):
+        before = resource.getrusage(resource.RUSAGE_THREAD)
+        for number in range(12):
+            with recorder.span("train"):
+                with recorder.span("compress"):
+                    use_processor(0.003 * (number % 4))
+                use_processor(0.02)
+            with recorder.span("wait"):
+                time.sleep(0.0002)
+        after = resource.getrusage(resource.RUSAGE_THREAD)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    found = sum(one.cpu for one in stage_totals(read_trace(tmp_path).rounds).values())
+    assert found == pytest.approx(used, rel=0.02, abs=0.002)
+
+
+def test_waiting_for_a_processor_is_told_apart_from_sleeping(tmp_path: Path) -> None:
+    """By the system's own count, in the innermost span; where it is short, some of it may fall to the next one."""
+    if not Path("/proc/thread-self/schedstat").exists():
+        pytest.skip("the system does not say how long a thread waits for a processor")
+
+    def delay() -> float:
+        """Return for how long this thread has waited, in seconds."""
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+    with recorder.recording(tmp_path / "trace"), recorder.round_span(1):
+        before = delay()
+        for _ in range(20):
+            with recorder.span("train"):
+                use_processor(0.005)
+            with recorder.span("wait"):
+                time.sleep(0.001)
+        waited = delay() - before
+    totals = stage_totals(read_trace(tmp_path).rounds)
+    assert sum(one.delay for one in totals.values()) == pytest.approx(waited, rel=0.1, abs=0.005)
+
+
+def use_processor(seconds: float) -> None:
+    """Keep the thread busy for so much processor time."""
+    began = time.thread_time()
+    while time.thread_time() - began < seconds:
+        pass
+
+
 def test_a_forked_process_writes_a_file_of_its_own(tmp_path: Path) -> None:
     with recorder.recording(tmp_path / "trace"), recorder.round_span(1):
         child = os.fork()
@@ -235,6 +283,41 @@ def test_nothing_is_made_while_it_is_off() -> None:
     assert recorder.span("train") is recorder.span("mix") is recorder.round_span(1)
     recorder.count_bytes(lambda: pytest.fail("bytes are not counted"))
     recorder.flush()
+
+
+def test_a_process_that_is_killed_leaves_its_whole_rounds(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        with recorder.recording(tmp_path / "trace"):
+            for number in range(1, 4):
+                with recorder.round_span(number):
+                    with recorder.span("train"):
+                        pass
+                    if number == 3:
+                        recorder.flush()
+                        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (path,) = (tmp_path / "trace").iterdir()
+    path.write_bytes(path.read_bytes()[:-5])  # as the disk may have been left
+    trace = read_trace(tmp_path)
+    assert [one.number for one in trace.rounds] == [1, 2]
+    assert examine(trace).num_rounds == 2
+
+
+def test_a_span_that_another_thread_ends_is_not_recorded(tmp_path: Path) -> None:
+    """As that of a generator which is thrown away; nor does anything of a recorder that is closed matter."""
+    with recorder.recording(tmp_path / "trace"):
+        left = recorder.span("send")
+        left.__enter__()
+        thread = threading.Thread(target=lambda: left.__exit__(None, None, None))
+        thread.start()
+        thread.join()
+        with recorder.round_span(1), recorder.span("train"):
+            pass
+        late = recorder.span("log")
+        late.__enter__()
+    late.__exit__(None, None, None)
+    assert set(stage_totals(read_trace(tmp_path).rounds)) <= {"train", UNATTRIBUTED}
 
 
 def test_a_round_that_fails_is_not_noted(tmp_path: Path) -> None:

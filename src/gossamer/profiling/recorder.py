@@ -23,6 +23,7 @@ FORMAT, VERSION = "gossamer-trace", 1
 FIELDS = ("kind", "thread", "begin_ns", "end_ns", "cpu_ns", "delay_ns", "bytes", "message")
 MAX_BUFFERED = 4096  # spans, after which a buffer is written
 CRITICAL, BACKGROUND = "critical", "background"
+AWAY_NS = 10_000  # for which a thread must have been off its processor before its statistics are read again
 BACKGROUND_KINDS = ("checkpoint", "log")  # that no other work of the round waits for
 
 
@@ -45,12 +46,20 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.number, self.descriptor = threading.get_native_id(), -1
         self.open: list[_Span] = []
+        self._away_ns, self._delay_ns = -AWAY_NS, 0  # when the statistics were read last, and what they said
         with suppress(OSError):
             self.descriptor = os.open(f"/proc/self/task/{self.number}/schedstat", os.O_RDONLY)
 
-    def delay_ns(self) -> int:
-        """Return how long the thread has waited for a processor so far."""
-        return int(os.pread(self.descriptor, 64, 0).split()[1]) if self.descriptor >= 0 else 0
+    def delay_ns(self, away_ns: int) -> int:
+        """Return how long the thread has waited for a processor so far.
+
+        Args:
+            away_ns: how long it has been off its processor so far, but for a constant. As long as that does not change,
+                nor does what is asked for.
+        """
+        if away_ns - self._away_ns >= AWAY_NS and self.descriptor >= 0:
+            self._away_ns, self._delay_ns = away_ns, int(os.pread(self.descriptor, 64, 0).split()[1])
+        return self._delay_ns
 
 
 class Recorder:
@@ -148,8 +157,8 @@ class _Span:
 
     def __enter__(self) -> None:
         self._thread.open.append(self)
-        self._delay, self._cpu = self._thread.delay_ns(), time.thread_time_ns()
-        self._began = time.monotonic_ns()
+        self._cpu, self._began = time.thread_time_ns(), time.monotonic_ns()
+        self._delay = self._thread.delay_ns(self._began - self._cpu)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -157,7 +166,8 @@ class _Span:
         ended, thread = time.monotonic_ns(), self._thread
         if self not in thread.open:  # it was begun in another thread, as of a generator that is thrown away
             return
-        cpu, delay = time.thread_time_ns() - self._cpu, thread.delay_ns() - self._delay
+        used = time.thread_time_ns()
+        cpu, delay = used - self._cpu, thread.delay_ns(ended - used) - self._delay
         thread.open.remove(self)
         self._recorder.write(
             f'["{self._kind}", {thread.number}, {self._began}, {ended}, {cpu}, {delay}, {self.num_bytes}, '
