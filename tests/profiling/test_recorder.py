@@ -49,6 +49,11 @@ class TestRuns:
             for segments in one.lanes.values():
                 assert sum(segment.seconds for segment in segments) == pytest.approx(one.seconds, rel=1e-3)
 
+    def test_little_is_unattributed(self, recorded: Path) -> None:
+        totals = stage_totals(read_trace(recorded).rounds[1:])
+        present = sum(one.seconds for kind, one in totals.items() if kind != ABSENT)
+        assert totals[UNATTRIBUTED].seconds < 0.1 * present  # below 1 % where a round takes more than some milliseconds
+
     def test_all_rounds_and_processes_are_there(self, recorded: Path) -> None:
         trace = read_trace(recorded)
         assert [one.number for one in trace.rounds] == [1, 2, 3, 4, 5]

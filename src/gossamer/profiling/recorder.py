@@ -157,16 +157,17 @@ class _Span:
 
     def __enter__(self) -> None:
         self._thread.open.append(self)
-        self._cpu, self._began = time.thread_time_ns(), time.monotonic_ns()
+        self._began = time.monotonic_ns()
+        self._cpu = time.thread_time_ns()
         self._delay = self._thread.delay_ns(self._began - self._cpu)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        used = time.thread_time_ns()  # a call of the system, at which others may get the processor: so before the end
         ended, thread = time.monotonic_ns(), self._thread
         if self not in thread.open:  # it was begun in another thread, as of a generator that is thrown away
             return
-        used = time.thread_time_ns()
         cpu, delay = used - self._cpu, thread.delay_ns(ended - used) - self._delay
         thread.open.remove(self)
         self._recorder.write(
