@@ -234,6 +234,10 @@ class Forward(ABC):
     def visual(self) -> Tensor:
         """Visual tokens of the whole video, float32 [b, frames * places, size]."""
 
+    def pooled(self) -> Tensor:
+        """Return the mean of what is seen of each video, float32 [b, size]."""
+        return self.visual.mean(-2)
+
     def textual(self, tokens: Tensor) -> Tensor:
         """Return the states of texts int64 [b, n], float32 [b, n, size]."""
         allowed, x = (tokens != PAD)[..., None, :], self.model.tokens(self.params, tokens)
@@ -287,7 +291,7 @@ class Forward(ABC):
     @cached_property
     def video_embedding(self) -> Tensor:
         """Embeddings of videos, float32 [b, contrast]."""
-        return self.embedded("video", self.visual.mean(-2))
+        return self.embedded("video", self.pooled())
 
     @cached_property
     def text_embedding(self) -> Tensor:
@@ -317,7 +321,7 @@ class Forward(ABC):
 
     def label_logits(self, label: str) -> Tensor:
         """Return the logits of a video's classes, float32 [b, classes]."""
-        return linear(self.params, f"recognition.{label}", self.visual.mean(-2))
+        return linear(self.params, f"recognition.{label}", self.pooled())
 
     # ---- losses, [b], and how much each sample counts, [b]
 

@@ -178,6 +178,10 @@ class SmaugForward(Forward):
         kept = self._strongest(frames, shares) if self.model.options.select_by == "cls" else frames
         return kept.flatten(-3, -2)
 
+    def pooled(self) -> Tensor:
+        """Return the mean of all that is seen of each video, float32 [b, size]."""
+        return self.frames[0].mean((-3, -2))
+
     def _strongest(self, frames: Tensor, scores: Tensor) -> Tensor:
         """Return the [CLS] and the patches of the highest scores [b, frames, seen] of each frame."""
         count = share_of(frames.shape[-2] - 1, self.model.options.keep_patches)
