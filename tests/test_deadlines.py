@@ -220,6 +220,7 @@ class TestVariants:
             "memory_bytes",
             "uncounted",
             "holding",
+            "flops_per_round",
         ]
         assert (small["capacity"], whole["capacity"]) == (0.25, 1.0)
         assert (whole["num_parameters"], whole["bytes_up"], whole["bytes_down"]) == (SIZE / 4, SIZE, SIZE)

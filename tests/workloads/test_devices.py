@@ -43,6 +43,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         for name in ("none", "l2", "nonconvex")
     },
     "consensus": ("consensus", {"dim": 3}),
+    "shape-groups": ("shape-groups", {"shapes": {"8x8": 1.0}}),
     "audio-visual-digits": ("audio-visual-digits", {"dataset": {"bands": 8, "frames": 8}}),
     "video-language": (
         "video-language",
