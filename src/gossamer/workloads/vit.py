@@ -200,7 +200,8 @@ class InstanceAdaptive(VisionTransformer):
     of the backbone, ``gamma y + beta`` (SSF, arXiv 2210.08823), and a key. The query of a sample is the class token of
     the backbone as it is; the `top` instances whose keys have the largest cosines with it are averaged, and the sample
     goes through the backbone again with these. The loss is ``0.9 CE + 0.1 (1 - sum of the top cosines)``. Pools, keys
-    and the head are trained and travel, and nothing else: with the paper's pool of 25 about 46 / stream of the model.
+    and the head are trained and travel, and nothing else: with the paper's pool of 25 about 46 / (46 + stream)
+    of the model.
 
     A pool is an axis: a participant of a smaller capacity holds a window of its instances, of which as many are
     averaged as of all, so that the scaler has nothing to make up for. Give the backbone's
