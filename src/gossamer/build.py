@@ -19,6 +19,7 @@ from gossamer.config.buffers import require_averages
 from gossamer.config.clock import goes_by_the_clock, wall_clock
 from gossamer.config.communication import check_codecs, require_whole_downlink
 from gossamer.config.inputs import configuration_inputs, run_id
+from gossamer.config.offload import engine_offload, require_plain_commits
 from gossamer.config.optimizers import require_moments
 from gossamer.config.personal import require_holdings
 from gossamer.config.replays import replaying
@@ -33,13 +34,13 @@ from gossamer.planning.assignment import Capacities, assign_devices, devices_of_
 from gossamer.planning.base import Planner
 from gossamer.planning.clients import ClientPlanner
 from gossamer.planning.peers import PeerPlanner
+from gossamer.profiling.storing import Commits
 from gossamer.registry import OBJECT, resolve_function
 from gossamer.rounds import Loop, LoopOptions
 from gossamer.simulation.costs import Costs
 from gossamer.simulation.counting import count_variants
 from gossamer.simulation.cuts import check_cuts
 from gossamer.simulation.devices import DeviceShare
-from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.client_store import CLIENTS, ClientStore
 from gossamer.storage.runlog import RunLog
 from gossamer.task import load_workload, make_task, on_device
@@ -93,6 +94,7 @@ class Parts:
             block_size = 1
         hooks = replaying(self.config, self.inputs, self.workload.num_clients, hooks)
         counts_cpus = self.engine_class.is_remote and options.workers == "auto"
+        plain, paths = self.config.model_dump(mode="json"), [os.path.abspath(path) for path in sys.path]
         setup = EngineSetup(
             workers=0 if counts_cpus else num_workers(self.config, self.workload),
             block_size=block_size,
@@ -100,14 +102,10 @@ class Parts:
             straggler_seconds=options.straggler_seconds,
             address=options.address,
             kit=None if options.kit is None else Path(options.kit),
-            recipe={
-                "factory": "gossamer.task:task_of",
-                "config": self.config.model_dump(mode="json"),
-                "paths": [os.path.abspath(path) for path in sys.path],
-                "run": run_id(self.config.model_dump(mode="json")),
-            },
+            recipe={"factory": "gossamer.task:task_of", "config": plain, "paths": paths, "run": run_id(plain)},
             directory=directory,
             clock=wall_clock(self.config),
+            offload=engine_offload(self.config.offload),
         )
         if self.task.topology is not None:
             return self.engine_class.of_peers(self.task, x, setup), None
@@ -127,7 +125,7 @@ class Parts:
         has_own = self.task.personal or evaluation.fine_tune_steps
         return evaluation.num_clients if has_own else 0, evaluation.fine_tune_steps
 
-    def loop(self, engine: Engine, store: ClientStore | None, log: RunLog, checkpoints: Checkpoints) -> Loop:
+    def loop(self, engine: Engine, store: ClientStore | None, log: RunLog, checkpoints: Commits) -> Loop:
         """Assemble the loop."""
         config = self.config
         is_real = config.engine.name == "network" and config.engine.peers_file is not None
@@ -177,6 +175,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     dtype = workload.init(config.seed).dtype
     require_precision(config, dtype)
     require_averages(config, task.algorithm, workload)
+    require_plain_commits(config.offload, task.stored_arrays)
     require_moments(config.algorithm["name"], task.variants[0].algorithm, workload.layout)
     planner = make_planner(config, task)
     warnings = resolved.warnings + workload.warnings + workload.warnings_of(config.train.step_size)

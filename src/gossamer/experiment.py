@@ -17,6 +17,7 @@ from gossamer.build import Parts, build
 from gossamer.config import loading as configuration
 from gossamer.config.diagnosis import diagnose
 from gossamer.config.inputs import END, MOVABLE, configuration_inputs, require_end, require_same
+from gossamer.config.offload import stored_offload
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.engines.base import EngineHooks
 from gossamer.engines.collective.environment import is_restarted
@@ -36,6 +37,7 @@ from gossamer.errors import (
 from gossamer.memory import memory_errors
 from gossamer.profiling.recorder import recording
 from gossamer.profiling.spans import Spans
+from gossamer.profiling.storing import stored_elsewhere
 from gossamer.registry import errors_of_plug_ins, trusting
 from gossamer.results.description import describe_model
 from gossamer.round_record import Observer
@@ -359,11 +361,12 @@ def _run_rounds(
     if latest is not None and is_finished:
         row, reason = merged_model(latest.arrays["state.x"]), latest.progress.get("stop_reason", "")
         return Run(directory, read_metrics(directory), parts.workload.params_of(row), stop_reason=reason)
-    done = None if latest is None else latest.round
-    log.sinks = make_sinks(config.log.sinks, TrackedRun.of(directory, config.model_dump(mode="json"), done))
-    engine, store = parts.start_engine(directory, hooks.of_engine(log, stop))
-    with closing(engine):
-        loop = parts.loop(engine, store, log, checkpoints)
+    tracked = TrackedRun.of(directory, config.model_dump(mode="json"), latest.round if latest else None)
+    log.sinks = make_sinks(config.log.sinks, tracked)
+    with stored_elsewhere(stored_offload(config.offload), log, checkpoints) as commits, ExitStack() as stack:
+        engine, store = parts.start_engine(directory, hooks.of_engine(log, stop))
+        stack.enter_context(closing(engine))
+        loop = parts.loop(engine, store, log, commits)
         loop.observer, loop.spans = hooks.observer(name or config.name, config.rounds), hooks.spans()
         if latest is not None:
             loop.restore(latest)  # cuts the logs, so what was damaged is told afterwards

@@ -19,9 +19,10 @@ from gossamer.plan import STOPPED
 from gossamer.planning.base import Planner, TimedPlan
 from gossamer.planning.stopping import StopOptions, watch
 from gossamer.profiling.spans import Spans
+from gossamer.profiling.storing import Commits
 from gossamer.registry import errors_of_plug_ins
 from gossamer.round_record import Observer, Outcome, Progress
-from gossamer.storage.checkpoint import STATE, STORE, Checkpoint, Checkpoints
+from gossamer.storage.checkpoint import STATE, STORE, Checkpoint
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.runlog import RunLog
 from gossamer.workloads.base import Workload
@@ -67,7 +68,7 @@ class Loop:
     workload: Workload
     planner: Planner
     log: RunLog
-    checkpoints: Checkpoints
+    checkpoints: Commits
     store: ClientStore | None
     options: LoopOptions
     observer: Observer | None = None

@@ -14,9 +14,9 @@ from gossamer.storage.checkpoint import Checkpoints
 from gossamer.storage.runlog import CHECKPOINTS, read_config
 
 # Where a run that has begun may go on: what changes no bits, but for the device, which changes the last ones.
-PROFILE = "profile"
+PROFILE, OFFLOAD = "profile", "offload"
 KEYS = ("name", "workers", "block_size", "device", "address", "kit", "peer", "peers_file", "straggler_seconds")
-MOVABLE = (*(f"engine.{key}" for key in KEYS), PROFILE)
+MOVABLE = (*(f"engine.{key}" for key in KEYS), PROFILE, OFFLOAD)
 END = "rounds"  # may be changed, too, where nothing depends on it
 BESIDE = ("name", "log", "checkpoint", "evaluation", "stop", "replay", END)  # what changes no bits of a replay
 CHANGED = {
@@ -33,7 +33,8 @@ def configuration_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
     if isinstance(engine := plain.get("engine"), dict):
         plain["engine"] = {key: value for key, value in engine.items() if f"engine.{key}" not in MOVABLE}
-    plain.pop(PROFILE, None)
+    for key in (PROFILE, OFFLOAD):
+        plain.pop(key, None)
     if why_end_is_fixed(plain) is None:
         plain.pop(END, None)
     return plain

@@ -12,6 +12,7 @@ from gossamer import topology as topologies
 from gossamer.algorithms.base import Algorithm, require_no_momentum
 from gossamer.algorithms.checks import find_algorithm, require_algorithm, require_phases
 from gossamer.config.communication import fill_in_communication
+from gossamer.config.offload import require_offload
 from gossamer.config.optimizers import make_optimizer, with_optimizer
 from gossamer.config.personal import require_personal
 from gossamer.config.rules import (
@@ -66,6 +67,7 @@ def resolve(config: Config) -> Resolved:
     require_personal(config, algorithm)
     require_selection(config, algorithm)
     require_sent_alone(config, algorithm)
+    require_offload(config)
     filled = fill_in(config, algorithm)
     engine_class = registry.resolve("engine", filled.engine.name)
     require_attributes(f"engine {filled.engine.name!r}", engine_class, ENGINE)
@@ -153,7 +155,9 @@ def _with_absolute_paths(config: Config) -> Config:
         if kind in workload:
             workload[kind] = absolute(kind, workload[kind])
     replay = None if config.replay is None else str(Path(config.replay).absolute())
-    return config.model_copy(update={section: population, "workload": workload, "replay": replay})
+    offload = config.offload and config.offload.with_absolute_path()
+    update = {section: population, "workload": workload, "replay": replay, "offload": offload}
+    return config.model_copy(update=update)
 
 
 def fill_in(config: Config, algorithm: Any) -> Config:

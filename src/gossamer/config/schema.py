@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from gossamer.config.offload import OffloadOptions
 from gossamer.config.plugins import Plugin
 from gossamer.config.train import TrainConfig
 from gossamer.engines.task import Device, VariantMode
@@ -297,6 +298,7 @@ class Config(Options):
         engine: where training runs; a bare name is its `name`.
         log: trackers.
         profile: whether to record where the time goes, for ``gossamer profile``; changes no bits.
+        offload: a stage that a side-car process does, as a device would; changes no bits. None: no stage.
         replay: path of the directory of a run of real clients, or of a folder with the runs of real peers; those whom
             the clock dropped there are dropped again.
         methods: ``{name: {key: value}}``, each a run (of each seed) in which these keys are replaced.
@@ -322,6 +324,7 @@ class Config(Options):
     engine: EngineOptions = EngineOptions()
     log: LogOptions = LogOptions()
     profile: bool = False
+    offload: OffloadOptions | None = None
     replay: str | None = None
     methods: dict[str, dict[str, Any]] | None = None
 

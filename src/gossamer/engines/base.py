@@ -14,6 +14,7 @@ from torch import Tensor
 from gossamer.algorithms.base import Arrays
 from gossamer.errors import Interrupted
 from gossamer.plan import RoundPlan, TrainReport
+from gossamer.profiling.offload import Offload
 from gossamer.storage.checkpoint import Files
 from gossamer.workloads.base import Sums
 
@@ -115,6 +116,7 @@ class EngineSetup:
         recipe: recipe by which actors rebuild the task, see `gossamer.task.task_of`.
         directory: run directory, into which other processes may write what they hold; None: nobody does.
         clock: see `WallClock`; None: nobody is dropped by the clock.
+        offload: stage that a side-car process does, see `gossamer.profiling.sidecar`; None: no stage of the engine's.
     """
 
     workers: int
@@ -126,6 +128,7 @@ class EngineSetup:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     directory: Path | None = None
     clock: WallClock | None = None
+    offload: Offload | None = None
 
 
 class Engine(Protocol):

@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.aggregate import TreeSum, others_median
+from gossamer.aggregate import others_median
 from gossamer.algorithms.base import Arrays
+from gossamer.engines.aggregation import RemoteAggregation, Trees, add_, block_result, totals, trees_of
 from gossamer.engines.base import EngineSetup, Record
 from gossamer.engines.client_models import ClientModels
 from gossamer.engines.private_rows import PrivateRows
@@ -23,7 +24,7 @@ from gossamer.engines.statistics import Statistics, name_of
 from gossamer.engines.task import WHOLE, Task, Variant
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.rows import row_norms
-from gossamer.engines.updating import Collected, update_
+from gossamer.engines.updating import Collected, apply_, combined
 from gossamer.errors import ConfigError
 from gossamer.plan import STOPPED, Block, RoundPlan, TrainReport
 from gossamer.profiling import recorder
@@ -70,12 +71,15 @@ class FederatedEngine(ABC):
         self._state: Arrays = dict(state)
         self._order = task.cutter.order(self._state["x"][0])
         self._results: list[tuple[Block, list[bool]]] = []
-        self._trees: dict[tuple[int, str], TreeSum] = {}
+        self._trees = Trees()
         self._collected = Collected()
         self._private: dict[int, dict[str, Tensor]] = {}
         self._reasons: dict[int, str] = {}  # why rows of the plan return nothing; without one: a stop was requested
         self._rows = PrivateRows(store, self._state["x"].dtype)
         self._statistics = Statistics()
+        self._elsewhere: RemoteAggregation | None = None  # which does what is done here otherwise
+        if setup.offload is not None:
+            self._elsewhere = RemoteAggregation(task, self._state, setup.offload, setup)
 
     @abstractmethod
     def _begin(self) -> None:
@@ -96,9 +100,10 @@ class FederatedEngine(ABC):
     def _map_chunks(self, message: dict[str, Any], num_chunks: int) -> list[Sums]:
         """Handle one message per chunk of data, and return the sums in the order of the chunks."""
 
-    @abstractmethod
     def close(self) -> None:
         """Stop workers and free memory."""
+        if self._elsewhere is not None:
+            self._elsewhere.close()
 
     # ---- the two verbs
 
@@ -108,14 +113,12 @@ class FederatedEngine(ABC):
         self._results, self._collected, self._private = [], Collected(), {}
         for axis, order in self._task.cutter.order(self._state["x"][0]).items():
             self._order[axis].copy_(order)
-        trees = self._trees = dict[tuple[int, str], TreeSum]()
-        blocks: list[Block] = []
-        for variant in self._task.variants:
-            of_variant = self._blocks_of(plan, variant)
-            rows = plan.variant_rows(variant.index)
-            count = rows.stop - rows.start
-            trees |= {(variant.index, name): TreeSum(count) for name in self._phase.algorithm.traits.uplink if count}
-            blocks += of_variant
+        blocks = [block for variant in self._task.variants for block in self._blocks_of(plan, variant)]
+        counts = {variant.index: plan.variant_rows(variant.index) for variant in self._task.variants}
+        present = {index: rows.stop - rows.start for index, rows in counts.items() if rows.stop > rows.start}
+        self._trees = trees_of(self._phase, present)
+        if self._elsewhere is not None:
+            self._elsewhere.begin(plan.phase, present)
         missing = {block.rows.start: block for block in blocks}
         absent = self.hooks.absent(plan.round, plan.phase)
         clients = enumerate(plan.client.tolist() if absent else ())
@@ -132,15 +135,17 @@ class FederatedEngine(ABC):
             self._keep(self._block_result(block, described, []))
             yield report
         self._end()
-        for key, tree in trees.items():
-            if tree.total is not None:
-                self._collected.sums[key] = tree.total
+        self._collected.sums |= totals(self._trees)
 
     def exchange(self, plan: RoundPlan) -> None:
         """Combine, update the state in place and keep the survivors' private state."""
-        self.is_whole = False
         kept = self.survivors(plan)
-        update_(self._task, self._state, self._order, plan, kept, self._collected)
+        if self._elsewhere is not None:
+            inbox = self._elsewhere.combine(plan, kept, self._order)
+        else:
+            inbox = combined(self._task, self._state, self._order, plan, kept, self._collected)
+        self.is_whole = False
+        apply_(self._task, self._state, plan, inbox)
         with recorder.span("store"):
             self._keep_private(plan)
         self.is_whole = True
@@ -242,38 +247,18 @@ class FederatedEngine(ABC):
         """Add up what a block returned, and keep the rest of it, for `exchange`."""
         block = result.block
         self._results.append((block, result.finite))
-        with one_thread(), recorder.span("aggregate"):
-            recorder.count_bytes(lambda: result.payload_bytes)
-            for name, parts in result.payload.items():
-                is_summed = self._phase.is_summed(block.variant, name)
-                for part, value in enumerate(parts):
-                    if is_summed:
-                        self._trees[block.variant, name].add(
-                            block.first_tile + part,
-                            value,
-                            level=block.tile.bit_length() - 1,
-                            owned=self._owns(value),
-                        )
-                    elif value is not None:
-                        self._collected.rows[block.rows.start + part, name] = value.clone()
+        if self._elsewhere is not None:
+            self._elsewhere.add(result)
+        else:
+            with one_thread(), recorder.span("aggregate"):
+                recorder.count_bytes(lambda: result.payload_bytes)
+                add_(self._phase, self._trees, self._collected, result, self._owns)
         if result.private:
             self._private[block.rows.start] = {name: rows.clone() for name, rows in result.private.items()}
 
     def _block_result(self, block: Block, reply: Mapping[str, Any], arrays: Iterable[Tensor]) -> BlockResult:
         """Put together what came of a block: `arrays` are what ``reply["arrays"]`` names, see `named_arrays`."""
-        num_rows = block.rows.stop - block.rows.start
-        payload: dict[str, list[Tensor | None]] = {
-            name: [None] * (num_leaves_of(block) if self._phase.is_summed(block.variant, name) else num_rows)
-            for name in self._phase.algorithm.traits.uplink
-        }
-        private: dict[str, Tensor] = {}
-        for (key, part), value in zip(reply["arrays"], arrays, strict=True):
-            group, name = key.split(".", 1)
-            if group == "private":
-                private[name] = value
-            else:
-                payload[name][part] = value
-        return BlockResult(block, payload, reply["loss"], reply["finite"], reply["norm"], private)
+        return block_result(self._phase, block, reply, arrays)
 
     def _floats_of_a_slot(self) -> int:
         """Return how large a slot for the results of any block must be, client state included."""
@@ -335,9 +320,3 @@ class FederatedEngine(ABC):
             plan.lr,
             self._max_norm,
         )
-
-
-def num_leaves_of(block: Block) -> int:
-    """Return the number of tiles of a block."""
-    num_rows: int = block.rows.stop - block.rows.start
-    return math.ceil(num_rows / block.tile)

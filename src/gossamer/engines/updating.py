@@ -22,6 +22,8 @@ from gossamer.profiling import recorder
 from gossamer.threads import one_thread
 from gossamer.workloads.base import add_sums
 
+Inbox = dict[str, Tensor | None]
+
 
 @dataclass
 class Collected:
@@ -49,14 +51,34 @@ def update_(
         kept: bool [p], whose update is used.
         found: what they sent.
     """
+    apply_(task, state, plan, combined(task, state, order, plan, kept, found))
+
+
+def combined(
+    task: Task,
+    state: Mapping[str, Tensor],
+    order: Mapping[str, Tensor],
+    plan: RoundPlan,
+    kept: NDArray[np.bool_],
+    found: Collected,
+) -> Inbox | None:
+    """Return the inbox of an update, see `combine` and `update_`; None: nobody's update is used."""
     parts = [part for one in task.variants for part in _parts(task, state, order, plan, one, kept, found)]
     if not parts:
+        return None
+    traits = task.phases[plan.phase].algorithm.traits
+    num_bytes = task.cutter.layout.d * state["x"].itemsize * len(traits.uplink)
+    with one_thread(), recorder.span("aggregate", num_bytes):  # memory-bound; threads would take time from workers
+        return combine(task.cutter.layout, traits.uplink, parts, traits.scalars)
+
+
+def apply_(task: Task, state: Arrays, plan: RoundPlan, inbox: Inbox | None) -> None:
+    """Update a server's state in place by an inbox, see `update_`; None changes nothing."""
+    if inbox is None:
         return
-    with one_thread():  # memory-bound, and waiting threads would take time from busy workers
+    with one_thread(), recorder.span("update"):
         algorithm = task.phases[plan.phase].algorithm
         traits = algorithm.traits
-        with recorder.span("aggregate", task.cutter.layout.d * state["x"].itemsize * len(traits.uplink)):
-            inbox = combine(task.cutter.layout, traits.uplink, parts, traits.scalars)
         apart = {"weights", *(name for name, kind in traits.uplink.items() if kind == "rows")}
         views: dict[str, Any] = {
             name: value if value is None or name in apart else value[None] for name, value in inbox.items()
@@ -64,9 +86,8 @@ def update_(
         if traits.scores_models:
             views["metrics"] = partial(metrics_of, task)
         own = {name: value for name, value in state.items() if not name.startswith(KNOWN)}
-        with recorder.span("update"):
-            _write(state, algorithm.update(own, views, task.workload.num_clients))
-            _write(state, known_after(task, state, plan.round, plan.phase))
+        _write(state, algorithm.update(own, views, task.workload.num_clients))
+        _write(state, known_after(task, state, plan.round, plan.phase))
 
 
 def metrics_of(task: Task, x: Tensor) -> dict[str, float]:
@@ -88,7 +109,7 @@ def _write(state: Arrays, new: Mapping[str, Tensor]) -> None:
 
 def _parts(
     task: Task,
-    state: Arrays,
+    state: Mapping[str, Tensor],
     order: Mapping[str, Tensor],
     plan: RoundPlan,
     variant: Variant,

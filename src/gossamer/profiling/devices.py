@@ -96,6 +96,11 @@ def device_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def is_path(name: str) -> bool:
+    """Say whether the name of a device is the path of its file."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
 def read_device(name: str) -> Device:
     """Read a device that ships here by its name, or any other by the path of its YAML file.
 
@@ -111,13 +116,12 @@ def read_numbers(name: str) -> Any:
     Raises:
         ConfigError: there is none.
     """
-    is_path = "/" in name or name.endswith((".yaml", ".yml"))
-    if not is_path and name not in (known := device_names()):
+    if not is_path(name) and name not in (known := device_names()):
         raise ConfigError(
             f"unknown device {name!r}{nearest(name, known)} (known: {', '.join(known)}; or give the path of a"
             " YAML file)"
         )
-    path = Path(name) if is_path else resources.files("gossamer.profiling") / "profiles" / f"{name}.yaml"
+    path = Path(name) if is_path(name) else resources.files("gossamer.profiling") / "profiles" / f"{name}.yaml"
     return read_yaml(path, "device")
 
 

@@ -64,6 +64,18 @@ def stage_named(name: str) -> Stage:
     return known[name]
 
 
+def stage_of_kind(kind: str) -> Stage:
+    """Return the stage to which spans of a kind belong.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for stage in STAGES:
+        if kind in stage.kinds:
+            return stage
+    raise ConfigError(f"no stage that could run elsewhere records {kind!r}")
+
+
 class Costs(NamedTuple):
     """What one piece of work costs on a device; its numbers at one place between their bounds.
 
@@ -83,6 +95,13 @@ class Costs(NamedTuple):
     link_latency: float
     submit: float
     engine: tuple[float, float] | None = None
+
+
+class Offload(NamedTuple):
+    """A stage, and what it costs on the device that is to do it."""
+
+    stage: Stage
+    costs: Costs
 
 
 def costs_of(device: Device, stage: Stage, kinds: tuple[str, ...], place: Mapping[str, float]) -> Costs:

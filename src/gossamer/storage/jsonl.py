@@ -45,7 +45,16 @@ class LogFile:
         self.path = path
         with storage_errors(path):
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            content = path.read_bytes()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find out where the log ends, because another process may have written it.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        with storage_errors(self.path):
+            content = self.path.read_bytes()
         end = content.rfind(b"\n") + 1
         last = _DIGEST.search(content[content.rfind(b"\n", 0, max(end - 1, 0)) + 1 : max(end - 1, 0)])
         self.position = Position(end, last[1].decode() if last else "")

@@ -52,6 +52,29 @@ class Sink(Protocol):
         """Flush and close the tracker."""
 
 
+class LogStore(Protocol):
+    """What a `LogFile` is to those who write it, wherever that happens."""
+
+    @property
+    def position(self) -> Position:
+        """Where the next line goes."""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append one record of finite plain values."""
+
+    def check(self, position: Position | None = None) -> int:
+        """Check the lines before `position`, or all of them, and return their number."""
+
+    def truncate(self, position: Position) -> None:
+        """Remove what follows `position`, and sync."""
+
+    def sync(self) -> None:
+        """Sync the log to the disk."""
+
+    def close(self) -> None:
+        """Close the log."""
+
+
 class RunLog:
     """Writes one run directory; use `create` or `open`, one writer at a time.
 
@@ -59,6 +82,7 @@ class RunLog:
 
     Attributes:
         sinks: trackers that also receive each metrics record.
+        files: the logs by their names; another process may write them, see `gossamer.profiling.storing`.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -70,7 +94,7 @@ class RunLog:
         self.directory = directory
         self.sinks: list[Sink] = []
         self._lock = DirectoryLock(directory)
-        self._logs: dict[str, LogFile] = {}
+        self.files: dict[str, LogStore] = {}
 
     @classmethod
     def create(cls, directory: Path, config: Mapping[str, Any], environment: Mapping[str, Any] | None = None) -> Self:
@@ -132,7 +156,7 @@ class RunLog:
 
     def _open_logs(self) -> None:
         for name in LOGS:
-            self._logs[name] = LogFile(self.directory / name)
+            self.files[name] = LogFile(self.directory / name)
         with storage_errors(self.directory):
             sync(self.directory)
 
@@ -143,7 +167,7 @@ class RunLog:
             StorageError: the disk refuses the line; the log is unchanged.
         """
         plain = _plain(record)
-        self._logs[METRICS].append(plain)
+        self.files[METRICS].append(plain)
         self._tell_sinks(lambda sink: sink.log(plain))
 
     def log_event(self, kind: str, **fields: Any) -> None:
@@ -152,7 +176,7 @@ class RunLog:
         Raises:
             StorageError: the disk refuses the line; the log is unchanged.
         """
-        self._logs[EVENTS].append(_plain({"kind": kind, "time": _now(), **fields}))
+        self.files[EVENTS].append(_plain({"kind": kind, "time": _now(), **fields}))
 
     def sync(self) -> None:
         """Sync both logs to the disk.
@@ -160,12 +184,12 @@ class RunLog:
         Raises:
             StorageError: the disk refuses a write.
         """
-        for log in self._logs.values():
+        for log in self.files.values():
             log.sync()
 
     def positions(self) -> dict[str, Position]:
         """Return where each log ends; call `sync` before a commit relies on it."""
-        return {name: log.position for name, log in self._logs.items()}
+        return {name: log.position for name, log in self.files.items()}
 
     def check(self, positions: Mapping[str, Position] | None) -> None:
         """Check that the logs hold what they held at a commit, before anything is trained.
@@ -178,9 +202,9 @@ class RunLog:
         """
         try:
             if positions is None:
-                self._require_no_rounds(self._logs[METRICS].check())
+                self._require_no_rounds(self.files[METRICS].check())
             else:
-                for name, log in self._logs.items():
+                for name, log in self.files.items():
                     log.check(positions[name])
         except DataError as error:
             raise CheckpointError(str(error)) from error
@@ -198,7 +222,7 @@ class RunLog:
         Raises:
             StorageError: the disk refuses a write.
         """
-        for name, log in self._logs.items():
+        for name, log in self.files.items():
             log.truncate(positions[name])
 
     def erase(self) -> None:
@@ -217,8 +241,8 @@ class RunLog:
         """
         self._tell_sinks(lambda sink: sink.close())
         self.sinks = []
-        while self._logs:
-            self._logs.popitem()[1].close()
+        while self.files:
+            self.files.popitem()[1].close()
         self._lock.close(discard)
 
     def __enter__(self) -> Self:

@@ -73,6 +73,7 @@ class LocalEngine(FederatedEngine):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+        super().close()
 
     # ---- inside
 

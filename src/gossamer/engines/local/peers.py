@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gossamer.algorithms.base import Arrays
+from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.engines.base import EngineSetup
 from gossamer.engines.local.pool import WorkerPool
 from gossamer.engines.memory import keep_freed_memory, shared_zeros
@@ -17,6 +17,7 @@ from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 from gossamer.plan import RoundPlan, TrainReport
+from gossamer.profiling.sidecar import Handler, SideCar
 from gossamer.threads import one_thread
 
 SMALL_FLOATS = 1 << 17  # of a state that one process mixes sooner than it could tell others to
@@ -46,6 +47,9 @@ class LocalPeerEngine(PeerEngine):
         self._peers = PeerState.of(task, state, zeros, shared_zeros(len(x), x.dtype)[None], 0)
         self._mean = self._peers.merged[0]
         self._handle = PeerWorker.handler(task, self._peers, stop=setup.hooks.must_stop)
+        self._car: SideCar | None = None  # which mixes
+        if setup.offload is not None:
+            self._car = SideCar(setup.offload, self._mixer(task), setup.hooks.check, setup.workers + 1)
         self._pool: WorkerPool | None = None
         if setup.workers and sys.platform == "linux":
             self._pool = WorkerPool(
@@ -70,6 +74,8 @@ class LocalPeerEngine(PeerEngine):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+        if self._car is not None:
+            self._car.close()
 
     # ---- inside
 
@@ -94,9 +100,31 @@ class LocalPeerEngine(PeerEngine):
         if self.hooks.neighbours is not None:
             missing = self.hooks.neighbours.missing.get((plan.round, plan.phase), {})
             message["missing"] = [[peer, list(others)] for peer, others in missing.items()]
+        if self._car is not None:
+            self._mix_elsewhere(self._car, message, algorithm)
+            return
         for columns in (self._columns, [[0, 0]] if algorithm.traits.scalars else []):
             for _ in self._map(({**message, "columns": one} for one in columns), here=self._is_small):
                 pass
+
+    def _mixer(self, task: Task) -> Callable[[], Handler]:
+        """Return what makes the side-car's handler of `mix_message`s: rows lie in memory that it shares."""
+
+        def make_handler() -> Handler:
+            """Bind the task in the side-car."""
+            handle = PeerWorker.handler(task, self._peers)
+            return lambda message, arrays: (handle(message) | {"back_bytes": message["num_bytes"]}, [])
+
+        return make_handler
+
+    def _mix_elsewhere(self, car: SideCar, message: Message, algorithm: Algorithm) -> None:
+        """Have the side-car mix all panels; rows cross the link both ways, as `PeerWorker.mix` counts them."""
+        traits, itemsize = algorithm.traits, self._mean.element_size()
+        for low, high in [*self._columns, *([[0, 0]] if traits.scalars else [])]:
+            widths = (1 if name in traits.scalars else high - low for name in traits.uplink)
+            size = self._num_peers * itemsize * sum(widths)
+            car.submit({**message, "columns": [low, high], "num_bytes": size}, num_bytes=size)
+        car.drain()
 
     def _take_mean(self) -> float:
         replies = self._map(({"kind": "measure", "columns": one} for one in self._columns), here=self._is_small)
