@@ -78,10 +78,10 @@ def personal_parameters(config: Config, algorithm: Any, workload: Workload) -> t
     Raises:
         ConfigError: a pattern matches nothing, or everything would stay.
     """
-    shaped = {
-        payload: kind for payload, kind in algorithm.traits.uplink.items() if payload not in algorithm.traits.scalars
-    }
-    if workload.personal and not workload.buffers and (shaped != {"x": "mean"} or algorithm.traits.num_phases > 1):
+    traits = algorithm.traits
+    shaped = {payload: kind for payload, kind in traits.uplink.items() if payload not in traits.scalars}
+    sends_more = not traits.represents and (shaped != {"x": "mean"} or traits.num_phases > 1)
+    if workload.personal and not workload.buffers and sends_more:
         raise ConfigError(
             f"workload {config.workload['name']!r} keeps {workload.personal[0]!r} with its participants, which does not"
             f" go with algorithm {config.algorithm['name']!r}, because it sends more than one mean: choose fedavg,"
