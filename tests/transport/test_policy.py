@@ -324,6 +324,7 @@ class TestEnforced:
 # What a configuration may say as free text besides names, records, patterns, paths and addresses.
 OTHERS = {
     "engine.device": "torch's name of a device",
+    "offload.engine": "name of an engine of a device",
     "engine.modes.device": "torch's name of a device",
     "engine.modes.holding": "name of a set of modules",
     "log.sinks": "one of three names; a client has no trackers",

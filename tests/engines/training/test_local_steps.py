@@ -166,8 +166,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"train.groups": [{"match": "*", "lr": 0.1}, {"match": "*.bias", "lr": 0.1}]},
         "train.groups[1].match = '*.bias' has parameters of groups before it only: put it first, or leave it out",
     ),
-    ({"train.groups": [{"match": "*"}]}, "has nothing of its own: give lr or weight_decay, or leave it out"),
-    ({"train.groups": [{"match": "*", "lr": 0}]}, "train.groups.0.lr = 0: input should be greater than 0"),
+    ({"train.groups": [{"match": "*"}]}, "has nothing of its own: give lr, weight_decay or optimizer, or leave it"),
+    (
+        {"train.groups": [{"match": "*", "lr": -1}]},
+        "train.groups.0.lr = -1: input should be greater than",
+    ),
     (
         {"train.lr_by_capacity": {0.3: 0.1}},
         "train.lr_by_capacity names capacity 0.3, but the run has [1.0]: name",

@@ -15,6 +15,7 @@ temperature that is not learned and output layers that are tied are those of thi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +29,6 @@ from gossamer.workloads.multimodal.clips import PAD
 from gossamer.workloads.multimodal.forward import Forward, Transformer, TransformerOptions
 from gossamer.workloads.multimodal.graphs import Facts, graph
 from gossamer.workloads.stacked import beside
-from gossamer.workloads.traits import ModelTraits
 
 VISUAL = "vision universal latents"
 
@@ -62,7 +62,7 @@ class MPlug(Transformer):
             ConfigError: an unknown or wrong option, or frames that patches do not divide.
         """
         super().__init__(facts, **params)
-        self.traits = ModelTraits(uses_key=True, stacks_natively=True)
+        self.traits = replace(self.traits, stacks_natively=True)
         options, size = self.options, self.options.stream
         between = window_length(max(1, size // 2), options.width)
         self.blocks = [
