@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import networkx
@@ -79,6 +80,24 @@ class TestNetwork:
             Network.of(lonely)
         with pytest.raises(ConfigError, match="the link 0 - 1 has no latency_seconds"):
             Network.of(networkx.Graph([(0, 1)]))
+        with pytest.raises(ConfigError, match="a network of 1 nodes has no links: give two"):
+            Network.of(networkx.empty_graph(1))
+
+    @pytest.mark.parametrize(
+        ("latency", "bandwidth", "why"),
+        [
+            (-0.1, 9.0, "latency_seconds of edge .0, 1. is -0.1, but must be in"),
+            (0.1, 0.0, "bandwidth_bytes_per_second of edge .0, 1. is 0, but must be in"),
+            (0.1, -9.0, "is -9, but must be in"),
+            (0.1, math.nan, "is nan, but must be in"),
+            ("soon", 9.0, "'soon', is not a number"),
+        ],
+    )
+    def test_links_that_cannot_be_are_refused(self, latency: float | str, bandwidth: float, why: str) -> None:
+        graph = networkx.Graph()
+        graph.add_edge(0, 1, latency_seconds=latency, bandwidth_bytes_per_second=bandwidth)
+        with pytest.raises(ConfigError, match=why):
+            Network.of(graph)
 
 
 def parts(number: int, seed: int) -> Parts:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gossamer.errors import ConfigError
 from gossamer.profiling.replay import Interval
 from gossamer.profiling.scale import NUM_DRAWS, REST, Scaled
+from gossamer.topology.files import attribute_of
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -50,25 +51,27 @@ class Network:
         """Take a networkx graph whose edges have `ATTRIBUTES`.
 
         Raises:
-            ConfigError: an edge lacks one, or nodes cannot reach each other.
+            ConfigError: an edge lacks one, or has one that is out of range, or nodes cannot reach each other.
         """
         import networkx
 
         plain = networkx.Graph(graph)
         number = {node: index for index, node in enumerate(plain)}
-        if len(number) < 2 or not networkx.is_connected(plain):
+        if len(number) < 2:
+            raise ConfigError(f"a network of {len(number)} nodes has no links: give two nodes or more, and their links")
+        if not networkx.is_connected(plain):
             raise ConfigError(
                 f"a network of {len(number)} nodes that do not all reach each other: give a connected one"
             )
         for a, b, told in plain.edges(data=True):
-            if missing := [name for name in ATTRIBUTES if name not in told]:
+            if missing := [name for name in ATTRIBUTES if told.get(name, "") == ""]:
                 raise ConfigError(f"the link {a} - {b} has no {missing[0]}: give it to every edge of the graph")
         edges = list(plain.edges(data=True))
         return cls(
             len(number),
             np.array([[number[a], number[b]] for a, b, _ in edges], dtype=np.int64),
             tuple(f"{a} - {b}" for a, b, _ in edges),
-            *(np.array([float(told[name]) for *_, told in edges]) for name in ATTRIBUTES),
+            *(attribute_of("its links", edges, name) for name in ATTRIBUTES),
         )
 
     @cached_property

@@ -118,8 +118,17 @@ def _read_graphml(path: Path) -> Any:
     return graph
 
 
-def _attribute(where: str, edges: list[Any], name: str) -> Floats:
-    """Return one attribute of all edges, float64 [e], nan where an edge lacks it."""
+def attribute_of(where: str, edges: list[Any], name: str) -> Floats:
+    """Return one attribute of all edges, float64 [e], nan where an edge lacks it.
+
+    Args:
+        where: what the edges are of, for messages.
+        edges: (node, node, attributes) each.
+        name: of the attribute.
+
+    Raises:
+        ConfigError: it is no number, or out of `LINK_RANGES`.
+    """
     low, high = LINK_RANGES.get(name, (-math.inf, math.inf))
     values = np.full(len(edges), math.nan)
     for index, (*ends, data) in enumerate(edges):
@@ -165,7 +174,7 @@ def _check_attributes(where: str, edges: list[Any], weights: str | None) -> None
 
 def _links(where: str, edges: list[Any]) -> tuple[Floats | None, Floats | None]:
     """Return latency and bandwidth of the edges, nan where unknown; None for what no edge has."""
-    latency, bandwidth = (_attribute(where, edges, name) for name in LINK_RANGES)
+    latency, bandwidth = (attribute_of(where, edges, name) for name in LINK_RANGES)
     return (None if np.isnan(latency).all() else latency), (None if np.isnan(bandwidth).all() else bandwidth)
 
 
@@ -225,7 +234,7 @@ def _weights(
 ) -> Floats:
     if options.weights != "given":
         return (fastest if options.weights == "fastest" else metropolis)(n, receiver, sender)
-    weight = _attribute(where, edges, "weight")
+    weight = attribute_of(where, edges, "weight")
     if not (weight > 0).all():
         bad = int((~(weight > 0)).argmax())
         raise ConfigError(
