@@ -83,6 +83,12 @@ def test_links_are_read(files: Path) -> None:
     assert read_perftest(files / "lat.txt")["link_latency"]["value"] == pytest.approx(0.85e-6)
 
 
+def test_a_damaged_row_of_perftest_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "bw.txt"
+    path.write_text(" #bytes  #iterations  BW average[MB/sec]\n 2  5  1.5\n 4  5  2.5.1\n 8  5  .\n")
+    assert read_perftest(path)["link_bandwidth"]["value"] == pytest.approx(1.5 * 2**20, rel=1e-3)
+
+
 def test_engines_are_read_in_their_units(files: Path) -> None:
     found = read_doca_bench(files / "bench.csv")["throughput"]
     assert (found["value"], found["lo"], found["hi"]) == pytest.approx((1e9, 1e9, 1.09e9), rel=1e-6)

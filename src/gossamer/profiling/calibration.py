@@ -33,6 +33,7 @@ STRESSORS = {  # of stress-ng, and the slowdown that each tells
 RATE = "bogo-ops-per-second-usr-sys-time"  # a second of processor time, so it is that of one thread
 DOUBT = 0.1  # by which one reading may be off
 MIB = 1 << 20
+NUMBERS = r"(\s*\d+(\.\d*)?(?=\s|$))+\s*"  # a row of perftest's table
 HEADINGS = r"#\w+|(?:BW |[\d.]+% )?\w+\[[^\]]+\]"  # of perftest's tables, such as "BW average[MB/sec]"
 SPEEDS = {"b": 0.125, "B": 1.0}
 PREFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
@@ -233,7 +234,7 @@ def read_perftest(path: Path) -> dict[str, Entry]:
     for line in lines:
         if line.strip().startswith("#bytes"):
             columns = re.findall(HEADINGS, line)
-        elif columns and re.fullmatch(r"[\d.\s]+", line) and len(numbers := line.split()) == len(columns):
+        elif columns and re.fullmatch(NUMBERS, line) and len(numbers := line.split()) == len(columns):
             rows.append([float(one) for one in numbers])
     rows = sorted(row for row in rows if row[0] > 0)
     for name, number, unit, pick, scale in (
