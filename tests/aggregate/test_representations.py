@@ -29,6 +29,7 @@ def slow_scores(own: Tensor, other: Tensor) -> list[float]:
 
 
 def slow_ensemble(rows: Tensor, other: Tensor) -> list[list[float]]:
+    """Return the ensemble [n][width] of rows [c, n, width], one by one."""
     scores = [slow_scores(row, other) for row in rows]
     found = []
     for k in range(rows.shape[1]):

@@ -47,10 +47,12 @@ def config(**changes: Any) -> dict[str, Any]:
 
 
 def parts(**changes: Any) -> Parts:
+    """Return what a run of the configuration, with changes, consists of."""
     return build(parse(config(**changes)))
 
 
 def units(*shape: int, seed: int) -> Tensor:
+    """Return vectors of length 1, drawn."""
     return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 

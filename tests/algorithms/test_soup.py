@@ -36,6 +36,7 @@ class Recorded(Soup):
     metrics: list[dict[str, float]]
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
+        """Keep the models that came, and their metrics."""
         Recorded.models = inbox["x"].clone()
         measured = inbox.get("metrics")
         Recorded.metrics = [] if measured is None else [measured(model) for model in inbox["x"]]

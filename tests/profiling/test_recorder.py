@@ -327,6 +327,7 @@ def test_a_span_that_another_thread_ends_is_not_recorded(tmp_path: Path) -> None
 
 def test_a_round_that_fails_is_not_noted(tmp_path: Path) -> None:
     def fail() -> None:
+        """Record two rounds, of which the second fails."""
         with recorder.recording(tmp_path / "trace"):
             with recorder.round_span(1):
                 pass

@@ -84,6 +84,7 @@ class TestPieces:
 
     def test_whoever_waits_may_be_stopped(self) -> None:
         def stop() -> None:
+            """Stop the run."""
             raise InterruptedError
 
         with started() as car:

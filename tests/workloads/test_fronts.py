@@ -25,6 +25,7 @@ BASE = {"workload": WORKLOAD, "rounds": 2, "clients": {"num": 4, "per_round": 4}
 
 
 def made(**options: Any) -> ShapeGroups:
+    """Return the workload for four clients, with options."""
     given = {name: value for name, value in WORKLOAD.items() if name != "name"} | options
     return ShapeGroups(given, num_clients=4, partition="iid", seed=0)
 

@@ -30,6 +30,7 @@ LEVELS = [0.5, 1.0]
 
 
 def mixture(**options: Any) -> Transformer:
+    """Return a transformer of four experts, with options."""
     return Transformer(7, 5, **SIZES, **{"experts": 4, **options})
 
 
@@ -41,6 +42,7 @@ def params_of(model: Transformer, seed: int = 0) -> dict[str, Tensor]:
 
 
 def characters(count: int = 3) -> Tensor:
+    """Return characters int64 [count, 7], drawn."""
     return torch.from_numpy(np.random.default_rng(1).integers(5, size=(count, 7)))
 
 

@@ -39,6 +39,7 @@ def params_of(model: Any, seed: int = 0) -> dict[str, Tensor]:
 
 
 def images(count: int = 4) -> Tensor:
+    """Return images float32 [count, *SHAPE], drawn."""
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(1))
 
 

@@ -284,6 +284,7 @@ class Service:
         counts = link.account.counts
 
         def take(received: Received, taken_bytes: int) -> None:
+            """Hand a message that was read to the engine, unless its node has joined again since."""
             name = message_id(link.node, ">", received.message)
             with recorder.span("send", message=f"{name}{TAKEN}"), self._lock:
                 if self._links.get(link.node) is not link:

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("recorded")
 
 
 def workload(num_clients: int = 6, partition: Any = "iid", **options: Any) -> AudioVisualDigits:
+    """Return the small workload, with options."""
     return AudioVisualDigits(SMALL | options, num_clients=num_clients, partition=partition, seed=0)
 
 

@@ -17,6 +17,7 @@ from video_language import merged, nudged, with_model
 
 @pytest.fixture(scope="module")
 def made() -> VideoLanguage:
+    """Return a workload of the model."""
     return with_model("tw-bert")
 
 
