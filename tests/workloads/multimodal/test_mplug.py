@@ -97,6 +97,15 @@ class TestBadOptions:
         ("options", "message"),
         [
             ({"tasks": ("retrieve",)}, "names 'retrieve', which is none of retrieval"),
+            (
+                {"task_weights": (("retrieve", 1.0),)},
+                "task_weights names 'retrieve', which is none of .* mean 'retrieval'",
+            ),
+            (
+                {"tasks": ("captioning",), "task_weights": (("retrieval", 1.0),)},
+                "'retrieval', which is none of captioning",
+            ),
+            ({"task_weights": (("retrieval", -1.0),)}, "retrieval = -1.0: input should be greater than or equal to 0"),
             ({"modalities": (("sound", 1.0),)}, "the modality 'sound'"),
             ({"modalities": (("video", 0.5),)}, "sum to 0.5"),
             ({"model": (("name", "mplug-2"), ("patch", 5))}, "does not divide frames of 16 x 16"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class VideoLanguageOptions(Options):
         modalities: ``{names joined by +: share of the clients that have these}``.
         client_tasks: likewise of tasks: a client does those of its share; None: everybody does all that it can. Who
             does none of the tasks of a module holds none of it.
-        task_weights: ``{task: factor of its loss}``; 1 where it is left out.
+        task_weights: ``{task: factor of its loss}``, of tasks of the run; 1 where it is left out.
         missing: modalities that samples lack.
         labels: labels and answers that training samples lack, or have wrong.
         partition_label: label by which partitions by class divide; None: that of the data set.
@@ -74,7 +74,7 @@ class VideoLanguageOptions(Options):
     tasks: tuple[str, ...] | None = None
     modalities: dict[str, float] = {"video+text": 1.0}
     client_tasks: dict[str, float] | None = None
-    task_weights: dict[str, float] = {}
+    task_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     missing: MissingOptions = Field(default_factory=lambda: MissingOptions.model_validate({}))
     labels: LabelOptions = LabelOptions.model_validate({})
     partition_label: str | None = None
@@ -132,6 +132,7 @@ class VideoLanguage(Workload):
             self.model.convert(dtype)
         self.layout = Layout.of(self.model.shapes, self.model.axes)
         self.tasks = self._known("workload.tasks", self.options.tasks or tuple(self.model.graphs))
+        self._known("workload.task_weights", tuple(self.options.task_weights), self.tasks)
         self._kinds, self._kind_of_client = self._divide_kinds(num_clients if stands_for is None else stands_for[1])
         if stands_for is not None:
             self._kind_of_client = self._kind_of_client[stands_for[0] : stands_for[0] + 1]
