@@ -345,6 +345,7 @@ OTHERS = {
     "workload.tasks": "names of tasks of the model",
     "workload.client_tasks": "shares by names of tasks",
     "workload.task_weights": "numbers by names of tasks",
+    "workload.without": "names of modalities",
     "workload.evaluate": "names of tasks of the model",
     "workload.modalities": "shares by names of modalities",
     "workload.missing.train": "rates by names of modalities",

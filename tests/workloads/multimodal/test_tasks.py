@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import gossamer
+from gossamer.errors import ConfigError
 from gossamer.testing import check_workload
 from gossamer.workloads.multimodal.tasks import ranks
-from video_language import nudged, workload
+from gossamer.workloads.multimodal.workload import VideoLanguage
+from video_language import SMALL, nudged, workload
 
 POOLED = (("name", "mean_pool:MeanPool"),)
 
@@ -65,6 +67,27 @@ def test_a_model_with_time_sees_another_order() -> None:
     found = made.metrics(made.evaluate(nudged(made), {}, 0))
     assert abs(found["loss_recognition_drop"]) > 1e-6
     assert found["loss_recognition_shuffled"] == pytest.approx(found["loss"] - found["loss_recognition_drop"])
+
+
+def test_without_a_modality_metrics_are_those_of_clips_that_all_lack_it() -> None:
+    made = workload(without=("video", "text"))
+    params = nudged(made)
+    found = made.metrics(made.evaluate(params, {}, 0))
+    lacking = {name for name in found if "_without_" in name}
+    assert {name.partition("_without_")[2] for name in lacking} == {"video", "text"}
+    assert not any(name.startswith("loss") for name in lacking)
+    assert found["motion_accuracy_without_text"] == found["motion_accuracy"]
+    for modality in ("video", "text"):
+        blind = VideoLanguage({**SMALL, "missing": {"test": {modality: 1.0}}}, num_clients=4, partition="iid", seed=0)
+        expected = blind.metrics(blind.evaluate(params, {}, 0))
+        for name in lacking:
+            if name.endswith(f"_{modality}"):
+                assert found[name] == expected[name.partition("_without_")[0]], name
+
+
+def test_a_modality_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"workload.without names 'vidoe', .*did you mean 'video'"):
+        workload(without=("vidoe",))
 
 
 def test_a_third_party_s_model_keeps_the_contract() -> None:

@@ -23,6 +23,7 @@ from gossamer.workloads.digests import digest_of
 from gossamer.workloads.functional import blueprint_of
 from gossamer.workloads.holdings import Holding, assigned
 from gossamer.workloads.multimodal.adapted import AdaptedModel
+from gossamer.workloads.multimodal.altered import altered, altered_metrics
 from gossamer.workloads.multimodal.clips import PAD, ClipData
 from gossamer.workloads.multimodal.graphs import MODALITIES, Facts, VideoLanguageModel
 from gossamer.workloads.multimodal.labels import LabelOptions, classes_of, given_clips
@@ -37,7 +38,6 @@ from gossamer.workloads.traits import WorkloadTraits
 Ints = NDArray[np.int64]
 ATTRIBUTES = ("traits", "shapes", "axes", "graphs", "init", "losses", "predict")
 ANSWERING = "question-answering"
-SHUFFLED = "shuffled"  # before the number of an order of the frames, and a dot, in sums
 WEIGHT = "weight."  # before the name of a task: how much its loss counts
 
 
@@ -67,6 +67,7 @@ class VideoLanguageOptions(Options):
             a pattern such as ``"text.*"`` names a module.
         evaluate: tasks that are measured; None: all of the run.
         shuffles: random orders of the frames in which videos are measured besides, see `VideoLanguage.metrics`.
+        without: modalities without which all metrics are measured besides.
     """
 
     dataset: Spec = "moving-digits"
@@ -82,6 +83,7 @@ class VideoLanguageOptions(Options):
     lora: LoRAOptions | None = None
     evaluate: tuple[str, ...] | None = None
     shuffles: int = Field(0, ge=0)
+    without: tuple[str, ...] = ()
 
 
 class VideoLanguage(Workload):
@@ -137,6 +139,7 @@ class VideoLanguage(Workload):
         if stands_for is not None:
             self._kind_of_client = self._kind_of_client[stands_for[0] : stands_for[0] + 1]
         self.holdings = tuple(Holding(kind.name, self._modules(kind.tasks)) for kind in self._kinds)
+        self._without = self._known("workload.without", self.options.without, MODALITIES)
         self.measured = self._known("workload.evaluate", self.options.evaluate or self.tasks)
         self._measures = {task: measure_of(task, self.data) for task in self.measured}
         self._present = {
@@ -330,12 +333,8 @@ class VideoLanguage(Workload):
         rows = torch.arange(len(self.data.test))[pool]
         batch = self._fetch("test", rows, MODALITIES)
         found = self._pool(params, batch, rows)
-        for number in range(self.options.shuffles):
-            source = rng.generator(self.seed, "shuffle-frames", number, participant=chunk)
-            orders = source.permuted(np.tile(np.arange(batch["video"].shape[1]), (len(rows), 1)), axis=1)
-            video = batch["video"][torch.arange(len(rows))[:, None], torch.from_numpy(orders)]
-            shuffled = self._pool(params, batch | {"video": video}, rows)
-            found |= {f"{SHUFFLED}{number}.{name}": value for name, value in shuffled.items()}
+        for prefix, other in altered(batch, self.options.shuffles, self._without, self.seed, chunk):
+            found |= {prefix + name: value for name, value in self._pool(params, other, rows).items()}
         return found
 
     def _pool(self, params: Params, batch: dict[str, Tensor], rows: Tensor) -> Sums:
@@ -372,16 +371,10 @@ class VideoLanguage(Workload):
 
         With the option `shuffles`, ``<metric>_shuffled`` is the mean over orders of the frames, at test time alone
         (HiTeA, arXiv 2212.14546), and ``<metric>_drop`` by how much the metric is better in the right order: its
-        temporal reliance.
+        temporal reliance. With the option `without`, ``<metric>_without_<modality>`` is measured on clips that lack it.
         """
         found = self._metrics_of(sums)
-        orders = [
-            self._metrics_of({name.removeprefix(prefix): v for name, v in sums.items() if name.startswith(prefix)})
-            for prefix in (f"{SHUFFLED}{number}." for number in range(self.options.shuffles))
-        ]
-        means = {name: sum(one[name] for one in orders) / len(orders) for name in found} if orders else {}
-        drops = {f"{name}_drop": found[name] - mean for name, mean in means.items()}
-        return found | {f"{name}_shuffled": mean for name, mean in means.items()} | drops
+        return found | altered_metrics(found, sums, self.options.shuffles, self._without, self._metrics_of)
 
     def _metrics_of(self, sums: Sums) -> dict[str, float]:
         done = [task for task in self.measured if f"loss.{task}" in sums]
