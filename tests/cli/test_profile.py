@@ -95,6 +95,15 @@ def test_bad_input_is_one_sentence(run: Path, arguments: list[str], told: str) -
     assert result.stderr.count("\n") == 1
 
 
+def test_a_run_with_a_side_car_is_not_judged(run: Path) -> None:
+    write(run, "side-car", [span("checkpoint", 190, 210)], pid=2)
+    assert call("profile", run).exit_code == 0
+    result = call("offload", run, "--device", "emulated")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: in round 2 a side-car does a stage of this run already")
+    assert result.stderr.count("\n") == 1
+
+
 class TestScale:
     def test_prints_a_table_and_draws(self, run: Path, tmp_path: Path) -> None:
         (run / "config.yaml").write_text("name: run\nclients: {num: 8, per_round: 2}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gossamer.errors import ConfigError
@@ -14,6 +15,7 @@ from gossamer.profiling.offload import STAGES, costs_of, move, stage_named
 from gossamer.profiling.replay import Graph, Node, replay
 
 MB = 1_000_000
+ENGINE_GAIN = {"deflate": 45.0, "zstd": 1.8}  # of BlueField-2 over a core of a host, by zlib and zstd
 
 
 def rounds(*stages: tuple[str, float, int], train: float = 0.1) -> list[Graph]:
@@ -40,6 +42,12 @@ def seconds(graph: Graph, device: Device, name: str, **place: float) -> float:
     """Return how long a round is with a stage moved."""
     stage = stage_named(name)
     return move(graph, stage, costs_of(device, stage, stage.kinds[:1], place)).seconds
+
+
+def compressions(kind: str, sizes: list[int], num_cores: int = 1) -> list[Graph]:
+    """Return rounds that compress pieces of some bytes, by the published ratio to BlueField-2's engine for one core."""
+    seconds_per_byte = ENGINE_GAIN[kind] / read_device("bluefield-2").engines["deflate"].numbers["throughput"].value
+    return rounds(*((kind, size * seconds_per_byte / num_cores, size) for size in sizes), train=0.01)
 
 
 class TestClosedForms:
@@ -99,12 +107,31 @@ class TestNegativeControls:
     def test_zlib_wins_large_on_a_deflate_engine_and_zstd_does_not(self) -> None:
         device = read_device("bluefield-2")
         engine_seconds = 100 * MB / device.engines["deflate"].numbers["throughput"].value
-        # 45 times zlib on a host's core, and 1.8 times zstd (docs/profiling.md).
-        zlib = verdict_of(rounds(("deflate", 45 * engine_seconds, 100 * MB)), device, "compression")
-        zstd = verdict_of(rounds(("zstd", 1.8 * engine_seconds, 100 * MB)), device, "compression")
+        zlib, zstd = (
+            verdict_of(rounds((kind, gain * engine_seconds, 100 * MB)), device, "compression")
+            for kind, gain in ENGINE_GAIN.items()
+        )
         assert zlib.verdict == WIN
         assert zlib.change.mean < -0.9
         assert zstd.change.mean > zlib.change.mean + 0.4
+
+    @pytest.mark.parametrize("num_bytes", [100_000, 300_000, MB])
+    def test_zstd_of_a_model_does_not_win_where_zlib_wins_large(self, num_bytes: int) -> None:
+        device = read_device("bluefield-2")
+        zlib, zstd = (verdict_of(compressions(kind, [num_bytes] * 50), device, "compression") for kind in ENGINE_GAIN)
+        assert zlib.verdict == WIN
+        assert zlib.worst.hi < -0.7
+        assert zstd.verdict == CANNOT_TELL
+        assert "deflate.latency" in zstd.deciding
+
+    def test_zstd_of_two_cores_loses_where_zlib_of_two_still_wins_large(self) -> None:
+        device = read_device("bluefield-2")
+        zlib, zstd = (
+            verdict_of(compressions(kind, [100 * MB], num_cores=2), device, "compression") for kind in ENGINE_GAIN
+        )
+        assert zlib.verdict == WIN
+        assert zlib.worst.hi < -0.8
+        assert zstd.verdict == LOSE
 
     def test_an_engine_that_only_decompresses_is_not_used(self) -> None:
         device = read_device("bluefield-2")
@@ -149,6 +176,21 @@ class TestVerdicts:
                 fixed = replace(number, value=value, lo=value, hi=value)
                 (again,) = judge(graphs, replace(device, numbers=device.numbers | {key: fixed}))
                 assert found.verdict in (CANNOT_TELL, again.verdict)
+
+    @pytest.mark.parametrize("kind", ENGINE_GAIN)
+    @pytest.mark.parametrize("num_bytes", [100, 10_000, 300_000, 2 * MB, 100 * MB])
+    def test_no_assumed_number_of_an_engine_flips_a_verdict(self, kind: str, num_bytes: int) -> None:
+        graphs, device = compressions(kind, [num_bytes] * 3), read_device("bluefield-2")
+        (found,) = judge(graphs, device)
+        engine, verdicts = device.engines["deflate"], set()
+        assumed = {name: number for name, number in engine.numbers.items() if number.is_assumed}
+        assert set(assumed) == {"latency", "start"}
+        for name, number in assumed.items():
+            for value in np.geomspace(number.lo, number.hi, 4):
+                fixed = replace(number, value=value, lo=value, hi=value)
+                changed = replace(engine, numbers=engine.numbers | {name: fixed})
+                verdicts.add(verdict_of(graphs, replace(device, engines={"deflate": changed}), "compression").verdict)
+        assert found.verdict == CANNOT_TELL or verdicts == {found.verdict}
 
     @pytest.mark.parametrize("stage", [stage.name for stage in STAGES])
     def test_the_round_is_monotone_in_the_slowdown(self, stage: str) -> None:

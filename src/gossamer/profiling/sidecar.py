@@ -34,12 +34,12 @@ from gossamer.errors import EngineError, GossamerError, one_line
 from gossamer.memory import memory_errors
 from gossamer.profiling import recorder
 from gossamer.profiling.offload import BACKGROUND, Costs, Offload
+from gossamer.profiling.trace import SIDE_CAR
 from gossamer.shared_memory import Mappable, attach
 
 Message = dict[str, Any]
 Handler = Callable[[Message, list[Tensor]], tuple[Message, list[Tensor]]]
 
-PROCESS = "side-car"  # as which it records
 AHEAD = 16  # pieces that are handed over before the answer to the first of them is read
 POLL_SECONDS = 0.5
 ALIGNMENT = 64  # bytes
@@ -298,7 +298,7 @@ def _serve(
     inherited.close()
     _settle(processor)
     if (folder := recorder.folder()) is not None:
-        recorder.start(Path(folder), PROCESS)
+        recorder.start(Path(folder), SIDE_CAR)
     handler, inbox, outbox, link, pid = make_handler(), Inbox(), Outbox(), Link(offload.costs), os.getpid()
     for number in itertools.count(1):
         try:

@@ -22,7 +22,7 @@ from gossamer.profiling.recorder import FIELDS, FORMAT, VERSION
 
 UNATTRIBUTED, WAIT = "unattributed", "wait"
 ABSENT = "absent"
-DRIVER = "driver"
+DRIVER, SIDE_CAR = "driver", "side-car"  # processes, by what they record as
 HEADER = {"process": str, "pid": int, "host": str, "boot": str, "monotonic_ns": int, "unix_ns": int}
 
 

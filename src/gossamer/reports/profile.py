@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from gossamer.errors import ConfigError
 from gossamer.profiling.advice import Verdict, is_nothing_worth, judge, path_shares
 from gossamer.profiling.clocks import Clock
 from gossamer.profiling.devices import Device
@@ -19,7 +20,7 @@ from gossamer.profiling.graphs import graph_of
 from gossamer.profiling.offload import STAGES, Stage, costs_of, move
 from gossamer.profiling.outliers import Outlier, find_outliers
 from gossamer.profiling.replay import Graph, Interval, bootstrap, replay, slack
-from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, Round, Segment, Trace, stage_totals
+from gossamer.profiling.trace import ABSENT, SIDE_CAR, UNATTRIBUTED, WAIT, Round, Segment, Trace, stage_totals
 from gossamer.reports.images import save
 from gossamer.storage.tables import aligned
 
@@ -209,8 +210,19 @@ def as_time(seconds: float) -> str:
 
 
 def offload(trace: Trace, device: Device, stages: Sequence[Stage] = STAGES) -> list[Verdict]:
-    """Judge what moving each stage of a run to a device would do."""
-    return judge([graph_of(one) for one in rounds_of(trace, MAX_ROUNDS)], device, stages)
+    """Judge what moving each stage of a run to a device would do.
+
+    Raises:
+        ConfigError: a side-car did a stage of it already.
+    """
+    rounds = rounds_of(trace, MAX_ROUNDS)
+    moved = [one.number for one in rounds if any(lane.process == SIDE_CAR for lane in one.lanes)]
+    if moved:
+        raise ConfigError(
+            f"in round {moved[0]} a side-car does a stage of this run already, and what it does would be moved once"
+            " more: give a run that was recorded without offload"
+        )
+    return judge([graph_of(one) for one in rounds], device, stages)
 
 
 def render_offload(verdicts: Sequence[Verdict], device: Device, as_json: bool = False) -> str:
