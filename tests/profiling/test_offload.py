@@ -73,6 +73,18 @@ class TestClosedForms:
         device = emulated(slowdown_stream=1, link_latency=0, submit=0)
         assert seconds(graph, device, "aggregation") == pytest.approx(0.01 + 10 * 0.01 + 0.01, abs=1e-9)
 
+    def test_threads_do_not_wait_for_their_turn_on_the_link(self) -> None:
+        device = emulated(cores=2, slowdown_cpu=10, link_latency=0, link_bandwidth=1e9, submit=0)
+        # As recorded, slow compresses first; ten times as slowly, quick is done long before it.
+        graph = Graph([Node("slow", "compress", 0.05, 0.05, MB), Node("quick", "compress", 0.01, 0.01, MB)])
+        graph.add(Node("quick", "train", 0.3), [])
+        assert seconds(graph, device, "codec") == pytest.approx(0.002 + 0.5, abs=1e-9)
+
+    def test_all_threads_share_the_time_of_the_link(self) -> None:
+        device = emulated(slowdown_cpu=1, link_latency=0, link_bandwidth=1e8, submit=0)
+        graph = Graph([Node(f"w{number}", "compress", 0.01, 0.01, 10 * MB) for number in range(5)])
+        assert seconds(graph, device, "codec") == pytest.approx(5 * 0.1, abs=1e-9)
+
     def test_time_that_is_no_processor_time_stays(self) -> None:
         graph = Graph([Node("driver", "compress", 0.05, 0.01)])
         device = emulated(slowdown_cpu=3, link_latency=0, submit=0)

@@ -151,7 +151,7 @@ class Moved:
         link_bytes: that cross the link between host and device, both ways.
         device_seconds: how long its busiest core, or its engine, works.
         cycle_seconds: least time from one round to the next: the device's, and in the background that of a copy, too,
-            which is not begun before what was copied last is done.
+            which is not begun before what was copied last is done; and that of all transfers of a direction.
         threads: of the host, which the round waits for.
     """
 
@@ -173,15 +173,16 @@ def move(graph: Graph, stage: Stage, costs: Costs, *, blocking: bool = False) ->
     """Move a stage to a device.
 
     Its pieces go over the link to the device, run there on the core (or the engine) that serves their thread, in their
-    order, and what they return comes back; transfers follow one another in each direction. The part of a piece that
-    was not processor time, such as waiting for a disk, takes there as long as here.
+    order, and what they return comes back. In each direction transfers of a thread follow one another; those of several
+    do not wait for the turn that they had as recorded, but the round takes no less than all of them need. The part of a
+    piece that was not processor time, such as waiting for a disk, takes there as long as here.
 
     Args:
         blocking: whether the thread waits for each piece, whatever the stage's mode is.
     """
     moved, freed, link_bytes = Graph(), 0.0, 0.0
     busy: dict[str, float] = {}
-    copying = 0.0
+    copying = link = 0.0
     number_of: list[int] = []
     pending: list[tuple[int, str]] = []  # node that ends a piece, and the thread that needs it
     threads = {name: i for i, name in enumerate(dict.fromkeys(node.resource for node in graph.nodes))}
@@ -200,14 +201,15 @@ def move(graph: Graph, stage: Stage, costs: Costs, *, blocking: bool = False) ->
             number_of.append(moved.add(node, before))
             continue
         submit = moved.add(Node(node.resource, "submit", costs.submit, costs.submit, node.num_bytes), before)
-        there = Node(TO_DEVICE, "transfer", node.num_bytes * costs.link_seconds_per_byte, 0.0, node.num_bytes)
+        crossing, back = node.num_bytes * costs.link_seconds_per_byte, node.num_bytes * stage.returns
+        there = Node(f"{TO_DEVICE}, {node.resource}", "transfer", crossing, 0.0, node.num_bytes)
         sent = moved.add(there, [submit])
         where, seconds = _work(node, costs, threads[node.resource])
         busy[where] = busy.get(where, 0.0) + seconds
-        copying += there.seconds + 2 * costs.link_latency if mode == BACKGROUND else 0.0
+        copying += crossing + 2 * costs.link_latency if mode == BACKGROUND else 0.0
         done = moved.add(Node(where, node.kind, seconds, 0.0, node.num_bytes), [(sent, costs.link_latency)])
-        back = node.num_bytes * stage.returns
-        here = Node(FROM_DEVICE, "transfer", back * costs.link_seconds_per_byte, 0.0, round(back))
+        here = Node(f"{FROM_DEVICE}, {node.resource}", "transfer", crossing * stage.returns, 0.0, round(back))
+        link += crossing * max(1.0, stage.returns)
         returned = moved.add(here, [done])
         # In the background the host waits for the copy alone: it may not change what is not copied yet.
         pending.append((sent if mode == BACKGROUND else returned, node.resource))
@@ -218,7 +220,7 @@ def move(graph: Graph, stage: Stage, costs: Costs, *, blocking: bool = False) ->
         ends = [(end, costs.link_latency) for end, one in pending if one == thread]
         moved.add(Node(thread, "wait", 0.0), ends)
     device = max(busy.values(), default=0.0)
-    return Moved(moved, freed, link_bytes, device, device + copying, frozenset(threads))
+    return Moved(moved, freed, link_bytes, device, max(device + copying, link), frozenset(threads))
 
 
 def _work(node: Node, costs: Costs, thread: int) -> tuple[str, float]:
