@@ -530,9 +530,9 @@ def goals(timed: dict[str, Any], cpu_bound: dict[str, Any]) -> dict[str, bool | 
         limits = f"{name}: mean error {most_mean:g}, largest {most:g} at most"
         met[limits] = found["mean_error"] <= most_mean and found["max_error"] <= most if known else None
         met[f"{name}: no wrong sign"] = not found["wrong_signs"] if known else None
-        better = f"{name}: better than both naive predictors"
-        met[better] = found["mean_error"] < min(found["naive_mean_errors"].values()) if known else None
-    return met
+    # Of timed ones alone: with the one worker of a CPU-bound trial nothing runs beside a codec, so scaling is right.
+    better = timed["mean_error"] < min(timed["naive_mean_errors"].values()) if timed["trials"] else None
+    return met | {"timed: better than both naive predictors": better}
 
 
 def be_prompt(*, is_prompt: bool) -> bool:
@@ -561,7 +561,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=63, help="timed ones")
-    parser.add_argument("--cpu-bound", type=int, default=9, help="trials in which processes compute")
+    parser.add_argument("--cpu-bound", type=int, default=12, help="trials in which processes compute")
     parser.add_argument("--rounds", type=int, default=4, help="of either kind that must count in a trial")
     parser.add_argument("--most-blocks", type=int, default=5, help=f"of {BLOCK} rounds of either kind in a trial")
     parser.add_argument("--first-seed", type=int, default=0, help="trials are drawn by this and the following seeds")
