@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gossamer.cli.plug_ins import Trust, plug_ins
+
 if TYPE_CHECKING:
     from gossamer.profiling.trace import Trace
 
@@ -127,7 +129,14 @@ def offload(
         Path | None,
         typer.Option("-o", "--output", metavar="FILE", help="Draw a round before and after, of the first stage."),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run the experiment some more, with a side-car that does the stage.")
+    ] = False,
+    rounds: Annotated[
+        int | None, typer.Option(min=3, metavar="N", help="With --verify: rounds of each of six runs; default: 9.")
+    ] = None,
     as_json: AsJson = False,
+    trust: Trust = False,
 ) -> None:
     """Say what moving each stage of a recorded run to a SmartNIC would save, and how sure that is."""
     from gossamer.errors import ConfigError
@@ -139,11 +148,21 @@ def offload(
 
     if output is not None:
         require_image(output)
+    for name, value in (("rounds", rounds), ("trust", trust or None)):
+        if not verify and value is not None:
+            raise ConfigError(f"--{name} changes nothing without --verify: give both, or neither")
     found, stages = read_device(device), STAGES if stage is None else (stage_named(stage),)
     trace = read_trace(directory)
     verdicts = reports.offload(trace, found, stages)
     if stage is not None and not verdicts:
         raise ConfigError(f"no span of stage {stage!r} was recorded in {str(directory)!r}: leave out --stage")
+    if verify:
+        from gossamer.cli.verify import render, stage_to_verify, verification
+
+        kind = stage_to_verify(verdicts)
+        with plug_ins(trust):
+            typer.echo(render(verification(directory, device, kind, rounds or 9), kind, found.name, as_json))
+        return
     typer.echo(reports.render_offload(verdicts, found, as_json))
     if output is not None and verdicts:
         drawn = reports.draw_offload(trace, found, stage_named(verdicts[0].stage), output)
