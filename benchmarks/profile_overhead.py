@@ -238,7 +238,7 @@ def main() -> int:
         "recorded_below_1_percent": report["loop"]["recorded"]["cpu"]["hi"] < MOST,
         "off_unmeasurable": report["loop"]["off"]["cpu"]["lo"] <= UNMEASURABLE,
     }
-    report["cores_used_by_others"] = usage(before, read()).others
+    report["cores_used_by_others"] = usage(before, read()).share
     report["versions"] = {"python": platform.python_version(), "torch": version("torch")}
     print(json.dumps(report, indent=1))
     return 0 if all(report["goals"].values()) else 1

@@ -32,11 +32,13 @@ ENCODERS = {  # modules that a modality alone reaches, and that lose their gradi
 every_model = pytest.mark.parametrize("name", list(MODELS))
 
 
+@pytest.mark.sweep(keep=0.4)
 @every_model
 def test_it_keeps_the_contract(name: str) -> None:
     check_workload(with_model(name))
 
 
+@pytest.mark.sweep(keep=0.4)
 @every_model
 def test_every_module_that_is_held_is_trained(name: str) -> None:
     for task in with_model(name).tasks:
@@ -45,6 +47,7 @@ def test_every_module_that_is_held_is_trained(name: str) -> None:
         assert trained == made.holdings[0].modules - FROZEN.get((name, task), set()), task
 
 
+@pytest.mark.sweep(keep=0.4)
 @every_model
 @pytest.mark.parametrize("absent", ["video", "text"])
 def test_a_batch_without_a_modality_gives_its_encoder_no_gradient(name: str, absent: str) -> None:
@@ -72,6 +75,7 @@ def masked_complement(full: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]
     return kept
 
 
+@pytest.mark.sweep(keep=0.4)
 @every_model
 @pytest.mark.parametrize("what", ["heads", "head-dim"])
 @pytest.mark.parametrize("capacity", [0.5, 1.0])
@@ -91,6 +95,7 @@ def test_a_sub_model_is_the_masked_whole_one(name: str, what: str, capacity: flo
             torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sweep(keep=0.4)
 @every_model
 @pytest.mark.parametrize("what", ["heads", "head-dim"])
 def test_a_narrow_model_has_the_shapes_of_a_sub_model(name: str, what: str) -> None:
@@ -115,6 +120,7 @@ def test_what_stands_where_something_is_missing_has_no_effect(name: str) -> None
     torch.testing.assert_close(made.loss(params, other), made.loss(params, batch), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sweep(keep=0.4)
 @every_model
 def test_stacked_clients_are_trained_as_one_by_one(name: str) -> None:
     """The gradients of two clients under `torch.vmap` are those of each by itself."""
@@ -133,6 +139,7 @@ def test_stacked_clients_are_trained_as_one_by_one(name: str) -> None:
             torch.testing.assert_close(stacked[key][number], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.sweep(keep=0.4)
 @every_model
 def test_workers_change_no_bits(tmp_path: Path, name: str) -> None:
     given: dict[str, Any] = {

@@ -51,6 +51,7 @@ def test_workers_change_no_bits(tmp_path: Path, capacities: list[float]) -> None
     assert runs[0].metrics[-1]["total_bytes_up"] == runs[1].metrics[-1]["total_bytes_up"]
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("model", ["mplug-2", "tw-bert", "hitea"])
 @pytest.mark.parametrize(("sense", "own"), [("text", {"text"}), ("video", {"vision", "recognition"})])
 def test_a_unimodal_client_changes_no_other_modality(tmp_path: Path, model: str, sense: str, own: set[str]) -> None:
@@ -156,7 +157,8 @@ def test_capacities_are_evaluated_with_all_modules(tmp_path: Path) -> None:
 
 def test_peers_of_unequal_modalities(tmp_path: Path) -> None:
     """They mix over a graph, each trains the modules that it has, and workers change no bits."""
-    given = config(algorithm="dsgd", peers={"num": 8, "topology": "od-equidyn"}, workload={"model": SMALL["model"]})
+    small = {"dataset": SMALL["dataset"], "model": SMALL["model"]}
+    given = config(algorithm="dsgd", peers={"num": 4, "topology": "od-equidyn"}, workload=small, rounds=1)
     del given["clients"]
     given["train"] = {"lr": 0.01, "batch_size": 8, "steps": 1}
     runs = [
