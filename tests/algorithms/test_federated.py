@@ -43,6 +43,7 @@ LR = 0.125
 
 
 def start(seed: int = 0) -> Tensor:
+    """Return what training starts with."""
     return torch.randn(1, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -82,6 +83,7 @@ def slow_round(x: float, velocity: float, **options: float) -> tuple[float, floa
 
 
 def make(**options: float) -> FedAvg:
+    """Make an algorithm."""
     server = {name: value for name, value in options.items() if name.startswith("server")}
     return FedAvg(server, **{name: value for name, value in options.items() if name not in server})
 

@@ -32,6 +32,7 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[Name]:
     monkeypatch.setitem(sys.modules, "mine", module)
 
     def named(found: Any) -> str:
+        """Return traits with a name."""
         vars(module)["Mine"] = found
         return "mine:Mine"
 
@@ -40,6 +41,7 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[Name]:
 
 
 def with_attribute(key: str, value: Any, base: type = FedAvg, **traits: Any) -> type:
+    """Return an algorithm with one more attribute."""
     return type("Mine", (base,), {key: value, **({"traits": replace(FedAvg.traits, **traits)} if traits else {})})
 
 

@@ -78,6 +78,8 @@ class TestNetwork:
         lonely = networkx.Graph([(0, 1), (2, 3)])
         with pytest.raises(ConfigError, match="4 nodes that do not all reach each other"):
             Network.of(lonely)
+        with pytest.raises(ConfigError, match="its edges are directed"):
+            Network.of(networkx.DiGraph([(0, 1), (1, 0)]))
         with pytest.raises(ConfigError, match="the link 0 - 1 has no latency_seconds"):
             Network.of(networkx.Graph([(0, 1)]))
         with pytest.raises(ConfigError, match="a network of 1 nodes has no links: give two"):

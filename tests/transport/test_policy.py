@@ -297,6 +297,7 @@ class TestEnforced:
 
     @pytest.fixture(autouse=True)
     def module(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Put a module of a stranger where it would be found."""
         (tmp_path / "evil_plug_in.py").write_text(EVIL + "from subprocess import call\n")
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setenv("MARKER", str(tmp_path / "marker"))

@@ -60,10 +60,12 @@ def test_every_workload_is_here() -> None:
 
 
 def on_meta(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return tensors without memory."""
     return {name: value.to("meta") for name, value in tensors.items()}
 
 
 def check(workload: Workload, row: Tensor, layout: Any, stacked: bool) -> None:
+    """Check a loss and its gradients where parameters and samples have no memory."""
     clients = np.arange(2, dtype=np.int64)
     num_samples = int(workload.num_samples[:2].min())
     positions = np.tile(np.arange(num_samples), (2, 1))

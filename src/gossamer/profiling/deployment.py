@@ -51,10 +51,13 @@ class Network:
         """Take a networkx graph whose edges have `ATTRIBUTES`.
 
         Raises:
-            ConfigError: an edge lacks one, or has one that is out of range, or nodes cannot reach each other.
+            ConfigError: an edge lacks one, or has one that is out of range, or nodes cannot reach each other; or the
+                graph is directed.
         """
         import networkx
 
+        if networkx.is_directed(graph):
+            raise ConfigError("its edges are directed, and a link here is the same both ways: give an undirected graph")
         plain = networkx.Graph(graph)
         number = {node: index for index, node in enumerate(plain)}
         if len(number) < 2:

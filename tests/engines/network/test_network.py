@@ -56,10 +56,12 @@ def stalled(until: threading.Event) -> Callable[[Mapping[str, Any]], Any]:
     """Return what makes the task of a node that trains nothing before `until`."""
 
     def make(config: Mapping[str, Any]) -> Any:
+        """Make the task."""
         task = task_of(config)
         batch = task.workload.batch
 
         def late(clients: Any, positions: Any, *address: int) -> Any:
+            """Return samples, once there may be some."""
             if positions.size > 1:  # it is asked for one sample first, to see how large they are
                 until.wait(60)
             return batch(clients, positions, *address)
@@ -179,6 +181,8 @@ def test_processes_that_are_killed(tmp_path: Path) -> None:
     config = {**config, "checkpoint": {"every_seconds": 1000}}
 
     class Killing:
+        """Kills a process of clients after the second round."""
+
         def on_block(self, round: int, done: int, total: int) -> None:
             """Do nothing."""
 

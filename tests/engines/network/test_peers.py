@@ -44,6 +44,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def configured(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an experiment of as many peers as its topology has."""
     number = 8 if changes.get("peers.topology") == "slow_peers:pushing" else NUM_PEERS
     return decentralized({"peers.num": number, **changes})
 
@@ -58,6 +59,7 @@ class Watch:
         """Nothing is asked of blocks."""
 
     def on_round(self, record: Mapping[str, Any]) -> None:
+        """Call back with the number of the round."""
         self._on_round(record["round"])
 
 
@@ -313,6 +315,7 @@ class TestSentences:
 
 @pytest.fixture(scope="module")
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the kits of two peers and an observer."""
     root = tmp_path_factory.mktemp("federation")
     nodes = ", ".join(f"{{name: {name}, hosts: [127.0.0.1]}}" for name in ("berlin", "paris", "watcher"))
     (root / "FEDERATION.yaml").write_text(f"name: f\nnodes: [{nodes}]\n")

@@ -21,6 +21,7 @@ SMALL = {"stream": 8, "num_heads": 2, "hidden": 8, "vision_blocks": 1, "num_late
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a small NLVR."""
     root = tmp_path_factory.mktemp("clips")
     write_nlvr(root)
     return root
@@ -28,6 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def nlvr_options(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Return options of it, with the folder where data are looked for."""
     monkeypatch.setenv("GOSSAMER_DATA", str(folder))
     return {"height": 8, "width": 16, "length": 8, "pool": 4}
 

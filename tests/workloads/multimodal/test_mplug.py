@@ -120,7 +120,10 @@ class TestBadOptions:
 
 def test_the_contract_notices_modules_that_nobody_has() -> None:
     class Wrong(VideoLanguage):
+        """Says that clients hold what there is not."""
+
         def client_holdings(self, clients: Any) -> Any:
+            """Return a number that no holding has."""
             return np.full(len(clients), 9, dtype=np.int16)
 
     with pytest.raises(ContractError, match=r"client_holdings returned .*: return a number from 0 to 0"):
