@@ -30,7 +30,9 @@ def test_actors_are_recorded(tmp_path: Path, config: dict[str, Any]) -> None:
     assert [one.number for one in trace.rounds] == [1, 2, 3]
     last = trace.rounds[-1]
     assert {lane.process for lane in last.lanes} == {"actor", "driver"}
-    elastic, arrivals = messages_of(last)
-    assert {arrival.lane.process for arrival in arrivals} == {"actor", "driver"}
-    assert any(lane.process == "driver" for lane, _ in elastic)
+    _, arrivals = messages_of(last)  # whether a wait is among them depends on who was quicker
+    assert {(arrival.sender.process, arrival.lane.process) for arrival in arrivals} == {
+        ("actor", "driver"),
+        ("driver", "actor"),
+    }
     assert examine(trace).replay_error < 0.03
