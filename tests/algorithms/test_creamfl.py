@@ -223,8 +223,11 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bits(tmp_path: Path) -> Non
 @pytest.mark.timeout(300)
 @pytest.mark.usefixtures("one_ray")
 def test_bits_on_ray(tmp_path: Path) -> None:
-    done = gossamer.run(config(), out=tmp_path / "a")
-    ray = config(engine={"name": "ray", "workers": 2, "modes": {"stacked": False}})
+    """Of clients of two architectures, too."""
+    wide = {"image": {"name": "cnn", "width": 0.125}, "audio": "mlp"}
+    kinds = {"narrow": {"share": 0.5}, "wide": {"share": 0.5, "encoders": wide}}
+    done = gossamer.run(config(workload={"architectures": kinds}), out=tmp_path / "a")
+    ray = config(workload={"architectures": kinds}, engine={"name": "ray", "workers": 2, "modes": {"stacked": False}})
     assert_same(gossamer.run(ray, out=tmp_path / "b"), done)
 
 

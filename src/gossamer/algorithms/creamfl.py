@@ -29,7 +29,7 @@ class PublicSet(Protocol):
     [num_samples, width] of its layout for those of each modality, in a module of its own, which every client holds.
 
     Attributes:
-        modalities: two names. A client that has the modality holds a module of this name.
+        modalities: two names.
         num_samples: samples, each of which has both modalities.
         entries: ``{modality: name of the layout's entry}``.
         server_modules: modules of the server's own model, which no client holds.
@@ -39,6 +39,10 @@ class PublicSet(Protocol):
     num_samples: int
     entries: Mapping[str, str]
     server_modules: tuple[str, ...]
+
+    def held(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the modalities of which a client whose parameters have these names has an encoder."""
+        ...
 
     def represent(self, params: Mapping[str, Tensor], modality: str, rows: Tensor) -> Tensor:
         """Return the representations of samples int64 [r] by the model in `params`, a client's or the server's."""
@@ -61,7 +65,8 @@ class CreamFL(FedAvg):
     began the round. It sends its representations. The server combines them, see `ensemble`, learns to give the same
     (``distillation`` times the mean squared error), and learns from the public pairs themselves.
 
-    A client's model stays with it; clients may differ in modalities and, by ``submodel.capacities``, in width.
+    A client's model stays with it; clients may differ in modalities, in architecture where the workload has several,
+    and, by ``submodel.capacities``, in width.
     Representations are all that is sent: P * width numbers for each modality, up for those that the client has and
     down for both. [M] Here the server trains when a round ends, so that in the first round, when it has sent nothing
     yet (zeros), clients only train on their own samples, and count alike. [M] The server's optimizer is Adam, anew in
@@ -131,9 +136,8 @@ class CreamFL(FedAvg):
         return bound
 
     def sent(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Return the entries of representations of those modalities whose modules are among the names."""
-        modules, public = {name.partition(".")[0] for name in names}, self._public
-        return tuple(public.entries[modality] for modality in public.modalities if modality in modules)
+        """Return the entries of representations of those modalities whose encoders are among the names."""
+        return tuple(self._public.entries[modality] for modality in self._public.held(names))
 
     def received(self, names: Sequence[str]) -> tuple[str, ...]:
         """Return the entries of all representations."""
@@ -156,7 +160,7 @@ class CreamFL(FedAvg):
             generator: random numbers of this client and round.
         """
         public, options = self._public, self.options
-        held = [modality for modality in public.modalities if any(n.startswith(f"{modality}.") for n in params)]
+        held = public.held(tuple(params))
         sent = {modality: before[entry] for modality, entry in public.entries.items()}
         every = torch.arange(public.num_samples)
         with torch.no_grad():

@@ -18,6 +18,7 @@ from gossamer.submodel.layout import Layout
 from gossamer.workloads.base import Batch, Blueprint, ForwardContext, Params, Sums, Workload
 from gossamer.workloads.digests import digest_of
 from gossamer.workloads.holdings import Holding, assigned
+from gossamer.workloads.multimodal.architectures import ArchitectureOptions, Family
 from gossamer.workloads.multimodal.audio_visual import AudioVisualOptions, audio_visual_digits
 from gossamer.workloads.multimodal.encoders import FUSION, JOINED, Classifier
 from gossamer.workloads.multimodal.labels import LabelOptions, given_labels, label_rates
@@ -53,6 +54,8 @@ class AudioVisualDigitsOptions(Options):
         labels: labels of training samples that are missing or wrong; the only label is ``digit``.
         exchange: what clients send: parameters of the modules that they hold; or, for creamfl, representations of the
             ``dataset.num_public`` public pairs, while models stay with them.
+        architectures: ``{name: {share: of the clients, encoders: {...}}}``: clients whose models differ; only where
+            representations are exchanged. None: all have `encoders`.
         server_encoders: likewise for the server's own model, where representations are exchanged; None: as `encoders`.
     """
 
@@ -63,6 +66,7 @@ class AudioVisualDigitsOptions(Options):
     missing: MissingOptions = Field(default_factory=lambda: MissingOptions.model_validate({}))
     labels: LabelOptions = Field(default_factory=lambda: LabelOptions.model_validate({}))
     exchange: Literal["parameters", "representations"] = "parameters"
+    architectures: dict[str, ArchitectureOptions] | None = Field(None, min_length=1)
     server_encoders: dict[str, Spec] | None = None
 
 
@@ -128,7 +132,10 @@ class AudioVisualDigits(Workload):
         """Build the model of clients without the data, see `Workload`."""
         parsed = parse_options(AudioVisualDigitsOptions, options, "workload")
         shapes = {name: tuple(shape) for name, shape in facts["input_shapes"].items()}
-        return Classifier(parsed.encoders, shapes, parsed.width, facts["num_labels"], "workload.encoders")
+        given = shapes, parsed.width, facts["num_labels"]
+        if parsed.architectures is not None:
+            return Family(parsed.architectures, parsed.encoders, *given)
+        return Classifier(parsed.encoders, *given, "workload.encoders")
 
     def blueprint(self) -> Blueprint:
         """Return what `build_model` takes of the data."""
@@ -161,7 +168,7 @@ class AudioVisualDigits(Workload):
         held: Bools = given & there
         return held
 
-    def _named(self, held: Bools) -> tuple[str, ...]:
+    def _named(self, held: Bools | list[int]) -> tuple[str, ...]:
         return tuple(name for name, is_held in zip(self.modalities, held, strict=True) if is_held)
 
     def _present_in_samples(self) -> dict[str, Bools]:
@@ -181,25 +188,52 @@ class AudioVisualDigits(Workload):
 
     def _bind_layout(self) -> None:
         """Lay out the modules, and find out which of them each client holds."""
-        kinds, self._kind_of_client = np.unique(self._held, axis=0, return_inverse=True)
+        kinds, self._kind_of_client = self._kinds()
         shapes, axes, shared = dict(self.model.shapes), dict(self.model.axes), tuple[str, ...]()
         if self.options.exchange == REPRESENTATIONS:
             self._public = self._public_pairs()
             self.personal = tuple(shapes)
             shapes, axes = shapes | self._public.shapes, axes | self._public.axes
             shared = self._public.modules
-        elif self.options.server_encoders is not None:
+        else:
+            self._require_one_model()
+        self.traits = WorkloadTraits(has_public_set=self.options.exchange == REPRESENTATIONS)
+        self.layout = Layout.of(shapes, axes)
+        holdings = list[Holding]()
+        for architecture, *held in kinds.tolist():
+            names, model = self._named(held), self._member(architecture)
+            own = [model.prefix + name for name in (*names, *((FUSION,) if len(names) == 2 else ()))]
+            called = model.prefix.removesuffix("_") + " " * bool(model.prefix) + JOIN.join(names)
+            holdings.append(Holding(called, frozenset((*own, *shared))))
+        self.holdings = tuple(holdings)
+
+    def _kinds(self) -> tuple[Ints, Ints]:
+        """Return the kinds of clients, int64 [kinds, 1 + modalities]: architecture, and what it has; and each one's."""
+        shares = [one.share for one in (self.options.architectures or {}).values()] or [1.0]
+        architectures = assigned(shares, self.num_clients, self.seed, "assign-architectures")
+        kinds, found = np.unique(np.column_stack([architectures, self._held]), axis=0, return_inverse=True)
+        return kinds, found
+
+    def _member(self, architecture: int) -> Classifier:
+        """Return the model of an architecture by its number."""
+        return list(self.model.members.values())[architecture] if isinstance(self.model, Family) else self.model
+
+    def _require_one_model(self) -> None:
+        """Refuse several models where parameters are exchanged.
+
+        Raises:
+            ConfigError: the server, or some clients, would have another one.
+        """
+        if self.options.server_encoders is not None:
             raise ConfigError(
                 "workload.server_encoders are those of a server with a model of its own: set workload.exchange to"
                 " representations, or leave them out"
             )
-        self.traits = WorkloadTraits(has_public_set=self.options.exchange == REPRESENTATIONS)
-        self.layout = Layout.of(shapes, axes)
-        named = [self._named(kind) for kind in kinds]
-        self.holdings = tuple(
-            Holding(JOIN.join(names), frozenset((*names, *shared, *((FUSION,) if len(names) == 2 else ()))))
-            for names in named
-        )
+        if self.options.architectures is not None:
+            raise ConfigError(
+                "workload.architectures differ, so that their parameters cannot be averaged: set workload.exchange to"
+                " representations, with algorithm creamfl, or leave them out"
+            )
 
     def _public_pairs(self) -> PublicPairs:
         """Return the public pairs, and a model of the server.
@@ -216,7 +250,8 @@ class AudioVisualDigits(Workload):
         samples = {name: self.normalised(name, values[:]) for name, values in public.samples.items()}
         shapes = {name: tuple(values.shape[1:]) for name, values in samples.items()}
         encoders = options.encoders if options.server_encoders is None else options.server_encoders
-        server = Classifier(encoders, shapes, options.width, self.num_labels, "workload.server_encoders", SERVER)
+        where = "workload.encoders" if options.server_encoders is None else "workload.server_encoders"
+        server = Classifier(encoders, shapes, options.width, self.num_labels, where, SERVER, is_cut=False)
         return PublicPairs(self.model, server, samples, public.labels)
 
     def public_set(self) -> PublicPairs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,6 +42,8 @@ class Classifier:
         num_labels: int,
         where: str,
         prefix: str = "",
+        *,
+        is_cut: bool = True,
     ) -> None:
         """Make the encoders.
 
@@ -51,12 +53,13 @@ class Classifier:
             width: numbers of a representation.
             num_labels: number of classes.
             where: dotted path of `encoders`, for errors.
-            prefix: before the name of each module. With one, the model is a server's, which is never cut.
+            prefix: before the name of each module.
+            is_cut: whether smaller capacities have narrower encoders; a server's are whole.
 
         Raises:
             ConfigError: a modality has no encoder, one that does not exist has, or it cannot be built.
         """
-        self.modalities, self.prefix, self.width = tuple(input_shapes), prefix, width
+        self.modalities, self.prefix, self.width, self._is_cut = tuple(input_shapes), prefix, width, is_cut
         if different := sorted(set(encoders) ^ set(input_shapes)):
             raise ConfigError(
                 f"{where} names {', '.join(encoders) or 'nothing'}, but the data have {', '.join(input_shapes)}: give"
@@ -77,13 +80,13 @@ class Classifier:
         self.modules = tuple(dict.fromkeys(name.partition(".")[0] for name in self.shapes))
 
     def _axis(self, module: str, axis: Any) -> Dim:
-        """Return an axis of an encoder, under a name of its own; representations, and all of a server's, are whole."""
+        """Return an axis of an encoder, under a name of its own; representations, and what is not cut, are whole."""
         dim = as_dim(axis)
-        is_cut = dim.axis not in (None, LABEL_AXIS) and not self.prefix
+        is_cut = dim.axis not in (None, LABEL_AXIS) and self._is_cut
         return replace(dim, axis=f"{module}.{dim.axis}" if is_cut else None)
 
     def _add_head(self, module: str, num_labels: int, size: int) -> None:
-        label = None if self.prefix else LABEL_AXIS
+        label = LABEL_AXIS if self._is_cut else None
         self.shapes[f"{module}.head.weight"], self.axes[f"{module}.head.weight"] = (num_labels, size), (label, None)
         self.shapes[f"{module}.head.bias"], self.axes[f"{module}.head.bias"] = (num_labels,), (label,)
 
@@ -120,6 +123,11 @@ class Classifier:
         if len(encoded) == len(self.modalities) > 1 and f"{self.prefix}{FUSION}.head.weight" in params:
             found[JOINED] = self._head(params, FUSION, torch.cat(list(encoded.values()), dim=-1))
         return found
+
+    def held(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the modalities of which there is an encoder among parameters of these names."""
+        modules = {name.partition(".")[0] for name in names}
+        return tuple(name for name in self.modalities if self.prefix + name in modules)
 
     def _head(self, params: Params, module: str, x: Tensor) -> Tensor:
         head = f"{self.prefix}{module}.head"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from gossamer import rng
 from gossamer.workloads.base import Params
+from gossamer.workloads.multimodal.architectures import Family
 from gossamer.workloads.multimodal.encoders import Classifier
 from gossamer.workloads.multimodal.objectives import contrastive, contrastive_logits
 from gossamer.workloads.supervised import cross_entropies
@@ -30,7 +31,7 @@ class PublicPairs:
         labels: int64 [P], which the server knows.
     """
 
-    client: Classifier
+    client: Classifier | Family
     server: Classifier
     samples: Mapping[str, Tensor]
     labels: Tensor
@@ -75,7 +76,11 @@ class PublicPairs:
         zeros = {name: torch.zeros(self.num_samples, self.client.width) for name in self.entries.values()}
         return zeros | self.server.init(rng.generator(seed, "init-server"))
 
-    def model_of(self, params: Params) -> Classifier:
+    def held(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the modalities of which a client whose parameters have these names has an encoder."""
+        return self.client.held(names)
+
+    def model_of(self, params: Params) -> Classifier | Family:
         """Return whose parameters these are: the server's, if its are among them, or a client's."""
         return self.server if any(name.startswith(SERVER) for name in params) else self.client
 
