@@ -22,6 +22,13 @@ def picture(colour: int) -> bytes:
     return content.getvalue()
 
 
+def jpeg(height: int, width: int) -> bytes:
+    """Return a grey JPEG image; several, one after another, are a video in the format MJPEG."""
+    content = io.BytesIO()
+    Image.new("RGB", (width, height), (100, 100, 100)).save(content, "JPEG")
+    return content.getvalue()
+
+
 def write_nlvr(folder: Path) -> None:
     """Write three files of sentences, and their images, each of one red: 100 x file + 10 x sentence + order."""
     (folder / "nlvr").mkdir()

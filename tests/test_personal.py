@@ -250,7 +250,7 @@ def test_fine_tuning(tmp_path: Path, mode: dict[str, bool]) -> None:
     [
         (
             {"clients.personal": ["ouput.*"]},
-            r"clients.personal: 'ouput.\*' matches no trained parameter.*the model has",
+            r"clients.personal: 'ouput.\*' matches no trained parameter; did you mean 'output'\? \(the model's modules",
         ),
         ({"clients.personal": ["*"]}, "keeps all parameters with the clients, so that nothing is learnt together"),
         ({"algorithm": "fedper"}, "'fedper' keeps layers with the clients, but clients.personal names none"),

@@ -28,6 +28,7 @@ from gossamer.config.schema import Config, ModeOptions
 from gossamer.engines.base import NO_HOOKS, Engine, EngineHooks, EngineSetup
 from gossamer.engines.task import Task
 from gossamer.engines.training.modes import measured_modes, modes_by_rule
+from gossamer.engines.updating import require_metric
 from gossamer.errors import ConfigError, plugin_errors
 from gossamer.memory import require_memory
 from gossamer.planning.assignment import Capacities, assign_devices, devices_of_capacities
@@ -172,7 +173,8 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
         workload = told
     require_holdings(config, algorithm, workload)
     task = make_task(config, algorithm, resolved.topology, workload)
-    dtype = workload.init(config.seed).dtype
+    dtype = (initial := workload.init(config.seed)).dtype
+    require_metric(task, initial)
     require_precision(config, dtype)
     require_averages(config, task.algorithm, workload)
     require_plain_commits(config.offload, task.stored_arrays)
@@ -193,7 +195,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
         modes = modes_by_rule(task, flops, expected_participants(config, planner))
         task = task.with_modes(on_device(modes, config.engine.device))
     elif config.engine.modes == "measured":
-        found = measured_modes(task, task.initial_state(workload.init(config.seed)))
+        found = measured_modes(task, task.initial_state(initial))
         task = task.with_modes(on_device(found, config.engine.device))
     else:
         check_modes(task, config.algorithm["name"])

@@ -53,7 +53,7 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
     cutter = make_cutter(config, algorithm, workload.layout)
     capacities, communication = sorted(sub.capacities), make_communication(config.communication)
     rates = capacity_rates(train.lr_by_capacity, capacities)
-    require_matches(train.groups, workload.layout.names)
+    require_matches(train.groups, workload.layout, workload.holdings)
     steps = LocalSteps(
         clip_norm=train.clip_norm,
         lr=train.lr,

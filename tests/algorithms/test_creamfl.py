@@ -248,7 +248,8 @@ def test_clients_of_unequal_width(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workload": {"dataset": {"bands": 8, "frames": 8, "num_public": 1}}}, "there is 1: give 2 or more"),
+        ({"workload": {"dataset": {"bands": 8, "frames": 8, "num_public": 1}}}, "but it has 1: give it 8 or more"),
+        ({"algorithm": {"name": "creamfl", "public_batch_size": 21}}, "batches of 21 samples, but it has 20: give"),
         ({"workload": {"dataset": {"bands": 8, "frames": 8}}}, "needs public pairs, of which there are none: set"),
         ({"workload": {"dataset": {"num_public": 60}}}, "num_public = 60 takes all of the 60 training pairs"),
         ({"workload": {"exchange": "parameters"}}, "'creamfl' sends representations of a public set, and the workload"),

@@ -15,6 +15,8 @@ from gossamer import run
 from gossamer.aggregate.soups import greedy_soup
 from gossamer.algorithms.base import Arrays
 from gossamer.algorithms.soup import Soup
+from gossamer.build import build
+from gossamer.config.loading import load, parse
 from gossamer.errors import ConfigError
 from gossamer.experiment import Run
 from gossamer.testing import check_algorithm
@@ -109,12 +111,16 @@ def test_the_contract() -> None:
         ({"workload.validation": None}, r"must not be on the test data: give workload\.validation"),
         ({"submodel": {"capacities": [0.5, 1.0]}}, r"trains whole models only, because a soup is made of whole models"),
         ({"algorithm": {"name": "soup", "metric": "loss"}}, r"metric = 'loss' selects nothing in a uniform soup"),
-        ({"algorithm": {"name": "soup", "recipe": "greedy", "metric": "f1"}}, r"'f1' is not measured \(there are: val"),
+        (
+            {"algorithm": {"name": "soup", "recipe": "greedy", "metric": "f1"}},
+            r"'f1' is not measured \(there are: accuracy",
+        ),
+        ({"algorithm": {"name": "soup", "recipe": "greedy", "metric": "acuracy"}}, r"did you mean 'accuracy'\?"),
         ({"clients.personal": ["fc*"]}, r"does not go with clients\.personal"),
         ({"communication": {"uplink": "int8"}}, r"because clients send their models"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_makes_no_soup_is_refused(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+def test_what_makes_no_soup_is_refused(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
-        soup(changes, tmp_path / "a")
+        build(parse(load(configure(GREEDY | changes))))  # before anything is trained

@@ -19,8 +19,6 @@ from gossamer.algorithms.optimizers import NUM_STEPS, Adam
 from gossamer.errors import ConfigError
 from gossamer.submodel import Layout
 
-MIN_PUBLIC = 2  # samples: one alone is told from no other
-
 
 class PublicSet(Protocol):
     """What `Workload.public_set` returns: samples that the server and all clients have, and how models see them.
@@ -128,10 +126,12 @@ class CreamFL(FedAvg):
             )
         bound = copy.copy(self)
         bound._public = workload.public_set()
-        if bound._public.num_samples < MIN_PUBLIC:
+        size = self.options.public_batch_size
+        if bound._public.num_samples < size:
             raise ConfigError(
-                f"algorithm 'creamfl' tells public samples from one another, but there is {bound._public.num_samples}:"
-                f" give {MIN_PUBLIC} or more, and better hundreds"
+                f"algorithm 'creamfl' goes through the public set in batches of {size} samples, but it has"
+                f" {bound._public.num_samples}: give it {size} or more, better hundreds, or lower"
+                " algorithm.public_batch_size"
             )
         return bound
 

@@ -13,7 +13,7 @@ from gossamer.aggregate.soups import greedy_soup, uniform_soup
 from gossamer.algorithms.base import Arrays, BaseAlgorithm, where_held
 from gossamer.algorithms.federated import FedAvg
 from gossamer.algorithms.traits import AlgorithmTraits
-from gossamer.errors import ConfigError, nearest
+from gossamer.errors import ConfigError
 from gossamer.round_record import lower_is_better
 
 
@@ -58,7 +58,9 @@ class Soup(FedAvg):
                 f"algorithm.metric = {self.options.metric!r} selects nothing in a uniform soup: leave it out, or set"
                 " algorithm.recipe to greedy"
             )
-        self.traits = replace(self.traits, scores_models=is_greedy)
+        self.traits = replace(
+            self.traits, scores_models=is_greedy, scored_by=self.options.metric if is_greedy else None
+        )
 
     def init(self, x: Tensor) -> Arrays:
         """Return the model."""
@@ -71,11 +73,7 @@ class Soup(FedAvg):
         return {"x": carry["x"]}, self.private(carry)
 
     def update(self, state: Mapping[str, Tensor], inbox: Mapping[str, Any], num_clients: int) -> Arrays:
-        """Return the soup of the clients' models.
-
-        Raises:
-            ConfigError: the metric is none of the workload's.
-        """
+        """Return the soup of the clients' models."""
         if self.options.recipe == "uniform":
             soup = uniform_soup(inbox["x"])
         else:
@@ -90,13 +88,7 @@ class Soup(FedAvg):
         def score(model: Tensor) -> float:
             """Return the score of a model [d]."""
             found = metrics(model)
-            name = metric if metric in found else f"validation_{metric}"
-            if name not in found:
-                raise ConfigError(
-                    f"algorithm.metric = {metric!r} is not measured{nearest(metric, found)} (there are:"
-                    f" {', '.join(found)})"
-                )
-            value = sign * float(found[name])
+            value = sign * float(found[metric if metric in found else f"validation_{metric}"])
             return -math.inf if math.isnan(value) else value
 
         return score

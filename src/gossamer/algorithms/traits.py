@@ -49,6 +49,7 @@ class AlgorithmTraits(Traits):
         no_offsets: reason why windows cannot be moved by ``submodel.offsets``.
         one_round_only: reason why a run has a single round.
         scores_models: whether `Algorithm.update` measures models on training data that are held out for it.
+        scored_by: metric that they are measured by, without ``validation_``, which the workload must have; None: any.
 
         has_local_loss: whether local steps have a loss of the algorithm's own, `Algorithm.local_loss`.
         transforms_parameters: whether a loss is given other parameters than ``carry["x"]``, `Algorithm.forward`.
@@ -93,6 +94,7 @@ class AlgorithmTraits(Traits):
     no_offsets: str | None = None
     one_round_only: str | None = None
     scores_models: bool = False
+    scored_by: str | None = None
 
     has_local_loss: bool = False
     transforms_parameters: bool = False

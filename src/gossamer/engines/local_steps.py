@@ -14,12 +14,13 @@ import torch
 from pydantic import Field, model_validator
 
 from gossamer.algorithms.base import Algorithm
-from gossamer.errors import ConfigError, nearest
+from gossamer.errors import ConfigError
 from gossamer.options import Options
 from gossamer.submodel import Layout
+from gossamer.workloads.holdings import Holding
+from gossamer.workloads.parts import matching
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
-MOST_NAMED = 20  # parameters, in an error
 LOSS_SCALE = 1024.0  # by which losses in float16 are multiplied, so that small gradients are not 0
 
 
@@ -152,27 +153,32 @@ def torch_dtype(precision: Precision) -> torch.dtype:
     }[precision]
 
 
-def require_matches(groups: Sequence[ParameterGroup], names: tuple[str, ...]) -> None:
-    """Refuse groups that no parameter belongs to.
+def require_matches(groups: Sequence[ParameterGroup], layout: Layout, holdings: Sequence[Holding] = ()) -> None:
+    """Refuse groups that no parameter belongs to, and such as leave all that somebody holds as it is.
 
     Raises:
-        ConfigError: there is one.
+        ConfigError: there is one, or somebody would train nothing.
     """
+    names = layout.names
     left = list(names)
     for number, group in enumerate(groups):
-        if not any(fnmatchcase(name, group.match) for name in names):
-            raise ConfigError(
-                f"train.groups[{number}].match = {group.match!r} is the name of no trained parameter"
-                f"{nearest(group.match.replace('*', ''), names, cutoff=0.3)} (known: {', '.join(names[:MOST_NAMED])}"
-                f"{', ...' if len(names) > MOST_NAMED else ''})"
-            )
-        taken = [name for name in left if fnmatchcase(name, group.match)]
+        matched = matching(f"train.groups[{number}].match", [group.match], names, "trained parameter")
+        taken = [name for name in left if name in matched]
         if not taken:
             raise ConfigError(
                 f"train.groups[{number}].match = {group.match!r} has parameters of groups before it only: put it first,"
                 " or leave it out"
             )
         left = [name for name in left if name not in taken]
+    first = {name: next((group for group in groups if fnmatchcase(name, group.match)), None) for name in names}
+    trained = {name for name, group in first.items() if group is None or group.lr != 0}
+    held = {f" that clients of {one.name} hold": layout.of_modules(one.modules).names for one in holdings}
+    for whose, own in {"": names, **held}.items():
+        if not trained & {*own}:
+            raise ConfigError(
+                f"train.groups have the learning rate 0 for all parameters{whose}, so that nothing would be trained:"
+                " give some of them another one, or leave some out"
+            )
 
 
 def capacity_rates(lr_by_capacity: Mapping[float, float], capacities: list[float]) -> dict[float, float]:

@@ -17,6 +17,7 @@ from gossamer.aggregate import Part, combine
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.task import KNOWN, Task, Variant
 from gossamer.engines.training.compression import known_after
+from gossamer.errors import ConfigError, nearest
 from gossamer.plan import RoundPlan
 from gossamer.profiling import recorder
 from gossamer.threads import one_thread
@@ -99,6 +100,23 @@ def metrics_of(task: Task, x: Tensor) -> dict[str, float]:
         statistics = {name: torch.from_numpy(np.asarray(value)) for name, value in sums.items()}
         chunks = range(workload.num_evaluation_chunks)
         return workload.metrics(add_sums([workload.evaluate(params, statistics, chunk) for chunk in chunks]))
+
+
+def require_metric(task: Task, x: Tensor) -> None:
+    """Refuse, before anything is trained, an algorithm that measures models x [d] by what the workload does not have.
+
+    Raises:
+        ConfigError: its metric is none of the workload's.
+    """
+    metric = task.algorithm.traits.scored_by
+    if metric is None:
+        return
+    found = metrics_of(task, x)
+    if not {metric, f"validation_{metric}"} & found.keys():
+        known = tuple(dict.fromkeys(name.removeprefix("validation_") for name in found))
+        raise ConfigError(
+            f"algorithm.metric = {metric!r} is not measured{nearest(metric, known)} (there are: {', '.join(known)})"
+        )
 
 
 def _write(state: Arrays, new: Mapping[str, Tensor]) -> None:

@@ -156,7 +156,7 @@ class PartlyTrained(WithConstants):
     @property
     def constants(self) -> dict[str, Tensor]:
         """What is not trained: parameters, and buffers."""
-        return self._model.constants if isinstance(self._model, WithConstants) else self._own
+        return (self._model.constants if isinstance(self._model, WithConstants) else {}) | self._own
 
     def convert(self, dtype: torch.dtype) -> None:
         """Have constants in another type, see `WithConstants`."""
@@ -263,11 +263,19 @@ def matching(option: str, patterns: Iterable[str], names: Iterable[str], what: s
     for pattern in patterns:
         those = {name for name in known if fnmatchcase(name, pattern)}
         if not those:
-            close = nearest(pattern, known, cutoff=0.3)
-            some = ", ".join(sorted(known)[:MOST_NAMED]) + (", ..." if len(known) > MOST_NAMED else "")
-            raise ConfigError(f"{option}: {pattern!r} matches no {what}{close} (the model has: {some})")
+            raise ConfigError(f"{option}: {pattern!r} matches no {what}{_instead_of(pattern, known)}")
         found |= those
     return found
+
+
+def _instead_of(pattern: str, known: Sequence[str]) -> str:
+    """Return what a pattern that matches nothing may have meant: a module, if it begins with one that there is not."""
+    module, dot, _ = pattern.partition(".")
+    modules = sorted({name.partition(".")[0] for name in known})
+    if dot and module not in modules and "*" not in module:
+        return f"{nearest(module, modules)} (the model's modules: {', '.join(modules)})"
+    some = ", ".join(sorted(known)[:MOST_NAMED]) + (", ..." if len(known) > MOST_NAMED else "")
+    return f"{nearest(pattern, known, cutoff=0.3)} (the model has: {some})"
 
 
 def _trained(

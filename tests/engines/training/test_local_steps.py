@@ -156,15 +156,19 @@ def test_all_at_once_on_any_number_of_workers(tmp_path: Path, workers: int) -> N
 REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"train.groups": [{"match": "head.*", "lr": 0.1}]},
-        "train.groups[0].match = 'head.*' is the name of no trained parameter; did you mean 'hidden0.bias'? (known: ",
+        "train.groups[0].match: 'head.*' matches no trained parameter (the model's modules: hidden0, output)",
     ),
     (
         {"train.groups": [{"match": "outptu.bias", "lr": 0.1}]},
-        "is the name of no trained parameter; did you mean 'output.bias'? (known: ",
+        "matches no trained parameter; did you mean 'output'? (the model's modules: hidden0, output)",
     ),
     (
         {"train.groups": [{"match": "*", "lr": 0.1}, {"match": "*.bias", "lr": 0.1}]},
         "train.groups[1].match = '*.bias' has parameters of groups before it only: put it first, or leave it out",
+    ),
+    (
+        {"train.groups": [{"match": "hidden0.*", "lr": 0}, {"match": "output.*", "lr": 0}]},
+        "train.groups have the learning rate 0 for all parameters, so that nothing would be trained: give some",
     ),
     ({"train.groups": [{"match": "*"}]}, "has nothing of its own: give lr, weight_decay or optimizer, or leave it"),
     (

@@ -92,11 +92,15 @@ def test_a_module_can_be_frozen(tmp_path: Path) -> None:
     ("options", "expected"),
     [
         ({"lora": {"rank": 4, "targets": ["speech.*"]}}, r"'speech\.\*' matches no parameter"),
+        (
+            {"lora": None, "frozen": ["visoin.*"]},
+            r"frozen: 'visoin\.\*' matches no parameter; did you mean 'vision'\? \(the model's modules: contrast, deco",
+        ),
         ({"lora": {"rank": 3, "targets": ["vision.*.mix"]}, "modalities": {"video+text": 1.0}}, r"used otherwise than"),
         ({"lora": {"rank": 4, "targets": ["contrast.*"]}}, r"client \d has text and does masked-language, of which"),
         ({"frozen": ["text.*"]}, r"says nothing beside workload\.lora"),
     ],
-    ids=["unknown", "no linear layer", "nothing to train", "frozen too"],
+    ids=["unknown", "misspelt", "no linear layer", "nothing to train", "frozen too"],
 )
 def test_what_cannot_work_is_refused(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):

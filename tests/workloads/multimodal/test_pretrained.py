@@ -132,6 +132,20 @@ def test_a_run_does_not_go_on_with_other_weights(folders: dict[str, str], tmp_pa
     assert len(digests) == 2
 
 
+def test_low_rank_factors_are_asked_for_once(folders: dict[str, str]) -> None:
+    given = SMALL | {"model": {"name": "pretrained", "lora": LORA, **folders}, "lora": {"targets": ["text.*"]}}
+    with pytest.raises(ConfigError, match=r"workload\.lora and workload\.model\.lora both .* 'pretrained': leave one"):
+        VideoLanguage(given, num_clients=4, partition="iid", seed=0)
+
+
+def test_a_frozen_part_is_constant_beside_what_is_pretrained(folders: dict[str, str]) -> None:
+    given = SMALL | {"model": {"name": "pretrained", "vision_path": folders["vision_path"]}, "frozen": ["text.*"]}
+    workload = VideoLanguage(given, num_clients=4, partition="iid", seed=0)
+    constants = workload.blueprint().constants
+    assert {"text.embedding.weight", "vision.embeddings.cls_token"} <= {*constants}
+    assert {*workload.params_of(workload.init(0))} == {*constants, *workload.layout.names}
+
+
 def test_in_double_precision(folders: dict[str, str]) -> None:
     given = SMALL | {"model": {"name": "pretrained", "lora": LORA, **folders}}
     workload = VideoLanguage(given, num_clients=4, partition="iid", seed=0, dtype=torch.float64)

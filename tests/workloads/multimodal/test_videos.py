@@ -18,7 +18,7 @@ from gossamer.workloads.multimodal.captions import read_captions, read_msr_vtt, 
 from gossamer.workloads.multimodal.video import read_video, uniform_frames, video_size
 from gossamer.workloads.multimodal.video_sets import captioned_videos
 from gossamer.workloads.samples import LazySamples, reading_later, telling
-from media import LEVELS, SIDE, write_captions, write_video
+from media import LEVELS, SIDE, jpeg, write_captions, write_video
 
 pytest.importorskip("av", reason="PyAV is not installed")
 
@@ -174,11 +174,30 @@ def test_sizes_that_differ_are_refused(folder: Path, tmp_path: Path) -> None:
     assert captioned_videos({**options, "size": [4, 4]}).train.samples["video"].shape[1:] == (1, 3, 4, 4)
 
 
+def test_frames_of_differing_size_are_refused(folder: Path, tmp_path: Path) -> None:
+    """A video whose size changes amid is read where all frames are resized, and refused where they are not."""
+    (tmp_path / "v.mjpeg").write_bytes(b"".join(jpeg(SIDE, width) for width in (SIDE, SIDE, 2 * SIDE, SIDE)))
+    for number in range(2):
+        (tmp_path / f"v{number}.mp4").write_bytes((folder / f"v{number}.mp4").read_bytes())
+    captions = write_captions(tmp_path / "c.jsonl", ["v0.mp4", "v1.mp4", "v.mjpeg"])
+    options = {"videos": str(tmp_path), "captions": captions, "frames": 4}
+    message = (
+        r"the video 'v.mjpeg' of line 3 of .* has frames of 32 x 32 and 32 x 64 pixels: give workload.dataset.size, to"
+        r" which all are resized; 1 of 3 videos are broken"
+    )
+    with pytest.raises(DataError, match=message):
+        captioned_videos(options)
+    data = captioned_videos({**options, "size": [8, 8]})
+    assert len(data.train.labels) + len(data.test.labels) == 3
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"video": "v0.mp4"}', r"line 2 of .* is not a caption and its video \(it lacks 'caption'\)"),
         ('{"video": "v0.mp4", "caption": " "}', r"line 2 of .* has no caption"),
+        ('{"video": "", "caption": "a"}', r"line 2 of .* has no video: add it, or drop the entry"),
+        ('{"video": null, "caption": "a"}', r"line 2 of .*it lacks 'video'"),
         ('{"video": "v0.mp4", "caption": null}', r"line 2 of .*it lacks 'caption'"),
         ('{"video": "v0.mp4", "caption": "a", "label": -1}', r"line 2 of .* has the label -1"),
         ('{"video": "v0.mp4", "caption": "a", "split": "val"}', r"line 2 of .*the split 'val' is neither"),
@@ -198,6 +217,12 @@ def test_wrong_files_and_options_are_refused(folder: Path, tmp_path: Path) -> No
     (tmp_path / "c.csv").write_text("video,caption\n")
     with pytest.raises(DataError, match=r"c.csv' holds no captions"):
         read_captions(str(tmp_path / "c.csv"))
+    (tmp_path / "c.csv").write_text("video,caption\nv0.mp4,a\n,a\n")
+    with pytest.raises(DataError, match=r"line 3 of .*c.csv' has no video: add it, or drop the entry"):
+        read_captions(str(tmp_path / "c.csv"))
+    (tmp_path / "s.json").write_text('[{"id": "", "label": "a"}]')
+    with pytest.raises(DataError, match=r"entry 1 of .*s.json' has no video"):
+        read_something(str(tmp_path / "s.json"), None, "")
     (tmp_path / "c.csv").write_text("video,caption\nv0.mp4\n")
     with pytest.raises(DataError, match=r"line 2 of .*it lacks 'caption'"):
         read_captions(str(tmp_path / "c.csv"))

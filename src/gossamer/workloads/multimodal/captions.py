@@ -74,7 +74,7 @@ def read_msr_vtt(path: str) -> list[Caption]:
         name = _text(row, "video_id")
         if name not in videos:
             raise ValueError(f"its videos lack {name!r}")
-        return Caption(where, f"{name}.mp4", _text(row, "caption"), *videos[name])
+        return Caption(where, _file(name, ".mp4"), _text(row, "caption"), *videos[name])
 
     rows = [(f"sentence {number} of {path!r}", row) for number, row in enumerate(sentences, start=1)]
     return _read(rows, path, caption)
@@ -110,7 +110,7 @@ def read_something(path: str, labels: str | None, split: str) -> list[Caption]:
             if template not in classes:
                 raise ValueError(f"{labels!r} lacks the template {template!r}")
             label = classes[template]
-        return Caption(where, f"{_text(row, 'id')}.webm", _text(row, "label"), split, label)
+        return Caption(where, _file(_text(row, "id"), ".webm"), _text(row, "label"), split, label)
 
     rows = [(f"entry {number} of {path!r}", row) for number, row in enumerate(content, start=1)]
     return _read(rows, path, caption)
@@ -147,6 +147,11 @@ def _text(row: Mapping[str, Any], key: str) -> str:
     if row[key] is None:
         raise KeyError(key)
     return str(row[key])
+
+
+def _file(name: str, suffix: str) -> str:
+    """Return the file of a video; "" of an empty name."""
+    return name + suffix if name.strip() else ""
 
 
 def _malformed(where: str, what: str, error: Exception) -> DataError:

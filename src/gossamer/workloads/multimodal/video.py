@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.errors import DataError
+from gossamer.workloads.datasets import WHERE
 
 Size = tuple[int, int]
 
@@ -51,8 +52,8 @@ def read_video(path: str, num_frames: int, size: Size | None, where: str) -> NDA
     shapes = sorted({pixels.shape[1:] for pixels in found.values()})
     if len(shapes) > 1:
         raise DataError(
-            f"{where} has frames of {' and '.join(f'{height} x {width}' for height, width in shapes)} pixels: give a"
-            " size to which all are resized"
+            f"{where} has frames of {' and '.join(f'{height} x {width}' for height, width in shapes)} pixels: give"
+            f" {WHERE}.size, to which all are resized"
         )
     return np.stack([found[int(number)] for number in wanted])
 

@@ -188,6 +188,10 @@ class VideoLanguage(Workload):
         require_attributes(f"workload.model {name!r}", model, ATTRIBUTES)
         if not parsed.frozen and parsed.lora is None:
             return model
+        if parsed.lora is not None and params.get("lora") is not None:
+            raise ConfigError(
+                f"workload.lora and workload.model.lora both put low-rank factors beside model {name!r}: leave one out"
+            )
         return AdaptedModel(model, parsed.frozen, parsed.lora, partial(rng.generator, seed, "init-model"))
 
     def blueprint(self) -> Blueprint:
