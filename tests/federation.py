@@ -122,7 +122,7 @@ def failing(name: str, started: bool, number: int, error: Callable[[str], Except
     return Hooks(spans=spans)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Poll until `condition` holds.
 
     Raises:

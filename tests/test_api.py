@@ -404,7 +404,7 @@ assert len(found) == 3 and all(torch.equal(found["script"], one) for one in foun
 def test_a_script_without_a_guard_a_thread_and_a_running_loop(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert read_config(tmp_path / "runs" / "thread")["workload"]["model"]["name"] == "object:Net"
 

@@ -116,7 +116,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 def run(program: str) -> set[str]:
     """Run a program in a process of its own; it prints module names as JSON."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=200)
     return set(json.loads(done.stdout))
 
 

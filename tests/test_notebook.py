@@ -58,7 +58,7 @@ def executed(tmp_path: Path) -> list[Any]:
     nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in CELLS])
     notebook.cells[-1].metadata["tags"] = ["raises-exception"]
-    client = nbclient.NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}})
+    client = nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     return list(notebook.cells)
 

@@ -21,6 +21,6 @@ def test_dir_lists_what_there_is() -> None:
 
 def test_as_a_program() -> None:
     command = [sys.executable, "-m", "gossamer", "topology", "list"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0
     assert "od-equidyn" in done.stdout

@@ -143,7 +143,7 @@ run(sys.argv[1], out=sys.argv[2], hooks=Hooks(observer=lambda name, num_rounds: 
             capture_output=True,
             text=True,
             check=False,
-            timeout=60,
+            timeout=200,
             env=environment(),
             start_new_session=True,
         )

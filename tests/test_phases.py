@@ -237,7 +237,7 @@ class TestInterrupted:
                 f"hooks = federation.failing('commit', {started}, 4, kill)\n"
                 f"gossamer.run(test_phases.configured('private state', workers=2), out={str(folder)!r}, hooks=hooks)"
             )
-            killed = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=120, check=False)
+            killed = subprocess.run([sys.executable, "-c", program], env=environment(), timeout=200, check=False)
             assert killed.returncode == -signal.SIGKILL
             phase = getattr(Checkpoints(folder / "checkpoints").latest(), "phase", None)
             assert phase == (0 if started else 1)

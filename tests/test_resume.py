@@ -386,7 +386,7 @@ class TestInterrupt:
             wait_for(lambda: (tmp_path / "reached").exists() or child.poll() is not None)
             os.killpg(child.pid, signal.SIGINT)
             (tmp_path / "open").touch()
-            stdout, stderr = child.communicate(timeout=60)
+            stdout, stderr = child.communicate(timeout=200)
         assert (child.returncode, stdout) == (130, "")
         announced, message = stderr.splitlines()
         assert announced == f"sampler 'gate:hold': importing 'gate' from {gate.__file__!r}"

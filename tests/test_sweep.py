@@ -221,7 +221,6 @@ def closed_gate(one_ray: Path) -> Path:
     return one_ray
 
 
-@pytest.mark.timeout(300)
 def test_command_on_ray(tmp_path: Path) -> None:
     """On a Ray of its own, with twice as many runs as CPUs, of which some fail for a reason of their own."""
     data = DATA | {"clients": {"num": 20, "per_round": 2, "partition": "iid"}}
@@ -245,7 +244,6 @@ def test_command_on_ray(tmp_path: Path) -> None:
             assert row.get("final") is None
 
 
-@pytest.mark.timeout(300)
 def test_stopping_on_ray_commits_what_runs(tmp_path: Path, closed_gate: Path) -> None:
     """One run is held in the middle; when another one has ended, the sweep is stopped, and the held one let go."""
 
@@ -266,7 +264,6 @@ def test_stopping_on_ray_commits_what_runs(tmp_path: Path, closed_gate: Path) ->
     assert committed.round == len(read_metrics(held)) >= gate.HELD_ROUND
 
 
-@pytest.mark.timeout(300)
 def test_task_whose_worker_dies_goes_on_from_its_commit(tmp_path: Path, closed_gate: Path) -> None:
     data = DATA | {"rounds": 5, "checkpoint": {"every_seconds": 0}}
     data["clients"] = {"num": 20, "per_round": 2, "sampler": "gate:hold"}

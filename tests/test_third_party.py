@@ -27,7 +27,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     copy, target = tmp_path_factory.mktemp("source") / PACKAGE.name, tmp_path_factory.mktemp("site-packages")
     shutil.copytree(PACKAGE, copy)
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*pip, "--target", str(target), str(copy)], check=True, timeout=100)
+    subprocess.run([*pip, "--target", str(target), str(copy)], check=True, timeout=200)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(target)
         importlib.invalidate_caches()

@@ -1,4 +1,4 @@
-"""Writes traces as the recorder does, from a few times."""
+"""Writes traces as the recorder does, from a few times; and what is asked of those that were recorded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.profiling.recorder import FIELDS, FORMAT, VERSION
+from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, Round
 
 MS = 1_000_000  # nanoseconds
 Written = tuple[str, float, float]
@@ -40,3 +41,10 @@ def write(
     path = directory / "trace" / f"{process}-{pid}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def unattributed(one: Round) -> float:
+    """Return the share of a round of which no span says what its processes' main threads did."""
+    own = [segment for lane, segments in one.lanes.items() if lane.is_main for segment in segments]
+    present = sum(segment.seconds for segment in own if segment.kind != ABSENT)
+    return sum(segment.seconds for segment in own if segment.kind == UNATTRIBUTED) / present

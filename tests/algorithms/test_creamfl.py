@@ -220,7 +220,6 @@ def test_a_run_that_was_cut_short_ends_with_the_same_bits(tmp_path: Path) -> Non
     assert_same(gossamer.resume(tmp_path / "cut"), done)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("one_ray")
 def test_bits_on_ray(tmp_path: Path) -> None:
     """Of clients of two architectures, too."""

@@ -81,7 +81,6 @@ def test_bits_do_not_depend_on_workers(tmp_path: Path, recipe: str) -> None:
     assert_same(soup(changes | {"engine.workers": 2, "engine.block_size": 1}, tmp_path / "b"), done)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("one_ray")
 def test_bits_on_ray(tmp_path: Path) -> None:
     done = soup({"workload.model": CNN}, tmp_path / "a")

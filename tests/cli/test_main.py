@@ -64,7 +64,7 @@ def invoke(*arguments: Any) -> Any:
 
 def python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, **options)
 
 
 def on_terminal(program: str, columns: int) -> tuple[str, str]:
@@ -80,7 +80,7 @@ def on_terminal(program: str, columns: int) -> tuple[str, str]:
         env=environment | {"TERM": "xterm"},
     ) as process:
         os.close(theirs)
-        stdout, _ = process.communicate(timeout=60)
+        stdout, _ = process.communicate(timeout=200)
     drawn = b""
     try:
         while chunk := os.read(ours, 65536):
@@ -155,7 +155,7 @@ class TestModulePath:
 
     def test_the_working_folder_comes_last(self, folder: Path) -> None:
         command = [sys.executable, "-m", "gossamer", "topology", "show", "geometric", "-n", "20"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
         assert (done.returncode, done.stderr) == (0, "")
 
     def test_run_says_what_it_imports(self, folder: Path) -> None:
@@ -355,7 +355,7 @@ class TestStreams:
         reader, writer = os.pipe()
         os.close(reader)
         program = [sys.executable, "-c", "import sys; sys.modules['torch'] = None\n" + FAKE + MAIN, *command]
-        done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        done = subprocess.run(program, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=200)
         os.close(writer)
         assert (done.returncode, done.stderr) == (141, "")
 
@@ -372,7 +372,7 @@ class TestStreams:
                 stderr=subprocess.PIPE,
                 text=True,
                 check=False,
-                timeout=60,
+                timeout=200,
                 env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
             )
         assert done.returncode == 2

@@ -22,7 +22,7 @@ MAIN = "from gossamer.cli.main import main; main()"
 
 def without_torch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WITHOUT + MAIN, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
 
 
 HOLD = """
@@ -78,7 +78,7 @@ def test_status(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
 
 def test_stop(server: subprocess.Popen[bytes], tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["node", "stop", str(tmp_path)]).exit_code == 0
-    assert server.wait(10) == -signal.SIGTERM
+    assert server.wait(60) == -signal.SIGTERM
 
 
 @pytest.mark.parametrize("command", ["status", "stop"])

@@ -13,8 +13,6 @@ from typer.testing import CliRunner
 from gossamer.cli.main import app
 from slow_peers import decentralized
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:

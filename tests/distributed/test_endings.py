@@ -45,7 +45,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[int,
     return results
 
 
-@pytest.mark.timeout(LIMIT_SECONDS + 20)
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_sentence(found: dict[str, list[tuple[int, str]] | None], name: str) -> None:
     ranks = found[name]

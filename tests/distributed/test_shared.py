@@ -14,8 +14,6 @@ import torch
 from gossamer.distributed import shared
 from gossamer.distributed.shared import MAX_SEGMENTS, SharedMemory
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @pytest.fixture
 def process() -> Iterator[subprocess.Popen[bytes]]:

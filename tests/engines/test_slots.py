@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.aggregate import TreeSum, tree_sum
 from gossamer.engines.slots import Slots, read_arrays, write_arrays
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @given(shapes=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 40)), max_size=5))

@@ -12,8 +12,6 @@ import pytest
 
 from federation import environment
 
-pytestmark = pytest.mark.timeout(300)
-
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
 KINDS = {"kill-at-boundary", "kill-driver", "kill-in-round", "stop"}
 

@@ -23,6 +23,7 @@ from gossamer.profiling.exports import pieces_of, write_chrome, write_goal, writ
 from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, read_trace, stage_totals
 from gossamer.reports.profile import examine
 from gossamer.storage.runlog import read_config
+from traces import unattributed
 
 IMAGES = {"name": "image-classification", "dataset": {"name": "digits", "limit": 300}, "model": "softmax"}
 CLIENTS: dict[str, Any] = {
@@ -50,9 +51,8 @@ class TestRuns:
                 assert sum(segment.seconds for segment in segments) == pytest.approx(one.seconds, rel=1e-3)
 
     def test_little_is_unattributed(self, recorded: Path) -> None:
-        totals = stage_totals(read_trace(recorded).rounds[1:])
-        present = sum(one.seconds for kind, one in totals.items() if kind != ABSENT)
-        assert totals[UNATTRIBUTED].seconds < 0.1 * present  # below 1 % where a round takes more than some milliseconds
+        """Below 1 % where a round takes more than some milliseconds; a gap between spans would be in every round."""
+        assert min(map(unattributed, read_trace(recorded).rounds)) < 0.1
 
     def test_all_rounds_and_processes_are_there(self, recorded: Path) -> None:
         trace = read_trace(recorded)
@@ -191,19 +191,25 @@ def test_a_recorded_run_can_be_resumed_with_or_without(tmp_path: Path) -> None:
     assert [one.number for one in read_trace(directory).rounds] == [1, 2, 4]
 
 
-def test_a_slow_stage_is_found(tmp_path: Path) -> None:
-    slept = []
+def test_a_slow_stage_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 10**9
+
+    def tell() -> int:
+        """Return the time of a clock that goes on by a millisecond whenever it is read."""
+        nonlocal now
+        now += 10**6
+        return now
+
+    monkeypatch.setattr(recorder.time, "monotonic_ns", tell)
     with recorder.recording(tmp_path / "trace"):
         for number in range(1, 4):
             with recorder.round_span(number):
                 with recorder.span("train"):
                     pass
-                began = time.monotonic()
                 with recorder.span("mix"):
-                    time.sleep(0.02)
-                slept.append(time.monotonic() - began)
+                    now += 20 * 10**6
     trace = read_trace(tmp_path)
-    assert stage_totals(trace.rounds)["mix"].seconds == pytest.approx(sum(slept), rel=0.1)
+    assert stage_totals(trace.rounds)["mix"].seconds == pytest.approx(3 * 0.021)
     assert examine(trace).stages[0].stage == "mix"
 
 

@@ -35,6 +35,6 @@ def test_a_plug_in_of_a_third_party(tmp_path: Path) -> None:
     (tmp_path / "plugin.py").write_text(PLUGIN)
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-O", "program.py"]  # under -O assert statements do nothing
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.stderr == ""
     assert done.stdout.startswith("init returned shape (15,), not (16,): ")

@@ -58,5 +58,5 @@ import gossamer.topology
 gossamer.topology.build("od-equidyn", n=300).consensus_rate()
 print(json.dumps([name for name in ("torch", "scipy", "networkx", "matplotlib", "typer") if name in sys.modules]))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=200)
     assert json.loads(done.stdout) == []

@@ -26,7 +26,7 @@ from gossamer.transport import (
     Welcome,
 )
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 LIMITS = Limits(message_bytes=1 << 26, chunk_bytes=1 << 16, inbox_bytes=1 << 27, call_seconds=TIMEOUT)
 
 

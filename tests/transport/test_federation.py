@@ -19,7 +19,7 @@ from gossamer.transport.audit import AuditLog
 from gossamer.transport.authentication import Kit, load_kit
 from gossamer.transport.provisioning import provision
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 MESSAGE = Message("update", Address("run", 0, 0, 0), {"loss": 0.5}, {"x": torch.ones(10_000)})
 
 
@@ -32,9 +32,10 @@ def server(directory: Path) -> Iterator[Server]:
     log.close()
 
 
-def join(server: Server, kit: Kit, name: str = "") -> Client:
+def join(server: Server, kit: Kit, name: str = "", seconds: float = TIMEOUT) -> Client:
+    """Return a client of a server; who is not told why tries again for so many `seconds`."""
     address = f"127.0.0.1:{server.address.rpartition(':')[2]}"
-    return Client(address, name=name or kit.node, credentials=kit.credentials(), timeout_seconds=0.4)
+    return Client(address, name=name or kit.node, credentials=kit.credentials(), timeout_seconds=seconds)
 
 
 def exchange(server: Server, client: Client) -> Message:
@@ -79,7 +80,7 @@ def test_others_are_refused_before_anything_is_read(server: Server, directory: P
     ]
     for kit, name, kind, sentence in refused:
         with pytest.raises(kind, match=sentence):
-            join(server, kit, name)
+            join(server, kit, name, seconds=0.4 if sentence == "could not join" else TIMEOUT)
     assert server.nodes() == {}
     server.close()
     assert {one["kind"] for one in read(directory / "audit.jsonl")} == {"refused"}
@@ -111,7 +112,7 @@ def test_a_client_cannot_stand_for_the_server(directory: Path) -> None:
                     name="ucsf",
                     credentials=load_kit(directory / "kits" / "ucsf").credentials(),
                     server_name=name,
-                    timeout_seconds=0.4,
+                    timeout_seconds=TIMEOUT,
                 )
 
 
@@ -123,7 +124,7 @@ def test_peers_find_each_other_by_name(tmp_path: Path) -> None:
     with Server("127.0.0.1:0", credentials=a.credentials()) as server:
         Client(server.address, name="b", credentials=b.credentials(), server_name="a", timeout_seconds=TIMEOUT).close()
         with pytest.raises(Disconnected, match="certificate"):
-            Client(server.address, name="b", credentials=b.credentials(), server_name="b", timeout_seconds=0.4)
+            Client(server.address, name="b", credentials=b.credentials(), server_name="b", timeout_seconds=TIMEOUT)
 
 
 UNPICKLED: list[str] = []  # what `pickle` looked up while `WATCHED` had an entry; hooks cannot be removed

@@ -204,7 +204,7 @@ def test_nothing_is_imported_or_read_while_it_is_refused(tmp_path: Path) -> None
         text=True,
         cwd=tmp_path,
         env={"PYTHONPATH": f"{SOURCE.parent}:{tmp_path}", "MARKER": str(tmp_path / "marker")},
-        timeout=60,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
     refused, events = json.loads(done.stdout)

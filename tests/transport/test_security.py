@@ -35,7 +35,7 @@ from gossamer.transport.connection import Connection
 from gossamer.transport.frames import Outgoing
 from gossamer.transport.limits import Counts
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 TOKENS = {"a": "token-of-a", "b": "token-of-b"}
 MESSAGE = Message("update", Address("run", 0, 0, 0), {}, {"x": torch.ones(100_000)})
 LONG = Message("update", Address("run", 0, 0, 0), {}, {"x": torch.ones(600_000)})
@@ -72,9 +72,16 @@ def server(authority: Authority, told: list[tuple[str, dict[str, Any]]]) -> Iter
         yield found
 
 
-def join(server: Server, credentials: Credentials | None, name: str = "a", server_name: str = "server") -> Client:
+def join(
+    server: Server,
+    credentials: Credentials | None,
+    name: str = "a",
+    server_name: str = "server",
+    seconds: float = TIMEOUT,
+) -> Client:
+    """Return a client of a server; who is not told why tries again for so many `seconds`."""
     address = f"127.0.0.1:{server.address.rpartition(':')[2]}"
-    return Client(address, name=name, credentials=credentials, server_name=server_name, timeout_seconds=0.4)
+    return Client(address, name=name, credentials=credentials, server_name=server_name, timeout_seconds=seconds)
 
 
 def test_messages_go_both_ways(server: Server, authority: Authority) -> None:
@@ -105,7 +112,7 @@ def test_others_are_refused(server: Server, authority: Authority, told: list[tup
     ]
     for credentials, name, kind, sentence in refused:
         with pytest.raises(kind, match=sentence):
-            join(server, credentials, name)
+            join(server, credentials, name, seconds=0.4 if sentence == "could not join" else TIMEOUT)
     assert server.nodes() == {}
     assert server.receive(0.0) is None
     assert {kind for kind, _ in told} == {"refused"}
@@ -151,10 +158,10 @@ def test_nothing_of_those_who_are_refused_is_decoded(authority: Authority, monke
             connection = Connection(server.address, name, credentials, "server", limits, counts)
             for message in (MESSAGE, LONG):  # of one frame, and of several
                 with pytest.raises(kind):
-                    connection.deliver(Outgoing(message, limits), 5.0)
+                    connection.deliver(Outgoing(message, limits), TIMEOUT)
             connection.close(Disconnected("it is over"))
             with pytest.raises(kind):
-                join(server, credentials, name)
+                join(server, credentials, name, seconds=0.4 if kind is Disconnected else TIMEOUT)
         assert decoded == Counter()
         assert server.receive(0.0) is None
         with join(server, client_credentials(authority)) as client:
@@ -217,7 +224,7 @@ class TestCalls:
             yield found
 
     def fails(
-        self, channel: grpc.Channel, method: str, metadata: Any = (("gossamer-node", "a"),), timeout: Any = 5
+        self, channel: grpc.Channel, method: str, metadata: Any = (("gossamer-node", "a"),), timeout: Any = TIMEOUT
     ) -> Any:
         with pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary(method)(b"", timeout=timeout, metadata=metadata)
@@ -238,7 +245,9 @@ class TestCalls:
         assert self.fails(channel, f"/{SERVICE}/Deliver", metadata=()) is grpc.StatusCode.PERMISSION_DENIED
 
     def test_of_another_version_are_told(self, channel: grpc.Channel) -> None:
-        call = channel.unary_stream(f"/{SERVICE}/Join")(b"\x08\x63", timeout=5, metadata=(("gossamer-node", "a"),))
+        call = channel.unary_stream(f"/{SERVICE}/Join")(
+            b"\x08\x63", timeout=TIMEOUT, metadata=(("gossamer-node", "a"),)
+        )
         with pytest.raises(grpc.RpcError) as caught:
             next(call)
         assert "version 99" in caught.value.details()  # type: ignore[attr-defined]
@@ -248,5 +257,5 @@ class TestCalls:
 
         stub = health_pb2_grpc.HealthStub(channel)
         for name in ("", SERVICE):
-            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=TIMEOUT)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING

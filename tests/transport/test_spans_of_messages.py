@@ -12,7 +12,7 @@ import torch
 from gossamer.profiling import recorder
 from gossamer.transport import Address, Client, Joined, Limits, Message, Received, Server
 
-TIMEOUT = 20.0
+TIMEOUT = 60.0
 NUM_FLOATS = 50_000
 
 

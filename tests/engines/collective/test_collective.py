@@ -26,8 +26,6 @@ from gossamer.engines.collective.peers import blocks_of_ranks
 from gossamer.errors import ConfigError
 from gossamer.storage.runlog import read_metrics
 
-pytestmark = pytest.mark.timeout(300)
-
 SYNTHETIC = {"name": "synthetic", "num_train": 90, "num_test": 20, "noise": 2.0}
 IMAGES = {"name": "image-classification", "dataset": SYNTHETIC, "model": {"name": "mlp", "hidden": [16]}}
 LEVELS = [0.25, 0.5, 1.0]

@@ -30,8 +30,6 @@ from gossamer.engines.collective.group import LOOPBACK, Group, address_of
 from gossamer.engines.collective.rows import swap_rows_
 from gossamer.errors import ConfigError
 
-pytestmark = pytest.mark.timeout(120)
-
 NUM_PEERS = 11
 CASES: dict[str, list[list[int]]] = {  # [receiver, sender]
     "everybody hears everybody": [[i, j] for i in range(NUM_PEERS) for j in range(NUM_PEERS)],
@@ -161,7 +159,7 @@ def run_group() -> Iterator[Callable[[list[Member], str], list[list[str]]]]:
     def run(members: list[Member], mode: str = "") -> list[list[str]]:
         command = [sys.executable, __file__, json.dumps(members), mode]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
-        ended = json.loads(started[-1].communicate(timeout=100)[0])
+        ended = json.loads(started[-1].communicate(timeout=200)[0])
         died = [code for code, _ in ended]
         assert died == [-signal.SIGKILL if mode == "die" and member.rank == 0 else 0 for member in members]
         return [printed for _, printed in ended]

@@ -28,7 +28,6 @@ from gossamer.transport.policy import Policy
 from gossamer.workloads.base import add_sums
 from nodes import Nodes, client_in_thread, real
 
-pytestmark = pytest.mark.timeout(60)
 RUN = "ab"
 
 

@@ -27,7 +27,7 @@ KINDS = {
 def test_every_kind_of_fault(name: str) -> None:
     kinds = KINDS[name]
     command = [sys.executable, str(SCRIPT), "--engine", "network", "--faults", str(len(kinds)), "--kinds", *kinds]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=110)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     report: dict[str, Any] = json.loads(done.stdout)
     assert report["all_equal"]

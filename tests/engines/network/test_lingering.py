@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from federation import configure, mixed
 from gossamer.build import build
 from gossamer.config.loading import parse
 from gossamer.transport import SERVER, Address, Joined, Message, Server, Welcome
 from nodes import client_in_thread
 
-pytestmark = pytest.mark.timeout(60)
 RUN = "ab"
 
 

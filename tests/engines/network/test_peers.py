@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,8 @@ import pytest
 import torch
 
 import gossamer
-from federation import LEVELS, STACKED, assert_same, events, modes
+from federation import LEVELS, STACKED, assert_same, events, modes, wait_for
+from gossamer.engines.network.addresses import OBSERVER
 from gossamer.engines.network.roster import versions
 from gossamer.errors import ConfigError, Disconnected, GossamerError, Refused
 from gossamer.experiment import Hooks, Run, resume, run
@@ -27,8 +27,6 @@ from gossamer.transport import Client
 from gossamer.transport.authentication import load_kit
 from gossamer.transport.provisioning import provision
 from slow_peers import LEAST_SQUARES, decentralized
-
-pytestmark = pytest.mark.timeout(120)
 
 NUM_PEERS = 4
 RUNS: dict[str, dict[str, Any]] = {
@@ -79,7 +77,7 @@ class Peers:
         return self.directory / f"node-{peer}"
 
     def start(self, peer: int | None, hooks: Hooks | None = None, **changes: Any) -> None:
-        """Start one, or start it again."""
+        """Start one, or start it again; the observer listens then, or others would send it nothing of their rounds."""
         engine = {**self.config["engine"], "name": "network", "peers_file": str(self.book), "peer": peer, **changes}
         given = {**self.config, "engine": {**engine, "address": "127.0.0.1:0"}}
         where = self.where(peer)
@@ -94,6 +92,8 @@ class Peers:
 
         self._threads[peer] = threading.Thread(target=take_part, daemon=True)
         self._threads[peer].start()
+        if peer is None:
+            wait_for((self.book / OBSERVER).exists)
 
     def join(self, *peers: int | None) -> None:
         """Wait for some to end, or for all."""
@@ -147,10 +147,10 @@ def test_each_has_its_own_row_and_log(tmp_path: Path) -> None:
 def test_who_stops_goes_on_from_its_own_commit(tmp_path: Path) -> None:
     config = configured(RUNS["dsgt"] | {"rounds": 8})
     peers = Peers(tmp_path, config)
+    peers.start(None, ended_after(2))
     for peer in (0, 1, 3):
         peers.start(peer)
     peers.start(2, ended_after(4))
-    peers.start(None, ended_after(2))
     for who in (None, 2):
         peers.join(who)
         peers.start(who)
@@ -169,11 +169,9 @@ def test_who_renormalises_goes_on_and_who_comes_back_takes_up_a_state(tmp_path: 
     peers.start(3, ended_after(2))
     peers.join(3)
     peers.errors.clear()
-    while len(read_metrics(peers.where(0))) < 20:
-        time.sleep(0.05)
+    wait_for(lambda: len(read_metrics(peers.where(0))) >= 20)
     peers.start(3)
-    while not events(peers.where(3), "state-lost"):
-        time.sleep(0.05)
+    wait_for(lambda: bool(events(peers.where(3), "state-lost")))
     is_back.set()
     peers.join()
     assert not peers.errors
@@ -276,8 +274,7 @@ class TestSentences:
         peers.start(0, hooks)
         peers.config = {**peers.config, "seed": 7}
         peers.start(1, hooks)
-        while not any(isinstance(error, Refused) for error in peers.errors.values()):
-            time.sleep(0.02)
+        wait_for(lambda: any(isinstance(error, Refused) for error in list(peers.errors.values())))
         over.set()
         peers.join(0, 1)
         refused = [str(error) for error in peers.errors.values() if isinstance(error, Refused)]
@@ -342,8 +339,7 @@ class TestKits:
         peers.start(1, kit=str(kits / "berlin"))
         peers.join(1)
         assert "is that of peer 0: leave it out" in str(peers.errors[1])
-        while not (peers.book / "peer-0").exists():
-            time.sleep(0.02)
+        wait_for((peers.book / "peer-0").exists)
         address = (peers.book / "peer-0").read_text().strip()
         with pytest.raises(Disconnected):
             Client(address, name="paris", timeout_seconds=0.5)

@@ -32,8 +32,6 @@ from gossamer.transport.policy import Policy
 from gossamer.transport.provisioning import provision
 from nodes import free_port, unpickling
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture(scope="module")
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:

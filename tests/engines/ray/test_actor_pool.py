@@ -22,7 +22,7 @@ from federation import wait_for
 from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, MAX_FAILURES, READY, ActorPool, Call
 from gossamer.errors import DataError, EngineError, RoundAborted
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
+pytestmark = pytest.mark.usefixtures("one_ray")
 
 
 def tiny(flag: str = "", fault: str = "") -> type:

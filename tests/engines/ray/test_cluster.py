@@ -66,7 +66,6 @@ def test_data_that_every_actor_loads_for_itself(workload: type) -> None:
     assert put_data(workload()) == []
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("one_ray")
 def test_actors_read_what_the_driver_loaded(tmp_path: Path) -> None:
     log = tmp_path / "loads"

@@ -47,7 +47,6 @@ from gossamer.profiling.spans import Spans
 from gossamer.storage.runlog import read_metrics
 from slow_peers import decentralized
 
-pytestmark = pytest.mark.timeout(300)
 SHARED = pytest.mark.usefixtures("one_ray")
 
 RAY = {"engine.name": "ray", "engine.workers": 2}
@@ -249,7 +248,7 @@ class TestErrors:
 
     def test_no_cluster_at_an_address(self, tmp_path: Path) -> None:
         done = gossamer("run", write(tmp_path, on_ray(configure(), address="127.0.0.1:1")), "--out", tmp_path / "run")
-        _, errors = done.communicate(timeout=120)
+        _, errors = done.communicate(timeout=200)
         assert done.returncode == 2
         (sentence,) = [line for line in errors.splitlines() if line.startswith("error: ")]
         assert "cannot join the Ray cluster at '127.0.0.1:1'" in sentence
@@ -299,7 +298,7 @@ class TestInterrupted:
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=200)
         assert process.returncode == 130, errors
         assert "error: stopped after round" in errors
         logged = read_metrics(tmp_path / "run")
@@ -317,7 +316,7 @@ def test_a_daemon_that_dies_is_one_sentence(tmp_path: Path, name: str) -> None:
     stats = {path: path.read_text(errors="replace") for path in Path("/proc").glob("[0-9]*/stat") if path.exists()}
     (daemon,) = [int(path.parent.name) for path, text in stats.items() if re.match(of_driver, text)]
     os.kill(daemon, signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=200)
     assert (process.returncode, errors.count("\n")) == (2, 1), errors
     assert errors.startswith(f"error: Ray's process {name} ended, as when it was killed or memory was short: look at")
     assert committed(tmp_path / "run") == len(read_metrics(tmp_path / "run"))

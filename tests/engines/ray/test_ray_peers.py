@@ -19,7 +19,7 @@ from gossamer.plan import RoundPlan
 from gossamer.profiling.spans import Spans
 from slow_peers import LEAST_SQUARES, decentralized
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
+pytestmark = pytest.mark.usefixtures("one_ray")
 
 RAY = {"engine.name": "ray", "engine.workers": 2}
 CASES: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from gossamer.profiling.graphs import messages_of
 from gossamer.profiling.trace import read_trace
 from gossamer.reports.profile import examine
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("one_ray")]
+pytestmark = pytest.mark.usefixtures("one_ray")
 
 IMAGES = {"name": "image-classification", "dataset": {"name": "digits", "limit": 300}, "model": "softmax"}
 CLIENTS: dict[str, Any] = {"clients": {"num": 8, "per_round": 6}}

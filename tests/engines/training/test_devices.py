@@ -21,8 +21,6 @@ from gossamer.engines.training.job import Job
 from gossamer.errors import ConfigError
 from gossamer.plan import Block
 
-pytestmark = pytest.mark.timeout(120)
-
 CNN = {"workload.model": {"name": "cnn", "width": 0.125}}
 RESNET = {"workload.model": {"name": "preact-resnet18", "width": 0.0625}, "workload.dataset.shape": [3, 8, 8]}
 CASES: dict[str, dict[str, Any]] = {
