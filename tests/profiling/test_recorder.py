@@ -19,7 +19,7 @@ from google.protobuf.proto import parse_length_prefixed
 import gossamer
 from gossamer.profiling import recorder
 from gossamer.profiling.chakra import COMPUTE, RECEIVE, SCHEMA, SEND, messages, write_chakra
-from gossamer.profiling.exports import pieces_of, write_chrome, write_goal, write_perfetto
+from gossamer.profiling.exports import pieces_of, write_chrome, write_goal
 from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, read_trace, stage_totals
 from gossamer.reports.profile import examine
 from gossamer.storage.runlog import read_config
@@ -116,24 +116,6 @@ class TestRuns:
         assert totals == pytest.approx(expected, abs=num_pieces)  # each is rounded to a microsecond
         busy = {kind: 1e6 * one.seconds for kind, one in stage_totals(trace.rounds).items() if kind not in IDLE}
         assert {kind: totals[kind] for kind in busy} == pytest.approx(busy, abs=num_pieces)
-
-    def test_perfetto_reads_equal_totals(self, recorded: Path, tmp_path: Path) -> None:
-        found = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
-        trace = read_trace(recorded)
-        write_perfetto(trace, tmp_path / "run.pftrace")
-        packets = found.Trace.FromString((tmp_path / "run.pftrace").read_bytes()).packet
-        open_slices: dict[int, tuple[str, int]] = {}
-        totals: dict[str, float] = {}
-        for packet in (one for one in packets if one.HasField("track_event")):
-            event = packet.track_event
-            if event.type == event.TYPE_SLICE_BEGIN:
-                assert event.track_uuid not in open_slices
-                open_slices[event.track_uuid] = event.name, packet.timestamp
-            else:
-                name, begin = open_slices.pop(event.track_uuid)
-                totals[name] = totals.get(name, 0.0) + (packet.timestamp - begin) / 1e9
-        expected = {kind: one.seconds for kind, one in stage_totals(trace.rounds).items()}
-        assert totals == pytest.approx(expected, rel=1e-3, abs=1e-6)
 
 
 def parse_chakra(path: Path) -> list[Any]:

@@ -24,28 +24,30 @@ def write_chrome(trace: Trace, path: Path, torch_path: Path | None = None) -> No
         StorageError: the disk refuses it.
     """
     events: list[dict[str, Any]] = []
-    processes = _processes(trace)
-    for lane, (process, thread) in processes.items():
+    numbers = _numbers(trace)
+    for lane, (process, thread) in numbers.items():
         where = {"ph": "M", "pid": process, "tid": thread}
         events.append(where | {"name": "thread_name", "args": {"name": lane.name}})
-        if not thread:
+        if process == thread:
             events.append(where | {"name": "process_name", "args": {"name": lane.name}})
-    for begin, lane, segment in _all(trace):
-        process, thread = processes[lane]
-        where = {"pid": process, "tid": thread, "ts": 1e6 * (begin + segment.begin), "name": segment.kind}
+    for slice_ in _slices(trace):
+        segment, (process, thread) = slice_.segment, numbers[slice_.lane]
+        where = {"pid": process, "tid": thread, "ts": slice_.begin_ns / 1e3, "name": segment.kind}
         facts = {"bytes": segment.num_bytes, "cpu_us": 1e6 * segment.cpu, "delay_us": 1e6 * segment.delay}
-        events.append(where | {"ph": "X", "dur": 1e6 * segment.seconds, "args": facts})
-        if segment.message and segment.kind in (SEND, RECEIVE):
+        events.append(where | {"ph": "X", "dur": (slice_.end_ns - slice_.begin_ns) / 1e3, "args": facts})
+        if slice_.flow is not None:
             ends = {"ph": "s"} if segment.kind == SEND else {"ph": "f", "bp": "e"}
-            events.append(where | ends | {"name": "message", "cat": "message", "id": segment.message})
+            events.append(where | ends | {"name": "message", "cat": "message", "id": slice_.flow})
     if torch_path is not None:
-        events += events_of(trace, processes, torch_path)
+        events += events_of(trace, numbers, torch_path)
     with storage_errors(path):
         path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
 def write_perfetto(trace: Trace, path: Path) -> None:
-    """Write Perfetto's TrackEvent: one track a thread, and flows for messages; nanoseconds.
+    """Write Perfetto's TrackEvent: processes, threads, rounds, and flows for messages; nanoseconds.
+
+    Bytes, processor time and time of waiting for a processor are debug annotations, where they are not 0.
 
     Raises:
         ConfigError: the package perfetto is not installed.
@@ -56,28 +58,52 @@ def write_perfetto(trace: Trace, path: Path) -> None:
         from perfetto.trace_builder.proto_builder import TraceProtoBuilder
     except ImportError:
         raise ConfigError("--perfetto needs the package perfetto: pip install 'gossamer[trace]'") from None
-    builder, sequence = TraceProtoBuilder(), 1
-    tracks = {lane: number for number, lane in enumerate(_processes(trace), start=1)}
-    flows: dict[str, int] = {}
-    for lane, track in tracks.items():
-        described = builder.add_packet()
-        described.track_descriptor.uuid, described.track_descriptor.name = track, lane.name
-    for begin, lane, segment in _all(trace):
-        for kind, at in (
-            (TrackEvent.TYPE_SLICE_BEGIN, segment.begin),
-            (TrackEvent.TYPE_SLICE_END, segment.end),
-        ):
-            packet = builder.add_packet()
-            packet.timestamp, packet.trusted_packet_sequence_id = round(1e9 * (begin + at)), sequence
-            event = packet.track_event
-            event.type, event.track_uuid = kind, tracks[lane]
-            if kind == TrackEvent.TYPE_SLICE_BEGIN:
-                event.name = segment.kind
-                if segment.message and segment.kind in (SEND, RECEIVE):
-                    flow = flows.setdefault(segment.message, len(flows) + 1)
-                    (event.flow_ids if segment.kind == SEND else event.terminating_flow_ids).append(flow)
+    builder = TraceProtoBuilder()
+
+    def event(kind: int, at_ns: int, track: int) -> Any:
+        """Add an event, and return it."""
+        packet = builder.add_packet()
+        packet.timestamp, packet.trusted_packet_sequence_id = at_ns, 1
+        packet.track_event.type, packet.track_event.track_uuid = kind, track
+        return packet.track_event
+
+    numbers = _numbers(trace)
+    rounds = _describe(builder, numbers)
+    at = 0.0
+    for one in trace.rounds:
+        event(TrackEvent.TYPE_SLICE_BEGIN, round(1e9 * at), rounds).name = f"round {one.number}"
+        at += one.seconds
+        event(TrackEvent.TYPE_SLICE_END, round(1e9 * at), rounds)
+    for slice_ in _slices(trace):
+        segment, (_, track) = slice_.segment, numbers[slice_.lane]
+        begun = event(TrackEvent.TYPE_SLICE_BEGIN, slice_.begin_ns, track)
+        begun.name = segment.kind
+        facts = {"bytes": segment.num_bytes, "cpu_ns": 1e9 * segment.cpu, "delay_ns": 1e9 * segment.delay}
+        for name, value in facts.items():
+            if round(value):
+                begun.debug_annotations.add(name=name, int_value=round(value))
+        if slice_.flow is not None:
+            (begun.flow_ids if segment.kind == SEND else begun.terminating_flow_ids).append(slice_.flow)
+        event(TrackEvent.TYPE_SLICE_END, slice_.end_ns, track)
     with storage_errors(path):
         path.write_bytes(builder.serialize())
+
+
+def _describe(builder: Any, numbers: dict[Lane, tuple[int, int]]) -> int:
+    """Describe tracks: of each thread, with its number as an id, and of rounds, whose id is returned."""
+    most = max(thread for _, thread in numbers.values())
+    rounds = 2 * most + 1
+    described = builder.add_packet().track_descriptor
+    described.uuid, described.name = rounds, "rounds"
+    for lane, (process, thread) in numbers.items():
+        if process == thread:
+            described = builder.add_packet().track_descriptor
+            described.uuid = most + process
+            described.process.pid, described.process.process_name = process, lane.name
+        described = builder.add_packet().track_descriptor
+        described.uuid, described.parent_uuid = thread, most + process
+        described.thread.pid, described.thread.tid, described.thread.thread_name = process, thread, lane.name
+    return rounds
 
 
 class Link(NamedTuple):
@@ -131,7 +157,7 @@ def pieces_of(trace: Trace) -> Iterator[Piece]:
 
 def ranks_of(trace: Trace) -> dict[Lane, int]:
     """Number the threads of a trace."""
-    return {lane: number for number, lane in enumerate(_processes(trace))}
+    return {lane: number for number, lane in enumerate(_numbers(trace))}
 
 
 def write_goal(trace: Trace, path: Path) -> None:
@@ -159,21 +185,57 @@ def write_goal(trace: Trace, path: Path) -> None:
         path.write_text("\n".join(text) + "\n")
 
 
-def _processes(trace: Trace) -> dict[Lane, tuple[int, int]]:
-    """Number the processes and threads of a trace."""
+class _Slice(NamedTuple):
+    """A segment on a timeline of all rounds in a row, in nanoseconds.
+
+    Attributes:
+        flow: number of the message that is sent or received with it; None: there is none, or no other end of it.
+    """
+
+    lane: Lane
+    begin_ns: int
+    end_ns: int
+    segment: Segment
+    flow: int | None
+
+
+def _numbers(trace: Trace) -> dict[Lane, tuple[int, int]]:
+    """Number the processes and threads of a trace, as Linux does: a process has the number of its first thread."""
     lanes = dict.fromkeys(lane for one in trace.rounds for lane in one.lanes)
     found: dict[int, list[Lane]] = {}
     for lane in lanes:
         found.setdefault(lane.pid, []).append(lane)
-    return {lane: (number, own.index(lane)) for number, own in enumerate(found.values()) for lane in own}
+    numbers, first = dict[Lane, tuple[int, int]](), 1
+    for own in found.values():
+        numbers |= {lane: (first, first + place) for place, lane in enumerate(own)}
+        first += len(own)
+    return numbers
 
 
-def _all(trace: Trace) -> Iterator[tuple[float, Lane, Segment]]:
-    """Yield every segment with its thread and the seconds at which its round begins, one round behind the other."""
-    begin = 0.0
+def _slices(trace: Trace) -> Iterator[_Slice]:
+    """Yield every segment, one round behind the other."""
+    flows, begin = dict[str, int](), 0.0
     for one in trace.rounds:
-        yield from ((begin, lane, segment) for lane, segments in one.lanes.items() for segment in segments)
+        ends = _message_ends(one)
+        for lane, segments in one.lanes.items():
+            for segment in segments:
+                is_end = any(segment is end for end in ends.get(segment.message, ()))
+                flow = flows.setdefault(segment.message, len(flows) + 1) if is_end else None
+                begins, stops = (round(1e9 * (begin + at)) for at in (segment.begin, segment.end))
+                yield _Slice(lane, begins, stops, segment, flow)
         begin += one.seconds
+
+
+def _message_ends(one: Round) -> dict[str, tuple[Segment, Segment]]:
+    """Return the segments with which each message of a round begins to be sent, and later to be received."""
+    firsts: dict[str, dict[str, Segment]] = {SEND: {}, RECEIVE: {}}
+    for segment in (each for segments in one.lanes.values() for each in segments):
+        if segment.message and segment.kind in firsts:
+            before = firsts[segment.kind].setdefault(segment.message, segment)
+            if segment.begin < before.begin:
+                firsts[segment.kind][segment.message] = segment
+    pairs = {message: (sent, firsts[RECEIVE].get(message)) for message, sent in firsts[SEND].items()}
+    return {message: (sent, got) for message, (sent, got) in pairs.items() if got and sent.begin < got.begin}
 
 
 def rounds_of(trace: Trace, most: int) -> list[Round]:

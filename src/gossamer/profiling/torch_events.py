@@ -22,8 +22,8 @@ class Operation(NamedTuple):
     category: str
     process: int
     thread: int
-    begin_ns: float
-    seconds: float
+    begin_ns: int
+    lasts_ns: int
 
 
 def read_operations(path: Path) -> list[Operation]:
@@ -41,8 +41,8 @@ def read_operations(path: Path) -> list[Operation]:
                 str(one.get("cat", "")),
                 int(one["pid"]),
                 int(one["tid"]),
-                base + 1e3 * float(one["ts"]),
-                float(one["dur"]) / 1e6,
+                base + (begin := round(1e3 * float(one["ts"]))),
+                round(1e3 * (float(one["ts"]) + float(one["dur"]))) - begin,
             )
             for one in found["traceEvents"]
             if one.get("ph") == "X" and type(one.get("pid")) is int and type(one.get("tid")) is int
@@ -80,14 +80,14 @@ def events_of(trace: Trace, places: Mapping[Lane, tuple[int, int]], path: Path) 
 
 def _placed(trace: Trace, operations: list[Operation]) -> Iterator[tuple[Operation, Lane | None, float, float]]:
     """Yield operations, their threads, and where they begin and end in all rounds in a row, in seconds."""
-    ordered, at, before = sorted(operations, key=lambda one: one.begin_ns), 0, 0.0
+    ordered, at, before = sorted(operations, key=lambda one: (one.begin_ns, -one.lasts_ns)), 0, 0.0
     for one in trace.rounds:
         lanes = {(lane.pid, lane.thread): lane for lane in one.lanes}
         while at < len(ordered) and ordered[at].begin_ns < one.unix_ns + 1e9 * one.seconds:
             operation, at = ordered[at], at + 1
             begin = (operation.begin_ns - one.unix_ns) / 1e9
             lane = lanes.get((operation.process, operation.thread))
-            end = min(begin + operation.seconds, one.seconds)
+            end = min(begin + operation.lasts_ns / 1e9, one.seconds)
             if begin < 0:
                 continue
             if lane is not None:
@@ -109,5 +109,6 @@ def _event(
     operation: Operation, lane: Lane | None, begin: float, end: float, places: Mapping[Lane, tuple[int, int]]
 ) -> dict[str, Any]:
     process, thread = (DEVICES + operation.process, operation.thread) if lane is None else places[lane]
-    when = {"ph": "X", "ts": 1e6 * begin, "dur": 1e6 * (end - begin)}
+    begin_ns, end_ns = round(1e9 * begin), round(1e9 * end)  # ends are rounded alike, so what is nested stays so
+    when = {"ph": "X", "ts": begin_ns / 1e3, "dur": (end_ns - begin_ns) / 1e3}
     return when | {"name": operation.name, "cat": "torch", "pid": process, "tid": thread}
