@@ -133,8 +133,8 @@ def load_workload(config: Config, data: Any = None, stands_for: tuple[int, int] 
     """Make the workload, with `data` that were loaded elsewhere, see `task_of`.
 
     Args:
-        stands_for: number of a client that has data of its own, and of all clients: where clients hold different
-            modules, its one client holds those of that number.
+        stands_for: number of a participant that has data of its own, and of all participants: where they hold
+            different modules, its one client holds those of that number.
 
     Raises:
         GossamerError: its options are wrong, its data missing or malformed, or one of its plug-ins fails.
@@ -172,10 +172,27 @@ def held_task_of(config: Mapping[str, Any], client: int, dataset: Any) -> Task:
         GossamerError: the data is missing or does not suit the workload.
     """
     parsed = parse(config)
-    if parsed.clients is None or not 0 <= client < parsed.clients.num:
-        raise ConfigError(f"there is no client {client} in this run: give a number below {parsed.population.num}")
-    alone = parsed.clients.model_copy(update={"num": 1, "per_round": 1, "partition": {"name": "iid"}})
-    own = parsed.model_copy(update={"clients": alone, "workload": {**parsed.workload, "dataset": dataset}})
-    workload = load_workload(own, stands_for=(client, parsed.clients.num))
-    held: Any = HeldWorkload(workload, client, parsed.clients.num)
-    return make_task(parsed, make_algorithm(parsed), None, held)
+    if parsed.clients is None:
+        raise ConfigError("the run has peers and no server: take gossamer node peer")
+    return make_task(parsed, make_algorithm(parsed), None, held_workload(parsed, client, dataset))
+
+
+def held_workload(config: Config, number: int, dataset: Any) -> Workload:
+    """Make the workload of a participant that has data of its own.
+
+    Args:
+        config: resolved.
+        number: of the client, or of the peer.
+        dataset: see `held_task_of`.
+
+    Raises:
+        GossamerError: there is no such participant, or the data is missing or does not suit the workload.
+    """
+    kind, num = "peer" if config.clients is None else "client", config.population.num
+    assert num is not None
+    if not 0 <= number < num:
+        raise ConfigError(f"there is no {kind} {number} in this run: give a number below {num}")
+    alone = config.population.model_copy(update={"num": 1, "partition": {"name": "in-order"}})
+    own = config.model_copy(update={f"{kind}s": alone, "workload": {**config.workload, "dataset": dataset}})
+    held: Any = HeldWorkload(load_workload(own, stands_for=(number, num)), num)
+    return held  # type: ignore[no-any-return]

@@ -73,6 +73,13 @@ def warnings_of(population: Mapping[str, Any], changes: Mapping[str, Any]) -> tu
             "they wait for ever",
         ),
         (PEERS, {"engine.peer": 3}, "engine.peer = 3", "no peers dial each other"),
+        (PEERS, {"engine.data": "mnist"}, "engine.data = {'name': 'mnist'}", "no peers dial each other"),
+        (
+            PEERS,
+            {"engine.name": "network", "engine.data": "mnist"},
+            "engine.data = {'name': 'mnist'}",
+            "no peer is given",
+        ),
         (
             CLIENTS,
             {"engine.peers_file": "a"},

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from gossamer.errors import ConfigError, DataError
-from gossamer.workloads.partitions import Partition, dirichlet, iid, n_classes, natural_id, shards
+from gossamer.workloads.partitions import Partition, dirichlet, iid, in_order, n_classes, natural_id, shards
 
 Ints = NDArray[np.int64]
 quick = settings(max_examples=20)
@@ -38,6 +38,16 @@ def test_iid_is_even(total: int, data: st.DataObject) -> None:
     partition = iid(random_labels(total, 3), num_clients, 3, data.draw(st.integers(0, 5)), None)
     check(partition, total, num_clients)
     assert partition.num_samples.max() - partition.num_samples.min() <= 1
+
+
+@quick
+@given(st.integers(1, 200), st.data())
+def test_in_order(total: int, data: st.DataObject) -> None:
+    num_clients = data.draw(st.integers(1, total))
+    partition = in_order(random_labels(total, 3), num_clients, 3, 0, None)
+    assert partition.indices.tolist() == list(range(total))
+    sizes = [total // num_clients + (client < total % num_clients) for client in range(num_clients)]
+    assert partition.num_samples.tolist() == sizes
 
 
 @pytest.mark.parametrize(

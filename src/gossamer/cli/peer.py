@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -39,12 +40,21 @@ Number = Annotated[
     int | None, typer.Option("--id", metavar="K", help="Number of this peer, from 0 on; default: that of the kit.")
 ]
 
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Its own data: a folder, a .csv, .parquet or .npz file, or module:attr. Default: its part of FILE's.",
+    ),
+]
+
 
 def peer(
     file: File,
     peers: Addresses,
     overrides: Overrides = None,
     number: Number = None,
+    data: Data = None,
     listen: Listen = None,
     kit: KitFolder = None,
     out: Out = None,
@@ -59,6 +69,10 @@ def peer(
 
         number = load_kit(kit, "peer").number
     changes = [f"engine.peer={number}", *_changes(peers, listen, kit)]
+    if data is not None:
+        from gossamer.workloads.held import spec_of
+
+        changes.append(f"engine.data={json.dumps(spec_of(data))}")
     run_or_go_on(file, overrides or (), changes, out, quiet, trust)
 
 

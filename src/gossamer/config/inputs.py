@@ -15,7 +15,9 @@ from gossamer.storage.runlog import CHECKPOINTS, read_config
 
 # Where a run that has begun may go on: what changes no bits, but for the device, which changes the last ones.
 PROFILE, OFFLOAD = "profile", "offload"
-KEYS = ("name", "workers", "block_size", "device", "address", "kit", "peer", "peers_file", "straggler_seconds")
+KEYS = (
+    "name", "workers", "block_size", "device", "address", "kit", "peer", "peers_file", "data", "straggler_seconds"
+)  # fmt: skip
 MOVABLE = (*(f"engine.{key}" for key in KEYS), PROFILE, OFFLOAD)
 END = "rounds"  # may be changed, too, where nothing depends on it
 BESIDE = ("name", "log", "checkpoint", "evaluation", "stop", "replay", END)  # what changes no bits of a replay

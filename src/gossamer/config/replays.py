@@ -55,7 +55,13 @@ def _runs_of_peers(directory: Path) -> dict[int, Path]:
     below = [run for child in sorted(directory.iterdir()) if child.is_dir() for run in run_directories(child)]
     found = dict[int, Path]()
     for run in below:
-        peer = read_config(run)["engine"].get("peer")
+        engine = read_config(run)["engine"]
+        peer = engine.get("peer")
+        if engine.get("data") is not None:
+            raise ConfigError(
+                f"replay {str(directory)!r} holds the run of peer {peer}, which had data of its own: a simulation has"
+                " only those of the experiment's file"
+            )
         if peer in found:
             raise ConfigError(
                 f"replay {str(directory)!r} holds two runs of peer {peer}, {found[peer].name!r} and {run.name!r}: keep"

@@ -57,6 +57,7 @@ class EngineOptions(Options):
         peer: number of the peer that this process is (``gossamer node peer``); None: it is not one of them.
         peers_file: file with the addresses of all peers, or folder into which those of one machine write theirs; None:
             the peers of engine network are processes of this machine.
+        data: data set of this peer alone, in the place of its part of the workload's; None: that part.
         straggler_seconds: wall-clock seconds without an answer after which a Ray actor's work is done again elsewhere;
             long after that the actor is replaced. None: many times the longest answer so far, a minute at least. Of a
             local worker, seconds without an answer and without processor time after which it is replaced. None: 120. Of
@@ -73,6 +74,7 @@ class EngineOptions(Options):
     kit: str | None = None
     peer: int | None = Field(default=None, ge=0)
     peers_file: str | None = None
+    data: Plugin | None = None
     straggler_seconds: float | None = Field(default=None, gt=0)
 
     @field_validator("workers", "block_size")

@@ -138,6 +138,7 @@ def _of_engine(config: Config, engine_class: Any) -> Iterator[Rule]:
     among = None if engine.name == "network" and config.peers is not None else "no peers dial each other"
     yield "engine.peer", engine.peer, None, among
     yield "engine.peers_file", engine.peers_file, None, among
+    yield "engine.data", engine.data, None, among or ("no peer is given" if engine.peer is None else None)
     yield "evaluation.on_clients", config.evaluation.on_clients, True, real
     alone = "there is no worker to wait for" if engine.workers == 0 and local else None
     yield "engine.straggler_seconds", engine.straggler_seconds, None, None if by_ranks else alone

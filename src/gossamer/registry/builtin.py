@@ -108,6 +108,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "partition": {
         "iid": "gossamer.workloads.partitions:iid",
+        "in-order": "gossamer.workloads.partitions:in_order",
         "dirichlet": "gossamer.workloads.partitions:dirichlet",
         "n-classes": "gossamer.workloads.partitions:n_classes",
         "shards": "gossamer.workloads.partitions:shards",

@@ -32,6 +32,7 @@ PEER = """- {node} is peer {number} of a run. EXPERIMENT.yaml is the same at all
       peers: [a.example.org:8443, b.example.org:8443]  # in the order of their numbers
 
 - There is no server: this machine dials its neighbours, and they dial it.
+- Its data are its part of those that EXPERIMENT.yaml names; with `--data DATA` they are your own, and stay here.
 """
 LISTENING = """- Open port {port} to those who dial this machine, and no other one.
 - `{members}` says who is let in. After nodes were added, renewed or revoked, copy it here again from where the

@@ -1,4 +1,4 @@
-"""Workloads of real clients: at the server, what they tell of their data; at a client, its own data alone."""
+"""Workloads of real clients and peers: at a server, what clients tell of their data; elsewhere, its own data alone."""
 
 from __future__ import annotations
 
@@ -59,19 +59,22 @@ class ToldWorkload(_Around):
 
 
 class HeldWorkload(_Around):
-    """A client's workload: a workload of one client, which is client `client` of the run. Others hold nothing.
+    """The workload of a client, or of a peer, with data of its own: made of one client. Others are never trained here.
 
     Attributes:
-        num_clients: clients of the run.
-        num_samples: int64 [num_clients], its number of samples; 1 of the others, which are never trained here.
+        num_clients: clients, or peers, of the run.
+        num_samples: int64 [num_clients], its number of samples; nothing is known of others, who count as many.
     """
 
-    def __init__(self, workload: Workload, client: int, num_clients: int) -> None:
+    def __init__(self, workload: Workload, num_clients: int) -> None:
         """Take a workload made with ``num_clients=1``."""
         super().__init__(workload)
         self.num_clients = num_clients
-        self.num_samples = np.ones(num_clients, dtype=np.int64)
-        self.num_samples[client] = workload.num_samples[0]
+        self.num_samples = np.repeat(workload.num_samples, num_clients)
+
+    def hold(self, clients: NDArray[np.int64], chunks: NDArray[np.int64]) -> None:
+        """Read now what would be read while training of the one client."""
+        self._around.hold(np.zeros_like(clients), chunks)
 
     def batch(self, clients: NDArray[np.int64], positions: NDArray[np.int64], round: int = 0, phase: int = 0) -> Batch:
         """Assemble samples of the one client."""
@@ -99,7 +102,7 @@ class HeldWorkload(_Around):
 
 
 def spec_of(text: str) -> Any:
-    """Return the data set that a client names: a mapping in YAML, a folder or a file, or a name.
+    """Return the data set that ``--data`` names: a mapping in YAML, a folder or a file, or a name.
 
     A folder of folders is of images (``image-folder``), one of ``.npy`` files, or an ``.npz`` file, is of ``arrays``, a
     ``.csv`` or ``.parquet`` file, or a folder of the latter, is a ``table``; anything else is the name of a data set or

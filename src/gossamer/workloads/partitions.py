@@ -208,6 +208,24 @@ def iid(labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints 
     return Partition(order, offsets).checked("iid", num_clients, len(labels), options.min_samples)
 
 
+@takes(IidOptions)
+def in_order(
+    labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any
+) -> Partition:
+    """Cut the samples, in their order, into equal parts, the first ones larger by one where there is a remainder.
+
+    What a participant with data of its own holds is the one part of one.
+
+    Raises:
+        ConfigError: an unknown or wrong parameter, see `IidOptions`.
+        DataError: fewer samples than clients.
+    """
+    options = parse_options(IidOptions, params, WHERE)
+    _check_counts(num_clients, len(labels), options)
+    parts = np.array_split(np.arange(len(labels), dtype=np.int64), num_clients)
+    return Partition.of_lists(parts).checked("in-order", num_clients, len(labels), options.min_samples)
+
+
 @takes(DirichletOptions)
 def dirichlet(
     labels: Ints, num_clients: int, num_labels: int, seed: int, owner: Ints | None, **params: Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -23,7 +22,7 @@ from gossamer.engines.network.asked import Models, asked_job
 from gossamer.engines.network.engine import NOTHING, UPDATE
 from gossamer.engines.network.evaluating import COUNTS, EVALUATE, counts_of
 from gossamer.engines.network.private import PrivateState
-from gossamer.engines.network.roster import model_digest, shape_of, versions
+from gossamer.engines.network.roster import model_digest, shape_objection, shape_of, versions
 from gossamer.engines.private_rows import PrivateRows
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import Job
@@ -333,16 +332,9 @@ def _require_shape(task: Task, other: Any) -> None:
     Raises:
         DataError: they are not.
     """
-    own = json.loads(json.dumps(shape_of(task)))
-    if other is not None and own != other:
-        found, wanted = (_shape_text(one) for one in (own, other))
-        raise DataError(f"the data have {found}, but those of the server {wanted}: give data such as the server has")
-
-
-def _shape_text(told: Any) -> str:
-    """Return in words what `shape_of` has, as somebody else may tell it."""
-    shape, labels = (told.get(key) if isinstance(told, Mapping) else None for key in ("shape", "labels"))
-    return f"samples of shape {shape!r:.80} and {labels!r:.20} labels"
+    objection = None if other is None else shape_objection(shape_of(task), other, "the server")
+    if objection is not None:
+        raise DataError(objection)
 
 
 def _replace(arrays: Arrays, new: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,8 @@ from gossamer.engines.network.lanes import When
 from gossamer.engines.network.outbox import Outbox
 from gossamer.engines.network.peer_links import PeerLinks
 from gossamer.engines.network.peer_row import PeerRow
-from gossamer.engines.network.place import Place
+from gossamer.engines.network.place import Place, Samples
+from gossamer.engines.network.roster import model_digest, shape_of
 from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.mixing import mixing_of
@@ -38,15 +39,25 @@ OWN = ("name", "log", "replay", "checkpoint", "stop", "evaluation", "engine")  #
 
 
 def experiment_digest(task: Task, config: Mapping[str, Any]) -> str:
-    """Return the id of a run: that of all peers of one resolved configuration, with the same data and topology.
+    """Return the id of a run: that of all peers of one resolved configuration, with the same model and topology.
 
-    Where their files lie on each machine does not count.
+    Where their files lie on each machine does not count, nor what data they hold, see `data_digest`.
     """
     assert task.topology is not None
-    shared = {key: value for key, value in config.items() if key not in OWN} | {"modes": config["engine"]["modes"]}
+    shared = {key: value for key, value in config.items() if key not in OWN}
     for section, files in FILES.items():
         shared[section] = {key: value for key, value in config[section].items() if key not in files}
-    found = [shared, task.workload.digest(), task.topology.digest()]
+    return _digest([shared, task.topology.digest()])
+
+
+def data_digest(task: Task, config: Mapping[str, Any]) -> str | None:
+    """Return a digest of the data and their partition, and of the modes that follow from them; None: a peer's own."""
+    if config["engine"]["data"] is not None:
+        return None
+    return _digest([task.workload.digest(), config["engine"]["modes"]])
+
+
+def _digest(found: Any) -> str:
     return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -59,6 +70,7 @@ def place_of(task: Task, setup: EngineSetup, number: int | None, listen: str, bo
         num_peers=task.workload.num_clients,
         num_rounds=int(config["rounds"]),
         run=experiment_digest(task, config),
+        samples=Samples(data_digest(task, config), shape_of(task), model_digest(task)),
         listen=listen,
         book=book,
         kit=None if setup.kit is None else load_kit(setup.kit),
@@ -84,6 +96,18 @@ def require_renormalisable(task: Task, absent_neighbour: str) -> None:
     if mixing_of(task, 0, "topology").rows_per_site > 1:
         raise ConfigError(
             f"{option} does not go with a topology that mixes two rows of a peer together: set it to wait"
+        )
+
+
+def require_alike(task: Task, data: Any) -> None:
+    """Refuse data of a peer's own where peers hold different modules: it could not tell which those of others are.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if data is not None and len(task.workload.holdings) > 1:
+        raise ConfigError(
+            "--data is for peers that hold the same modalities: leave workload.modalities out, or leave --data out"
         )
 
 
@@ -113,6 +137,7 @@ class NetworkPeer(PeerEngine):
         if listen is None:
             raise ConfigError("no address to listen on is given: give --listen HOST:PORT")
         require_renormalisable(task, setup.recipe["config"]["peers"]["absent_neighbour"])
+        require_alike(task, setup.recipe["config"]["engine"]["data"])
         super().__init__(task, x, [[number, number + 1]], setup)
         secret = os.environ.pop(SECRET, "")
         self._place = place_of(task, setup, number, listen, book, secret)

@@ -287,6 +287,7 @@ class PeerLinks:
         hello = {
             "peer": place.number,
             "experiment": place.run,
+            **vars(place.samples),
             "versions": versions(),
             "secret": place.secret,
         }

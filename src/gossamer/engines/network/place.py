@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gossamer.engines.network.addresses import AddressBook
-from gossamer.engines.network.roster import versions
+from gossamer.engines.network.roster import shape_objection, versions
 from gossamer.transport import Hello
 from gossamer.transport.authentication import MEMBERS_FILE, Kit, read_members
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a node tells of its data.
+
+    Attributes:
+        data: digest of the experiment's own data; None: the node has others.
+        shape: see `shape_of`.
+        model: see `model_digest`.
+    """
+
+    data: str | None
+    shape: Mapping[str, Any]
+    model: str
+
+    def are_others(self, body: Mapping[str, Any]) -> bool:
+        """Say whether a node that tells `body` has another model, or is to have the same data and has not."""
+        told = body.get("data")
+        return body.get("model") != self.model or (None not in (told, self.data) and told != self.data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +43,7 @@ class Place:
         num_peers: peers of the run.
         num_rounds: rounds of the run.
         run: id of the run, which all nodes of an experiment compute alike.
+        samples: see `Samples`.
         listen: host:port.
         book: where the others are.
         kit: start-up kit of the node; None: it stays on loopback.
@@ -33,6 +55,7 @@ class Place:
     num_peers: int
     num_rounds: int
     run: str
+    samples: Samples
     listen: str
     book: AddressBook
     kit: Kit | None
@@ -67,7 +90,10 @@ class Place:
             return f"{who} says that it is peer {number!r:.80}, which it is not: give it the --id of its kit or its own"
         if number == self.number:
             return f"{who} is peer {number}, as is {here}: give each a number of its own, --id"
-        if body.get("experiment") != self.run:
+        is_same = body.get("experiment") == self.run
+        if is_same and (reason := shape_objection(body.get("shape"), self.samples.shape, here)):
+            return f"{who}: {reason}"
+        if not is_same or self.samples.are_others(body):
             return (
                 f"{who} and {here} have other experiments, or data: give both the same FILE, KEY=VALUE and versions of"
                 " the data"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import secrets
 import time
@@ -64,6 +65,20 @@ def shape_of(task: Task) -> dict[str, Any]:
         "shape": task.workload.blueprint().facts.get("input_size"),
         "labels": task.workload.num_labels,
     }
+
+
+def shape_objection(own: Any, other: Any, whose: str) -> str | None:
+    """Return why samples of the shape `own` do not go with those of somebody else, see `shape_of`; None: they do."""
+    own, other = (json.loads(json.dumps(one)) for one in (own, other))
+    if own == other:
+        return None
+    return f"the data have {_shape_text(own)}, but those of {whose} {_shape_text(other)}: give data such as {whose} has"
+
+
+def _shape_text(told: Any) -> str:
+    """Return in words what `shape_of` has, as somebody else may tell it."""
+    shape, labels = (told.get(key) if isinstance(told, Mapping) else None for key in ("shape", "labels"))
+    return f"samples of shape {shape!r:.80} and {labels!r:.20} labels"
 
 
 def told_of(task: Task, config: Mapping[str, Any]) -> dict[str, Any]:
