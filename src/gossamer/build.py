@@ -44,7 +44,7 @@ from gossamer.simulation.cuts import check_cuts
 from gossamer.simulation.devices import DeviceShare
 from gossamer.storage.client_store import CLIENTS, ClientStore
 from gossamer.storage.runlog import RunLog
-from gossamer.task import held_workload, load_workload, make_task, on_device
+from gossamer.task import make_task, on_device, workload_of
 from gossamer.workloads.base import Workload
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.held import ToldWorkload
@@ -164,10 +164,7 @@ def build(config: Config | Resolved, data: Any = None) -> Parts:
     """
     resolved = resolve(config) if isinstance(config, Config) else config
     config, algorithm = resolved.config, resolved.algorithm
-    if (own := config.engine.data) is None or config.engine.peer is None:
-        workload = load_workload(config, data)
-    else:
-        workload = held_workload(config, config.engine.peer, own)
+    workload = workload_of(config, data)
     if resolved.engine_class.is_remote:
         require_loadable(config, workload)
     check_sizes(config, algorithm, workload, is_remote=resolved.engine_class.is_remote)

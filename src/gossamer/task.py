@@ -37,7 +37,7 @@ def task_of(config: Mapping[str, Any], data: Any = None) -> Task:
         GossamerError: a plug-in or the data is missing here.
     """
     parsed = parse(config)
-    return make_task(parsed, make_algorithm(parsed), build_topology(parsed), load_workload(parsed, data))
+    return make_task(parsed, make_algorithm(parsed), build_topology(parsed), workload_of(parsed, data))
 
 
 def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, workload: Workload) -> Task:
@@ -127,6 +127,21 @@ def pinned_modes(config: Config, held: Sequence[tuple[float, Holding | None]]) -
 def on_device(modes: Iterable[VariantMode], device: str | None) -> list[VariantMode]:
     """Return modes with a device in the place of theirs; None: as they are."""
     return list(modes) if device is None else [mode.model_copy(update={"device": device}) for mode in modes]
+
+
+def workload_of(config: Config, data: Any = None) -> Workload:
+    """Make the workload of a resolved configuration: that of a peer's own data where it has some.
+
+    Args:
+        data: see `task_of`.
+
+    Raises:
+        GossamerError: see `load_workload`, `held_workload`.
+    """
+    engine = config.engine
+    if engine.data is None or engine.peer is None:
+        return load_workload(config, data)
+    return held_workload(config, engine.peer, engine.data)
 
 
 def load_workload(config: Config, data: Any = None, stands_for: tuple[int, int] | None = None) -> Workload:
