@@ -11,7 +11,7 @@ from torch import Tensor
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.models import DeclaredModel
 from gossamer.workloads.multimodal.blocks import FeedForward, Patches, glorot, linear
-from gossamer.workloads.multimodal.graphs import Facts, Losses, graph
+from gossamer.workloads.multimodal.graphs import Facts, Losses, Tensors, graph
 from gossamer.workloads.multimodal.objectives import label_losses
 
 
@@ -46,17 +46,13 @@ class OrderFree(DeclaredModel):
         return {label: linear(params, f"recognition.{label}", x) for label in self.facts.num_labels}
 
     def losses(
-        self,
-        tasks: Collection[str],
-        params: Mapping[str, Tensor],
-        batch: Mapping[str, Tensor],
-        context: ForwardContext = DEFAULT_CONTEXT,
+        self, tasks: Collection[str], params: Tensors, batch: Tensors, context: ForwardContext = DEFAULT_CONTEXT
     ) -> Losses:
         """Return the losses of recognition, the only task."""
         losses, has_any = label_losses(self.logits(params, batch), batch)
         return dict.fromkeys(tasks, (losses, batch["has_video"] * has_any))
 
     @torch.no_grad()
-    def predict(self, task: str, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, task: str, params: Tensors, batch: Tensors) -> dict[str, Tensor]:
         """Return the logits of each label."""
         return self.logits(params, batch)

@@ -12,7 +12,7 @@ from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.models import DeclaredModel
 from gossamer.workloads.multimodal.blocks import FeedForward, Tokens, linear, mean_of
 from gossamer.workloads.multimodal.clips import PAD
-from gossamer.workloads.multimodal.graphs import Facts, Losses, graph
+from gossamer.workloads.multimodal.graphs import Facts, Losses, Tensors, graph
 from gossamer.workloads.multimodal.objectives import contrastive, contrastive_logits, label_losses
 from gossamer.workloads.traits import ModelTraits
 
@@ -44,11 +44,7 @@ class MeanPool(DeclaredModel):
         return self.feed(params, F.gelu(x), scale).mean(-2)
 
     def losses(
-        self,
-        tasks: Collection[str],
-        params: Mapping[str, Tensor],
-        batch: Mapping[str, Tensor],
-        context: ForwardContext = DEFAULT_CONTEXT,
+        self, tasks: Collection[str], params: Tensors, batch: Tensors, context: ForwardContext = DEFAULT_CONTEXT
     ) -> Losses:
         """Return the losses of tasks, see `VideoLanguageModel`."""
         video, found = self.pooled(params, batch, context.scale), Losses()
@@ -68,7 +64,7 @@ class MeanPool(DeclaredModel):
         caption = batch["caption"]
         return F.normalize(mean_of(self.words(params, caption), caption != PAD), dim=-1)
 
-    def predict(self, task: str, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, task: str, params: Tensors, batch: Tensors) -> dict[str, Tensor]:
         """Return what the metrics of a task need, see `VideoLanguageModel`."""
         video = self.pooled(params, batch, 1.0)
         if task == "recognition":

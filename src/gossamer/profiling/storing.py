@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -16,25 +16,6 @@ from gossamer.profiling.sidecar import Handler, SideCar
 from gossamer.storage.checkpoint import Checkpoint, Checkpoints, Files
 from gossamer.storage.jsonl import LogFile, Position
 from gossamer.storage.runlog import RunLog
-
-
-class Commits(Protocol):
-    """What `Checkpoints` are to the loop, wherever they are written."""
-
-    def commit(
-        self,
-        round: int,
-        arrays: Mapping[str, Tensor],
-        progress: Mapping[str, Any],
-        logs: Mapping[str, Position],
-        *,
-        phase: int = 0,
-        save_rows: Callable[[Path], Files] | None = None,
-    ) -> Any:
-        """Make a state durable, now or before the next commit."""
-
-    def latest(self) -> Checkpoint | None:
-        """Return the newest intact commit."""
 
 
 class RemoteCheckpoints:
@@ -73,6 +54,9 @@ class RemoteCheckpoints:
         """Return the newest intact commit, once those under way are durable."""
         self._car.drain()
         return self._checkpoints.latest()
+
+
+Commits = Checkpoints | RemoteCheckpoints  # what the loop commits with, wherever it is written
 
 
 def _committer(checkpoints: Checkpoints) -> Handler:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from gossamer.workloads.holdings import Holding, assigned
 from gossamer.workloads.images import ImageClassification, ImageOptions
 from gossamer.workloads.models import WHERE, DeclaredModel, ModelOptions, rescale
 from gossamer.workloads.plugins import Spec
-from gossamer.workloads.supervised import Ints, SupervisedOptions, chunk_of
+from gossamer.workloads.supervised import Ints, Request, SupervisedOptions, chunk_of
 from gossamer.workloads.traits import ModelTraits
 
 FRONT, DEEP = "front", "deep"
@@ -152,20 +152,12 @@ class ShapeGroups(ImageClassification):
         return found
 
     @classmethod
-    def _make_model(
-        cls,
-        function: Callable[..., Any],
-        params: Mapping[str, Any],
-        size: Any,
-        facts: Mapping[str, Any],
-        seed: int,
-        **given: Any,
-    ) -> Model:
-        if not (isinstance(function, type) and issubclass(function, FrontedMLP)):
+    def _make_model(cls, asked: Request) -> Model:
+        if not (isinstance(asked.function, type) and issubclass(asked.function, FrontedMLP)):
             raise ConfigError(
                 "workload.model has no fronts for samples of different shapes: take fronted, or a class derived from it"
             )
-        return super()._make_model(function, params, size, facts, seed, **given)
+        return super()._make_model(asked)
 
     def digest(self) -> str:
         """Return a digest of the data, their partition, and who has which size."""

@@ -27,7 +27,7 @@ from gossamer.workloads.parts import PartlyTrained
 from gossamer.workloads.plugins import Spec, with_sizes
 from gossamer.workloads.sample_data import OwnTestData
 from gossamer.workloads.seeding import seed_of, seeded
-from gossamer.workloads.supervised import Ints, Supervised, SupervisedOptions, chunk_of, cross_entropies
+from gossamer.workloads.supervised import Ints, Request, Supervised, SupervisedOptions, chunk_of, cross_entropies
 
 NUM_TOKENS = "num_tokens"  # parameter of models that take the size of the vocabulary
 CACHED_IMAGES = 128  # images that are normalised at a time
@@ -82,28 +82,26 @@ class ImageClassification(Supervised):
         return self.data.train_labels.numpy(), self.num_labels, owner
 
     @classmethod
-    def _make_model(
-        cls,
-        function: Callable[..., Any],
-        params: Mapping[str, Any],
-        size: Any,
-        facts: Mapping[str, Any],
-        seed: int,
-        *,
-        keeps_buffers: bool = False,
-    ) -> Model:
-        params = {**params, **_vocabulary_size(function, params, facts)}
-        function, source = with_sizes(function, params), partial(rng.generator, seed, "init-model")
+    def _make_model(cls, asked: Request) -> Model:
+        size, facts = asked.size, asked.facts
+        params = {**asked.params, **_vocabulary_size(asked.function, asked.params, facts)}
+        function, source = with_sizes(asked.function, params), partial(rng.generator, asked.seed, "init-model")
         with (
             seeded(seed_of(source())),
             Fitting("workload.model"),
         ):  # what is made only to see what it is leaves no trace
-            model = super()._make_model(function, params, size, facts, seed)
+            model = super()._make_model(asked._replace(function=function, params=params))
         if isinstance(model, nn.Module):
             build = partial(function, size, facts["num_labels"], **params)
             few = torch.tensor(facts["tokens"]) if "tokens" in facts else None
-            seed = seed_of(source())
-            return ModuleModel(build, size, facts["num_labels"], seed=seed, samples=few, keeps_buffers=keeps_buffers)
+            return ModuleModel(
+                build,
+                size,
+                facts["num_labels"],
+                seed=seed_of(source()),
+                samples=few,
+                keeps_buffers=asked.keeps_buffers,
+            )
         if "tokens" in facts and not isinstance(model, ModuleModel):
             require_model("workload.model", model)
             if not model.traits.takes_tokens:

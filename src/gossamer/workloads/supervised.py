@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -69,6 +69,26 @@ class SupervisedOptions(Options):
     frozen: tuple[str, ...] = ()
     lora: LoRAOptions | None = None
     buffers: Literal["averaged", "personal"] | None = None
+
+
+class Request(NamedTuple):
+    """What a model is made of.
+
+    Attributes:
+        function: the plug-in.
+        params: its options.
+        size: shape of a sample, or what else `Supervised._prepare` says of its size.
+        facts: those of the data, see `Supervised.build_model`.
+        seed: of the run.
+        keeps_buffers: whether buffers that the forward pass changes are entries of the model.
+    """
+
+    function: Callable[..., Any]
+    params: Mapping[str, Any]
+    size: Any
+    facts: Mapping[str, Any]
+    seed: int
+    keeps_buffers: bool = False
 
 
 class Supervised(Workload):
@@ -168,7 +188,7 @@ class Supervised(Workload):
         size = facts["input_size"]
         keeps = parsed.buffers is not None
         size = tuple(size) if isinstance(size, list) else size
-        model = cls._make_model(function, params, size, facts, seed, keeps_buffers=keeps)
+        model = cls._make_model(Request(function, params, size, facts, seed, keeps))
         require_model(f"workload.model {name!r}", model)
         frozen = parsed.frozen if parsed.lora is not None else (*parsed.frozen, *model.traits.always_frozen)
         if frozen or parsed.lora is not None:
@@ -191,17 +211,9 @@ class Supervised(Workload):
         return {"input_size": self._input_size, "num_labels": self.num_labels}
 
     @classmethod
-    def _make_model(
-        cls,
-        function: Callable[..., Any],
-        params: Mapping[str, Any],
-        size: Any,
-        facts: Mapping[str, Any],
-        seed: int,
-        *,
-        keeps_buffers: bool = False,
-    ) -> Model:
-        model: Model = call_plug_in(function, "workload.model", size, facts["num_labels"], **params)
+    def _make_model(cls, asked: Request) -> Model:
+        labels = asked.facts["num_labels"]
+        model: Model = call_plug_in(asked.function, "workload.model", asked.size, labels, **asked.params)
         return model
 
     def _axes(self, whole_models: bool) -> Axes:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gossamer.errors import ConfigError
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.mending import Mending
-from gossamer.workloads.multimodal.graphs import Losses, VideoLanguageModel
+from gossamer.workloads.multimodal.graphs import Losses, Tensors, VideoLanguageModel
 from gossamer.workloads.parts import LoRAOptions, PartlyTrained, layer_of
 
 CLOSE = 1e-4  # relative; sums round differently in another order
@@ -45,11 +45,7 @@ class AdaptedModel(PartlyTrained):
         }
 
     def losses(
-        self,
-        tasks: Collection[str],
-        params: Mapping[str, Tensor],
-        batch: Mapping[str, Tensor],
-        context: ForwardContext = DEFAULT_CONTEXT,
+        self, tasks: Collection[str], params: Tensors, batch: Tensors, context: ForwardContext = DEFAULT_CONTEXT
     ) -> Losses:
         """Return what the model does, see `VideoLanguageModel`, of all parameters."""
         device = next(iter(params.values())).device
@@ -60,7 +56,7 @@ class AdaptedModel(PartlyTrained):
 
         return self._called(params, device, context, call)
 
-    def predict(self, task: str, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, task: str, params: Tensors, batch: Tensors) -> dict[str, Tensor]:
         """Return what the model does, see `VideoLanguageModel`, of all parameters."""
         device = next(iter(params.values())).device
         return self._called(params, device, DEFAULT_CONTEXT, lambda own, _: self._whole.predict(task, own, batch))

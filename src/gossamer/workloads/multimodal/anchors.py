@@ -25,15 +25,15 @@ from pydantic import Field
 from torch import Tensor
 
 from gossamer.errors import ConfigError
-from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.dropout import random_bits
 from gossamer.workloads.models import WHERE, rescale
-from gossamer.workloads.multimodal.blocks import Declaring, Params, VisionBlock, linear, mean_of, normalised
+from gossamer.workloads.multimodal.blocks import Params, linear, mean_of, normalised
 from gossamer.workloads.multimodal.clips import BEGIN, END, PAD
 from gossamer.workloads.multimodal.forward import Forward, Loss, Transformer, TransformerOptions
 from gossamer.workloads.multimodal.graphs import Facts, graph
 from gossamer.workloads.multimodal.objectives import sequence_losses
+from gossamer.workloads.multimodal.vision import VideoEncoder, vision_blocks
 
 
 class AnchorOptions(TransformerOptions):
@@ -82,19 +82,15 @@ class AnchorCaptioner(Transformer):
                 " set it to 'off'"
             )
         self.nouns = tuple(token for words in facts.label_words.values() for token in words)
-        between = window_length(max(1, size // 2), options.width)
-        self.blocks = [
-            VisionBlock(f"vision.block{i}", size, self.heads, self.hidden, between, options.cut)
-            for i in range(options.vision_blocks)
-        ]
+        blocks = vision_blocks(options, self.heads, self.hidden)
+        self.vision = VideoEncoder(self.patches, blocks)
         self.decoder = self.layers("decoder", options.decoder_layers)
-        first: list[Declaring] = [self.patches, *self.blocks, self.tokens, *self.text]
-        for part in first:
+        for part in (*self.vision.parts, self.tokens, *self.text):
             part.declare(self)
         self.add("prefix.expand", (self.hidden, 2 * options.contrast), ("prefix.hidden", None))
         self.add("prefix.contract", (options.num_prefix * size, self.hidden), (None, "prefix.hidden"))
         self.declare([self.words, *self.decoder], "vision text decoder")
-        self.zeros = tuple(name for block in self.blocks for name in block.zeros)
+        self.zeros = tuple(name for block in blocks for name in block.zeros)
         recognised = " recognition" if options.anchors == "recognised" else ""
         self.graphs = {
             "retrieval": graph("vision text contrast", "video text"),
@@ -120,10 +116,7 @@ class AnchorForward(Forward):
     @cached_property
     def visual(self) -> Tensor:
         """Visual tokens, float32 [b, frames * places, size]."""
-        x = self.model.patches(self.params, self.batch["video"])
-        for block in self.model.blocks:
-            x = block(self.params, x, self.scale)
-        return normalised(self.params, "vision.norm", x).flatten(-3, -2)
+        return self.model.vision(self.params, self.batch["video"], self.scale)
 
     @cached_property
     def nouns(self) -> Tensor:

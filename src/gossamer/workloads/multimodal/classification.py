@@ -93,16 +93,7 @@ class AudioVisualDigits(Workload):
         data: MultimodalData | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Load the data, divide them and lay out the model.
-
-        Args:
-            options: see `AudioVisualDigitsOptions`.
-            num_clients: number of clients that share the training data.
-            partition: name of a partition, or a mapping of ``name`` and its parameters.
-            seed: seed of the partition, of who has what, and of what is missing or wrong.
-            data: the data, if they are loaded already.
-            dtype: that of parameters and samples.
-        """
+        """Load the data, divide them and lay out the model, see `gossamer.workloads.multimodal.workload`."""
         self.options = parse_options(AudioVisualDigitsOptions, options, "workload")
         self.num_clients, self.seed, self.dtype = num_clients, seed, dtype
         self.data = audio_visual_digits(self.options.dataset.model_dump()) if data is None else data

@@ -35,7 +35,7 @@ from gossamer.workloads.multimodal.blocks import (
     normalised,
 )
 from gossamer.workloads.multimodal.clips import BEGIN, END, MASK, PAD
-from gossamer.workloads.multimodal.graphs import Facts, Graph, Losses
+from gossamer.workloads.multimodal.graphs import Facts, Graph, Losses, Tensors
 from gossamer.workloads.multimodal.objectives import (
     contrastive,
     hardest_negatives,
@@ -186,18 +186,14 @@ class Transformer(DeclaredModel, ABC):
         """Begin a forward pass."""
 
     def losses(
-        self,
-        tasks: Collection[str],
-        params: Params,
-        batch: Mapping[str, Tensor],
-        context: ForwardContext = DEFAULT_CONTEXT,
+        self, tasks: Collection[str], params: Tensors, batch: Tensors, context: ForwardContext = DEFAULT_CONTEXT
     ) -> Losses:
         """Return the losses of tasks, see `VideoLanguageModel`."""
         of_task = self.forward(params, batch, context).losses()
         return {task: of_task[task]() for task in tasks}
 
     @torch.no_grad()
-    def predict(self, task: str, params: Params, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, task: str, params: Tensors, batch: Tensors) -> dict[str, Tensor]:
         """Return what the metrics of a task are made of, see `VideoLanguageModel`."""
         forward = self.forward(params, batch, ForwardContext(training=False))
         if task == "retrieval":

@@ -13,6 +13,7 @@ from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.traits import ModelTraits
 
 MODALITIES = ("video", "text")
+Tensors = Mapping[str, Tensor]
 Losses = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -90,11 +91,7 @@ class VideoLanguageModel(Protocol):
         ...
 
     def losses(
-        self,
-        tasks: Collection[str],
-        params: Mapping[str, Tensor],
-        batch: Mapping[str, Tensor],
-        context: ForwardContext = DEFAULT_CONTEXT,
+        self, tasks: Collection[str], params: Tensors, batch: Tensors, context: ForwardContext = DEFAULT_CONTEXT
     ) -> Losses:
         """Return the losses [b] of each task, and how much each sample counts in it, [b].
 
@@ -107,7 +104,7 @@ class VideoLanguageModel(Protocol):
         """
         ...
 
-    def predict(self, task: str, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, task: str, params: Tensors, batch: Tensors) -> dict[str, Tensor]:
         """Return what the metrics of a task are made of, see the task's class.
 
         Args:

@@ -22,12 +22,12 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
-from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
-from gossamer.workloads.multimodal.blocks import Attention, Declaring, Params, VisionBlock, normalised
+from gossamer.workloads.multimodal.blocks import Attention, Params, normalised
 from gossamer.workloads.multimodal.clips import PAD
 from gossamer.workloads.multimodal.forward import Forward, Transformer, TransformerOptions
 from gossamer.workloads.multimodal.graphs import Facts, graph
+from gossamer.workloads.multimodal.vision import VideoEncoder, vision_blocks
 from gossamer.workloads.stacked import beside
 
 VISUAL = "vision universal latents"
@@ -64,18 +64,14 @@ class MPlug(Transformer):
         super().__init__(facts, **params)
         self.traits = replace(self.traits, stacks_natively=True)
         options, size = self.options, self.options.stream
-        between = window_length(max(1, size // 2), options.width)
-        self.blocks = [
-            VisionBlock(f"vision.block{i}", size, self.heads, self.hidden, between, options.cut)
-            for i in range(options.vision_blocks)
-        ]
+        blocks = vision_blocks(options, self.heads, self.hidden)
+        self.vision = VideoEncoder(self.patches, blocks)
         self.universal = self.layers("universal", options.universal_layers)
         self.fusion = self.layers("fusion", options.fusion_layers, has_memory=True)
         self.across = [
             Attention(f"latents.across{i}", size, *self.heads, options.cut) for i in range(options.universal_layers)
         ]
-        first: list[Declaring] = [self.patches, *self.blocks, self.tokens, *self.text, *self.universal]
-        for part in first:
+        for part in (*self.vision.parts, self.tokens, *self.text, *self.universal):
             part.declare(self)
         self.add("latents.vectors", (options.num_latents, size), (None, None), bias=False)
         for across in self.across:
@@ -83,7 +79,7 @@ class MPlug(Transformer):
             for side in ("norm", "memory"):
                 self.add(f"{across.name}.{side}", (size,), (None,))
         self.declare([*self.fusion, self.words, *self.decoder], "vision text universal fusion decoder")
-        self.zeros = tuple(name for block in self.blocks for name in block.zeros)
+        self.zeros = tuple(name for block in blocks for name in block.zeros)
         matched = " fusion matching" if options.matching else ""
         self.graphs = {
             "retrieval": graph(f"{VISUAL} text contrast{matched}", "video text"),
@@ -109,10 +105,7 @@ class MPlugForward(Forward):
     def visual(self) -> Tensor:
         """Visual tokens after the universal layers, float32 [b, frames * places, size]."""
         model, params, scale = self.model, self.params, self.scale
-        x = model.patches(params, self.batch["video"])
-        for block in model.blocks:
-            x = block(params, x, scale)
-        x = normalised(params, "vision.norm", x).flatten(-3, -2)
+        x = model.vision(params, self.batch["video"], scale)
         latents = beside(params["latents.vectors.weight"], 2, x).expand(*x.shape[:-2], -1, -1)
         for layer, across in zip(model.universal[:-1], model.across[:-1], strict=True):
             latents = layer(params, self._across(across, latents, x), scale=scale)

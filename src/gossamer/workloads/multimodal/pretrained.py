@@ -23,7 +23,7 @@ from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, WithConstan
 from gossamer.workloads.models import WHERE, DeclaredModel
 from gossamer.workloads.multimodal.blocks import Params, Tokens, glorot, linear, mean_of
 from gossamer.workloads.multimodal.clips import PAD
-from gossamer.workloads.multimodal.graphs import Facts, Graph, Losses
+from gossamer.workloads.multimodal.graphs import Facts, Graph, Losses, Tensors
 from gossamer.workloads.multimodal.hugging_face import load_encoder, spelled, word_pieces
 from gossamer.workloads.multimodal.objectives import contrastive, contrastive_logits, label_losses
 from gossamer.workloads.traits import ModelTraits
@@ -225,11 +225,7 @@ class Pretrained(DeclaredModel, WithConstants):
         return video, text
 
     def losses(
-        self,
-        tasks: Collection[str],
-        params: Params,
-        batch: Mapping[str, Tensor],
-        context: ForwardContext = DEFAULT_CONTEXT,
+        self, tasks: Collection[str], params: Tensors, batch: Tensors, context: ForwardContext = DEFAULT_CONTEXT
     ) -> Losses:
         """Return the losses of tasks, see `VideoLanguageModel`."""
         visual, found = self.seen(params, batch["video"]), Losses()
@@ -245,7 +241,7 @@ class Pretrained(DeclaredModel, WithConstants):
         return found
 
     @torch.no_grad()
-    def predict(self, task: str, params: Params, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, task: str, params: Tensors, batch: Tensors) -> dict[str, Tensor]:
         """Return what the metrics of a task are made of, see `VideoLanguageModel`."""
         visual = self.seen(params, batch["video"])
         if task == "recognition":

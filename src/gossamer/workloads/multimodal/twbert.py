@@ -28,7 +28,6 @@ from gossamer.workloads.models import DeclaredModel
 from gossamer.workloads.multimodal.blocks import (
     Attention,
     Cut,
-    Declaring,
     FeedForward,
     Params,
     Scale,
@@ -41,6 +40,7 @@ from gossamer.workloads.multimodal.forward import EncoderOptions, Forward, Loss,
 from gossamer.workloads.multimodal.graphs import Facts, graph
 from gossamer.workloads.multimodal.objectives import contrastive
 from gossamer.workloads.multimodal.trajectories import TrajectoryToWord, fine_grained
+from gossamer.workloads.multimodal.vision import VideoEncoder
 
 
 class DividedBlock:
@@ -150,11 +150,11 @@ class TwBert(Transformer):
         super().__init__(facts, **params)
         options = self.options
         inner = options.stream, self.heads, self.hidden, options.cut
-        self.blocks = [DividedBlock(f"vision.block{i}", *inner) for i in range(options.vision_blocks)]
+        blocks = [DividedBlock(f"vision.block{i}", *inner) for i in range(options.vision_blocks)]
+        self.vision = VideoEncoder(self.patches, blocks)
         self.crossing = [AsymmetricLayer(f"fusion.layer{i}", *inner) for i in range(options.fusion_layers)]
-        encoders: list[Declaring] = [self.patches, *self.blocks, self.tokens, *self.text]
         self.add("answer.output", (facts.num_tokens, options.stream), (None, None))
-        self.declare([*encoders, *self.crossing], "vision text fusion")
+        self.declare([*self.vision.parts, self.tokens, *self.text, *self.crossing], "vision text fusion")
         matched = " fusion matching" if options.matching else ""
         self.graphs = {
             "retrieval": graph(f"vision text contrast{matched}", "video text"),
@@ -179,10 +179,7 @@ class TwBertForward(Forward):
     @cached_property
     def visual(self) -> Tensor:
         """Visual tokens, float32 [b, frames * places, size]."""
-        x = self.model.patches(self.params, self.batch["video"])
-        for block in self.model.blocks:
-            x = block(self.params, x, self.scale)
-        return normalised(self.params, "vision.norm", x).flatten(-3, -2)
+        return self.model.vision(self.params, self.batch["video"], self.scale)
 
     def framed(self, visual: Tensor) -> Tensor:
         """Return visual tokens [b, frames * places, size] by frames, [b, frames, places, size]."""

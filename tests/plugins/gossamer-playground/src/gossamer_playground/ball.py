@@ -14,7 +14,7 @@ from gossamer.options import Options, parse_options, takes
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.models import DeclaredModel, rescale
 from gossamer.workloads.multimodal.clips import DIRECTIONS, SPECIAL, ClipData, Clips, encoded
-from gossamer.workloads.multimodal.graphs import Facts, Losses, graph
+from gossamer.workloads.multimodal.graphs import Facts, Losses, Tensors, graph
 from gossamer.workloads.multimodal.objectives import label_losses
 from gossamer.workloads.traits import ModelTraits
 
@@ -80,18 +80,14 @@ class FrameDifferences(DeclaredModel):
         self.graphs = {"recognition": graph("motion classes", "video")}
 
     def losses(
-        self,
-        tasks: Collection[str],
-        params: Mapping[str, Tensor],
-        batch: Mapping[str, Tensor],
-        context: ForwardContext = DEFAULT_CONTEXT,
+        self, tasks: Collection[str], params: Tensors, batch: Tensors, context: ForwardContext = DEFAULT_CONTEXT
     ) -> Losses:
         """Return the losses of tasks, see `VideoLanguageModel`."""
         logits = self._logits(params, batch["video"], context.scale)
         each, has_any = label_losses(logits, batch)
         return {"recognition": (each, batch["has_video"] * has_any)}
 
-    def predict(self, task: str, params: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, task: str, params: Tensors, batch: Tensors) -> dict[str, Tensor]:
         """Return logits of each label, [b, classes]."""
         return self._logits(params, batch["video"], 1.0)
 
