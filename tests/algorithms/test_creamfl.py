@@ -260,7 +260,6 @@ def test_clients_of_unequal_width(tmp_path: Path) -> None:
             "a client's model is its",
         ),
         ({"clients": {"num": 6, "per_round": 6, "personal": ["image.*"]}}, "keeps whole models with the clients"),
-        ({"engine": {"name": "network"}}, "its messages are whole rows"),
         ({"clients": None, "peers": {"num": 6, "topology": "ring"}}, "'creamfl' needs a server"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",

@@ -20,7 +20,6 @@ from gossamer.config.rules import (
     require_importable,
     require_population,
     require_selection,
-    require_sent_alone,
     require_whole_models,
 )
 from gossamer.config.schema import Config
@@ -66,7 +65,6 @@ def resolve(config: Config) -> Resolved:
     require_population(config, algorithm)
     require_personal(config, algorithm)
     require_selection(config, algorithm)
-    require_sent_alone(config, algorithm)
     require_offload(config)
     filled = fill_in(config, algorithm)
     engine_class = registry.resolve("engine", filled.engine.name)

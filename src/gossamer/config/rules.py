@@ -76,19 +76,6 @@ def require_selection(config: Config, algorithm: Any) -> None:
         )
 
 
-def require_sent_alone(config: Config, algorithm: Any) -> None:
-    """Refuse an engine whose messages hold a client's own model, where only representations may travel.
-
-    Raises:
-        ConfigError: it is that of real nodes.
-    """
-    if algorithm.traits.represents and config.engine.name == "network":
-        raise ConfigError(
-            f"algorithm {config.algorithm['name']!r} does not go with engine 'network' yet, because its messages are"
-            " whole rows, with places for the models that stay with the clients: choose local, ray or collective"
-        )
-
-
 def check_peers(config: Config, algorithm: Any, topology: Topology) -> tuple[str, ...]:
     """Check what an algorithm asks of the topology and of local training, and return its warnings.
 

@@ -174,11 +174,20 @@ class Variant:
     @cached_property
     def sent_coordinates(self) -> slice | Tensor:
         """Where what is sent lies in a row, without padding: all of it, or int64 [num_sent]."""
+        return self._coordinates(self.unsent)
+
+    @cached_property
+    def received_coordinates(self) -> slice | Tensor:
+        """Where what is received lies in a row, without padding: all of it, or int64 [num_received]."""
+        return self._coordinates(self.unreceived)
+
+    def _coordinates(self, left_out: frozenset[str]) -> slice | Tensor:
+        """Return where all lies but the parameters of some names."""
         real = self.layout.coordinates
-        if not self.unsent:
+        if not left_out:
             return real
         every = torch.arange(self.layout.d)[real]
-        return every[~self.unsent_mask[every]]
+        return every[~self.layout.mask(left_out)[every]]
 
     @property
     def depends_on_length(self) -> bool:

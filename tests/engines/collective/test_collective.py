@@ -60,6 +60,22 @@ RUNS: dict[str, dict[str, Any]] = {
         "submodel": {"capacities": LEVELS},
         "workload": {**IMAGES, "lora": {"rank": 4, "targets": ["hidden0"]}},
     },
+    "representations": CLIENTS
+    | {
+        "algorithm": {"name": "creamfl", "public_batch_size": 8},
+        "workload": {
+            "name": "audio-visual-digits",
+            "dataset": {"bands": 8, "frames": 8, "num_public": 12},
+            "modalities": {"image+audio": 0.5, "image": 0.5},
+            "exchange": "representations",
+            "architectures": {
+                "flat": {"share": 0.5},
+                "deep": {"share": 0.5, "encoders": {"image": {"name": "mlp", "hidden": [8, 6]}}},
+            },
+        },
+        "train": {"lr": 0.01, "batch_size": 4, "steps": 2},
+        "evaluation": {"num_clients": 3},
+    },
     "updates too large": CLIENTS
     | {
         "train": {"lr": 3000.0, "batch_size": 8},
@@ -149,6 +165,7 @@ def table_in(directory: Path) -> dict[str, str]:
     return {"name": "table", "path": str(directory / "rows.parquet")}
 
 
+@pytest.mark.usefixtures("recorded")
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_bits(num_ranks: int, torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     """All at once, because starting processes takes longer than what they do."""

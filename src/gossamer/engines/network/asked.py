@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
+from gossamer.engines.network.packing import cut_rows, is_packed, received_width, unpacked_model
 from gossamer.engines.task import Task
 from gossamer.engines.training.job import Job
 from gossamer.errors import PolicyError
@@ -93,10 +94,12 @@ class Models:
     """What arrays a server may send to start from."""
 
     def __init__(self, task: Task) -> None:
-        """Bind a task; of its state, names, dtypes and shapes are kept."""
+        """Bind a task; of its state, names, dtypes and shapes are kept, and the values where not all are received."""
         x = task.workload.init(task.seed)
         self._task = task
-        self._state = _specs(task.initial_state(x))
+        initial = task.initial_state(x)
+        self._initial = initial if any(map(is_packed, task.variants)) else {}
+        self._state = _specs(initial)
         self._order = _specs(task.cutter.order(x))
 
     def checked(self, job: Job, model: Message) -> tuple[Arrays, Arrays, bool]:
@@ -113,13 +116,21 @@ class Models:
             groups[group][name.removeprefix(group)] = value
         _check(groups[STATE], self._cut(job) if is_cut else self._state)
         _check(groups[ORDER], self._order)
+        if is_cut and is_packed(self._task.variants[job.block.variant]):
+            return self._completed(job, groups[STATE], groups[ORDER]), groups[ORDER], is_cut
         return groups[STATE], groups[ORDER], is_cut
+
+    def _completed(self, job: Job, rows: Arrays, order: Arrays) -> Arrays:
+        """Return what a client starts from, with what it did not receive as it was when the run began."""
+        variant = self._task.variants[job.block.variant]
+        cut = self._task.cut(variant, job.round, order=order)
+        return unpacked_model(variant, rows, cut_rows(cut, {name: self._initial[name] for name in rows}))
 
     def _cut(self, job: Job) -> Specs:
         """Return what a client of the job's variant receives."""
         phase, d = self._task.phases[job.phase], self._task.cutter.layout.d
         names = phase.algorithm.traits.downlink or self._state
-        width = self._task.variants[job.block.variant].layout.d
+        width = received_width(phase.variants[job.block.variant])
         found = {name: self._state[name] for name in names}
         return {name: (dtype, (1, width if shape[-1] == d else shape[-1])) for name, (dtype, shape) in found.items()}
 

@@ -21,6 +21,7 @@ from gossamer.engines.base import REFUSED, never
 from gossamer.engines.network.asked import Models, asked_job
 from gossamer.engines.network.engine import NOTHING, UPDATE
 from gossamer.engines.network.evaluating import COUNTS, EVALUATE, counts_of
+from gossamer.engines.network.packing import packed_answer
 from gossamer.engines.network.private import PrivateState
 from gossamer.engines.network.roster import model_digest, shape_objection, shape_of, versions
 from gossamer.engines.private_rows import PrivateRows
@@ -277,17 +278,18 @@ class Training:
         self._receive(job, body["model"])
         phase = trainer.task
         state = self._private_state(client, body)
-        rows = PrivateRows(state, self._dtype)
-        private = {} if state is None else rows.of_job(phase, job, self._order)
+        kept = PrivateRows(state, self._dtype)
+        private = {} if state is None else kept.of_job(phase, job, self._order)
         with one_thread():
             result = trainer.train(job, private)
         if state is not None:
-            rows.keep(phase, job.block.variant, job.round, job.client, result.private, self._order)
+            kept.keep(phase, job.block.variant, job.round, job.client, result.private, self._order)
             state.write((job.round, job.phase))
         told = {"loss": _number(result.loss[0]), "norm": _number(result.norm[0])}
         if not result.finite[0]:
             return NOTHING, told, {}
-        return UPDATE, told, {name: parts[0].clone() for name, parts in result.payload.items() if parts[0] is not None}
+        rows = {name: parts[0] for name, parts in result.payload.items() if parts[0] is not None}
+        return UPDATE, told, packed_answer(phase, job.block.variant, rows)
 
     def _private_state(self, client: int, body: Mapping[str, Any]) -> PrivateState | None:
         """Return what a client keeps from round to round; None: nothing."""

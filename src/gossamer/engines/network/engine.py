@@ -22,6 +22,7 @@ from gossamer.engines.network.asked import ORDER, STATE
 from gossamer.engines.network.evaluating import MODEL, STATISTICS, reason_of
 from gossamer.engines.network.evaluation import ClientEvaluation
 from gossamer.engines.network.observer import NetworkObserver
+from gossamer.engines.network.packing import answer_specs, packed_model, unpacked_answer
 from gossamer.engines.network.peer import NetworkPeer
 from gossamer.engines.network.processes import Processes
 from gossamer.engines.network.roster import Asked, Node, Roster, no_kits, told_of
@@ -208,9 +209,10 @@ class NetworkEngine(FederatedEngine):
         super().write(given)
 
     def measure(self, plan: RoundPlan) -> Record:
-        """Return what real clients reach on test data of their own; models of their own cannot be evaluated here."""
+        """Return what real clients reach on test data of their own, if models travel; their own are not evaluated."""
         evaluation = self._setup.recipe["config"]["evaluation"]
-        if not isinstance(self._task.workload, ToldWorkload) or not evaluation["on_clients"]:
+        is_asked = evaluation["on_clients"] and not self._task.algorithm.traits.represents
+        if not isinstance(self._task.workload, ToldWorkload) or not is_asked:
             return {}
         statistics = self._statistics.read()
 
@@ -260,9 +262,7 @@ class NetworkEngine(FederatedEngine):
             body: dict[str, Any] = {"is_cut": key is not None}
             self._server.send(node.name, Message("model", address, body, self._model(plan, block, key)))
         address = Address(self._run, plan.round, plan.phase, client, attempt)
-        uplink = self._phase.algorithm.traits.uplink
-        dtype, scalars = self._state["x"].dtype, self._phase.scalars
-        specs = {name: (dtype, (1 if name in scalars else variant.layout.d,)) for name in uplink}
+        specs = answer_specs(self._phase, variant, self._state["x"].dtype)
         self._expected.expect(node.name, UPDATE, address, specs)
         self._expected.expect(node.name, NOTHING, address, {})
         self._expected.expect(node.name, REFUSED, address, {})
@@ -280,9 +280,8 @@ class NetworkEngine(FederatedEngine):
             rows = {name: self._state[name] for name in names or self._state}
             if key is not None:
                 rows = decoded_downlink(self._phase, self._state, rows, plan.round, plan.phase)
-                cut = self._task.cut(self._task.variants[block.variant], plan.round, order=self._order)
-                if not cut.is_full:
-                    rows = {name: cut.read(row[0], row.new_zeros(cut.sub.d))[None] for name, row in rows.items()}
+                variant = self._task.variants[block.variant]
+                rows = packed_model(variant, self._task.cut(variant, plan.round, order=self._order), rows)
             # Copies, because a message that is dropped may still be under way when the state is updated.
             self._models[key] = {f"{STATE}{name}": row.clone() for name, row in rows.items()}
             self._models[key] |= {f"{ORDER}{axis}": order.clone() for axis, order in self._order.items()}
@@ -309,7 +308,8 @@ class NetworkEngine(FederatedEngine):
         described = {"arrays": [], "loss": [loss], "finite": [finite], "norm": [norm]}
         if finite:
             described["arrays"] = [[f"payload.{name}", 0] for name in message.arrays]
-        return self._block_result(block, described, message.arrays.values() if finite else ())
+        rows = unpacked_answer(self._phase, block.variant, message.arrays) if finite else ()
+        return self._block_result(block, described, rows)
 
     def _accept(self, header: Header) -> Mapping[str, Tensor] | None:
         """Take what was asked for, and from nodes that have not joined as clients that they refuse the run."""
