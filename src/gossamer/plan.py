@@ -46,6 +46,7 @@ class RoundPlan:
         variant: int16 [p], number of each one's variant, see `gossamer.engines.task.Variant`.
         lr: local learning rate.
         dropped: int64 [q], clients that were chosen but do not take part.
+        variants: int16 [n], number of each peer's variant, where the plan is for one of them alone; else empty.
         mixing: exchange of peers: by the "topology" of the round, or by the "mean" of all; "none": there is a server.
     """
 
@@ -57,6 +58,7 @@ class RoundPlan:
     variant: NDArray[np.int16]
     lr: float
     dropped: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    variants: NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, dtype=np.int16))
     mixing: Literal["none", "topology", "mean"] = "none"
 
     def digest(self) -> str:

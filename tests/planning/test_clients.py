@@ -444,7 +444,7 @@ class TestDigest:
         for item in fields(plan):
             value = getattr(plan, item.name)
             other: Any
-            if item.name == "dropped":
+            if item.name in ("dropped", "variants"):
                 other = np.array([5])
             elif item.name == "mixing":
                 other = "mean"

@@ -64,6 +64,7 @@ class PeerPlanner(Planner):
             steps=steps[order],
             variant=variant[order],
             lr=self.learning_rate(round),
+            variants=variant if self.own is not None else variant[:0],
             mixing=mixing,
         )
         efforts = [costs.efforts(peers, variant, self.trained, round) for costs in self.costs]

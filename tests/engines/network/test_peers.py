@@ -15,6 +15,7 @@ import torch
 
 import gossamer
 from federation import LEVELS, STACKED, assert_same, events, modes, wait_for
+from gossamer.engines.network.peer_links import PeerLinks
 from gossamer.engines.network.roster import versions
 from gossamer.errors import ConfigError, Disconnected, Refused
 from gossamer.experiment import Hooks, resume, run
@@ -54,6 +55,45 @@ def test_bits(name: str, tmp_path: Path) -> None:
     peers.join()
     assert not peers.errors
     assert_same(peers.runs[None], run(config, out=tmp_path / "local"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {"submodel": {"capacities": list(LEVELS), "strategy": name}} | modes(LEVELS)
+            for name in ("rolling", "random")
+        ),
+        {"algorithm": {"name": "choco-sgd", "compressor": {"name": "top-k", "share": 0.1}}},
+    ],
+    ids=["rolling windows", "random windows", "codes"],
+)
+def test_what_is_sent_is_what_is_counted(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of windows the coordinates that they hold travel, and nothing besides."""
+    received, lock = list[int](), threading.Lock()
+    collect = PeerLinks.collected
+
+    def counted(links: PeerLinks, at: tuple[int, int]) -> dict[int, Any]:
+        """Count the bytes of what has come in a phase."""
+        found = collect(links, at)
+        with lock:
+            received.append(sum(row.nbytes for one in found.values() for row in one.arrays.values()))
+        return found
+
+    monkeypatch.setattr(PeerLinks, "collected", counted)
+    config = configured(changes)
+    peers = Peers(tmp_path, config)
+    for peer in range(NUM_PEERS):
+        peers.start(peer)
+    peers.join()
+    assert not peers.errors
+    local = run(config, out=tmp_path / "local")
+    assert len(received) == NUM_PEERS * config["rounds"]
+    assert sum(received) == local.metrics[-1]["total_bytes_up"]
+    for peer, row in enumerate(committed_rows(tmp_path / "local")):
+        assert torch.equal(committed_rows(peers.where(peer))[0], row)
 
 
 def test_each_has_its_own_row_and_log(tmp_path: Path) -> None:

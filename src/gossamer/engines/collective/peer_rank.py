@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from gossamer.aggregate import TreeSum
-from gossamer.aggregate.codec_base import Draws
-from gossamer.algorithms.base import Arrays
 from gossamer.engines.collective.environment import use_own_device
 from gossamer.engines.collective.group import Group, Message
-from gossamer.engines.collective.rows import Windows, swap_rows_
+from gossamer.engines.collective.rows import HeldRows, swap_rows_
 from gossamer.engines.collective.world import Letter
 from gossamer.engines.task import Task
-from gossamer.engines.training.mixing import SENT, Mixer, column_sums, sparse_zeros, squared_distance
+from gossamer.engines.training.mixing import SENT, Mixer, column_sums, squared_distance
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
+from gossamer.engines.training.sent_rows import Windows, no_codes, received_rows, sent_rows
 from gossamer.errors import storage_errors
 from gossamer.profiling import recorder
 from gossamer.storage.checkpoint import ROWS, STATE, describe_file, save_arrays
@@ -58,19 +57,10 @@ class PeerRank:
             return torch.zeros(self._high - self._low, d, dtype=dtype)
 
         peers = PeerState.of(task, state, zeros, torch.zeros(1, len(x), dtype=x.dtype), self._low)
-        self._peers = replace(peers, codes=self._codes(x.dtype) if group.size > 1 else {})
+        codes = no_codes(task, self._high - self._low, x.dtype) if group.size > 1 else {}
+        self._peers = replace(peers, codes=codes)
         self._workers = [PeerWorker(phase, self._peers) for phase in task.phases]
         self._mixers = [Mixer(phase) for phase in task.phases]
-
-    def _codes(self, dtype: torch.dtype) -> Arrays:
-        """Return memory for the codes that travel in the place of payloads; those of windows, which differ, do not."""
-        num_peers, d = self._high - self._low, self._task.cutter.layout.num_parameters
-        return {
-            name: torch.zeros(num_peers, codec.row_bytes(d, dtype.itemsize), dtype=torch.uint8)
-            for phase in self._task.phases
-            if phase.is_whole
-            for name, codec in phase.algorithm.traits.codecs.items()
-        }
 
     def handle(self, message: Message, arrays: list[Tensor]) -> Letter:
         """Do one job, see `World.ask`."""
@@ -105,43 +95,20 @@ class PeerRank:
             arrays: int16 [n], the number of each peer's variant; none where all hold the whole model.
         """
         task, mixer = self._task.phases[message["phase"]], self._mixers[message["phase"]]
-        codes = {name: rows for name, rows in self._peers.codes.items() if name in task.algorithm.traits.codecs}
-        sent = {name: self._peers.payload(name) for name in task.algorithm.traits.uplink} | codes
-        own, windows, holders = [self._low, self._high], None, None
+        own, windows = [self._low, self._high], None
+        sent = sent_rows(task, self._peers)
         everyone = mixer.laid_out([own], [{f"{SENT}{name}": value for name, value in sent.items()}])
         if self._peers.holders is not None:
             windows = Windows(task, message["round"], arrays[0].tolist())
+        packing = None if windows is None else HeldRows(windows)
         _, heard = swap_rows_(
-            self._group, self._spans, everyone, lambda *bounds: mixer.heard(message, *bounds), windows
+            self._group, self._spans, everyone, lambda *bounds: mixer.heard(message, *bounds), packing
         )
-        for name in codes:
-            everyone[name] = self._decoded(message, name, everyone[name][heard], heard)
-        if windows is not None and self._peers.holders is not None:
-            holders = sparse_zeros((task.workload.num_clients, task.cutter.layout.d), torch.uint8)
-            holders[slice(*own)] = self._peers.holders
-            holders[heard] = windows.holders(torch.uint8, task.cutter.layout.d, heard)
-        updated = mixer.update(message, everyone, holders, self._peers.state, slice(*own))
+        received, holders = received_rows(task, message, self._peers, everyone, heard, windows)
+        updated = mixer.update(message, received, holders, self._peers.state, slice(*own))
         for name, value in updated.items():
             self._peers.state[name].copy_(value)
         return Letter({})
-
-    def _decoded(self, message: Message, name: str, codes: Tensor, heard: Tensor) -> Tensor:
-        """Return the payload of all n peers, [n, d], with the rows of this rank and those heard filled in.
-
-        Args:
-            name: of the payload.
-            codes: uint8 [s, bytes], what was heard.
-            heard: int64 [s], of which peers.
-        """
-        task, own = self._task.phases[message["phase"]], self._peers.payload(name)
-        layout = task.cutter.layout
-        draws = Draws(seed=task.seed, round=message["round"], phase=message["phase"], peers=heard.numpy())
-        rows = own.new_zeros(len(heard), layout.d)
-        codec = task.algorithm.traits.codecs[name]
-        rows[:, layout.coordinates] = codec.decode(codes, layout.num_parameters, own.dtype, **draws)
-        found = sparse_zeros((task.workload.num_clients, layout.d), own.dtype)
-        found[self._low : self._high], found[heard] = own, rows
-        return found
 
     def _sum(self, message: Message, arrays: list[Tensor]) -> Letter:
         """Return the partial sums of the models, see `column_sums`."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gossamer.engines.collective.group import Extent, Group
-from gossamer.engines.task import Task, Variant
+from gossamer.engines.training.sent_rows import Windows
 
 Rows = Mapping[str, Tensor]  # {name: [n, width]}, of any dtypes
 Heard = Callable[[int, int, int, int], NDArray[np.int64] | None]
@@ -52,32 +52,26 @@ class WholeRows:
             offset = end
 
 
-class Windows:
-    """What the windows of a round hold of the rows, peer after peer; both sides know the windows."""
+class HeldRows:
+    """What the windows of a round hold of the rows, array after array, peer after peer."""
 
-    def __init__(self, task: Task, round: int, variants: Sequence[int]) -> None:
-        """Bind a round.
-
-        Args:
-            task: task of the phase.
-            round: number of the round.
-            variants: number of the variant of each of the n peers.
-        """
-        self._task, self._round, self._variants = task, round, variants
+    def __init__(self, windows: Windows) -> None:
+        """Bind the windows of a round."""
+        self._windows = windows
 
     def num_bytes(self, rows: Rows, peers: Tensor) -> int:
         """Return the bytes of what the windows hold, see `Packing`."""
-        held = [self._variant(peer).layout.num_parameters for peer in peers.tolist()]
         return sum(
-            value.itemsize * (len(held) * value.shape[1] if self._is_scalar(name) else sum(held))
+            value.itemsize * self._windows.length(name, value[peer], peer)
             for name, value in rows.items()
+            for peer in peers.tolist()
         )
 
     def pack(self, rows: Rows, peers: Tensor) -> Tensor:
         """Return what the windows hold as bytes, see `Packing`."""
         return torch.cat(
             [
-                (rows[name][peer] if self._is_scalar(name) else self._cut_out(rows[name][peer], peer)).view(torch.uint8)
+                self._windows.read(name, rows[name][peer], peer).view(torch.uint8)
                 for name in sorted(rows)
                 for peer in peers.tolist()
             ]
@@ -87,38 +81,11 @@ class Windows:
         """Write what `pack` made; what a window does not hold stays as it is, see `Packing`."""
         offset = 0
         for name in sorted(rows):
-            like = rows[name]
             for peer in peers.tolist():
-                layout = self._variant(peer).layout
-                length = like.shape[1] if self._is_scalar(name) else layout.num_parameters
-                piece = packed[offset : offset + length * like.itemsize].clone().view(like.dtype)
-                offset += length * like.itemsize
-                if self._is_scalar(name):
-                    like[peer] = piece
-                else:
-                    row = like.new_zeros(layout.d)
-                    row[layout.coordinates] = piece
-                    self._task.cut(self._variant(peer), self._round, peer).write(like[peer], row)
-
-    def holders(self, dtype: torch.dtype, width: int, peers: Tensor) -> Tensor:
-        """Return which coordinates the windows of some peers hold: ones and zeros, [k, width]."""
-        found = torch.zeros(len(peers), width, dtype=dtype)
-        for row, peer in zip(found, peers.tolist(), strict=True):
-            variant = self._variant(peer)
-            ones = torch.ones(variant.layout.d, dtype=dtype)
-            self._task.cut(variant, self._round, peer).write(row, ones)
-        return found
-
-    def _variant(self, peer: int) -> Variant:
-        return self._task.variants[self._variants[peer]]
-
-    def _is_scalar(self, name: str) -> bool:
-        return name in self._task.scalars
-
-    def _cut_out(self, row: Tensor, peer: int) -> Tensor:
-        layout = self._variant(peer).layout
-        out = self._task.cut(self._variant(peer), self._round, peer).read(row, row.new_zeros(layout.d))
-        return out[layout.coordinates]
+                row = rows[name][peer]
+                end = offset + row.itemsize * self._windows.length(name, row, peer)
+                self._windows.write(name, row, peer, packed[offset:end].clone().view(row.dtype))
+                offset = end
 
 
 def swap_rows_(

@@ -182,11 +182,11 @@ class NetworkPeer(PeerEngine):
     # ---- inside
 
     def _train_jobs(self, plan: RoundPlan, jobs: list[list[Message]]) -> Iterator[Message]:
-        at, message = (plan.round, plan.phase), mix_message(plan)
+        at, message = (plan.round, plan.phase), _mix_message(plan)
         if not self._is_begun:
             self._take_up(at)
-        specs, state = self._row.specs(plan.phase), {name: row.clone() for name, row in self._row.state.items()}
-        self._links.begin(at, dict.fromkeys(self._row.senders(message), specs), state)
+        specs = {sender: self._row.specs(message, sender) for sender in self._row.senders(message)}
+        self._links.begin(at, specs, {name: row.clone() for name, row in self._row.state.items()})
         for job in jobs[0]:
             reply = self._row.train(job)
             self._told = {name: reply[name] for name in ("loss", "finite", "norm")}
@@ -203,9 +203,9 @@ class NetworkPeer(PeerEngine):
         self._is_begun = True
 
     def _mix(self, plan: RoundPlan) -> None:
-        at, message = (plan.round, plan.phase), mix_message(plan)
+        at, message = (plan.round, plan.phase), _mix_message(plan)
         senders, receivers = self._row.senders(message), self._row.receivers(message)
-        payload = self._row.payload(plan.phase)
+        payload = self._row.payload(message)
         self._outbox.write(at, payload, receivers)
         for receiver in receivers:
             self._links.lane(receiver).put(self._links.message(ROW, at, payload))
@@ -273,3 +273,8 @@ class NetworkPeer(PeerEngine):
             self.hooks.check()
             replies.append(self._row.evaluate({**message, "chunk": chunk}))
         return [reply["sums"] for reply in replies]
+
+
+def _mix_message(plan: RoundPlan) -> Message:
+    """Return the message of a plan that is for one peer alone, see `PeerRow.payload`."""
+    return mix_message(plan) | {"variants": plan.variants.tolist()}

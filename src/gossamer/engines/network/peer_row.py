@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gossamer.aggregate.codec_base import Draws
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.network.gate import Specs
 from gossamer.engines.peers import Message
 from gossamer.engines.task import Task
-from gossamer.engines.training.mixing import HOLDERS, SENT, Mixer, sparse_zeros
+from gossamer.engines.training.mixing import SENT, Mixer
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 from gossamer.engines.training.rows import row_norms
+from gossamer.engines.training.sent_rows import Windows, no_codes, received_rows, sent_rows
 from gossamer.profiling import recorder
 from gossamer.threads import one_thread
 
@@ -47,14 +46,7 @@ class PeerRow:
             return torch.zeros(1, d, dtype=dtype)
 
         peers = PeerState.of(task, self.state, zeros, torch.zeros(1, len(x), dtype=x.dtype), number)
-        d = task.cutter.layout.num_parameters
-        codes = {
-            name: torch.zeros(1, codec.row_bytes(d, x.itemsize), dtype=torch.uint8)
-            for phase in task.phases
-            if phase.is_whole
-            for name, codec in phase.algorithm.traits.codecs.items()
-        }
-        self._peers = replace(peers, codes=codes)
+        self._peers = replace(peers, codes=no_codes(task, 1, x.dtype))
         self._workers = [PeerWorker(phase, self._peers) for phase in task.phases]
         self._mixers = [Mixer(phase) for phase in task.phases]
 
@@ -70,18 +62,25 @@ class PeerRow:
                 reply = self._workers[job["phase"]].train(job | {"max_norm": torch.inf if is_zero else 0.0})
         return reply | {"again": False}
 
-    def payload(self, phase: int) -> Arrays:
-        """Return copies of what the peer sends, [1, width] each."""
-        task = self._task.phases[phase]
-        sent = {name: self._peers.payload(name) for name in task.algorithm.traits.uplink}
-        sent |= {name: code for name, code in self._peers.codes.items() if name in task.algorithm.traits.codecs}
-        if self._peers.holders is not None:
-            sent[HOLDERS] = self._peers.holders
-        return {name: row.clone() for name, row in sent.items()}
+    def payload(self, message: Message) -> Arrays:
+        """Return copies of what the peer sends, [1, width] each: of its window, what that holds.
 
-    def specs(self, phase: int) -> Specs:
-        """Return dtypes and shapes of what every peer sends."""
-        return {name: (row.dtype, tuple(row.shape)) for name, row in self.payload(phase).items()}
+        Args:
+            message: see `mix_message`, with ``variants``, the number of each peer's, where windows differ.
+        """
+        task, windows = self._task.phases[message["phase"]], self._windows(message)
+        rows = sent_rows(task, self._peers)
+        if windows is None:
+            return {name: row.clone() for name, row in rows.items()}
+        return {name: windows.read(name, row[0], self._number)[None].clone() for name, row in rows.items()}
+
+    def specs(self, message: Message, sender: int) -> Specs:
+        """Return dtypes and shapes of what another peer sends."""
+        windows, rows = self._windows(message), sent_rows(self._task.phases[message["phase"]], self._peers)
+        return {
+            name: (row.dtype, (1, row.shape[1] if windows is None else windows.length(name, row[0], sender)))
+            for name, row in rows.items()
+        }
 
     def senders(self, message: Message) -> list[int]:
         """Return the other peers from whom this one hears in a phase; `message`: see `mix_message`."""
@@ -102,21 +101,22 @@ class PeerRow:
                 weigh is divided by its sum, or, where payloads are added up, what is missing is lost.
         """
         mixer, own = self._mixers[message["phase"]], self._number
-        sent = self.payload(message["phase"])
+        task, windows = self._task.phases[message["phase"]], self._windows(message)
+        sent = {f"{SENT}{name}": row for name, row in sent_rows(task, self._peers).items()}
         with one_thread(), recorder.span("mix"):
-            everyone = mixer.laid_out([[own, own + 1]], [{f"{SENT}{name}": row for name, row in sent.items()}])
+            everyone = mixer.laid_out([[own, own + 1]], [sent])
             for peer, arrays in received.items():
                 for name, row in arrays.items():
-                    everyone[name][peer] = row[0]
-            peers = torch.tensor(sorted(received), dtype=torch.int64)
-            for name in self._task.phases[message["phase"]].algorithm.traits.codecs:
-                if name in self._peers.codes:
-                    everyone[name] = self._decoded(message, name, everyone[name][peers], peers)
-            holders = everyone.pop(HOLDERS, None)
+                    if windows is None:
+                        everyone[name][peer] = row[0]
+                    else:
+                        windows.write(name, everyone[name][peer], peer, row[0])
+            heard = torch.tensor(sorted(received), dtype=torch.int64)
+            rows, holders = received_rows(task, message, self._peers, everyone, heard, windows)
             if holders is None and len(received) < len(self.senders(message)):
-                holders = torch.zeros(self._task.workload.num_clients, 1, dtype=torch.uint8)
+                holders = torch.zeros(task.workload.num_clients, 1, dtype=torch.uint8)
                 holders[[own, *received]] = 1
-            updated = mixer.update(message, everyone, holders, self.state, slice(own, own + 1))
+            updated = mixer.update(message, rows, holders, self.state, slice(own, own + 1))
             for name, value in updated.items():
                 self.state[name].copy_(value)
 
@@ -131,14 +131,7 @@ class PeerRow:
         found = self._mixers[message["phase"]].heard(message, *bounds)
         return [] if found is None else [int(peer) for peer in found]
 
-    def _decoded(self, message: Message, name: str, codes: Tensor, peers: Tensor) -> Tensor:
-        """Return the payload of all n peers, [n, d], with this peer's and those received filled in."""
-        task, own = self._task.phases[message["phase"]], self._peers.payload(name)
-        layout = task.cutter.layout
-        draws: Any = Draws(seed=task.seed, round=message["round"], phase=message["phase"], peers=peers.numpy())
-        rows = own.new_zeros(len(peers), layout.d)
-        codec = task.algorithm.traits.codecs[name]
-        rows[:, layout.coordinates] = codec.decode(codes, layout.num_parameters, own.dtype, **draws)
-        found = sparse_zeros((task.workload.num_clients, layout.d), own.dtype)
-        found[self._number], found[peers] = own[0], rows
-        return found
+    def _windows(self, message: Message) -> Windows | None:
+        if self._peers.holders is None:
+            return None
+        return Windows(self._task.phases[message["phase"]], message["round"], message["variants"])
