@@ -18,6 +18,7 @@ from gossamer.config import loading as configuration
 from gossamer.config.diagnosis import diagnose
 from gossamer.config.inputs import END, MOVABLE, configuration_inputs, require_end, require_same
 from gossamer.config.offload import stored_offload
+from gossamer.config.recording import recorded
 from gossamer.config.resolve import Resolved, resolve
 from gossamer.engines.base import EngineHooks
 from gossamer.engines.collective.environment import is_restarted
@@ -35,7 +36,6 @@ from gossamer.errors import (
     warn,
 )
 from gossamer.memory import memory_errors
-from gossamer.profiling.recorder import recording
 from gossamer.profiling.spans import Spans
 from gossamer.profiling.storing import stored_elsewhere
 from gossamer.registry import errors_of_plug_ins, trusting
@@ -49,7 +49,6 @@ from gossamer.storage.runlog import (
     CHECKPOINTS,
     CONFIG,
     EXPERIMENT,
-    TRACE,
     RunLog,
     new_directory,
     read_config,
@@ -293,7 +292,7 @@ def _begin(parts: Parts, directory: Path, name: str, hooks: Hooks, stop: StopReq
     with closing(log):
         checkpoints = Checkpoints(directory / CHECKPOINTS, parts.config.checkpoint.keep, inputs)
         try:
-            with errors_of_plug_ins(), recording(directory / TRACE if parts.config.profile else None):
+            with errors_of_plug_ins(), recorded(parts.config.profile, directory):
                 return _run_rounds(parts, directory, log, checkpoints, None, name, hooks, stop)
         except GossamerError as error:
             if checkpoints.is_empty and not isinstance(error, Interrupted | StorageError):
@@ -338,7 +337,7 @@ def _continue(
         if config.engine.device != written["engine"].get("device"):
             warn([f"engine.device = {config.engine.device!r} changes the last bits from here on"], name)
         checkpoints.inputs = parts.inputs | inputs
-        with recording(directory / TRACE if config.profile else None):
+        with recorded(config.profile, directory):
             return _run_rounds(parts, directory, log, checkpoints, latest, name, hooks, stop)
 
 

@@ -78,7 +78,7 @@ def test_offload_prints_json(run: Path) -> None:
         (["profile", "RUN", "--scale", "9", "--workers", 3, "--links", "a"], "--workers are of this machine"),
         (["profile", "RUN", "--scale", "9", "--links", "a.graphml"], "--links a.graphml: cannot read the graph"),
         (["profile", "RUN", "--scale", "10", "--chrome", "a.json"], "--chrome exports the recorded trace"),
-        (["profile", "RUN", "--torch", "a.json"], "--torch a.json changes nothing without --chrome"),
+        (["profile", "RUN", "--torch", "a.json"], "--torch a.json changes nothing without --chrome or --perfetto"),
         (["profile", "RUN", "--chakra", "a", "--scale", "10"], "--chakra exports the recorded trace"),
         (["profile", "RUN", "--chrome", "a.json", "--torch", "none.json"], "cannot read 'none.json'"),
         (["offload", "RUN", "--device", "bluefield-9"], "unknown device 'bluefield-9'"),

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 import gossamer
 from gossamer.cli.main import app
+from gossamer.profiling.torch_recording import recorded_operations
 from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, read_trace
 from trace_processor import TraceProcessor, compiled
 
@@ -85,8 +85,14 @@ def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Record a run of two workers, and export it by the command, as ``run.perfetto`` and ``run.chrome``."""
     directory = tmp_path_factory.mktemp("run")
     gossamer.run(COMMON | request.param | {"engine": {"workers": 2}}, out=directory)
+    return export(directory)
+
+
+def export(directory: Path) -> Path:
+    """Export the trace of a run into its directory by the command."""
     exports = [argument for kind in FACTS for argument in (f"--{kind}", str(directory / f"run.{kind}"))]
-    assert CliRunner().invoke(app, ["profile", str(directory), *exports]).exit_code == 0
+    result = CliRunner().invoke(app, ["profile", str(directory), *exports])
+    assert result.exit_code == 0, result.output
     return directory
 
 
@@ -169,17 +175,29 @@ def test_flows_join_sender_and_receiver(opened: tuple[TraceProcessor, str], reco
     assert found.total() >= 6  # three rounds of a job or more, there and back
 
 
-def test_operations_of_torch_lie_below_spans(open_trace: Open, tmp_path: Path) -> None:
-    with profile(activities=[ProfilerActivity.CPU]) as taken:
-        gossamer.run(COMMON | CLIENTS | {"rounds": 1, "engine": {"workers": 0}}, out=tmp_path / "run")
-    taken.export_chrome_trace(str(tmp_path / "torch.json"))
-    options = ["--chrome", str(tmp_path / "run.json"), "--torch", str(tmp_path / "torch.json")]
-    assert CliRunner().invoke(app, ["profile", str(tmp_path / "run"), *options]).exit_code == 0
-    processor = open_trace((tmp_path / "run.json").read_bytes())
+@pytest.mark.parametrize("kind", FACTS)
+def test_operations_of_torch_lie_below_spans(kind: str, with_torch: Path, open_trace: Open) -> None:
+    processor = open_trace((with_torch / f"run.{kind}").read_bytes())
     assert complaints(processor) == []
-    rows = processor.query("select count(), min(depth) from slice where name glob 'aten::*'")
-    events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
-    assert rows == [(sum(one["name"].startswith("aten::") for one in events), 1)]
+    processor.query("include perfetto module slices.with_context")
+    counts = Counter(one.name for one in recorded_operations(with_torch))
+    rows = processor.query("select name, count() from thread_slice where category = 'torch' group by name")
+    assert dict(rows) == counts
+    assert counts["aten::sum"] > 0
+    around = "select p.category, p.name from thread_slice s left join slice p on s.parent_id = p.id"
+    parents = Counter(processor.query(f"{around} where s.category = 'torch'"))
+    assert {name for category, name in parents if category != "torch"} <= {"train", "extract", "serialise", "compress"}
+    assert parents[None, "train"] > 0
+    assert processor.query(f"{around} where coalesce(s.category, '') != 'torch' and s.depth > 0") == []
+
+
+@pytest.fixture(scope="module")
+def with_torch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Record a run with torch.profiler, and export it."""
+    directory = tmp_path_factory.mktemp("torch")
+    config = COMMON | CLIENTS | {"rounds": 1, "engine": {"workers": 2}, "profile": {"torch": True}}
+    gossamer.run(config, out=directory)
+    return export(directory)
 
 
 def test_what_is_no_trace_is_refused_by_it(open_trace: Open) -> None:

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import gossamer
 from gossamer.errors import DataError
 from gossamer.profiling.exports import write_chrome
+from gossamer.profiling.torch_events import operations_of
 from gossamer.profiling.trace import read_trace
 from traces import span, write
 
@@ -33,7 +34,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_steps_of_training_lie_in_train_spans(recorded: Path, tmp_path: Path) -> None:
-    write_chrome(read_trace(recorded / "run"), tmp_path / "both.json", recorded / "torch.json")
+    trace = read_trace(recorded / "run")
+    write_chrome(trace, tmp_path / "both.json", operations_of(trace, recorded / "torch.json"))
     events = [one for one in json.loads((tmp_path / "both.json").read_text())["traceEvents"] if one["ph"] == "X"]
     spans = [one for one in events if one.get("cat") != "torch"]
     own = [one for one in events if one.get("cat") == "torch"]
@@ -81,7 +83,8 @@ def test_times_are_those_of_rounds_in_a_row(tmp_path: Path) -> None:
         ("second", 1, 112, 2),
         others=[kernel],
     )
-    write_chrome(read_trace(tmp_path), tmp_path / "both.json", path)
+    trace = read_trace(tmp_path)
+    write_chrome(trace, tmp_path / "both.json", operations_of(trace, path))
     expected = {"first": (1, 1), "cut": (3, 1), "second": (12, 2), "gemm": (15, 1)}
     found = of_torch(tmp_path / "both.json")
     assert found.keys() == expected.keys()
@@ -94,13 +97,13 @@ def test_what_is_no_trace_of_torch_is_refused(text: str, tmp_path: Path) -> None
     write(tmp_path, "driver", [span("train", 1, 2)], [(1, 0, 10)])
     (tmp_path / "torch.json").write_text(text)
     with pytest.raises(DataError, match=r"torch.json' is no trace of torch.profiler"):
-        write_chrome(read_trace(tmp_path), tmp_path / "both.json", tmp_path / "torch.json")
+        operations_of(read_trace(tmp_path), tmp_path / "torch.json")
 
 
 def test_a_profile_of_another_run_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "driver", [span("train", 1, 2)], [(1, 0, 10)], monotonic_ns=0, unix_ns=BASE_NS)
     path = exported(tmp_path / "torch.json", ("late", 1, 500, 1))
     with pytest.raises(DataError, match="happened in a thread of a recorded round"):
-        write_chrome(read_trace(tmp_path), tmp_path / "both.json", path)
+        operations_of(read_trace(tmp_path), path)
     with pytest.raises(DataError, match="cannot read"):
-        write_chrome(read_trace(tmp_path), tmp_path / "both.json", tmp_path / "none.json")
+        operations_of(read_trace(tmp_path), tmp_path / "none.json")

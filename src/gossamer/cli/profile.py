@@ -27,7 +27,8 @@ Chakra = Annotated[
     Path | None, typer.Option(metavar="PREFIX", help="Write the trace for ASTRA-sim, as PREFIX.<rank>.et.")
 ]
 Torch = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="With --chrome: add what torch.profiler exported of the run.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Add what torch.profiler exported to --chrome and --perfetto."),
 ]
 
 
@@ -75,7 +76,7 @@ def profile(
             typer.echo(scaling.draw(found, output), err=as_json)
         return
     typer.echo(reports.render(reports.examine(trace), as_json))
-    for path in _export(trace, exports, torch):
+    for path in _export(directory, trace, exports, torch):
         typer.echo(path, err=as_json)
     if output is not None:
         typer.echo(reports.draw_timeline(trace, output), err=as_json)
@@ -97,20 +98,27 @@ def _require_effect(
         raise ConfigError(f"--{name} {value} changes nothing without --scale: give both, or neither")
     if len(given) > 1:
         raise ConfigError("--workers are of this machine, and with --links nobody trains here: give one of them")
-    if torch is not None and exports["chrome"] is None:
-        raise ConfigError(f"--torch {torch} changes nothing without --chrome: give both, or neither")
+    if torch is not None and exports["chrome"] is None and exports["perfetto"] is None:
+        raise ConfigError(
+            f"--torch {torch} changes nothing without --chrome or --perfetto: give one of them, or neither"
+        )
     exported = [name for name, path in exports.items() if path is not None]
     if scale is not None and exported:
         raise ConfigError(f"--{exported[0]} exports the recorded trace, and --scale extrapolates it: give one of them")
 
 
-def _export(trace: Trace, exports: Mapping[str, Path | None], torch: Path | None) -> Iterator[Path]:
+def _export(directory: Path, trace: Trace, exports: Mapping[str, Path | None], torch: Path | None) -> Iterator[Path]:
     """Write a trace for other programs, and yield the files."""
     from gossamer.profiling.chakra import write_chakra
     from gossamer.profiling.exports import write_chrome, write_goal, write_perfetto
+    from gossamer.profiling.torch_events import operations_of, place
+    from gossamer.profiling.torch_recording import recorded_operations
 
-    writers: dict[str, Callable[[Trace, Path], None]]
-    writers = {"chrome": partial(write_chrome, torch_path=torch), "perfetto": write_perfetto, "goal": write_goal}
+    writers: dict[str, Callable[[Trace, Path], None]] = {"goal": write_goal}
+    if exports["chrome"] is not None or exports["perfetto"] is not None:
+        operations = place(trace, recorded_operations(directory)) if torch is None else operations_of(trace, torch)
+        writers["chrome"] = partial(write_chrome, operations=operations)
+        writers["perfetto"] = partial(write_perfetto, operations=operations)
     for name, path in exports.items():
         if path is not None and name == "chakra":
             yield from write_chakra(trace, path)

@@ -15,6 +15,7 @@ from gossamer.config.communication import fill_in_communication
 from gossamer.config.offload import require_offload
 from gossamer.config.optimizers import make_optimizer, with_optimizer
 from gossamer.config.personal import require_personal
+from gossamer.config.recording import require_torch_profiler
 from gossamer.config.rules import (
     check_peers,
     require_importable,
@@ -66,6 +67,7 @@ def resolve(config: Config) -> Resolved:
     require_personal(config, algorithm)
     require_selection(config, algorithm)
     require_offload(config)
+    require_torch_profiler(config)
     filled = fill_in(config, algorithm)
     engine_class = registry.resolve("engine", filled.engine.name)
     require_attributes(f"engine {filled.engine.name!r}", engine_class, ENGINE)

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from gossamer.config.offload import OffloadOptions
 from gossamer.config.plugins import Plugin
+from gossamer.config.recording import Recording
 from gossamer.config.train import TrainConfig
 from gossamer.engines.task import Device, VariantMode
 from gossamer.errors import ConfigError
@@ -299,7 +300,7 @@ class Config(Options):
         devices: several profiles instead, by share or by capacity.
         engine: where training runs; a bare name is its `name`.
         log: trackers.
-        profile: whether to record where the time goes, for ``gossamer profile``; changes no bits.
+        profile: what is recorded of where the time goes, for ``gossamer profile``; true: spans. Changes no bits.
         offload: a stage that a side-car process does, as a device would; changes no bits. None: no stage.
         replay: path of the directory of a run of real clients, or of a folder with the runs of real peers; those whom
             the clock dropped there are dropped again.
@@ -325,7 +326,7 @@ class Config(Options):
     devices: list[DeviceShare] | None = None
     engine: EngineOptions = EngineOptions()
     log: LogOptions = LogOptions()
-    profile: bool = False
+    profile: Recording = None
     offload: OffloadOptions | None = None
     replay: str | None = None
     methods: dict[str, dict[str, Any]] | None = None

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gossamer.errors import ConfigError, storage_errors
 from gossamer.profiling.graphs import RECEIVE, SEND, messages_of
-from gossamer.profiling.torch_events import events_of
+from gossamer.profiling.torch_events import Placed
 from gossamer.profiling.trace import ABSENT, WAIT, Lane, Round, Segment, Trace
 
+DEVICES = 1_000_000  # from which processes of devices are numbered
 
-def write_chrome(trace: Trace, path: Path, torch_path: Path | None = None) -> None:
+
+def write_chrome(trace: Trace, path: Path, operations: Sequence[Placed] = ()) -> None:
     """Write JSON for chrome://tracing: one track a thread, without overlaps, and arrows for messages; microseconds.
 
     Args:
-        torch_path: what torch.profiler exported of the run, see `events_of`; None: nothing.
+        operations: what torch.profiler recorded of the run, below its spans.
 
     Raises:
-        DataError: that cannot be used.
         StorageError: the disk refuses it.
     """
     events: list[dict[str, Any]] = []
@@ -30,24 +31,30 @@ def write_chrome(trace: Trace, path: Path, torch_path: Path | None = None) -> No
         events.append(where | {"name": "thread_name", "args": {"name": lane.name}})
         if process == thread:
             events.append(where | {"name": "process_name", "args": {"name": lane.name}})
-    for slice_ in _slices(trace):
-        segment, (process, thread) = slice_.segment, numbers[slice_.lane]
+    for lane, slice_ in _slices(trace):
+        segment, (process, thread) = slice_.segment, numbers[lane]
         where = {"pid": process, "tid": thread, "ts": slice_.begin_ns / 1e3, "name": segment.kind}
         facts = {"bytes": segment.num_bytes, "cpu_us": 1e6 * segment.cpu, "delay_us": 1e6 * segment.delay}
         events.append(where | {"ph": "X", "dur": (slice_.end_ns - slice_.begin_ns) / 1e3, "args": facts})
         if slice_.flow is not None:
             ends = {"ph": "s"} if segment.kind == SEND else {"ph": "f", "bp": "e"}
             events.append(where | ends | {"name": "message", "cat": "message", "id": slice_.flow})
-    if torch_path is not None:
-        events += events_of(trace, numbers, torch_path)
+    for one in operations:
+        device = DEVICES + one.operation.process, one.operation.thread
+        process, thread = device if one.lane is None else numbers[one.lane]
+        where = {"pid": process, "tid": thread, "ts": one.begin_ns / 1e3, "name": one.operation.name}
+        events.append(where | {"ph": "X", "dur": (one.end_ns - one.begin_ns) / 1e3, "cat": "torch"})
     with storage_errors(path):
         path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
 
 
-def write_perfetto(trace: Trace, path: Path) -> None:
+def write_perfetto(trace: Trace, path: Path, operations: Sequence[Placed] = ()) -> None:
     """Write Perfetto's TrackEvent: processes, threads, rounds, and flows for messages; nanoseconds.
 
     Bytes, processor time and time of waiting for a processor are debug annotations, where they are not 0.
+
+    Args:
+        operations: what torch.profiler recorded of the run, below its spans.
 
     Raises:
         ConfigError: the package perfetto is not installed.
@@ -68,42 +75,63 @@ def write_perfetto(trace: Trace, path: Path) -> None:
         return packet.track_event
 
     numbers = _numbers(trace)
-    rounds = _describe(builder, numbers)
-    at = 0.0
-    for one in trace.rounds:
-        event(TrackEvent.TYPE_SLICE_BEGIN, round(1e9 * at), rounds).name = f"round {one.number}"
-        at += one.seconds
-        event(TrackEvent.TYPE_SLICE_END, round(1e9 * at), rounds)
-    for slice_ in _slices(trace):
-        segment, (_, track) = slice_.segment, numbers[slice_.lane]
-        begun = event(TrackEvent.TYPE_SLICE_BEGIN, slice_.begin_ns, track)
-        begun.name = segment.kind
-        facts = {"bytes": segment.num_bytes, "cpu_ns": 1e9 * segment.cpu, "delay_ns": 1e9 * segment.delay}
-        for name, value in facts.items():
-            if round(value):
-                begun.debug_annotations.add(name=name, int_value=round(value))
-        if slice_.flow is not None:
-            (begun.flow_ids if segment.kind == SEND else begun.terminating_flow_ids).append(slice_.flow)
-        event(TrackEvent.TYPE_SLICE_END, slice_.end_ns, track)
+    for track, own in enumerate(_described(builder, trace, numbers, operations), start=1):
+        ends: list[int] = []
+        for one in sorted(own, key=lambda one: (one.begin_ns, -one.end_ns)):  # outer ones first, as spans are in `own`
+            while ends and ends[-1] <= one.begin_ns:
+                event(TrackEvent.TYPE_SLICE_END, ends.pop(), track)
+            _fill(event(TrackEvent.TYPE_SLICE_BEGIN, one.begin_ns, track), one)
+            ends.append(one.end_ns)
+        while ends:
+            event(TrackEvent.TYPE_SLICE_END, ends.pop(), track)
     with storage_errors(path):
         path.write_bytes(builder.serialize())
 
 
-def _describe(builder: Any, numbers: dict[Lane, tuple[int, int]]) -> int:
-    """Describe tracks: of each thread, with its number as an id, and of rounds, whose id is returned."""
-    most = max(thread for _, thread in numbers.values())
-    rounds = 2 * most + 1
-    described = builder.add_packet().track_descriptor
-    described.uuid, described.name = rounds, "rounds"
+def _described(
+    builder: Any, trace: Trace, numbers: dict[Lane, tuple[int, int]], operations: Sequence[Placed]
+) -> Iterable[list[_Slice | Placed]]:
+    """Describe tracks, of threads, rounds and devices, whose ids count from 1; return what each holds."""
+    found: dict[object, list[_Slice | Placed]] = {}
     for lane, (process, thread) in numbers.items():
+        described = builder.add_packet().track_descriptor
+        described.uuid = len(found) + 1
+        described.thread.pid, described.thread.tid, described.thread.thread_name = process, thread, lane.name
         if process == thread:
             described = builder.add_packet().track_descriptor
-            described.uuid = most + process
+            described.uuid = -process % 2**64
             described.process.pid, described.process.process_name = process, lane.name
-        described = builder.add_packet().track_descriptor
-        described.uuid, described.parent_uuid = thread, most + process
-        described.thread.pid, described.thread.tid, described.thread.thread_name = process, thread, lane.name
-    return rounds
+        found[lane] = []
+    for lane, slice_ in _slices(trace):
+        found[lane].append(slice_)
+    names: dict[object, str] = {"rounds": "rounds"}
+    found["rounds"] = list(_round_slices(trace))
+    for one in operations:
+        track: object = one.lane or (one.operation.process, one.operation.thread)
+        if track not in found:
+            found[track], names[track] = [], f"device {one.operation.process}, stream {one.operation.thread}"
+        found[track].append(one)
+    for number, track in enumerate(found, start=1):
+        if track in names:
+            described = builder.add_packet().track_descriptor
+            described.uuid, described.name = number, names[track]
+    return found.values()
+
+
+def _fill(event: Any, one: _Slice | Placed) -> None:
+    """Write what is known of a slice into the event at which it begins."""
+    if isinstance(one, Placed):
+        event.name = one.operation.name
+        event.categories.append("torch")
+        return
+    segment = one.segment
+    event.name = segment.kind
+    facts = {"bytes": segment.num_bytes, "cpu_ns": 1e9 * segment.cpu, "delay_ns": 1e9 * segment.delay}
+    for name, value in facts.items():
+        if round(value):
+            event.debug_annotations.add(name=name, int_value=round(value))
+    if one.flow is not None:
+        (event.flow_ids if segment.kind == SEND else event.terminating_flow_ids).append(one.flow)
 
 
 class Link(NamedTuple):
@@ -192,7 +220,6 @@ class _Slice(NamedTuple):
         flow: number of the message that is sent or received with it; None: there is none, or no other end of it.
     """
 
-    lane: Lane
     begin_ns: int
     end_ns: int
     segment: Segment
@@ -212,8 +239,8 @@ def _numbers(trace: Trace) -> dict[Lane, tuple[int, int]]:
     return numbers
 
 
-def _slices(trace: Trace) -> Iterator[_Slice]:
-    """Yield every segment, one round behind the other."""
+def _slices(trace: Trace) -> Iterator[tuple[Lane, _Slice]]:
+    """Yield every segment with its thread, one round behind the other."""
     flows, begin = dict[str, int](), 0.0
     for one in trace.rounds:
         ends = _message_ends(one)
@@ -222,7 +249,16 @@ def _slices(trace: Trace) -> Iterator[_Slice]:
                 is_end = any(segment is end for end in ends.get(segment.message, ()))
                 flow = flows.setdefault(segment.message, len(flows) + 1) if is_end else None
                 begins, stops = (round(1e9 * (begin + at)) for at in (segment.begin, segment.end))
-                yield _Slice(lane, begins, stops, segment, flow)
+                yield lane, _Slice(begins, stops, segment, flow)
+        begin += one.seconds
+
+
+def _round_slices(trace: Trace) -> Iterator[_Slice]:
+    """Yield the rounds themselves."""
+    begin = 0.0
+    for one in trace.rounds:
+        whole = Segment(f"round {one.number}", 0.0, one.seconds)
+        yield _Slice(round(1e9 * begin), round(1e9 * (begin + one.seconds)), whole, None)
         begin += one.seconds
 
 

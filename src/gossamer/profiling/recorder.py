@@ -16,8 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from gossamer.errors import storage_errors
+
+if TYPE_CHECKING:
+    from gossamer.profiling.torch_recording import TorchRecording
 
 FORMAT, VERSION = "gossamer-trace", 1
 FIELDS = ("kind", "thread", "begin_ns", "end_ns", "cpu_ns", "delay_ns", "bytes", "message")
@@ -70,9 +74,13 @@ class Recorder:
     reading of both clocks, ``monotonic_ns`` and ``unix_ns``, taken together. May be used from several threads.
     """
 
-    def __init__(self, directory: Path, process: str) -> None:
-        """Begin to record; the file is made when there is something to write."""
-        self.directory, self._thread, pid = directory, _Thread(), os.getpid()
+    def __init__(self, directory: Path, process: str, torch: TorchRecording | None = None) -> None:
+        """Begin to record; the file is made when there is something to write.
+
+        Args:
+            torch: what runs torch.profiler under train spans; None: it does not run.
+        """
+        self.directory, self.torch, self._thread, pid = directory, torch, _Thread(), os.getpid()
         self._lines: list[str] = []
         self._lock, self._is_closed = threading.RLock(), False
         self._path = directory / f"{process}-{pid}-{time.time_ns()}.jsonl"
@@ -91,7 +99,7 @@ class Recorder:
         }
         self._header = json.dumps(header)
 
-    def span(self, kind: str, num_bytes: int = 0, message: str = "") -> _Span:
+    def span(self, kind: str, num_bytes: int = 0, message: str = "") -> AbstractContextManager[None]:
         """Return a context that records a span.
 
         Args:
@@ -99,7 +107,10 @@ class Recorder:
             num_bytes: of what it works on.
             message: id that a sender's span and its receiver's have in common.
         """
-        return _Span(self, self._thread, kind, num_bytes, message)
+        found = _Span(self, self._thread, kind, num_bytes, message)
+        if self.torch is None or kind != "train":
+            return found
+        return self.torch.around(found, self.span("record"))
 
     def count_bytes(self, num_bytes: int) -> None:
         """Add to the bytes of the span that is open in this thread."""
@@ -219,10 +230,15 @@ def folder() -> str | None:
     return None if _current is None else str(_current.directory.resolve())
 
 
-def start(directory: Path, process: str) -> None:
-    """Record this process from now on."""
+def start(directory: Path, process: str, torch: bool = False) -> None:
+    """Record this process from now on; `torch`: with torch.profiler under train spans."""
     global _current
-    _current = Recorder(directory, process)
+    with_torch = None
+    if torch:  # imported here, because it is rarely asked for
+        from gossamer.profiling.torch_recording import TorchRecording
+
+        with_torch = TorchRecording(directory, process)
+    _current = Recorder(directory, process, with_torch)
 
 
 def start_there(directory: str | None, process: str) -> None:
@@ -244,8 +260,11 @@ def stop() -> None:
 
 
 @contextmanager
-def recording(directory: Path | None, process: str = "driver") -> Iterator[None]:
+def recording(directory: Path | None, process: str = "driver", torch: bool = False) -> Iterator[None]:
     """Record this process, and all processes that it forks, within the block; None: record nothing.
+
+    Args:
+        torch: whether torch.profiler runs under train spans.
 
     Raises:
         StorageError: the disk refuses a write.
@@ -253,7 +272,11 @@ def recording(directory: Path | None, process: str = "driver") -> Iterator[None]
     if directory is None:
         yield
         return
-    start(directory, process)
+    if torch:
+        from gossamer.profiling.torch_recording import prepare
+
+        prepare()
+    start(directory, process, torch)
     try:
         yield
     finally:
@@ -263,8 +286,8 @@ def recording(directory: Path | None, process: str = "driver") -> Iterator[None]
 def _after_fork() -> None:
     global _current
     if _current is not None:
-        directory, _current = _current.directory, None
-        start(directory, "worker")
+        directory, torch, _current = _current.directory, _current.torch is not None, None
+        start(directory, "worker", torch)
 
 
 def _boot() -> str:

@@ -1,18 +1,18 @@
-"""Puts what torch.profiler recorded of a run below the spans in which it happened, for Chrome's JSON."""
+"""Puts what torch.profiler recorded of a run below the spans in which it happened."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gossamer.errors import DataError
 from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, Lane, Segment, Trace
 
 DEVICE_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
 IDLE = (WAIT, UNATTRIBUTED, ABSENT)
-DEVICES = 1_000_000  # from which processes of devices are numbered
 
 
 class Operation(NamedTuple):
@@ -55,21 +55,22 @@ def read_operations(path: Path) -> list[Operation]:
         ) from None
 
 
-def events_of(trace: Trace, places: Mapping[Lane, tuple[int, int]], path: Path) -> list[dict[str, Any]]:
-    """Return the operations of a file as Chrome's events, in microseconds; those between rounds are left out.
+class Placed(NamedTuple):
+    """An operation on the timeline of all rounds in a row, in nanoseconds; lane None: it is a device's."""
 
-    An operation of a recorded thread lies in the span in which it began, and ends with it at the latest. Those of
-    devices have tracks of their own.
+    operation: Operation
+    lane: Lane | None
+    begin_ns: int
+    end_ns: int
 
-    Args:
-        trace: the run's.
-        places: process and thread of each lane in the export.
-        path: of the file.
+
+def operations_of(trace: Trace, path: Path) -> list[Placed]:
+    """Return the operations of a file where they belong, see `place`.
 
     Raises:
         DataError: it is no trace of torch.profiler, or none of this run.
     """
-    found = [_event(*one, places) for one in _placed(trace, read_operations(path))]
+    found = place(trace, read_operations(path))
     if not found:
         raise DataError(
             f"nothing in {str(path)!r} happened in a thread of a recorded round: give a profile that was taken while"
@@ -78,37 +79,43 @@ def events_of(trace: Trace, places: Mapping[Lane, tuple[int, int]], path: Path) 
     return found
 
 
-def _placed(trace: Trace, operations: list[Operation]) -> Iterator[tuple[Operation, Lane | None, float, float]]:
-    """Yield operations, their threads, and where they begin and end in all rounds in a row, in seconds."""
+def place(trace: Trace, operations: list[Operation]) -> list[Placed]:
+    """Put operations where they belong; those between rounds, and of other processes, are left out.
+
+    An operation of a recorded thread lies in the span in which it began, and ends with it at the latest, and with the
+    operation around it. Those of devices have tracks of their own.
+    """
+    around: dict[Lane | tuple[int, int], list[int]] = {}
+    found = []
+    for one in _placed(trace, operations):
+        track = one.lane or (one.operation.process, one.operation.thread)
+        ends = around.setdefault(track, [])
+        while ends and ends[-1] <= one.begin_ns:
+            ends.pop()
+        ends.append(min([one.end_ns, *ends[-1:]]))
+        found.append(one._replace(end_ns=ends[-1]))
+    return found
+
+
+def _placed(trace: Trace, operations: list[Operation]) -> Iterator[Placed]:
+    """Yield operations in their order, and outer ones first."""
     ordered, at, before = sorted(operations, key=lambda one: (one.begin_ns, -one.lasts_ns)), 0, 0.0
     for one in trace.rounds:
         lanes = {(lane.pid, lane.thread): lane for lane in one.lanes}
         while at < len(ordered) and ordered[at].begin_ns < one.unix_ns + 1e9 * one.seconds:
             operation, at = ordered[at], at + 1
             begin = (operation.begin_ns - one.unix_ns) / 1e9
-            lane = lanes.get((operation.process, operation.thread))
             end = min(begin + operation.lasts_ns / 1e9, one.seconds)
-            if begin < 0:
-                continue
-            if lane is not None:
-                around = _around(one.lanes[lane], begin)
-                if around is not None:
-                    yield operation, lane, before + begin, before + min(end, around.end)
-            elif operation.category in DEVICE_KINDS:
-                yield operation, None, before + begin, before + end
+            lane = lanes.get((operation.process, operation.thread))
+            around = None if lane is None else _around(one.lanes[lane], begin)
+            if around is not None:
+                end = min(end, around.end)
+            if begin >= 0 and (around is not None or (lane is None and operation.category in DEVICE_KINDS)):
+                yield Placed(operation, lane, round(1e9 * (before + begin)), round(1e9 * (before + end)))
         before += one.seconds
 
 
 def _around(segments: list[Segment], seconds: float) -> Segment | None:
     """Return the busy segment in which a moment lies; None: there is none."""
-    found = next((one for one in segments if one.begin <= seconds < one.end), None)
-    return None if found is None or found.kind in IDLE else found
-
-
-def _event(
-    operation: Operation, lane: Lane | None, begin: float, end: float, places: Mapping[Lane, tuple[int, int]]
-) -> dict[str, Any]:
-    process, thread = (DEVICES + operation.process, operation.thread) if lane is None else places[lane]
-    begin_ns, end_ns = round(1e9 * begin), round(1e9 * end)  # ends are rounded alike, so what is nested stays so
-    when = {"ph": "X", "ts": begin_ns / 1e3, "dur": (end_ns - begin_ns) / 1e3}
-    return when | {"name": operation.name, "cat": "torch", "pid": process, "tid": thread}
+    found = segments[max(0, bisect_right(segments, seconds, key=lambda one: one.begin) - 1)]
+    return found if found.begin <= seconds < found.end and found.kind not in IDLE else None
