@@ -5,6 +5,7 @@ Several threads would fight with the workers that tests start, and with other te
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -88,6 +89,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped = left_out(items, config.option.sweep_seed)
         items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=list(dropped))
+    gc.collect()
+    gc.freeze()  # what was imported stays, and neither this process nor those that it forks look through it again
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,7 @@ LONG = (
     "test_api.py",
     "test_plugin_errors.py",
     "engines",
+    "workloads/multimodal",
     "test_p",
     "test_r",
     "cli",

@@ -122,6 +122,7 @@ class TestInterrupted:
         assert last_commit(tmp_path / "run") == len(read_metrics(tmp_path / "run")) == 2
         assert_same(resume(tmp_path / "run"), undisturbed("windows"))
 
+    @pytest.mark.sweep(keep=0.5, at_least=1)
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
     def test_signals_to_all_processes(
         self, tmp_path: Path, undisturbed: Callable[[str], Run], number: signal.Signals

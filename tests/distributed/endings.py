@@ -6,6 +6,7 @@ Writes FOLDER/endings.json: ``{name: [[exit code, what was said on standard erro
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -206,6 +207,7 @@ def ended(pids: list[int], folder: Path) -> list[tuple[int, str]] | None:
 torch.set_num_threads(1)
 for name in ("gossamer.experiment", "networkx", "rich.console", "torch._dynamo"):
     importlib.import_module(name)  # which every rank would do anew
+gc.freeze()  # or each would look through all that was imported as it ends, for most of its time
 results: dict[str, list[tuple[int, str]] | None] = {}
 holder, ports = stores(len(CASES))
 for case, port in zip(CASES, ports, strict=True):

@@ -6,6 +6,7 @@ FOLDER/RANK.json: ``{name of a check: what went wrong, or ""}``.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -53,8 +54,9 @@ def main() -> None:
     sys.path[:0] = [str(HERE), str(HERE.parent / "algorithms" / "decentralized")]
     torch.set_num_threads(1)
     told, tell = os.pipe()
-    for name in ("gossamer.build", "scipy.sparse.csgraph", "networkx", "torch._dynamo", "sklearn.datasets"):
+    for name in ("gossamer.build", "scipy.sparse.csgraph", "networkx", "torch._dynamo"):
         importlib.import_module(name)  # which every rank would do anew
+    gc.freeze()  # or this process would look through all of that as it ends
     ranks = []
     for rank in range(size):
         process = os.fork()

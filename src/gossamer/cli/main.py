@@ -6,7 +6,9 @@ then.
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import os
 import re
 import signal
@@ -267,6 +269,7 @@ def _changes(overrides: list[str] | None, engine: str | None, device: str | None
 
 def main() -> None:
     """Entry point of the console script."""
+    atexit.register(gc.freeze)  # or Python looks for cycles among all that was imported before it ends
     for number in (signal.SIGTERM, signal.SIGHUP):  # until a run handles them, and in other commands
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _interrupt)

@@ -6,6 +6,7 @@ the others are asked to stop.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import runpy
@@ -57,6 +58,7 @@ def main() -> None:
     told, tell = os.pipe()
     for name in ("gossamer.cli.main", "gossamer.experiment", "gossamer.engines.collective.serving"):
         importlib.import_module(name)  # which every rank would do anew
+    gc.freeze()  # or each process would look through all of that as it ends
     ranks, code = set[int](), 0
     for rank in range(size):
         process = os.fork()

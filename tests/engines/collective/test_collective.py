@@ -166,6 +166,7 @@ def table_in(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("recorded")
+@pytest.mark.sweep(keep=0.5, at_least=1)
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_bits(num_ranks: int, torchrun: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     """All at once, because starting processes takes longer than what they do."""

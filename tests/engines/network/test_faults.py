@@ -22,7 +22,7 @@ KINDS = {
 }
 
 
-@pytest.mark.sweep(keep=0.4, at_least=2)
+@pytest.mark.sweep(keep=0.2, at_least=1)
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_fault(name: str) -> None:
     kinds = KINDS[name]

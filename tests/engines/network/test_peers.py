@@ -46,6 +46,7 @@ def configured(changes: Mapping[str, Any]) -> dict[str, Any]:
     return decentralized({"peers.num": number, **changes})
 
 
+@pytest.mark.sweep(keep=0.5)
 @pytest.mark.parametrize("name", RUNS)
 def test_bits(name: str, tmp_path: Path) -> None:
     config = configured(RUNS[name])
