@@ -16,8 +16,8 @@ are drawn:
 
 A server that ends is started again, in the same directory, and so is a client that ends with an error. The runs end
 with the bits of a calm one, on the local engine; the late ones, which drop clients by the clock, with those of a
-simulation that replays what was dropped. Each run has a network of its own, where the system lets it; where not, no
-cable is cut.
+simulation that replays what was dropped. Peers without a server have kinds of their own, see faults_on_peers.py. Each
+run has a network of its own, where the system lets it; where not, no cable is cut.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ from typing import Any
 
 import torch
 
+import faults_on_peers
 import gossamer
-from forked import LIMIT_SECONDS, firing, kill_group, refused, start, wait, write_digest
+from forked import LIMIT_SECONDS, firing, kill_group, pause, refused, start, wait, write_digest
 from golden_hashes import LEVELS, federated
 from gossamer import experiment
 from gossamer.engines.network import engine
@@ -68,16 +69,18 @@ SERVER = ("kill-server-in-commit", "kill-server-in-round", "restart-server", "fu
 LATE = ("late-client", "late-slow-client")
 SLOW = ("slow-client", "late-slow-client")
 KEEPING = (*LATE, "full-disk-at-client")  # faults of clients that keep private state
-KINDS = (*CLIENTS, *SERVER, "slow-client", "late-slow-client", "cut-cable")
+CUT = ("cut-cable", *faults_on_peers.CUT)
+KINDS = (*CLIENTS, *SERVER, "slow-client", "late-slow-client", "cut-cable", *faults_on_peers.KINDS)
 CALLS = {"kill-server-in-commit": 15, "full-disk-at-server": 4, "full-disk-at-client": 4, "late-client": 4}
-EXPERIMENTS = {"fedrolex": federated("fedrolex", LEVELS, True), "scaffold": federated("scaffold", [1.0], True)}
+FEDERATED = {"fedrolex": federated("fedrolex", LEVELS, True), "scaffold": federated("scaffold", [1.0], True)}
+EXPERIMENTS = FEDERATED | faults_on_peers.EXPERIMENTS
 
 Fault = dict[str, Any]
 
 
 def configuration(fault: Fault, **changes: Any) -> dict[str, Any]:
     """Return a run in which all clients take part in every round, which is committed."""
-    config = EXPERIMENTS[fault["experiment"]]
+    config = FEDERATED[fault["experiment"]]
     clients = {"num": NUM_CLIENTS, "per_round": NUM_CLIENTS}
     if fault["kind"] in LATE:  # when such a client has not told, either, how good the model is
         clients |= {"deadline_seconds": DEADLINE_SECONDS, "quorum": 0.1}
@@ -255,13 +258,6 @@ class Federation:
         return any(datetime.fromisoformat(at).timestamp() > since for at in left)
 
 
-def pause(seconds: float) -> Iterator[None]:
-    """Take so long."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        yield
-
-
 def be_federation(fault: Fault, directory: Path, result: Path) -> int:
     """Run a federation with one fault, and compare it with what it is to be; writes what was found."""
     make_network()
@@ -293,7 +289,7 @@ def judged(fault: Fault, directory: Path, code: int | None, expected: str) -> di
     if result.exists():
         found |= json.loads(result.read_text())
         digests = found.pop("digests")
-        wanted = digests[1:] if fault["kind"] in LATE else [expected]
+        wanted = digests[1:] if fault["kind"] in (*LATE, *faults_on_peers.ABSENT) else [expected]
         found["equal"] = digests[:1] == wanted
     return fault | found | ({} if found["equal"] else {"said": log.read_text(errors="replace")[-3000:]})
 
@@ -303,6 +299,9 @@ def judged(fault: Fault, directory: Path, code: int | None, expected: str) -> di
 
 def drawn(kind: str, source: random.Random, experiments: list[str]) -> Fault:
     """Return a fault of a kind."""
+    if kind in faults_on_peers.KINDS:
+        return faults_on_peers.drawn(kind, source, experiments)
+    experiments = [name for name in experiments if name in FEDERATED] or list(FEDERATED)
     where = "sending" if kind == "kill-client-in-sending" else "training"
     then: str | None = None
     if kind == "stop-client":
@@ -326,8 +325,14 @@ def reference(fault: Fault, folder: Path) -> str:
     calm = folder / f"{fault['experiment']}-{fault['seed']}"
     path = calm.with_suffix(".digest")
     if not path.exists():
-        make = partial(gossamer.run, configuration(fault | {"kind": "none"}), out=calm)
-        wait(start(partial(write_digest, make, path), calm.with_suffix(".log")))
+        job: Callable[[], int]
+        if fault["kind"] in faults_on_peers.KINDS:
+            config = faults_on_peers.configuration(fault | {"kind": "none"})
+            job = partial(faults_on_peers.run_and_write, config, calm, path)
+        else:
+            config = configuration(fault | {"kind": "none"})
+            job = partial(write_digest, partial(gossamer.run, config, out=calm), path)
+        wait(start(job, calm.with_suffix(".log")))
     return path.read_text()
 
 
@@ -336,7 +341,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     source, names = random.Random(options.seed), options.experiments or list(EXPERIMENTS)
     cutting = can_cut(folder / "network.log")
-    kinds = [kind for kind in options.kinds or KINDS if cutting or kind != "cut-cable"]
+    kinds = [kind for kind in options.kinds or KINDS if cutting or kind not in CUT]
     wanted = [kinds[number % len(kinds)] for number in range(options.faults)][::-1]
     running: dict[int, tuple[Fault, Path, float]] = {}
     results, number = list[dict[str, Any]](), 0
@@ -344,7 +349,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         if wanted and len(running) < NUM_AT_ONCE and number < 2 * options.faults:
             fault, directory = drawn(wanted.pop(), source, names), folder / str(number)
             reference(fault, folder)
-            job = partial(be_federation, fault, directory, directory.with_suffix(".json"))
+            be = faults_on_peers.be_peers if fault["kind"] in faults_on_peers.KINDS else be_federation
+            job = partial(be, fault, directory, directory.with_suffix(".json"))
             running[start(job, directory.with_suffix(".log"))] = fault, directory, time.monotonic()
             number += 1
         for pid, code in ended(running):
@@ -357,7 +363,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "experiments": {name: sum(one["experiment"] == name for one in fired) for name in names},
         "fired": dict(sorted(Counter(one["kind"] for one in fired).items())),
-        "left_out": {} if cutting else {"cut-cable": "the system gives no network namespaces"},
+        "left_out": {} if cutting else dict.fromkeys(CUT, "the system gives no network namespaces"),
         "faults": len(fired),
         "all_equal": all(one["equal"] for one in results),
         "hung": sum(one["hung"] for one in results),

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,13 @@ def wait(pid: int, while_waiting: Callable[[], None] = lambda: None) -> int | No
         time.sleep(0.02)
     kill_group(pid)
     return None
+
+
+def pause(seconds: float) -> Iterator[None]:
+    """Take so long, in steps."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
 
 
 def kill_group(pid: int) -> None:

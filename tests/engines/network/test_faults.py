@@ -1,4 +1,4 @@
-"""Servers, clients and lines fail, and runs end as if nothing had happened: a short form of benchmarks/faults.py."""
+"""Servers, clients, peers and lines fail, and runs end as if nothing had happened: benchmarks/faults.py in short."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ KINDS = {
     "lines that are slow or cut": ["slow-client", "cut-cable"],
     "disks that are full": ["full-disk-at-server", "full-disk-at-client"],
     "clients that are late": ["late-client", "late-slow-client"],
+    "peers that are killed": ["kill-peer-in-training", "kill-peer-in-sending", "kill-peer-in-commit"],
+    "peers that are stopped, slow or cut off": ["stop-peer", "slow-peer", "cut-peers"],
+    "peers that are absent": ["absent-peer", "absent-slow-peer", "absent-cut-peers"],
+    "peers whose disks are full": ["full-disk-at-peer"],
 }
 
 
