@@ -291,3 +291,27 @@ class TestFlatRows:
     def test_layout_of_a_dictionary(self) -> None:
         assert layout_of(params_of(0), AXES) == LAYOUT
         assert window("static", 6, 0.5, 0) == trained(0.5, 0, "static", 0).windows["conv"]
+
+
+@pytest.mark.parametrize("modules", [("a", "b"), ("b",)])
+def test_rows_of_several_label_axes_have_weights_of_their_own(modules: tuple[str, ...]) -> None:
+    """Two clients, of whom the second has no label of the second axis: against sums by hand, also of a part."""
+    axes: Axes = {"a.x": ("label:digit", None), "b.x": (None, "label:motion"), "b.free": (None,)}
+    layout = Layout.of({"a.x": (2, 2), "b.x": (2, 3), "b.free": (4,)}, axes)
+    part, labels = layout.of_modules(modules), torch.tensor([[1, 0, 1, 0, 1], [1, 1, 0, 0, 0]]).float()
+    weights = torch.tensor([2.0, 3.0])
+    rows = scale_rows_(
+        part, torch.stack([torch.full((part.d,), 5.0), torch.full((part.d,), 7.0)]), weights, labels * weights[:, None]
+    )
+    total = SelectiveMean(layout)
+    cut = Cutter(layout, resolve("strategy", "static"), 1, 0).cut(1.0, 0, 0, modules=frozenset(modules))
+    for row, weight, own in zip(rows, weights, labels, strict=True):
+        total.add(cut, row, float(weight), own * weight)
+    mean, held = total.result()
+    assert held is not None
+    views, there = layout.views(mean), layout.views(held)
+    assert views["b.free"].tolist() == [pytest.approx((2 * 5 + 3 * 7) / 5)] * 4
+    assert views["b.x"].tolist() == [[5.0, 0.0, 5.0]] * 2  # of motions, nobody has the second
+    assert there["b.x"].tolist() == [[True, False, True]] * 2
+    expected = [[pytest.approx(31 / 5)] * 2, [7.0] * 2] if "a" in modules else [[0.0] * 2] * 2
+    assert views["a.x"].tolist() == expected

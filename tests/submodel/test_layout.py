@@ -184,3 +184,16 @@ class TestMismatches:
 
     def test_axes_of_unknown_parameters_are_ignored(self) -> None:
         assert Layout.of({"a": (3,)}, {"a": ("x",), "more": ("x", "y")}).names == ("a",)
+
+
+def test_labels_of_several_axes_are_numbered_one_axis_after_another() -> None:
+    shapes = {"a.x": (3, 8), "b.x": (2, 8), "b.y": (8, 3), "c.x": (4,)}
+    axes = {"a.x": ("label:digit", "w"), "b.x": ("label:motion", "w"), "b.y": ("w", "label:digit"), "c.x": ("w4",)}
+    whole = Layout.of(shapes, axes)
+    assert whole.labels == (("label:digit", 0), ("label:motion", 3))
+    assert whole.num_labels == 5
+    assert whole.cut_axes == ("w", "w4")
+    for part in (whole.of_modules({"b"}), whole.cut(0.5), whole.of_modules({"b", "c"}).cut(0.25)):
+        assert part.label_dims["b.x"] == (0, slice(3, 5))  # as in the whole model, though its own are fewer
+        assert part.label_dims["b.y"] == (1, slice(0, 3))
+    assert Layout.of({"x": (4,)}, {"x": ("labels",)}).num_labels == 0

@@ -2,7 +2,7 @@
 
 FedRolex (arXiv 2212.01548, Eq. 4) and HeteroFL: ``theta_k <- sum_n w_n theta_{n,k} / sum_n w_n`` over the n
 that hold k; coordinates that nobody holds keep their bits.
-Rows of the ``"label"`` axis count only for clients that own the label.
+Rows of label axes count only for clients that own the label.
 """
 
 from __future__ import annotations
@@ -20,28 +20,23 @@ Contribution = tuple[SubModel, float, Sequence[int] | Tensor | None]
 
 def label_dims(layout: Layout) -> dict[str, int]:
     """Return ``{parameter: position of its label dimension}`` of the parameters that have one."""
-    found = {}
-    for name, dims in zip(layout.names, layout.axes, strict=True):
-        for position, dim in enumerate(dims):
-            if dim.axis == LABEL_AXIS:
-                found[name] = position
-    return found
+    return {name: at for name, (at, _) in layout.label_dims.items()}
 
 
 def scale_rows_(layout: Layout, rows: Tensor, weights: Tensor, label_weights: Tensor | None) -> Tensor:
     """Multiply rows [s, d] in place by the clients' weights [s], label rows by their weights per label [s, num_labels].
 
-    Weight 0 gives exactly 0 for finite rows, which is what a client without the label contributes.
+    Labels of several axes are numbered as `Layout.labels` says. Weight 0 gives exactly 0 for finite rows, which is what
+    a client without the label contributes.
     """
     if label_weights is None:
         return rows.mul_(weights[:, None])
-    positions = label_dims(layout)
     for name, view in layout.views(rows).items():
         ones = (1,) * (view.dim() - 1)
-        if name in positions:
-            ahead = positions[name]
+        if name in layout.label_dims:
+            ahead, own = layout.label_dims[name]
             behind = view.dim() - ahead - 2
-            view.mul_(label_weights.view(len(rows), *(1,) * ahead, -1, *(1,) * behind))
+            view.mul_(label_weights[:, own].reshape(len(rows), *(1,) * ahead, -1, *(1,) * behind))
         else:
             view.mul_(weights.view(-1, *ones))
     return rows
@@ -55,7 +50,6 @@ class SelectiveMean:
 
     def __init__(self, layout: Layout, dtype: torch.dtype = torch.float32) -> None:
         self._layout = layout
-        self._label_dims = label_dims(layout)
         self._numerator = torch.zeros(layout.d, dtype=dtype)
         self._sums = layout.views(self._numerator)
         self._counts = {
@@ -78,7 +72,7 @@ class SelectiveMean:
         label_weights = None if owned is None else owned.float() * weight
         for piece in cut.pieces:
             addend, factor = params[piece.name], weight
-            if label_weights is not None and piece.name in self._label_dims:
+            if label_weights is not None and piece.name in self._layout.label_dims:
                 addend, factor = addend * self._label_view(piece.name, label_weights), 1.0
             piece.add(self._sums[piece.name], addend, factor)
         self._count(cut, weight, label_weights)
@@ -99,13 +93,13 @@ class SelectiveMean:
     def _count(self, cut: Cut, weight: float, label_weights: Tensor | None) -> None:
         for piece in cut.count_pieces:
             addend: Tensor | float = weight
-            if label_weights is not None and piece.name in self._label_dims:
+            if label_weights is not None and piece.name in self._layout.label_dims:
                 addend = self._label_view(piece.name, label_weights)
             piece.fill_add(self._counts[piece.name], addend)
 
     def _label_view(self, name: str, label_weights: Tensor) -> Tensor:
-        behind = self._counts[name].dim() - self._label_dims[name] - 1
-        return label_weights.view(-1, *(1,) * behind)
+        at, own = self._layout.label_dims[name]
+        return label_weights[own].view(-1, *(1,) * (self._counts[name].dim() - at - 1))
 
 
 @torch.no_grad()
@@ -127,8 +121,7 @@ def selective_mean(
         ConfigError: a weight that is not positive and finite, or a label out of range.
     """
     layout = layout_of(params, axes)
-    positions = label_dims(layout)
-    num_labels = next((layout.shapes[layout.names.index(name)][at] for name, at in positions.items()), 0)
+    num_labels = layout.num_labels
     total = SelectiveMean(layout)
     for sub, weight, labels in contributions:
         if not (0 < weight < float("inf")):

@@ -112,7 +112,7 @@ def _divergence(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def _chance(task: Task, records: Sequence[Mapping[str, Any]]) -> str | None:
     """Return what shows that no model was better than a guess; None: one was, or it cannot be told."""
-    for name in ACCURACIES:
+    for name in ACCURACIES if len(task.workload.layout.labels or ()) < 2 else ():  # else whose accuracy?
         values = [record[name] for record in records if record.get(name) is not None]
         guess = 1.0 / max(1, task.workload.num_labels)
         if task.workload.num_labels > 1 and values and max(values) <= guess + min(0.5 * guess, 0.05):

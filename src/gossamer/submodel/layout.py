@@ -27,7 +27,8 @@ class Dim:
 
     A plain channel dimension has outer = inner = 1. A flattened [channel, 7, 7] input has inner = 49. The fused
     query-key-value projection of an attention layer has outer = 3. `axis` None marks a dimension that is never cut;
-    the axis named ``"label"`` is never cut either, but its entries belong to labels (see `aggregate.selective_mean`).
+    the axis named ``"label"``, and those whose names begin with ``"label:"`` where a model tells several kinds of
+    labels, are never cut either, but their entries belong to labels (see `aggregate.selective_mean`).
     """
 
     axis: str | None
@@ -37,7 +38,12 @@ class Dim:
     @property
     def cuttable(self) -> bool:
         """Whether a capacity below 1 shortens this dimension."""
-        return self.axis is not None and self.axis != LABEL_AXIS
+        return self.axis is not None and not self.is_label
+
+    @property
+    def is_label(self) -> bool:
+        """Whether its entries belong to labels."""
+        return self.axis is not None and self.axis.partition(":")[0] == LABEL_AXIS
 
 
 AxisSpec = str | Dim | None
@@ -85,6 +91,8 @@ class Layout:
         shapes: their shapes.
         axes: per parameter one `Dim` per dimension.
         channels_last: whether convolution weights [out, in, height, width] lie in memory as [out, height, width, in].
+        labels: ``((label axis, its first label), ...)`` of the whole model: labels of several axes are numbered one
+            axis after another, in order of first appearance; None: those of this layout are.
         d: length of a flat row in floats, padding included.
         num_parameters: number of parameters, padding left out.
     """
@@ -93,6 +101,7 @@ class Layout:
     shapes: tuple[tuple[int, ...], ...]
     axes: tuple[tuple[Dim, ...], ...]
     channels_last: bool = False
+    labels: tuple[tuple[str, int], ...] | None = None
     offsets: tuple[int, ...] = field(init=False)
     d: int = field(init=False)
 
@@ -103,6 +112,16 @@ class Layout:
             end += -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
         object.__setattr__(self, "offsets", tuple(offsets))
         object.__setattr__(self, "d", end)
+        if self.labels is None:
+            object.__setattr__(self, "labels", self._numbered_labels())
+
+    def _numbered_labels(self) -> tuple[tuple[str, int], ...]:
+        found, end = dict[str, int](), 0
+        for shape, dims in zip(self.shapes, self.axes, strict=True):
+            for size, dim in zip(shape, dims, strict=True):
+                if dim.axis is not None and dim.is_label and dim.axis not in found:
+                    found[dim.axis], end = end, end + size
+        return tuple(found.items())
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], axes: Axes) -> Layout:
@@ -157,7 +176,23 @@ class Layout:
         every = zip(self.names, self.shapes, self.axes, strict=True)
         held = [one for one in every if one[0].partition(".")[0] in modules]
         names, shapes, axes = zip(*held, strict=True) if held else ((), (), ())
-        return Layout(names, shapes, axes, self.channels_last)
+        return Layout(names, shapes, axes, self.channels_last, self.labels)
+
+    @property
+    def num_labels(self) -> int:
+        """Labels of all label axes of this layout together."""
+        return max((own.stop for _, own in self.label_dims.values()), default=0)
+
+    @cached_property
+    def label_dims(self) -> dict[str, tuple[int, slice]]:
+        """``{parameter: (position of its label dimension, numbers of its labels)}`` of those that have one."""
+        starts = dict(self.labels or ())
+        return {
+            name: (at, slice(starts[dim.axis], starts[dim.axis] + shape[at]))
+            for name, shape, dims in zip(self.names, self.shapes, self.axes, strict=True)
+            for at, dim in enumerate(dims)
+            if dim.axis is not None and dim.is_label
+        }
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -221,4 +256,4 @@ class Layout:
             )
             for dims, shape in zip(self.axes, self.shapes, strict=True)
         )
-        return Layout(self.names, shapes, self.axes, self.channels_last)
+        return Layout(self.names, shapes, self.axes, self.channels_last, self.labels)

@@ -118,7 +118,7 @@ class Workload(Protocol):
         layout: how the model lies in a flat row.
         num_clients: registered clients.
         num_samples: int64 [num_clients], training samples of each client, all >= 1.
-        num_labels: entries of the ``"label"`` axis, 0 if there is none.
+        num_labels: entries of the label axes, 0 if there is none; of several, see `Layout.labels`, all together.
         norms: names of the BatchNorm layers that are trained, and evaluated by pooled moments.
         buffers: names of the layout's entries that are no parameters, but buffers that `loss` changes.
         personal: names of the layout's entries that stay with participants by the workload's own options.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gossamer.errors import ConfigError, nearest
 from gossamer.options import Options
-from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, as_dim
+from gossamer.submodel.layout import AxisSpec, as_dim
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, Model, WithConstants
 from gossamer.workloads.mending import Mending
 from gossamer.workloads.modules import CLOSE, ModuleModel
@@ -127,7 +127,7 @@ class PartlyTrained(WithConstants):
         except ConfigError:  # then labels are unknown, and nothing else of these axes is asked for
             found = {}
         return self.whole_axes | {
-            name: tuple(spec if as_dim(spec).axis == LABEL_AXIS else None for spec in found[name])
+            name: tuple(spec if as_dim(spec).is_label else None for spec in found[name])
             for name in self.shapes
             if name in found
         }

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from federation import digest
+from gossamer import run
+from gossamer.build import build
+from gossamer.config.loading import parse
 from gossamer.errors import ConfigError
 from gossamer.testing import check_workload
 from gossamer.workloads.multimodal.clips import PAD
@@ -116,3 +121,43 @@ def labels(made: VideoLanguage) -> list[tuple[str, np.ndarray[Any, Any]]]:
 def test_wrong_options(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         VideoLanguage(SMALL | options, num_clients=4, partition="iid", seed=0)
+
+
+@pytest.mark.parametrize("label_axes", [True, False])
+def test_rows_of_classes_that_nobody_has_keep_their_bits(label_axes: bool, tmp_path: Path) -> None:
+    """Digits are mostly missing, motions are all there; clients of text alone hold no such rows."""
+    config = {
+        "rounds": 2,
+        "workload": {
+            "name": "video-language",
+            **SMALL,
+            "modalities": {"video+text": 0.5, "text": 0.5},
+            "labels": {"missing": {"digit": 0.95}},
+            "label_axes": label_axes,
+        },
+        "clients": {"num": 4, "per_round": 4},
+        "train": {"lr": 0.01, "batch_size": 8},
+        "algorithm": "fedrolex",
+        "submodel": {"capacities": [0.5, 1.0]},
+    }
+    made: Any = build(parse(config)).workload
+    held = made.client_labels(np.arange(4))
+    runs = [run({**config, "engine": {"workers": workers}}, out=tmp_path / str(workers)) for workers in (0, 2)]
+    assert digest(runs[0].params) == digest(runs[1].params)
+    before, after = made.layout.views(made.init(0)), runs[0].params
+    moved = (before["recognition.digit.weight"] != after["recognition.digit.weight"]).any(1)
+    if not label_axes:
+        assert held.shape == (4, 0)
+        assert moved.all()
+        return
+    assert dict(made.layout.labels) == {"label:digit": 0, "label:motion": 10}
+    for client in range(4):  # against a loop over samples
+        own = made.partition.of_client(client)
+        for start, name, count in ((0, "digit", 10), (10, "motion", 12)):
+            known = {int(made._train.labels[name][sample]) for sample in own}
+            assert held[client, start : start + count].nonzero().flatten().tolist() == sorted(known - {-1})
+    seen = held[made.client_holdings(np.arange(4)) == [one.name for one in made.holdings].index("video+text")].any(0)
+    assert 0 < int(seen[:10].sum()) < 10
+    assert torch.equal(moved, seen[:10])
+    assert (before["recognition.motion.weight"] != after["recognition.motion.weight"]).any(1).all()
+    check_workload(made)

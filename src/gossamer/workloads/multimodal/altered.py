@@ -41,6 +41,11 @@ def altered(
         yield f"{WITHOUT}{modality}.", {**batch, **gone, f"has_{modality}": torch.zeros_like(batch[f"has_{modality}"])}
 
 
+def with_first_question(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return clips with the first of their questions, and its answer, alone."""
+    return {**batch, "question": batch["question"][:, 0], "answer": batch["answer"][:, 0]}
+
+
 def altered_metrics(
     found: Metrics, sums: Sums, shuffles: int, without: Sequence[str], metrics_of: Callable[[Sums], Metrics]
 ) -> Metrics:

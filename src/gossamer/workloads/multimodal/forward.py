@@ -169,7 +169,7 @@ class Transformer(DeclaredModel, ABC):
         if options.matching:
             self.add("matching.output", (2, size), (None, None))
         for label, count in self.facts.num_labels.items():
-            self.add(f"recognition.{label}", (count, size), (None, None))
+            self.add(f"recognition.{label}", (count, size), (self.facts.label_axis(label), None))
         order = dict.fromkeys(name.partition(".")[0] for name in self.shapes)
         names = [name for module in order for name in self.shapes if name.partition(".")[0] == module]
         self.shapes, self.axes = {n: self.shapes[n] for n in names}, {n: self.axes[n] for n in names}

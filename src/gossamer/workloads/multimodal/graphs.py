@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from gossamer.submodel.layout import LABEL_AXIS
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.traits import ModelTraits
 
@@ -29,6 +30,7 @@ class Facts:
         num_labels: ``{name: classes}`` of the labels of videos.
         label_words: ``{name: (token, ...)}`` of labels whose classes are words of captions.
         vocabulary: the words by their numbers.
+        has_label_axes: whether rows that tell classes lie along label axes, see `label_axis`.
     """
 
     num_tokens: int
@@ -39,6 +41,11 @@ class Facts:
     num_labels: Mapping[str, int]
     label_words: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     vocabulary: tuple[str, ...] = ()
+    has_label_axes: bool = False
+
+    def label_axis(self, label: str) -> str | None:
+        """Return the axis along which a model's rows for the classes of a label lie."""
+        return f"{LABEL_AXIS}:{label}" if self.has_label_axes else None
 
     def as_json(self) -> dict[str, Any]:
         """Return JSON values."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -81,6 +81,28 @@ def given_labels(
     if wrong:
         found = wrong_labels(found, transition_matrix(num_labels, wrong, sparsity, seed), seed, f"wrong-{purpose}")
     return torch.from_numpy(drop_labels(found, missing, seed, f"missing-{purpose}"))
+
+
+def held_labels(
+    samples: Sequence[np.ndarray[tuple[int], np.dtype[np.int64]]],
+    labels: Mapping[str, Tensor],
+    starts: Mapping[str, int],
+    num_labels: int,
+) -> Tensor:
+    """Return which classes of which labels clients have, bool [s, num_labels], see `Layout.labels`.
+
+    Args:
+        samples: int64 [n] of each client, numbers of its samples.
+        labels: int64 [N] of each label, -1 where a sample has none.
+        starts: first number of the classes of each label that is asked for.
+        num_labels: classes of all of them.
+    """
+    found = torch.zeros(len(samples), num_labels, dtype=torch.bool)
+    for row, own in zip(found, samples, strict=True):
+        for name, start in starts.items():
+            known = labels[name][torch.from_numpy(own)]
+            row[start + known[known >= 0]] = True
+    return found
 
 
 def label_rates(options: LabelOptions, known: tuple[str, ...]) -> tuple[dict[str, float], dict[str, float]]:

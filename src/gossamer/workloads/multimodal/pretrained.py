@@ -163,7 +163,7 @@ class Pretrained(DeclaredModel, WithConstants):
         for side, name in (("video", "vision"), ("text", "text")):
             self.add(f"contrast.{side}", (options.contrast, sizes[name]), (None, None))
         for label, count in facts.num_labels.items():
-            self.add(f"recognition.{label}", (count, sizes["vision"]), (None, None))
+            self.add(f"recognition.{label}", (count, sizes["vision"]), (facts.label_axis(label), None))
         held = frozenset(name.partition(".")[0] for name in self.shapes)
         self.graphs = {
             "retrieval": Graph(held - {"recognition"}, frozenset({"video", "text"})),

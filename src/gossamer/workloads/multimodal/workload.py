@@ -23,10 +23,10 @@ from gossamer.workloads.digests import digest_of
 from gossamer.workloads.functional import blueprint_of
 from gossamer.workloads.holdings import Holding, assigned
 from gossamer.workloads.multimodal.adapted import AdaptedModel
-from gossamer.workloads.multimodal.altered import altered, altered_metrics
+from gossamer.workloads.multimodal.altered import altered, altered_metrics, with_first_question
 from gossamer.workloads.multimodal.clips import PAD, ClipData
 from gossamer.workloads.multimodal.graphs import MODALITIES, Facts, VideoLanguageModel
-from gossamer.workloads.multimodal.labels import LabelOptions, classes_of, given_clips
+from gossamer.workloads.multimodal.labels import LabelOptions, classes_of, given_clips, held_labels
 from gossamer.workloads.multimodal.modalities import MissingOptions, missing_rates, parse_shares, presence
 from gossamer.workloads.multimodal.objectives import sum_of, weighted_mean
 from gossamer.workloads.multimodal.tasks import flat, measure_of
@@ -65,6 +65,8 @@ class VideoLanguageOptions(Options):
         partition_label: label by which partitions by class divide; None: that of the data set.
         frozen, lora: what is not trained, and low-rank factors, see `gossamer.workloads.supervised.SupervisedOptions`;
             a pattern such as ``"text.*"`` names a module.
+        label_axes: whether rows of a model that tell a class are averaged over those clients alone that have samples of
+            it, of each label, where ``submodel.mask_labels`` is on.
         evaluate: tasks that are measured; None: all of the run.
         shuffles: random orders of the frames in which videos are measured besides, see `VideoLanguage.metrics`.
         without: modalities without which all metrics are measured besides.
@@ -81,6 +83,7 @@ class VideoLanguageOptions(Options):
     partition_label: str | None = None
     frozen: tuple[str, ...] = ()
     lora: LoRAOptions | None = None
+    label_axes: bool = False
     evaluate: tuple[str, ...] | None = None
     shuffles: int = Field(0, ge=0)
     without: tuple[str, ...] = ()
@@ -133,6 +136,7 @@ class VideoLanguage(Workload):
         if isinstance(self.model, WithConstants):
             self.model.convert(dtype)
         self.layout = Layout.of(self.model.shapes, self.model.axes)
+        self.num_labels = self.layout.num_labels
         self.tasks = self._known("workload.tasks", self.options.tasks or tuple(self.model.graphs))
         self._known("workload.task_weights", tuple(self.options.task_weights), self.tasks)
         self._kinds, self._kind_of_client = self._divide_kinds(num_clients if stands_for is None else stands_for[1])
@@ -152,7 +156,6 @@ class VideoLanguage(Workload):
             supports_stacking=model.supports_stacking,
             stacks_natively=model.stacks_natively,
             uses_key=model.uses_key,
-            tokens_per_sample=None,
             merges_parameters=self.options.lora is not None,
         )
         if isinstance(self.model, AdaptedModel):
@@ -177,7 +180,8 @@ class VideoLanguage(Workload):
         lengths, data = (train.caption.shape[-1], train.question.shape[-1]), self.data
         words = {name: tuple(map(data.vocabulary.index, known)) for name, known in data.label_words.items()}
         shape, vocabulary = (int(frame[0]), int(frame[1]), int(frame[2])), data.vocabulary
-        return Facts(len(vocabulary), *lengths, shape, frames, data.num_labels, words, vocabulary)
+        axes = self.options.label_axes
+        return Facts(len(vocabulary), *lengths, shape, frames, data.num_labels, words, vocabulary, axes)
 
     @classmethod
     def build_model(cls, options: Mapping[str, Any], facts: Mapping[str, Any], seed: int) -> Any:
@@ -272,6 +276,13 @@ class VideoLanguage(Workload):
         if isinstance(self.model, WithConstants):
             given += (self.model.constants,)
         return digest_of(self.data, self.partition, self._kind_of_client.astype(np.int64), self._present, *given)
+
+    def client_labels(self, clients: Ints) -> Tensor:
+        """Return bool [s, num_labels]: the classes of each client's samples, of each label axis as `Layout.labels`."""
+        axes = {axis.partition(":")[2]: start for axis, start in self.layout.labels or ()}
+        return held_labels(
+            [self.partition.of_client(client) for client in clients], self._train.labels, axes, self.num_labels
+        )
 
     def client_holdings(self, clients: Ints) -> NDArray[np.int16]:
         """Return int16 [s]: the number among `holdings` of what each client holds."""
@@ -387,8 +398,3 @@ class VideoLanguage(Workload):
         for task in done:
             found |= self._measures[task].metrics(sums)
         return found
-
-
-def with_first_question(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return clips with the first of their questions, and its answer, alone."""
-    return {**batch, "question": batch["question"][:, 0], "answer": batch["answer"][:, 0]}
