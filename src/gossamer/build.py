@@ -142,6 +142,7 @@ class Parts:
                 quorum=None if is_real else config.population.quorum,
                 evaluate_every=config.evaluation.every,
                 evaluate_variants=self.task.levels if config.evaluation.by_capacity else {},
+                evaluate_held=self.task.held if config.evaluation.by_holding else {},
                 # Others keep what a peer or the observer has yet to commit, which is one phase at most.
                 commit_every_seconds=0.0 if is_real else config.checkpoint.every_seconds,
                 evaluate_own=self._own_models,

@@ -190,12 +190,13 @@ def phase_record(plan: RoundPlan, costs: RoundCosts, outcome: Outcome, seconds: 
     }
 
 
-def divided(whole: Mapping[str, float], by_capacity: Mapping[float, Mapping[str, float]]) -> Record:
-    """Return the metrics of each capacity under the names of those of the `whole` model; {} of no capacities."""
-    return {
-        f"{name}_by_capacity": {f"{c:g}": metrics[name] for c, metrics in by_capacity.items() if name in metrics}
-        for name in (whole if by_capacity else ())
+def divided(whole: Mapping[str, float], parts: Mapping[str, Mapping[str, float]], kind: str = "capacity") -> Record:
+    """Return the metrics of each part under the names of those of the `whole` model, without such as no part has."""
+    found = {
+        f"{name}_by_{kind}": {part: metrics[name] for part, metrics in parts.items() if name in metrics}
+        for name in whole
     }
+    return {name: values for name, values in found.items() if values}
 
 
 def merged(*parts: Mapping[str, Any]) -> Record:

@@ -40,6 +40,7 @@ class LoopOptions:
         quorum: least share of the updates that a round waits for which must be in time and usable; None: none need be.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
         evaluate_variants: ``{capacity: number of its variant}`` of what to evaluate besides the whole model.
+        evaluate_held: ``{modules and capacity: number of the variant}``, likewise, of what kinds of clients hold.
         evaluate_own: participants whose own models are evaluated, and local steps, see `Planner.own_models`.
         stop: when to end before the last round.
         commit_every_seconds: least time between commits; 0 commits after every phase.
@@ -50,6 +51,7 @@ class LoopOptions:
     evaluate_every: int
     evaluate_variants: Mapping[float, int]
     commit_every_seconds: float
+    evaluate_held: Mapping[str, int] = field(default_factory=dict)
     evaluate_own: tuple[int, int] = (0, 0)
     stop: StopOptions | None = None
 
@@ -235,8 +237,14 @@ class Loop:
             capacity: whole if capacity == 1.0 else self.workload.metrics(self.engine.evaluate(index, round))
             for capacity, index in self.options.evaluate_variants.items()
         }
+        held = {
+            name: self.workload.metrics(self.engine.evaluate(index, round))
+            for name, index in self.options.evaluate_held.items()
+        }
         own = self.engine.measure(self.planner.own_models(round, *self.options.evaluate_own))
-        return round_record.merged(whole, round_record.divided(whole, by_capacity), own)
+        named = {f"{capacity:g}": metrics for capacity, metrics in by_capacity.items()}
+        parts = round_record.divided(whole, named), round_record.divided(whole, held, "holding")
+        return round_record.merged(whole, *parts, own)
 
     def _commit(self, *, if_due: bool = False) -> None:
         is_due = time.monotonic() - self._committed_at >= self.options.commit_every_seconds

@@ -17,9 +17,12 @@ def require_holdings(config: Config, algorithm: Algorithm, workload: Workload) -
     """Refuse a workload whose participants hold different modules where the algorithm needs the same ones of all.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: it does, or models of different modules are to be evaluated, and there are none.
     """
     traits, every = algorithm.traits, workload.layout.modules
+    if config.evaluation.by_holding and (traits.represents or not workload.holdings):
+        why = "clients keep models of their own" if traits.represents else "all participants hold the same modules"
+        raise ConfigError(f"evaluation.by_holding divides nothing, because {why}: leave it out")
     if traits.represents:
         return  # its server never combines parameters
     if workload.traits.has_public_set:

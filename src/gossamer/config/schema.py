@@ -241,6 +241,7 @@ class EvaluationOptions(Options):
     Attributes:
         every: rounds between evaluations of the whole model; of peers: of their mean, the merged model.
         by_capacity: evaluate every sub-model size too.
+        by_holding: evaluate also what each kind of client holds, of each size: the modules of its modalities and tasks.
         num_peers: peers whose own models are evaluated too, evenly spaced; no more than there are.
         num_clients: clients, likewise, whose own models are evaluated where they keep parameters or are fine-tuned.
         fine_tune_steps: local steps after which the models of these clients are evaluated again, and then forgotten.
@@ -249,6 +250,7 @@ class EvaluationOptions(Options):
 
     every: int = Field(default=1, ge=1)
     by_capacity: bool = False
+    by_holding: bool = False
     num_peers: int = Field(default=8, ge=0)
     num_clients: int = Field(default=8, ge=1)
     fine_tune_steps: int = Field(default=0, ge=0)

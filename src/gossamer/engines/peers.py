@@ -152,7 +152,7 @@ class PeerEngine(ABC):
         collected = self._map_chunks({"kind": "statistics"} | where, models, workload.num_statistics_chunks)
         sums = _added_up(collected, len(peers))
         capacity = self._task.capacity(variant)
-        for peer, one in zip(peers, sums, strict=True):
+        for peer, one in zip(peers, sums, strict=True) if self._task.has_all_modules(variant) else ():
             self._statistics.keep(name_of(capacity, None if peer == MERGED else peer), one)
         statistics = [{name: value.tolist() for name, value in one.items()} for one in sums]
         message = {"kind": "evaluate", "statistics": statistics} | where

@@ -166,8 +166,8 @@ class FederatedEngine(ABC):
         statistics = add_sums(collected)
         if variant == WHOLE:
             self._statistics.begin(round)
-        capacity = self._task.capacity(variant)
-        self._statistics.keep(name_of(capacity), statistics)
+        if self._task.has_all_modules(variant):
+            self._statistics.keep(name_of(self._task.capacity(variant)), statistics)
         listed = {name: value.tolist() for name, value in statistics.items()}
         return add_sums(
             self._map_chunks({"kind": "evaluate", "statistics": listed} | where, workload.num_evaluation_chunks)

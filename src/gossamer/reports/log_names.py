@@ -40,6 +40,7 @@ METRICS = {
     "relative_distance": "Distance of all peers from their mean, relative to that at the start.",
     "consensus_distance": "Root mean square distance of the peers' models from their mean.",
     "<metric>_by_capacity": "The metric of the sub-model of each capacity, where evaluation.by_capacity is set.",
+    "<metric>_by_holding": "The metric of what each kind of client holds, of each capacity, see evaluation.by_holding.",
     "<metric>_weighted": "Of local metrics that real clients measure: the mean weighted by their numbers of samples.",
     "<metric>_by_client": "Of local metrics that real clients measure: that of each client which told it.",
     "<metric>_peers": "Mean, least and largest value of the metric over single peers, see evaluation.num_peers.",

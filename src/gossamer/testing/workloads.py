@@ -279,6 +279,13 @@ def _check_holdings(workload: Workload) -> None:
         for client in everybody[numbers == number][:1]:
             batch = workload.batch(np.array([client]), np.zeros((1, 1), dtype=np.int64))
             _loss_and_gradient(workload, {name: views[name] for name in held}, _merged(workload, batch, 0))
+        try:
+            workload.metrics(workload.evaluate({name: views[name] for name in held}, {}, 0))
+        except (KeyError, ValueError, ZeroDivisionError) as error:
+            raise ContractError(
+                f"evaluate and metrics fail on what holding {holding.name!r} has ({type(error).__name__}: {error}):"
+                " measure what can be told by the parameters that are given, and leave out the rest"
+            ) from error
 
 
 def _check_loss_of_padding(workload: Workload) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import gossamer
-from federation import digest
+from federation import configure, digest
 from gossamer.build import build
-from gossamer.config.loading import parse
+from gossamer.config.loading import load, parse
 from gossamer.errors import ConfigError
 from video_language import MODELS, SMALL
 
@@ -167,3 +167,37 @@ def test_peers_of_unequal_modalities(tmp_path: Path) -> None:
     ]
     assert len({digest(run.params) for run in runs}) == 1
     assert math.isfinite(runs[0].metrics[-1]["loss"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_metrics_are_divided_by_what_clients_hold(tmp_path: Path, workers: int) -> None:
+    """Against sub-models cut by hand, of each capacity and set of modules; a kind has what its tasks measure alone."""
+    given = config(
+        submodel={"capacities": [0.5, 1.0], "strategy": "static"},
+        evaluation={"by_holding": True, "by_capacity": True},
+        engine={"name": "local", "workers": workers},
+    )
+    done, made = gossamer.run(given, out=tmp_path / "a"), build(parse(given)).workload
+    last = done.metrics[-1]
+    both = {"video+text 0.5", "video+text 1"}
+    assert {*last["motion_accuracy_by_holding"]} == both | {"video 0.5", "video 1"}
+    assert {*last["loss_masked_language_by_holding"]} == both | {"text 0.5", "text 1"}
+    assert {*last["recall_at_1_by_holding"]} == both
+    for capacity in (0.5, 1.0):
+        for holding in made.holdings:
+            layout = made.layout.of_modules(holding.modules).cut(capacity)
+            shapes = zip(layout.names, layout.shapes, strict=True)
+            part = {name: done.params[name][tuple(map(slice, shape))] for name, shape in shapes}
+            for name, value in made.metrics(made.evaluate(part, {}, 0)).items():
+                assert last[f"{name}_by_holding"][f"{holding.name} {capacity:g}"] == pytest.approx(value, rel=1e-5)
+    assert last["loss_by_holding"]["video+text 1"] == pytest.approx(last["loss"])
+    plain = gossamer.run({**given, "evaluation": {}}, out=tmp_path / "b")
+    assert digest(plain.params) == digest(done.params)
+
+
+def test_what_all_hold_is_not_divided() -> None:
+    given = configure({"evaluation": {"by_holding": True}})
+    with pytest.raises(
+        ConfigError, match=r"by_holding divides nothing, because all participants hold the same modules"
+    ):
+        build(parse(load(given)))

@@ -73,7 +73,8 @@ class ClientEvaluation:
             same = capacity == 1.0
             found = of_whole if same else metrics_of(self._collect(when, index, arrays(index, capacity)))
             by_capacity[capacity] = found
-        return merged(of_whole, divided(of_whole, by_capacity), details_of(whole))
+        named = {f"{capacity:g}": metrics for capacity, metrics in by_capacity.items()}
+        return merged(of_whole, divided(of_whole, named), details_of(whole))
 
     def _collect(self, when: tuple[int, int], variant: int, arrays: Arrays) -> dict[int, Counts]:
         """Ask all nodes, and return what each client counts, of those that answer."""
