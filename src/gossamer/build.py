@@ -44,7 +44,7 @@ from gossamer.simulation.cuts import check_cuts
 from gossamer.simulation.devices import DeviceShare
 from gossamer.storage.client_store import CLIENTS, ClientStore
 from gossamer.storage.runlog import RunLog
-from gossamer.task import make_task, on_device, workload_of
+from gossamer.task import held_variants, make_task, on_device, workload_of
 from gossamer.workloads.base import Workload
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.held import ToldWorkload
@@ -142,7 +142,7 @@ class Parts:
                 quorum=None if is_real else config.population.quorum,
                 evaluate_every=config.evaluation.every,
                 evaluate_variants=self.task.levels if config.evaluation.by_capacity else {},
-                evaluate_held=self.task.held if config.evaluation.by_holding else {},
+                evaluate_held=held_variants(self.task) if config.evaluation.by_holding else {},
                 # Others keep what a peer or the observer has yet to commit, which is one phase at most.
                 commit_every_seconds=0.0 if is_real else config.checkpoint.every_seconds,
                 evaluate_own=self._own_models,

@@ -85,6 +85,12 @@ def make_task(config: Config, algorithm: Algorithm, topology: Topology | None, w
     )
 
 
+def held_variants(task: Task) -> dict[str, int]:
+    """Return ``{modules and capacity: number}`` of what kinds of participants hold, such as ``"video+text 0.5"``."""
+    named = ((one.holding, one.capacity, one.index) for one in task.variants)
+    return {f"{holding.name} {capacity:g}": index for holding, capacity, index in named if holding is not None}
+
+
 def make_cutter(config: Config, algorithm: Algorithm, layout: Layout) -> Cutter:
     """Return what cuts sub-models, as a resolved configuration says.
 

@@ -120,6 +120,11 @@ BROKEN_WORKLOADS: dict[str, tuple[dict[str, Any], str]] = {
         with_loss(lambda loss, p, b: loss if loss.dim() == 0 else (loss + loss.mean()) / 2),
         "loss has another value of several clients in one call",
     ),
+    "mask at all times": (
+        with_samples(lambda s: {"mask": torch.ones(s["y"].shape)} | s)
+        | with_loss(lambda loss, p, b: loss + 0 * b["mask"].sum()),
+        "loss must do without batch",
+    ),
     "no padding": (
         {"loss": lambda self, p, b: ImageClassification.loss(self, p, {k: v for k, v in b.items() if k != "mask"})},
         "loss must leave out what the mask marks as padding",

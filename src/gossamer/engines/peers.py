@@ -152,8 +152,9 @@ class PeerEngine(ABC):
         collected = self._map_chunks({"kind": "statistics"} | where, models, workload.num_statistics_chunks)
         sums = _added_up(collected, len(peers))
         capacity = self._task.capacity(variant)
-        for peer, one in zip(peers, sums, strict=True) if self._task.has_all_modules(variant) else ():
-            self._statistics.keep(name_of(capacity, None if peer == MERGED else peer), one)
+        if variant < 0 or self._task.variants[variant].has_all_modules:
+            for peer, one in zip(peers, sums, strict=True):
+                self._statistics.keep(name_of(capacity, None if peer == MERGED else peer), one)
         statistics = [{name: value.tolist() for name, value in one.items()} for one in sums]
         message = {"kind": "evaluate", "statistics": statistics} | where
         return _added_up(self._map_chunks(message, models, workload.num_evaluation_chunks), len(peers))

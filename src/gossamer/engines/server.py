@@ -166,7 +166,7 @@ class FederatedEngine(ABC):
         statistics = add_sums(collected)
         if variant == WHOLE:
             self._statistics.begin(round)
-        if self._task.has_all_modules(variant):
+        if variant < 0 or self._task.variants[variant].has_all_modules:
             self._statistics.keep(name_of(self._task.capacity(variant)), statistics)
         listed = {name: value.tolist() for name, value in statistics.items()}
         return add_sums(

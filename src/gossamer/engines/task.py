@@ -269,12 +269,6 @@ class Task:
         numbers = {capacity: WHOLE - 1 - level for level, capacity in enumerate(dict.fromkeys(self.capacities))}
         return numbers | {one.capacity: one.index for one in self.variants if one.has_all_modules}
 
-    @property
-    def held(self) -> dict[str, int]:
-        """``{modules and capacity: number}`` of the variants that participants hold, such as ``"video+text 0.5"``."""
-        named = ((one.holding, one.capacity, one.index) for one in self.variants)
-        return {f"{holding.name} {capacity:g}": index for holding, capacity, index in named if holding is not None}
-
     def variant(self, index: int) -> Variant:
         """Return a variant by its number.
 
@@ -284,10 +278,6 @@ class Task:
         if index >= 0:
             return self.variants[index]
         return Variant.bind(index, self.capacity(index), self.algorithm, self.cutter, LocalSteps(), VariantMode())
-
-    def has_all_modules(self, index: int) -> bool:
-        """Say whether a variant, by its number as `variant` takes it, has all modules."""
-        return index < 0 or self.variants[index].has_all_modules
 
     def capacity(self, index: int) -> float:
         """Return the capacity of a variant by its number, see `variant`."""

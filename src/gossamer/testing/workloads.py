@@ -258,6 +258,14 @@ def _check_loss(workload: Workload) -> None:
         all(map(torch.equal, found, again)),
         f"loss must depend on its arguments alone: it is {found[0]}, then {again[0]}",
     )
+    if "mask" in merged:
+        bare = {name: value for name, value in merged.items() if name != "mask"}
+        remedy = "loss must do without batch['mask'], which is left out where nothing is padded: use batch.get('mask')"
+        try:
+            unpadded, _ = _loss_and_gradient(workload, params, bare)
+        except KeyError as error:
+            raise ContractError(remedy) from error
+        require_close(unpadded, found[0], remedy)
     if layout.cut_axes:  # the smaller model is any of the right shapes
         sub = layout.cut(0.5)
         part = {name: params[name][tuple(map(slice, shape))] for name, shape in zip(sub.names, sub.shapes, strict=True)}
@@ -281,7 +289,7 @@ def _check_holdings(workload: Workload) -> None:
             _loss_and_gradient(workload, {name: views[name] for name in held}, _merged(workload, batch, 0))
         try:
             workload.metrics(workload.evaluate({name: views[name] for name in held}, {}, 0))
-        except (KeyError, ValueError, ZeroDivisionError) as error:
+        except (LookupError, RuntimeError, ValueError, ZeroDivisionError) as error:
             raise ContractError(
                 f"evaluate and metrics fail on what holding {holding.name!r} has ({type(error).__name__}: {error}):"
                 " measure what can be told by the parameters that are given, and leave out the rest"

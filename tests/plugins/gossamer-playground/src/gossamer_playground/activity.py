@@ -122,7 +122,7 @@ class Activity(Workload):
         """Return sums over the test data, with all modalities and without each of them."""
         test, found = self._test, {"count": float(len(self._test["pace"]))}
         known = [name for name in MODALITIES if f"{name}.input.weight" in params]
-        for lacking in ("", *known):
+        for lacking in ("", *(known if len(known) > 1 else ())):  # without the only one, nothing can be told
             given = predict(params, test, [name for name in known if name != lacking])
             where = f"without_{lacking}" if lacking else "with_all"
             right = given["activity"].argmax(-1) == test["activity"]
