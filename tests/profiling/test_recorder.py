@@ -254,6 +254,29 @@ def use_processor(seconds: float) -> None:
         pass
 
 
+def test_a_wait_at_the_begin_of_a_span_is_that_of_the_span_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel takes the processor from a thread that computes when that calls it next, here to read its clock."""
+    read = time.thread_time_ns
+
+    def preempted() -> int:
+        """Return the thread's processor time, after which it is away for 30 ms."""
+        used = read()
+        time.sleep(0.03)
+        return used
+
+    with recorder.recording(tmp_path / "trace"), recorder.round_span(1), recorder.span("train"):
+        inner = recorder.span("serialise")
+        monkeypatch.setattr(recorder.time, "thread_time_ns", preempted)
+        inner.__enter__()
+        monkeypatch.undo()
+        inner.__exit__(None, None, None)
+    totals = stage_totals(read_trace(tmp_path).rounds)
+    assert totals["train"].seconds >= 0.03
+    assert totals["serialise"].seconds < 0.03
+
+
 def test_a_forked_process_writes_a_file_of_its_own(tmp_path: Path) -> None:
     with recorder.recording(tmp_path / "trace"), recorder.round_span(1):
         child = os.fork()

@@ -167,9 +167,11 @@ class _Span:
         self.num_bytes = num_bytes
 
     def __enter__(self) -> None:
+        if self._thread.open:  # others may get the processor at this call of the system, for the outer span's work
+            self._cpu, self._began = time.thread_time_ns(), time.monotonic_ns()
+        else:
+            self._began, self._cpu = time.monotonic_ns(), time.thread_time_ns()
         self._thread.open.append(self)
-        self._began = time.monotonic_ns()
-        self._cpu = time.thread_time_ns()
         self._delay = self._thread.delay_ns(self._began - self._cpu)
 
     def __exit__(
