@@ -238,6 +238,9 @@ class TestErrors:
             ["plot", "-o", "a.png"],
             ["run", "e.yaml", "--no-such"],
             ["resume", "a", "--lr", "1"],
+            ["run", "e.yaml", "--out", ""],
+            ["run", "e.yaml", "--out="],
+            ["resume", ""],
         ],
         ids=" ".join,
     )
@@ -379,6 +382,13 @@ class TestStreams:
         assert done.stderr == (
             "error: cannot write the output (No space left on device): free space, or redirect it elsewhere\n"
         )
+
+    def test_streams_that_are_closed(self) -> None:
+        """As in some services; what the run opens afterwards has other numbers than theirs."""
+        told = "fake.run = lambda *arguments: sys.exit(100 + open('/dev/null').fileno())\n"
+        words = [sys.executable, "-c", FAKE + told + MAIN, "run", "e.yaml"]
+        shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+        assert subprocess.run(shell, check=False, timeout=60).returncode > 102
 
     def test_a_bug_shows_its_traceback(self) -> None:
         done = python(FAKE + "fake.run = lambda *arguments: 1 / 0\n" + MAIN, "run", "e.yaml")

@@ -30,6 +30,13 @@ CLOSED_PIPE = 141  # exit code where whoever read the output is gone: 128 + SIGP
 class Commands(TyperGroup):
     """The commands; a `GossamerError` becomes one line and the exit code, a `GossamerWarning` one line."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse arguments without text, such as those of a shell's variable that is not set, which would be paths."""
+        for before, one in zip(["", *args], args, strict=False):
+            if not one or (one.startswith("--") and one.endswith("=")):
+                ctx.fail(f"There is no text {f'after {before!r}' if not one else f'in {one!r}'}: give a value.")
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for."""
         try:
@@ -270,6 +277,9 @@ def _changes(overrides: list[str] | None, engine: str | None, device: str | None
 def main() -> None:
     """Entry point of the console script."""
     atexit.register(gc.freeze)  # or Python looks for cycles among all that was imported before it ends
+    for name in ("stdin", "stdout", "stderr"):
+        if vars(sys)[name] is None:  # it was closed by whoever started this: a file of the run would get its number
+            vars(sys)[name] = os.fdopen(os.open(os.devnull, os.O_RDWR), "r+")
     for number in (signal.SIGTERM, signal.SIGHUP):  # until a run handles them, and in other commands
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _interrupt)
