@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gossamer import aggregate, distributed, submodel, testing, topology
+    from gossamer import aggregate, distributed, submodel, sweep, testing, topology
     from gossamer.api import resume, run
     from gossamer.experiment import Run
     from gossamer.results.loading import LoadedRun, load
@@ -25,11 +25,12 @@ __all__ = [
     "resume",
     "run",
     "submodel",
+    "sweep",
     "testing",
     "topology",
 ]
 
-_MODULES = ("aggregate", "distributed", "submodel", "testing", "topology")
+_MODULES = ("aggregate", "distributed", "submodel", "sweep", "testing", "topology")
 _HOMES = {
     "run": "gossamer.api",
     "resume": "gossamer.api",
