@@ -82,6 +82,7 @@ class TestWrongValues:
         ("data", "message"),
         [
             ({}, "missing key 'rate': add it"),
+            ({"rat": 1}, "unknown key 'rat'; did you mean 'rate'?"),
             ({"rate": "fast"}, "rate = 'fast': input should be a valid number"),
             ({"rate": float("nan")}, "rate = nan: input should be a finite number"),
             ({"rate": float("inf")}, "rate = inf: input should be a finite number"),

@@ -84,7 +84,10 @@ def parse_options(model: type[AnyOptions], data: Any, where: str) -> AnyOptions:
 
 
 def _sentence(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    first = found[0]
+    if first["type"] == "missing":  # under another name, perhaps
+        first = next((one for one in found if one["type"] == "extra_forbidden"), first)
     location = [part for part in map(str, first["loc"]) if not _BRANCH.fullmatch(part)]
     path = ".".join([where, *location] if where else location)
     if first["type"] == "extra_forbidden":

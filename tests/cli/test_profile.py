@@ -71,7 +71,7 @@ def test_offload_prints_json(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["profile", "nowhere"], "'nowhere' has no trace: run it with --profile"),
+        (["profile", "nowhere"], "no directory 'nowhere': name one that 'gossamer run' made"),
         (["profile", "RUN", "-o", "a.txt"], "cannot tell the format"),
         (["profile", "RUN", "--workers", 3], "--workers 3 changes nothing without --scale"),
         (["profile", "RUN", "--links", "a.graphml"], "--links a.graphml changes nothing without --scale"),

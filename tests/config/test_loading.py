@@ -142,7 +142,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
     ({"methods": {}}, "methods = {}: name at least one method"),
     ({"methods": {"a/b": {}}}, "methods.'a/b': use letters, digits"),
     ({"methods": {"a": None}}, "methods.a = None: input should be a valid dictionary"),
-    ({"methods": {"a": {"rounds": 1}, "b": {"train": {"lrr": 1}}}}, "unknown key 'train.lrr'; did you mean 'lr'?"),
+    (
+        {"methods": {"a": {"rounds": 1}, "b": {"train": {"lrr": 1}}}},
+        "method 'b': unknown key 'train.lrr'; did you mean 'lr'?",
+    ),
     ({"methods": {"a": {"rounds.x": 1}}}, "cannot set 'rounds.x': 'rounds' is 3, not a mapping"),
 ]
 
@@ -219,7 +222,7 @@ class TestLoad:
         ("content", "expected"),
         [
             (b"- a\n- b\n", "must hold a mapping of keys to values, not ['a', 'b']"),
-            (b"", "must hold a mapping of keys to values, not None"),
+            (b"", "must hold a mapping of keys to values, but it is empty"),
             (
                 b"a: [1\nb: }\n",
                 "configuration '{path}' is not valid YAML: while parsing a flow sequence, line 1, column 4",

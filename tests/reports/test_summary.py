@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -71,9 +73,10 @@ class TestTables:
         [
             ({"format": "txt"}, r"unknown --format 'txt'; did you mean 'text'\?"),
             ({"metric": "acuracy"}, r"no run has logged 'acuracy'; did you mean 'accuracy'\?"),
+            ({"target": math.nan}, "--target nan: give a finite number"),
         ],
     )
-    def test_refusals(self, several: gossamer.Run, given: dict[str, str], message: str) -> None:
+    def test_refusals(self, several: gossamer.Run, given: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             render([several.directory], **given)
 

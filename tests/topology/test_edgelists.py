@@ -162,7 +162,7 @@ class TestWhatIsRefused:
             ),
             ("0 -> 1\n1 -> 2\n", {"weights": "given"}, "has a name without letters and digits"),
             ("0 -- 1\n1 -- 2\n", {}, "has a third column"),
-            ("0 1 {oops\n", {}, "'0 1 {oops', cannot be read"),
+            ("0 1 {oops\n", {}, "'0 1 {oops', cannot be read .no mapping of names to values"),
             ("0 1 {1: 2}\n", {}, "cannot be read .no mapping of names to values"),
             ('0 1 {"a"}\n', {}, "cannot be read"),
             ('"0,1\n', {}, "cannot be read"),

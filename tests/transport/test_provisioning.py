@@ -244,7 +244,7 @@ BAD = [
     ("nodes: [charite, ucsf]", "nodes: []", r"nodes = \[\]: name at least one node"),
     ("nodes: [charite, ucsf]", "nodes: [{name: fl.example.org}]", r"also a host of node 'server'"),
     ("nodes: [charite, ucsf]", "nodes: [7]", r"nodes"),
-    ("nodes: [charite, ucsf]", "node: [a]", r"missing key 'FEDERATION.yaml.nodes': add it"),
+    ("nodes: [charite, ucsf]", "node: [a]", r"unknown key 'FEDERATION.yaml.node'; did you mean 'nodes'"),
     ("hosts: [fl.example.org, 10.0.0.5]", "hosts: []", r"give at least one host"),
     ("hosts: [fl.example.org, 10.0.0.5]", "port: 1", r"missing key 'FEDERATION.yaml.server.hosts': add it"),
     ("hosts: [fl.example.org, 10.0.0.5]", "hosts: ['fl.example.org:8443']", r"without a port"),

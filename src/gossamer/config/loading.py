@@ -26,7 +26,8 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         path = Path(source)
         data = read_yaml(path, "configuration")
         if not isinstance(data, dict):
-            raise ConfigError(f"{str(path)!r} must hold a mapping of keys to values, not {data!r}")
+            told = "but it is empty" if data is None else f"not {data!r:.80}"
+            raise ConfigError(f"{str(path)!r} must hold a mapping of keys to values, {told}")
     given: dict[str, str] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -117,7 +118,10 @@ def expand(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             single = merge(shared, overrides) | {"seed": seed}
             if method:
                 single["name"] = method
-            parse(single)
+            try:
+                parse(single)
+            except ConfigError as error:
+                raise ConfigError(f"method {method!r}: {error}" if method else str(error)) from None
             parts = [method] if method else []
             parts += [f"seed-{seed}"] if config.seeds is not None else []
             runs["/".join(parts)] = single

@@ -153,6 +153,8 @@ def read_trace(directory: Path) -> Trace:
         if below := sorted(directory.glob("*/*/trace")) or sorted(directory.glob("*/trace")):
             one = str(below[0].parent)
             raise DataError(f"{str(directory)!r} holds several runs: give one of them, such as {one!r}")
+        if not directory.is_dir():
+            raise DataError(f"no directory {str(directory)!r}: name one that 'gossamer run' made")
         raise DataError(f"{str(directory)!r} has no trace: run it with --profile")
     files = [_read_file(path) for path in paths]
     drivers = [file for file in files if file.header["process"] == DRIVER]

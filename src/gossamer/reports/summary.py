@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,8 @@ def render(
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown --format {format!r}{nearest(format, FORMATS)}: give {', '.join(FORMATS)}")
+    if target is not None and not math.isfinite(target):
+        raise ConfigError(f"--target {target}: give a finite number")
     runs = find_runs(directories)
     logged = dict.fromkeys(name for run in runs for record in run.records for name in record)
     metric = main_metric(logged) if metric is None else metric

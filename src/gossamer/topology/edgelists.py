@@ -79,10 +79,10 @@ def _split(path: Path, text: str) -> tuple[set[str], list[Line]]:
         try:
             attributes = ast.literal_eval(brace + rest) if brace else {}
             if not isinstance(attributes, dict) or not all(isinstance(key, str) for key in attributes):
-                raise ValueError("no mapping of names to values")
+                raise ValueError
             cells = next(csv.reader([head], delimiter=delimiter, strict=True), []) if delimiter else head.split()
         except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, csv.Error) as error:
-            reason = " ".join(str(error).split())
+            reason = "no mapping of names to values" if brace else " ".join(str(error).split())
             raise _refusal(path, number, head + brace + rest, f"cannot be read ({reason})") from None
         cells = [cell.strip() for cell in cells]
         lines.append(Line(number, cells[:-1] if brace and cells[-1:] == [""] else cells, attributes))
