@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gossamer.planning import clients
 
 HELD_ROUND = 3
-PATIENCE = 60.0
+PATIENCE = 200.0
 
 
 def hold(seed: int, round: int, num_clients: int, count: int) -> NDArray[np.int64]:

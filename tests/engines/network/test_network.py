@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import gossamer
-from federation import STACKED, assert_same, configure, events, mixed, modes
+from federation import STACKED, assert_same, configure, environment, events, mixed, modes
 from gossamer import experiment
 from gossamer.build import build
 from gossamer.config.loading import parse
@@ -201,22 +201,22 @@ def test_processes_that_are_killed(tmp_path: Path) -> None:
 
 
 def test_server_that_is_killed(nodes: Nodes, tmp_path: Path) -> None:
-    """Its clients wait for it; started again, it goes on from its last commit."""
-    config = configure({"algorithm": "scaffold", "rounds": 6} | modes(**STACKED))
+    """Its clients wait for it; started again, it goes on from its last commit. A sampler holds it before that."""
+    config = configure({"algorithm": "scaffold", "rounds": 6, "clients.sampler": "gate:hold"} | modes(**STACKED))
     file, out = tmp_path / "config.yaml", tmp_path / "network"
     file.write_text(yaml.safe_dump(config))
     nodes.start([0, 1, 2, 3])
     nodes.start([4, 5, 6, 7])
     command = [sys.executable, "-m", "gossamer", "node", "server", str(file), "--listen", nodes.address]
     command += ["--out", str(out), "--quiet"]
-    first = subprocess.Popen(command)
+    first = subprocess.Popen(command, env=environment() | {"GATE": str(tmp_path)})
     try:
-        wait_for(lambda: len(read_metrics(out)) >= 2, out)
+        wait_for(lambda: (tmp_path / "reached").exists() and len(read_metrics(out)) >= 2, out)
     finally:
         first.kill()
         first.wait()
     assert len(read_metrics(out)) < 6
-    subprocess.run(command, check=True, timeout=200)
+    subprocess.run(command, check=True, timeout=200, env=environment())
     nodes.join()
     assert not nodes.errors
     assert_same(experiment.resume(out), gossamer.run(config, out=tmp_path / "local"))
@@ -224,7 +224,7 @@ def test_server_that_is_killed(nodes: Nodes, tmp_path: Path) -> None:
 
 def wait_for(is_so: Callable[[], bool], directory: Path) -> None:
     """Wait until something is so of a run."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while time.monotonic() < end:
         if (directory / "config.yaml").exists() and is_so():
             return
