@@ -211,8 +211,10 @@ def test_members_that_do_not_come(run_group: Callable[..., list[list[str]]]) -> 
 
 def listening() -> set[str]:
     """Return the addresses, as the kernel writes them, at which this process listens."""
-    sockets = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists()}
-    found = set()
+    sockets, found = set(), set()
+    for path in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # it was closed in the meantime
+            sockets.add(os.readlink(path))
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()

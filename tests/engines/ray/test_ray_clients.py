@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -312,9 +313,11 @@ def test_a_daemon_that_dies_is_one_sentence(tmp_path: Path, name: str) -> None:
     config = configure({"rounds": 100_000, "evaluation": {"every": 1000}, "checkpoint.every_seconds": 1000})
     process = gossamer("run", write(tmp_path, on_ray(config)), "--quiet", "--out", tmp_path / "run")
     wait_for(lambda: process.poll() is not None or len(list_metrics(tmp_path / "run")) >= 3, 120)
-    of_driver = rf"\d+ \({name}\) \w {process.pid} "
-    stats = {path: path.read_text(errors="replace") for path in Path("/proc").glob("[0-9]*/stat") if path.exists()}
-    (daemon,) = [int(path.parent.name) for path, text in stats.items() if re.match(of_driver, text)]
+    of_driver, found = rf"\d+ \({name}\) \w {process.pid} ", list[int]()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended in the meantime
+            found += [int(path.parent.name)] if re.match(of_driver, path.read_text(errors="replace")) else []
+    (daemon,) = found
     os.kill(daemon, signal.SIGKILL)
     _, errors = process.communicate(timeout=200)
     assert (process.returncode, errors.count("\n")) == (2, 1), errors
