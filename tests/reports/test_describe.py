@@ -202,7 +202,7 @@ class TestText:
 
     def test_what_is_shown(self) -> None:
         assert "od-equidyn-complete" in reference.render(None, None)
-        assert reference.render("partition", None).splitlines()[1].startswith("dirichlet")
+        assert any(line.startswith("dirichlet") for line in reference.render("partition", None).splitlines())
         told = reference.render("config", "train")
         assert "train.lr: float > 0 (required)\n    learning rate of local steps" in told
         assert "train.schedule.factor: float > 0 (default 0.1)" in told
