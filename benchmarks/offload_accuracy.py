@@ -43,10 +43,10 @@ from typing import Any
 import numpy as np
 
 from gossamer.profiling import recorder
+from gossamer.profiling.emulation import sleep_until
 from gossamer.profiling.graphs import graph_of
 from gossamer.profiling.offload import BACKGROUND, PIPELINED, SYNCHRONOUS, Costs, Stage, move, stage_named
 from gossamer.profiling.replay import Graph, replay
-from gossamer.profiling.sidecar import sleep_until
 from gossamer.profiling.trace import Round, read_trace
 from harness import log, machine
 

@@ -36,6 +36,16 @@ PEERS: dict[str, dict[str, Any]] = {
     "d2": LEAST_SQUARES | {"algorithm": "d2", "train.steps": 1, "peers.topology": {"name": "ring", "lazy": True}},
 }
 
+CODED: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
+    "top-k": (configure, {"communication.uplink": {"name": "top-k", "share": 0.1}}),
+    "unbiased": (configure, {"communication.uplink": {"name": "int8", "rounding": "stochastic"}}),
+    "windows": (configure, mixed("fedrolex", **STACKED) | {"communication.uplink": {"name": "low-rank", "rank": 2}}),
+    "feedback": (configure, {"communication.uplink": "sign"}),
+    "peers": (decentralized, {"algorithm": "choco-sgd"}),
+}
+
+RAY = {"engine.name": "ray", "engine.workers": 2}
+
 
 def offload(stage: str, device: str = "emulated", **options: str) -> dict[str, Any]:
     """Return the change that moves a stage."""
@@ -61,7 +71,9 @@ class Killer(Observer):
 
 def killed(config: dict[str, Any], directory: Path) -> None:
     """Run an experiment the side-car of which is killed after two rounds."""
-    with pytest.raises(EngineError, match=r"the side-car process \d+, which does \w+, ended with exit code -9: resume"):
+    with pytest.raises(
+        EngineError, match=r"the side-car process \d+, which does \w+, ended( with exit code -9)?: resume"
+    ):
         run(config, out=directory, hooks=Hooks(observer=lambda name, number: Killer(2)))
     assert not multiprocessing.active_children()
 
@@ -83,7 +95,14 @@ class TestSameBits:
         found = run(decentralized(changes | offload("mix")), out=tmp_path / "a")
         assert_same(found, run(decentralized(PEERS[kind]), out=tmp_path / "b"))
 
-    @pytest.mark.parametrize("stage", ["checkpoint", "log"])
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("kind", CODED)
+    def test_compress(self, tmp_path: Path, kind: str, workers: int) -> None:
+        make, changes = CODED[kind]
+        found = run(make(changes | {"engine.workers": workers} | offload("compress")), out=tmp_path / "a")
+        assert_same(found, run(make(changes), out=tmp_path / "b"))
+
+    @pytest.mark.parametrize("stage", ["checkpoint", "checksum", "log"])
     @pytest.mark.parametrize("make", [configure, decentralized])
     def test_stored(self, tmp_path: Path, stage: str, make: Callable[..., dict[str, Any]]) -> None:
         found, plain = run(make(offload(stage)), out=tmp_path / "a"), run(make(), out=tmp_path / "b")
@@ -92,14 +111,40 @@ class TestSameBits:
         assert commits[0] == commits[1]
         assert_same(resume(found.directory), plain)
 
+    @pytest.mark.timeout(300)
+    @pytest.mark.usefixtures("one_ray")
+    @pytest.mark.sweep(keep=0.4)
+    @pytest.mark.parametrize(
+        ("stage", "kind"),
+        [
+            ("aggregate", "rows"),
+            ("aggregate", "private-state"),
+            ("checkpoint", "peers"),
+            ("checksum", "windows"),
+            ("log", "peers"),
+        ],
+    )
+    def test_on_ray(self, tmp_path: Path, stage: str, kind: str) -> None:
+        make, changes = (decentralized, {}) if kind == "peers" else (configure, CLIENTS[kind])
+        found = run(make(changes | RAY | offload(stage)), out=tmp_path / "a")
+        assert_same(found, run(make(changes), out=tmp_path / "b"))
+
+    @pytest.mark.timeout(300)
+    def test_on_a_ray_that_is_started_for_the_run(self, tmp_path: Path) -> None:
+        changes = CLIENTS["windows"]
+        found = run(configure(changes | RAY | offload("aggregate")), out=tmp_path / "a")
+        assert_same(found, run(configure(changes), out=tmp_path / "b"))
+        assert not multiprocessing.active_children()
+
 
 class TestInterrupted:
-    @pytest.mark.parametrize("stage", ["aggregate", "checkpoint", "log"])
+    @pytest.mark.parametrize("stage", ["aggregate", "compress", "checksum", "checkpoint", "log"])
     def test_a_killed_side_car_ends_the_run_and_a_resume_ends_as_if_nothing_had_happened(
         self, tmp_path: Path, stage: str
     ) -> None:
-        plain = run(configure({"rounds": 4}), out=tmp_path / "plain")
-        killed(configure({"rounds": 4} | offload(stage)), tmp_path / "a")
+        changes = {"rounds": 4} | CODED["unbiased"][1]
+        plain = run(configure(changes), out=tmp_path / "plain")
+        killed(configure(changes | offload(stage)), tmp_path / "a")
         assert_same(resume(tmp_path / "a"), plain)
 
     def test_a_resume_may_take_the_stage_back(self, tmp_path: Path) -> None:
@@ -133,7 +178,9 @@ class TestBadInput:
             (offload("aggregate", "bluefield-2", engine="deflat"), "did you mean 'deflate'"),
             (offload("mix"), "clients of a server do not mix"),
             (SCAFFOLD | offload("checkpoint"), "clients keep private state"),
-            ({"engine.name": "ray"} | offload("aggregate"), "engine 'ray' hands it to no side-car"),
+            (RAY | CODED["top-k"][1] | offload("compress"), "engine 'ray' hands it to no side-car, because actors"),
+            ({"engine.name": "network"} | offload("log"), "engine 'network' hands nothing to a side-car"),
+            (offload("compress"), "through a codec: its stages are aggregate, checkpoint, checksum, log"),
             ({"offload": {"stage": "log"}}, "offload.device"),
         ],
     )
@@ -146,6 +193,10 @@ class TestBadInput:
     def test_of_peers_is_one_sentence(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="peers have no server that aggregates"):
             run(decentralized(offload("aggregate")), out=tmp_path / "a")
+
+    def test_rows_of_actors_are_not_mixed_elsewhere(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"engine 'ray' hands it to no side-car, .* one of checkpoint"):
+            run(decentralized(RAY | offload("mix")), out=tmp_path / "a")
 
     def test_a_device_quicker_than_this_machine_is_refused(self, tmp_path: Path) -> None:
         text = Path("src/gossamer/profiling/profiles/emulated.yaml").read_text()

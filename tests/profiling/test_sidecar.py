@@ -19,9 +19,10 @@ from torch import Tensor
 
 from federation import wait_for
 from gossamer.errors import DataError, EngineError
-from gossamer.profiling import recorder, sidecar
+from gossamer.profiling import emulation, recorder
+from gossamer.profiling.emulation import AHEAD, Inbox, Link, Outbox, device_seconds
 from gossamer.profiling.offload import Costs, Offload, stage_named
-from gossamer.profiling.sidecar import AHEAD, Handler, Inbox, Link, Message, Outbox, SideCar, device_seconds
+from gossamer.profiling.sidecar import Handler, Message, SideCar
 from gossamer.profiling.trace import read_trace
 
 QUICK = Costs(1.0, 1, 0.0, 0.0, 0.0, 0.0)
@@ -125,7 +126,7 @@ class TestTime:
         assert device_seconds(costs, 0.1, 0.0, 1_000_000) == pytest.approx(1.5)
 
     def test_transfers_follow_one_another_on_a_link(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sidecar, "time", SimpleNamespace(monotonic=lambda: 1000.0))
+        monkeypatch.setattr(emulation, "time", SimpleNamespace(monotonic=lambda: 1000.0))
         link = Link(QUICK._replace(link_seconds_per_byte=1.0, link_latency=100.0))
         assert link.arrival(10) == 1110
         assert link.arrival(5) == 1115

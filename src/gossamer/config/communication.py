@@ -32,6 +32,14 @@ def make_communication(options: CommunicationOptions) -> Communication:
     return Communication(up, is_biased if options.error_feedback is None else options.error_feedback, down)
 
 
+def has_codec(config: Config, algorithm: Any) -> bool:
+    """Say whether a codec compresses what clients send to their server, or peers to one another."""
+    if config.peers is None:
+        return make_communication(config.communication).uplink is not None
+    phases = (algorithm.of_phase(phase) for phase in range(algorithm.traits.num_phases))
+    return any(phase.traits.codecs for phase in phases)
+
+
 def fill_in_communication(config: Config, algorithm: Any) -> CommunicationOptions:
     """Return the section with error feedback filled in.
 

@@ -11,21 +11,29 @@ from gossamer.options import Options
 from gossamer.profiling.devices import Device, is_path, read_device
 from gossamer.profiling.offload import Costs, Offload, Stage, costs_of, stage_of_kind
 
-IN_ENGINE = ("aggregate", "mix")  # stages that an engine hands over; the others are the run's own
-ENGINES = {"local": ("aggregate", "mix", "checkpoint", "log")}  # which of them hands over what
+IN_ENGINE = ("aggregate", "mix", "compress")  # stages that an engine hands over; the others are the run's own
+STORED = ("checkpoint", "checksum", "log")
+ENGINES = {"local": (*IN_ENGINE, *STORED), "ray": ("aggregate", *STORED)}  # which of them hands over what
+
+ABSENT = {  # why a run does not have a stage
+    "aggregate": "peers have no server that aggregates in this experiment",
+    "mix": "clients of a server do not mix in this experiment",
+    "compress": "nothing that is sent in this experiment goes through a codec",
+}
 
 
 class OffloadOptions(Options):
     """A stage that a side-car process does in the place of the run's own ones; it changes no bits.
 
     Attributes:
-        stage: aggregate (what clients return, at their server), mix (peers' rows), checkpoint or log.
+        stage: aggregate (what clients return, at their server), mix (peers' rows), compress (what a codec makes of
+            what participants send), checksum (of the files of a commit), checkpoint or log.
         device: what the side-car stands for: the name of a device that ships here (``gossamer offload``), or the path
             of a YAML file.
         engine: accelerator of the device that does the stage; None: one that can, or else the device's cores.
     """
 
-    stage: Literal["aggregate", "mix", "checkpoint", "log"]
+    stage: Literal["aggregate", "mix", "compress", "checksum", "checkpoint", "log"]
     device: str
     engine: str | None = None
 
@@ -90,8 +98,12 @@ def _emulated(device: Device, stage: Stage, kind: str) -> Costs:
     return costs
 
 
-def require_offload(config: Any) -> None:
+def require_offload(config: Any, *, has_codec: bool) -> None:
     """Refuse a stage that the run does not have, or whose engine cannot hand it over.
+
+    Args:
+        config: the run's configuration.
+        has_codec: whether a codec compresses what participants send.
 
     Raises:
         ConfigError: see above, and `offload_of`.
@@ -99,14 +111,19 @@ def require_offload(config: Any) -> None:
     options: OffloadOptions | None = config.offload
     if options is None:
         return
-    where = f"offload.stage = {options.stage!r}"
-    if options.stage == "aggregate" and config.clients is None:
-        raise ConfigError(f"{where}, but peers have no server that aggregates: give mix, or another stage")
-    if options.stage == "mix" and config.peers is None:
-        raise ConfigError(f"{where}, but clients of a server do not mix: give aggregate, or another stage")
-    if options.stage not in ENGINES.get(config.engine.name, ()):
+    engine, where = config.engine.name, f"offload.stage = {options.stage!r}"
+    own = ("mix" if config.clients is None else "aggregate", *(["compress"] if has_codec else []), *STORED)
+    if engine not in ENGINES:
         raise ConfigError(
-            f"{where}, but engine {config.engine.name!r} hands it to no side-car: choose engine"
-            f" {' or '.join(name for name, stages in ENGINES.items() if options.stage in stages)}, or leave offload out"
+            f"{where}, but engine {engine!r} hands nothing to a side-car: choose engine {' or '.join(ENGINES)}, or"
+            " leave offload out"
+        )
+    possible = ", ".join(stage for stage in own if stage in ENGINES[engine])
+    if options.stage not in own:
+        raise ConfigError(f"{where}, but {ABSENT[options.stage]}: its stages are {possible}")
+    if options.stage not in ENGINES[engine]:
+        raise ConfigError(
+            f"{where}, but engine {engine!r} hands it to no side-car, because actors on any machine do it, where what"
+            f" they work on lies: choose engine local, or one of {possible}"
         )
     offload_of(options)

@@ -11,7 +11,7 @@ from gossamer import registry
 from gossamer import topology as topologies
 from gossamer.algorithms.base import Algorithm, require_no_momentum
 from gossamer.algorithms.checks import find_algorithm, require_algorithm, require_phases
-from gossamer.config.communication import fill_in_communication
+from gossamer.config.communication import fill_in_communication, has_codec
 from gossamer.config.offload import require_offload
 from gossamer.config.optimizers import make_optimizer, with_optimizer
 from gossamer.config.personal import require_personal
@@ -66,7 +66,7 @@ def resolve(config: Config) -> Resolved:
     require_population(config, algorithm)
     require_personal(config, algorithm)
     require_selection(config, algorithm)
-    require_offload(config)
+    require_offload(config, has_codec=has_codec(config, algorithm))
     require_torch_profiler(config)
     filled = fill_in(config, algorithm)
     engine_class = registry.resolve("engine", filled.engine.name)

@@ -78,7 +78,7 @@ class FederatedEngine(ABC):
         self._rows = PrivateRows(store, self._state["x"].dtype)
         self._statistics = Statistics()
         self._elsewhere: RemoteAggregation | None = None  # which does what is done here otherwise
-        if setup.offload is not None:
+        if setup.offload is not None and "aggregate" in setup.offload.stage.kinds:
             self._elsewhere = RemoteAggregation(task, self._state, setup.offload, setup)
 
     @abstractmethod

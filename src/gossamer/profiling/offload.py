@@ -45,9 +45,9 @@ STAGES = (
     Stage("mixing", ("mix",), PIPELINED, "slowdown_matrix", passes=("mix", UNATTRIBUTED)),
     Stage("codec", ("compress", "quantise"), SYNCHRONOUS, "slowdown_cpu", "compress"),
     Stage("compression", ("deflate", "zstd"), SYNCHRONOUS, "slowdown_cpu", "compress", returns=0.9),
-    Stage("checksum", ("checksum",), SYNCHRONOUS, "slowdown_cpu", "checksum", returns=0.0),
+    Stage("checksum", ("checksum", "digest"), SYNCHRONOUS, "slowdown_cpu", "checksum", returns=0.0),
     Stage("encryption", ("encrypt",), SYNCHRONOUS, "slowdown_crypto", "encrypt"),
-    Stage("checkpoint", ("checkpoint",), BACKGROUND, "slowdown_copy", returns=0.0),
+    Stage("checkpoint", ("checkpoint", "digest"), BACKGROUND, "slowdown_copy", returns=0.0),
     Stage("logging", ("log",), BACKGROUND, "slowdown_cpu", returns=0.0),
 )
 

@@ -28,7 +28,7 @@ FIELDS = ("kind", "thread", "begin_ns", "end_ns", "cpu_ns", "delay_ns", "bytes",
 MAX_BUFFERED = 4096  # spans, after which a buffer is written
 CRITICAL, BACKGROUND = "critical", "background"
 AWAY_NS = 10_000  # for which a thread must have been off its processor before its statistics are read again
-BACKGROUND_KINDS = ("checkpoint", "log")  # that no other work of the round waits for
+BACKGROUND_KINDS = ("checkpoint", "commit", "digest", "log")  # that no other work of the round waits for
 
 
 class _Nothing:

@@ -5,7 +5,8 @@ order, and hands back what comes of them. Nothing of that changes a bit, for the
 emulated. The link: a piece arrives `latency` after its bytes have crossed at the stated bandwidth, transfers of each
 direction one after another. The core: after c seconds of processor time the process sleeps (k - 1) c, or until an
 engine would have been done, by the rates in its profile. Whoever waits sleeps until a moment of the clock, so that what
-is slept too long in one place is not added to the next. See docs/profiling.md for what this does not emulate.
+is slept too long in one place is not added to the next. Processes that are forked later, as workers, reach it through a
+`Port`, each by a connection of its own. See docs/profiling.md for what this does not emulate.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ from __future__ import annotations
 import ctypes
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,16 +33,15 @@ from gossamer import errors
 from gossamer.errors import EngineError, GossamerError, one_line
 from gossamer.memory import memory_errors
 from gossamer.profiling import recorder
+from gossamer.profiling.emulation import AHEAD, Inbox, Link, Outbox, device_seconds, queued_seconds, sleep_until
 from gossamer.profiling.offload import BACKGROUND, Costs, Offload
 from gossamer.profiling.trace import SIDE_CAR
-from gossamer.shared_memory import Mappable, attach
 
 Message = dict[str, Any]
 Handler = Callable[[Message, list[Tensor]], tuple[Message, list[Tensor]]]
 
-AHEAD = 16  # pieces that are handed over before the answer to the first of them is read
 POLL_SECONDS = 0.5
-ALIGNMENT = 64  # bytes
+MAX_NAME_BYTES = 64
 _PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
 
 
@@ -59,39 +58,19 @@ class Answer(NamedTuple):
     due: float
 
 
-class SideCar:
-    """The host's side of a device that is a process."""
+class Channel:
+    """One process's end of a connection to a side-car."""
 
-    def __init__(
-        self,
-        offload: Offload,
-        make_handler: Callable[[], Handler],
-        check: Callable[[], None] = lambda: None,
-        num_processes: int = 1,
-    ) -> None:
-        """Fork the process.
+    def __init__(self, connection: Connection, offload: Offload, name: str, check: Callable[[], None]) -> None:
+        """Begin with nothing under way.
 
         Args:
+            connection: to the side-car.
             offload: what it does, and what that costs on the device that it stands for.
-            make_handler: called in the process; returns what does a piece.
+            name: which the ids of messages begin with.
             check: called again and again while an answer is waited for; may raise.
-            num_processes: of the run; where there are more processors, the last is kept for the device.
-
-        Raises:
-            EngineError: the system does not grant the process.
         """
-        self._stage, self._check = offload.stage, check
-        context = multiprocessing.get_context("fork")
-        self._connection, theirs = context.Pipe()
-        arguments = (theirs, self._connection, offload, make_handler, _processor(num_processes))
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        try:
-            self._process.start()
-        except OSError as error:
-            reason = error.strerror or error
-            raise EngineError(f"cannot start the side-car of offload.stage ({reason}): leave offload out") from None
-        finally:
-            theirs.close()
+        self._connection, self._stage, self._name, self._check = connection, offload.stage, name, check
         self._outbox, self._inbox, self._link = Outbox(), Inbox(), Link(offload.costs)
         self._num_sent = self._num_received = 0
 
@@ -119,7 +98,7 @@ class SideCar:
         size = sum(value.nbytes for value in arrays) if num_bytes is None else num_bytes
         worked = size if worked_bytes is None else worked_bytes
         self._num_sent += 1
-        with recorder.span("send", size, f"s{self._process.pid}<{self._num_sent}"):
+        with recorder.span("send", size, f"s{self._name}<{self._num_sent}"):
             described = self._outbox.write(self._num_sent, arrays)
             due = self._link.arrival(size)
             text = json.dumps({"due": due, "bytes": worked, "arrays": described, "message": message})
@@ -151,14 +130,6 @@ class SideCar:
         if self._num_sent > self._num_received:
             self.result()
 
-    def close(self) -> None:
-        """End the process, at once if it does something."""
-        self._connection.close()
-        if self._num_sent == self._num_received:  # it writes the rest of its trace
-            self._process.join(timeout=1)
-        self._process.kill()
-        self._process.join(timeout=5)
-
     def _receive(self) -> Answer:
         """Return the next answer."""
         self._num_received += 1
@@ -174,151 +145,181 @@ class SideCar:
                 sleep_until(reply["due"])
         if "error" in reply:
             raise _error_of(reply)
-        with recorder.span("receive", message=f"s{self._process.pid}>{self._num_received}"):
+        with recorder.span("receive", message=f"s{self._name}>{self._num_received}"):
             return Answer(reply["message"], self._inbox.read(reply["arrays"]), reply["due"])
 
     def _ended(self) -> EngineError:
+        return ended(self._name.partition(".")[0], self._stage.name, "ended")
+
+
+def ended(process: str, stage: str, how: str) -> EngineError:
+    """Return the error of a side-car that is no more."""
+    return EngineError(
+        f"the side-car process {process}, which does {stage}, {how}: resume the run, or resume it with offload=null to"
+        " do that in the driver"
+    )
+
+
+class SideCar(Channel):
+    """The driver's side of a device that is a process."""
+
+    def __init__(
+        self,
+        offload: Offload,
+        make_handler: Callable[[], Handler],
+        check: Callable[[], None] = lambda: None,
+        num_processes: int = 1,
+    ) -> None:
+        """Fork the process.
+
+        Args:
+            offload, check: see `Channel`.
+            make_handler: called in the process; returns what does a piece.
+            num_processes: of the run; where there are more processors, the last is kept for the device.
+
+        Raises:
+            EngineError: the system does not grant the process.
+        """
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        self._door, their_door = socket.socketpair(type=socket.SOCK_DGRAM)
+        inherited, kept = (ours, self._door), (theirs, their_door)
+        arguments = (kept, inherited, offload, make_handler, _processor(num_processes))
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        try:
+            self._process.start()
+        except OSError as error:
+            reason = error.strerror or error
+            raise EngineError(f"cannot start the side-car of offload.stage ({reason}): leave offload out") from None
+        finally:
+            theirs.close()
+            their_door.close()
+        self._offload = offload
+        super().__init__(ours, offload, str(self._process.pid), check)
+
+    @property
+    def port(self) -> Port:
+        """Where this process, and those that it forks from now on, hand over pieces and wait for what comes of them."""
+        return Port(self._door, self._offload, self._name)
+
+    def close(self) -> None:
+        """End the process, at once if it does something."""
+        self._connection.close()
+        self._door.close()
+        if self._num_sent == self._num_received:  # it writes the rest of its trace
+            self._process.join(timeout=1)
+        self._process.kill()
         self._process.join(timeout=5)
-        return EngineError(
-            f"the side-car process {self._process.pid}, which does {self._stage.name}, ended with exit code"
-            f" {self._process.exitcode}: resume the run, or resume it with offload=null to do that in the driver"
-        )
+
+    def _ended(self) -> EngineError:
+        self._process.join(timeout=5)
+        return ended(self._name, self._stage.name, f"ended with exit code {self._process.exitcode}")
 
 
-# ---- time
+class Port:
+    """What a process hands over, one piece after another; each process has a connection of its own, made when needed.
 
-
-class Link:
-    """One direction of a link, as whoever sends by it knows it."""
-
-    def __init__(self, costs: Costs) -> None:
-        self._seconds_per_byte, self._latency = costs.link_seconds_per_byte, costs.link_latency
-        self._free = 0.0
-
-    def arrival(self, num_bytes: float) -> float:
-        """Return when what is sent now has crossed, seconds of the monotonic clock."""
-        self._free = max(self._free, time.monotonic()) + num_bytes * self._seconds_per_byte
-        return self._free + self._latency
-
-
-def sleep_until(moment: float) -> None:
-    """Sleep until a moment of the monotonic clock, if it has not passed."""
-    if (left := moment - time.monotonic()) > 0:
-        time.sleep(left)
-
-
-def queued_seconds() -> float:
-    """Return how long this thread has waited for a processor so far; 0 where the system does not tell."""
-    with suppress(OSError):
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
-    return 0.0
-
-
-def device_seconds(costs: Costs, cpu: float, idle: float, num_bytes: int) -> float:
-    """Return how long a piece takes on the device.
-
-    Args:
-        costs: of the device.
-        cpu: seconds of processor time here.
-        idle: seconds that it waited here, such as for a disk, but not for a processor.
-        num_bytes: that it works on.
+    The end of a new one travels to the side-car over a socket that all have inherited.
     """
-    if costs.engine is not None:
-        latency, seconds_per_byte = costs.engine
-        return latency + num_bytes * seconds_per_byte
-    return max(costs.slowdown * cpu, num_bytes * costs.memory_seconds_per_byte) + idle
 
+    def __init__(self, door: socket.socket, offload: Offload, name: str) -> None:
+        self._door, self._offload, self._name = door, offload, name
+        self._channel = dict[int, Channel]()  # of this process alone, by its number
 
-# ---- memory
+    def call(self, message: Message, arrays: Sequence[Tensor] = ()) -> Answer:
+        """Hand over a piece, see `Channel.submit`; wait for what comes of it.
 
+        Raises:
+            EngineError: the side-car has ended.
+            GossamerError: the piece raised it.
+        """
+        pid = os.getpid()
+        if pid not in self._channel:
+            self._channel = {pid: self._opened(f"{self._name}.{pid}")}
+        self._channel[pid].submit(message, arrays)
+        return self._channel[pid].result()
 
-class Outbox:
-    """Memory from which the process at the other end reads arrays, a place for each piece under way."""
-
-    def __init__(self) -> None:
-        self._places: list[Mappable | None] = [None] * AHEAD
-
-    def write(self, number: int, arrays: Sequence[Tensor]) -> list[Any]:
-        """Copy the arrays of piece `number`; return JSON values from which `Inbox.read` finds them."""
-        begins = list(itertools.accumulate((_padded(value.nbytes) for value in arrays), initial=0))
-        place = self._places[number % AHEAD]
-        if arrays and (place is None or place.tensor.nbytes < begins[-1]):
-            if place is not None:
-                place.close()
-            place = Mappable(1 << max(12, math.ceil(math.log2(begins[-1] + 1))), torch.uint8)
-            self._places[number % AHEAD] = place
-        extents = []
-        for value, begin in zip(arrays, begins, strict=False):
-            assert place is not None
-            target = place.tensor[begin : begin + value.nbytes].view(value.dtype).view(value.shape)
-            target.copy_(value)
-            extents.append([begin, list(value.shape), str(value.dtype).removeprefix("torch.")])
-        return [] if place is None or not arrays else [place.address, extents]
-
-
-class Inbox:
-    """The memory of an `Outbox` of another process."""
-
-    def __init__(self) -> None:
-        self._mapped: dict[tuple[int, ...], Tensor] = {}
-
-    def read(self, described: Sequence[Any]) -> list[Tensor]:
-        """Return copies of what `Outbox.write` has described."""
-        if not described:
-            return []
-        address, extents = described
-        key = (address[1], address[2])  # of the open file
-        if key not in self._mapped:
-            if len(self._mapped) >= 2 * AHEAD:  # most of which were replaced by larger ones
-                self._mapped.clear()
-            self._mapped[key] = attach(address)
-        found = []
-        for begin, shape, name in extents:
-            dtype: torch.dtype = vars(torch)[name]
-            size = math.prod(shape) * dtype.itemsize
-            found.append(self._mapped[key][begin : begin + size].view(dtype).view(shape).clone())
-        return found
-
-
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    def _opened(self, name: str) -> Channel:
+        ours, theirs = socket.socketpair()
+        try:
+            socket.send_fds(self._door, [name.encode()], [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise ended(self._name, self._offload.stage.name, "ended") from None
+        finally:
+            theirs.close()
+        return Channel(Connection(ours.detach()), self._offload, name, lambda: None)
 
 
 # ---- the process
 
 
+class _Caller(NamedTuple):
+    """A process that hands pieces over: the name of its connection, numbers of its pieces, and its memory."""
+
+    name: str
+    numbers: itertools.count[int]
+    inbox: Inbox
+    outbox: Outbox
+
+    @classmethod
+    def of(cls, name: str) -> _Caller:
+        """Return one that has handed over nothing yet."""
+        return cls(name, itertools.count(1), Inbox(), Outbox())
+
+
 def _serve(
-    connection: Connection,
-    inherited: Connection,
+    own: tuple[Connection, socket.socket],
+    inherited: tuple[Connection, socket.socket],
     offload: Offload,
     make_handler: Callable[[], Handler],
     processor: int | None,
 ) -> None:
-    """Do pieces until the driver goes away."""
-    inherited.close()
+    """Do pieces, in the order in which they come, until the driver goes away."""
+    for one in inherited:
+        one.close()
     _settle(processor)
     if (folder := recorder.folder()) is not None:
         recorder.start(Path(folder), SIDE_CAR)
-    handler, inbox, outbox, link, pid = make_handler(), Inbox(), Outbox(), Link(offload.costs), os.getpid()
-    for number in itertools.count(1):
-        try:
-            with recorder.span("wait"):
-                piece = json.loads(connection.recv_bytes())
-                arrays = inbox.read(piece["arrays"])  # as the link would bring them
-                sleep_until(piece["due"])
-        except (EOFError, ConnectionError):
-            return
-        recorder.mark("receive", piece["bytes"], f"s{pid}<{number}")
-        try:
-            with recorder.span(offload.stage.kinds[0]):
-                message, found = _do(handler, offload.costs, piece, arrays)
-            back = message.pop("back_bytes", sum(value.nbytes for value in found))
-            reply: Message = {"message": message, "arrays": outbox.write(number, found)}
-        except BaseException as error:  # the driver heeds signals, so that none of them is an interrupt
-            reply, back = _description(error), 0
-        with recorder.span("send", back, f"s{pid}>{number}"):
+    (driver, door), handler, link = own, make_handler(), Link(offload.costs)
+    callers = {driver: _Caller.of(str(os.getpid()))}
+    while driver in callers:
+        with recorder.span("wait"):
+            ready = wait([door, *callers])
+        if door in ready:
+            name, (descriptor, *_), _, _ = socket.recv_fds(door, MAX_NAME_BYTES, 1)
+            callers[Connection(descriptor)] = _Caller.of(name.decode())
+        for connection in [one for one in callers if one in ready]:
+            if not _served(connection, callers[connection], offload, handler, link):
+                del callers[connection]
+                connection.close()
+
+
+def _served(connection: Connection, caller: _Caller, offload: Offload, handler: Handler, link: Link) -> bool:
+    """Do a piece that has come; return false if its sender has gone away."""
+    number = next(caller.numbers)
+    try:
+        with recorder.span("wait"):
+            piece = json.loads(connection.recv_bytes())
+            arrays = caller.inbox.read(piece["arrays"])  # as the link would bring them
+            sleep_until(piece["due"])
+    except (EOFError, OSError):
+        return False
+    recorder.mark("receive", piece["bytes"], f"s{caller.name}<{number}")
+    try:
+        with recorder.span(offload.stage.kinds[0]):
+            message, found = _do(handler, offload.costs, piece, arrays)
+        back = message.pop("back_bytes", sum(value.nbytes for value in found))
+        reply: Message = {"message": message, "arrays": caller.outbox.write(number, found)}
+    except BaseException as error:  # the driver heeds signals, so that none of them is an interrupt
+        reply, back = _description(error), 0
+    try:
+        with recorder.span("send", back, f"s{caller.name}>{number}"):
             connection.send_bytes(json.dumps(reply | {"due": link.arrival(back)}).encode())
-        recorder.flush()
+    except OSError:
+        return False
+    recorder.flush()
+    return True
 
 
 def _do(handler: Handler, costs: Costs, piece: Message, arrays: list[Tensor]) -> tuple[Message, list[Tensor]]:

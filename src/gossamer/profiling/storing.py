@@ -1,10 +1,11 @@
-"""Checkpoints and logs that a side-car process writes: what nothing waits for."""
+"""Checkpoints and logs that a side-car process writes, which nothing waits for; or the digests of the former."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from gossamer.profiling import recorder
 from gossamer.profiling.offload import Offload
 from gossamer.profiling.sidecar import Handler, SideCar
-from gossamer.storage.checkpoint import Checkpoint, Checkpoints, Files
+from gossamer.storage.checkpoint import Checkpoint, Checkpoints, Files, describe_file
 from gossamer.storage.jsonl import LogFile, Position
 from gossamer.storage.runlog import RunLog
 
@@ -69,6 +70,25 @@ def _committer(checkpoints: Checkpoints) -> Handler:
         return {}, []
 
     return handle
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Describe a written file, see `describe_file`."""
+    with recorder.span("digest"):
+        found = describe_file(path)
+        recorder.count_bytes(lambda: int(found["bytes"]))
+        return found
+
+
+def _described_by(car: SideCar, path: Path) -> dict[str, Any]:
+    """Have a side-car describe a written file, whose bytes cross the link."""
+    car.submit({"path": str(path)}, num_bytes=path.stat().st_size)
+    return dict(car.result().message["described"])
+
+
+def _digester(message: dict[str, Any], arrays: list[Tensor]) -> tuple[dict[str, Any], list[Tensor]]:
+    """Describe a file, which both processes can read."""
+    return {"described": _described(Path(message["path"]))}, []
 
 
 class RemoteLogFile:
@@ -133,23 +153,30 @@ def stored_elsewhere(offload: Offload | None, log: RunLog, checkpoints: Checkpoi
     Raises:
         EngineError: the side-car has ended.
     """
+    checkpoints.describe = _described
     if offload is None:
         yield checkpoints
         return
-    writes_logs = "log" in offload.stage.kinds
+    kinds = offload.stage.kinds
     files = {name: file for name, file in log.files.items() if isinstance(file, LogFile)}
-    car = SideCar(offload, lambda: _logger(files) if writes_logs else _committer(checkpoints))
+
+    def make_handler() -> Handler:
+        """Return what the side-car does."""
+        return _logger(files) if "log" in kinds else _committer(checkpoints) if "checkpoint" in kinds else _digester
+
+    car = SideCar(offload, make_handler)
     try:
-        if writes_logs:
+        if "log" in kinds:
             log.files = {name: RemoteLogFile(file, name, car) for name, file in files.items()}
-            yield checkpoints
-        else:
-            yield RemoteCheckpoints(checkpoints, car)
+        if "checksum" in kinds:
+            checkpoints.describe = partial(_described_by, car)
+        yield RemoteCheckpoints(checkpoints, car) if "checkpoint" in kinds else checkpoints
     finally:
         try:
             car.drain()
         finally:
             car.close()
+            checkpoints.describe = _described
             log.files = dict(files)
             for file in files.values():
                 file.refresh()

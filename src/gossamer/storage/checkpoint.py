@@ -83,7 +83,11 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The commits of one run, of which the newest `keep` are kept."""
+    """The commits of one run, of which the newest `keep` are kept.
+
+    Attributes:
+        describe: what describes a written file, see `describe_file`.
+    """
 
     def __init__(self, directory: Path, keep: int = 2, inputs: Mapping[str, Any] | None = None) -> None:
         """Open `directory`, create it if needed, and remove what a killed writer left unfinished there.
@@ -106,6 +110,7 @@ class Checkpoints:
         self.directory = Path(directory)
         self.keep = keep
         self.inputs = dict(inputs or {})
+        self.describe: Callable[[Path], dict[str, Any]] = describe_file
         self._damaged: set[Path] = set()
         with storage_errors(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -216,7 +221,7 @@ class Checkpoints:
             "format": FORMAT,
             "round": address[0],
             "phase": address[1],
-            "files": {name: describe_file(aside / name) for name in (ARRAYS, PROGRESS)} | files,
+            "files": {name: self.describe(aside / name) for name in (ARRAYS, PROGRESS)} | files,
             "logs": {name: asdict(position) for name, position in logs.items()},
             "inputs": self.inputs,
         }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.aggregate.codec_base import BaseCodec
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, never
 from gossamer.engines.local.peers import LocalPeerEngine
@@ -21,9 +23,13 @@ from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.worker import Message, Worker
 from gossamer.errors import Interrupted
 from gossamer.plan import Block, RoundPlan
+from gossamer.profiling.coding import RemoteCodec, coder
+from gossamer.profiling.sidecar import SideCar
 from gossamer.storage.client_store import ClientStore
 from gossamer.threads import one_thread
 from gossamer.workloads.base import Sums
+
+UPLINK = "uplink"
 
 
 class LocalEngine(FederatedEngine):
@@ -44,6 +50,12 @@ class LocalEngine(FederatedEngine):
         keep_freed_memory()
         require_devices(task)
         num_workers = setup.workers if sys.platform == "linux" else 0
+        self._coder: SideCar | None = None  # which does what codecs do
+        if setup.offload is not None and "compress" in setup.offload.stage.kinds:
+            uplink = task.communication.uplink
+            assert uplink is not None, "it is refused where nothing is compressed"
+            self._coder = SideCar(setup.offload, lambda: coder({UPLINK: uplink}), num_processes=setup.workers + 1)
+            task = with_uplink(task, RemoteCodec.of(uplink, UPLINK, self._coder.port))
         super().__init__(task, shared(state), store, setup, num_workers)
         self._order = shared(self._order)
         self._slots = Slots(self._make_slots() if num_workers else torch.zeros(0, 0))
@@ -73,6 +85,8 @@ class LocalEngine(FederatedEngine):
         if self._pool is not None:
             self._pool.close()
             self._pool = None
+        if self._coder is not None:
+            self._coder.close()
         super().close()
 
     # ---- inside
@@ -136,6 +150,12 @@ class LocalEngine(FederatedEngine):
             self.hooks.check()
         replies.sort(key=lambda reply: int(reply["chunk"]))
         return [{name: np.array(v, dtype=np.float64) for name, v in reply["sums"].items()} for reply in replies]
+
+
+def with_uplink(task: Task, codec: BaseCodec) -> Task:
+    """Return the same task, in which this codec compresses what clients send."""
+    told = replace(task, communication=replace(task.communication, uplink=codec))
+    return told.with_modes([one.mode for one in told.variants])
 
 
 def shared(arrays: Mapping[str, Tensor]) -> Arrays:

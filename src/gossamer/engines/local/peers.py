@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.aggregate.codec_base import Codec
 from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.engines.base import EngineSetup
 from gossamer.engines.local.pool import WorkerPool
@@ -17,10 +18,26 @@ from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 from gossamer.plan import RoundPlan, TrainReport
-from gossamer.profiling.sidecar import Handler, SideCar
+from gossamer.profiling.coding import Codecs, RemoteCodec, coder
+from gossamer.profiling.sidecar import Handler, Port, SideCar
 from gossamer.threads import one_thread
 
 SMALL_FLOATS = 1 << 17  # of a state that one process mixes sooner than it could tell others to
+
+
+def codecs_of(task: Task) -> Codecs:
+    """Return the codecs of what peers send, of all phases."""
+    return {name_of(phase, name): one for phase in task.phases for name, one in phase.algorithm.traits.codecs.items()}
+
+
+def name_of(phase: Task, payload: str) -> str:
+    """Return the name of a codec among those of all phases."""
+    return f"{phase.phase}.{payload}"
+
+
+def remote(port: Port) -> Callable[[Task, str, Codec], Codec]:
+    """Return what has the side-car at a port do the work of a codec, see `PeerWorker`."""
+    return lambda task, payload, codec: RemoteCodec.of(codec, name_of(task, payload), port)
 
 
 class LocalPeerEngine(PeerEngine):
@@ -46,15 +63,20 @@ class LocalPeerEngine(PeerEngine):
         state = {name: zeros(rows.shape[1], rows.dtype).copy_(rows) for name, rows in initial.items()}
         self._peers = PeerState.of(task, state, zeros, shared_zeros(len(x), x.dtype)[None], 0)
         self._mean = self._peers.merged[0]
-        self._handle = PeerWorker.handler(task, self._peers, stop=setup.hooks.must_stop)
-        self._car: SideCar | None = None  # which mixes
+        self._car: SideCar | None = None  # which mixes, or does what codecs do
+        self._mixes_elsewhere, options = False, dict[str, Any]()
         if setup.offload is not None:
-            self._car = SideCar(setup.offload, self._mixer(task), setup.hooks.check, setup.workers + 1)
+            self._mixes_elsewhere = "mix" in setup.offload.stage.kinds
+            make_handler = self._mixer(task) if self._mixes_elsewhere else lambda: coder(codecs_of(task))
+            self._car = SideCar(setup.offload, make_handler, setup.hooks.check, setup.workers + 1)
+            if not self._mixes_elsewhere:
+                options["of_codec"] = remote(self._car.port)
+        self._handle = PeerWorker.handler(task, self._peers, stop=setup.hooks.must_stop, **options)
         self._pool: WorkerPool | None = None
         if setup.workers and sys.platform == "linux":
             self._pool = WorkerPool(
                 setup.workers,
-                lambda before_writing: PeerWorker.handler(task, self._peers, before_writing=before_writing),
+                lambda before_writing: PeerWorker.handler(task, self._peers, before_writing=before_writing, **options),
                 silent_seconds=setup.straggler_seconds,
                 on_event=setup.hooks.report,
             )
@@ -100,7 +122,7 @@ class LocalPeerEngine(PeerEngine):
         if self.hooks.neighbours is not None:
             missing = self.hooks.neighbours.missing.get((plan.round, plan.phase), {})
             message["missing"] = [[peer, list(others)] for peer, others in missing.items()]
-        if self._car is not None:
+        if self._car is not None and self._mixes_elsewhere:
             self._mix_elsewhere(self._car, message, algorithm)
             return
         for columns in (self._columns, [[0, 0]] if algorithm.traits.scalars else []):

@@ -6,12 +6,14 @@ import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gossamer.engines.aggregation import RemoteAggregation
 from gossamer.engines.base import EngineSetup
 from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, ActorPool, Call
@@ -64,6 +66,9 @@ class RayEngine(FederatedEngine):
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         keep_freed_memory()
         is_own = setup.address is None and not is_running()
+        elsewhere = None  # forked before Ray has threads in this process
+        if setup.offload is not None:
+            elsewhere, setup = RemoteAggregation(task, state, setup.offload, setup), replace(setup, offload=None)
         self._leave = start_ray(setup.address, setup.workers or None)
         self._adapts = not setup.workers
         owned = {name: value.clone() for name, value in state.items()}
@@ -76,6 +81,7 @@ class RayEngine(FederatedEngine):
                 " use cpu"
             )
         super().__init__(task, owned, store, setup, setup.workers or self._num_free_cpus())
+        self._elsewhere = elsewhere
         self._memory: SharedMemory | None = None
         if is_own and sys.platform == "linux":
             self._memory = SharedMemory(owned, AHEAD * self.num_workers + SPARE_SLOTS, self._floats_of_a_slot())
@@ -104,6 +110,7 @@ class RayEngine(FederatedEngine):
         self._leave()
         if self._memory is not None:
             self._memory.close()
+        super().close()
 
     def _num_free_cpus(self) -> int:
         """Return how many CPUs are left for actors without a GPU; one at least, to evaluate."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gossamer.aggregate.codec_base import Draws
+from gossamer.aggregate.codec_base import Codec, Draws
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import never
 from gossamer.engines.task import Task
@@ -80,6 +80,7 @@ class PeerWorker:
         peers: PeerState,
         stop: Callable[[], bool] = never,
         before_writing: Callable[[], None] = lambda: None,
+        of_codec: Callable[[Task, str, Codec], Codec] = lambda task, name, codec: codec,
     ) -> None:
         """Bind the task of the phase to the peers' rows.
 
@@ -87,9 +88,11 @@ class PeerWorker:
             task, peers: the task of the phase, and the rows of its peers.
             stop: asked between two local steps; once it is true, `Interrupted` is raised.
             before_writing: callback before a job changes rows: until then it could be done anew.
+            of_codec: returns what does the work of a codec, given the task and the payload's name.
         """
         self._task, self._peers, self._before_writing = task, peers, before_writing
-        self._scalars = task.algorithm.traits.scalars
+        self._scalars, codecs = task.algorithm.traits.scalars, task.algorithm.traits.codecs
+        self._codecs = {name: of_codec(task, name, codec) for name, codec in codecs.items()}
         self._trainer, self._mixer = Trainer(task, peers.state, stop=stop), Mixer(task)
 
     @classmethod
@@ -160,7 +163,7 @@ class PeerWorker:
             real: coordinates of the model; padding takes no part in a codec.
         """
         codes, draws = Arrays(), Draws(seed=self._task.seed, round=job.round, phase=job.phase, peers=job.client)
-        for name, codec in self._task.algorithm.traits.codecs.items():
+        for name, codec in self._codecs.items():
             rows = payload[name][:, real]
             with recorder.span("compress", rows.nbytes):
                 if name in self._peers.codes:
