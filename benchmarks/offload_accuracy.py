@@ -34,7 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from statistics import fmean, median
@@ -434,7 +434,7 @@ def timed(graph: Graph, stage: Stage) -> Graph:
 
 def predict(trial: Trial, rounds: Sequence[Round], extra: Calibrated) -> tuple[float, float, float]:
     """Return the median round: as replayed, as predicted, and the stage's time in it."""
-    stage = stage_named(trial.stage)
+    stage = replace(stage_named(trial.stage), returns_nothing=())  # the device here hands back what it gets
     per_byte, latency = extra.per_byte / trial.bandwidth, trial.latency + extra.latency
     costs = Costs(trial.slowdown, 64, 0.0, per_byte, latency, extra.submit)
     graphs = [graph_of(one) for one in rounds]

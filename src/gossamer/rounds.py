@@ -256,7 +256,8 @@ class Loop:
                 arrays |= {STORE + name: value for name, value in self.store.index().items()}
             self.log.sync()
             (round, phase), rows, logs = self.progress.address, self.engine.save_rows, self.log.positions()
-            self.checkpoints.commit(round, arrays, vars(self.progress), logs, phase=phase, save_rows=rows)
+            with self.spans.stage("checkpoint", sum(value.nbytes for value in arrays.values())):
+                self.checkpoints.commit(round, arrays, vars(self.progress), logs, phase=phase, save_rows=rows)
             if self.store is not None:
                 self.store.release()
         self.committed, self._committed_at = self.progress.address, time.monotonic()

@@ -103,7 +103,7 @@ def test_this_host_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     device = read_device(str(tmp_path / "here.yaml"))
     assert device.name == "here"
     assert device.numbers["submit"].tag == "measured"
-    assert 0 < device.numbers["submit"].value < device.numbers["link_latency"].value * 2
+    assert 0 < device.numbers["submit"].value < 1
     assert device.numbers["slowdown_cpu"].value == 1
 
 

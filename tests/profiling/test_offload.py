@@ -85,6 +85,34 @@ class TestClosedForms:
         graph = Graph([Node(f"w{number}", "compress", 0.01, 0.01, 10 * MB) for number in range(5)])
         assert seconds(graph, device, "codec") == pytest.approx(5 * 0.1, abs=1e-9)
 
+    def test_sums_stay_on_the_device_until_they_are_combined(self) -> None:
+        device = emulated(slowdown_stream=1, link_latency=1e-3, link_bandwidth=1e8, submit=0)
+        (graph, *_) = rounds(("aggregate", 0.02, MB), ("combine", 0.03, 2 * MB))
+        # The payload crosses (0.01 s), is added up and combined there, and what comes of it crosses back (0.02 s).
+        expected = 0.1 + (0.01 + 1e-3) + 0.02 + 0.03 + (0.02 + 1e-3) + 0.01
+        assert seconds(graph, device, "aggregation") == pytest.approx(expected, abs=1e-9)
+        stage = stage_named("aggregation")
+        assert move(graph, stage, costs_of(device, stage, stage.kinds, {})).link_bytes == 3 * MB
+
+    def test_a_commit_and_its_digests_are_one_piece(self) -> None:
+        device = emulated(slowdown_copy=2, link_latency=1e-3, link_bandwidth=1e8, submit=2e-3)
+        (graph, *_) = rounds(*(("checkpoint", 0.02, MB), ("digest", 0.005, MB), ("checkpoint", 0.005, 0)))
+        assert seconds(graph, device, "checkpoint") == pytest.approx(0.1 + 2e-3 + 0.01 + 1e-3 + 0.01, abs=1e-9)
+        stage = stage_named("checkpoint")
+        moved = move(graph, stage, costs_of(device, stage, stage.kinds, {}))
+        assert (moved.link_bytes, moved.device_seconds) == (MB, pytest.approx(2 * 0.03))
+
+    def test_copies_and_answers_take_the_hosts_time(self) -> None:
+        stage = stage_named("codec")
+        free = costs_of(
+            emulated(slowdown_cpu=1, link_latency=0, link_bandwidth=1e15, submit=0), stage, ("compress",), {}
+        )
+        costs = free._replace(submit_seconds_per_byte=1e-9, take=0.002, take_seconds_per_byte=3e-9)
+        (graph, *_) = rounds(("compress", 0.02, MB))
+        moved = move(graph, stage, costs)
+        assert moved.seconds == pytest.approx(0.1 + 0.001 + 0.02 + 0.002 + 0.003 + 0.01, abs=1e-8)
+        assert moved.freed_seconds == pytest.approx(0.02 - 0.001 - 0.005, abs=1e-8)
+
     def test_time_that_is_no_processor_time_stays(self) -> None:
         graph = Graph([Node("driver", "compress", 0.05, 0.01)])
         device = emulated(slowdown_cpu=3, link_latency=0, submit=0)

@@ -57,6 +57,7 @@ def verification(directory: Path, device: str, kind: str, rounds: int) -> Verifi
     from gossamer import experiment
     from gossamer.config.offload import OffloadOptions, offload_of
     from gossamer.errors import ConfigError
+    from gossamer.profiling.handing import measured_handing
     from gossamer.profiling.trace import read_trace
     from gossamer.profiling.verification import verify
     from gossamer.storage.runlog import read_config
@@ -69,6 +70,7 @@ def verification(directory: Path, device: str, kind: str, rounds: int) -> Verifi
     options = {"stage": kind, "device": str(Path(device).absolute()) if "/" in device else device}
     offload = offload_of(OffloadOptions.model_validate(options))
     assert offload is not None
+    offload = offload._replace(costs=measured_handing().applied(offload.costs, kind))
     found: dict[bool, list[Round]] = {False: [], True: []}
     ends: list[Mapping[str, Tensor]] = []
     changes: dict[str, Any] = {"rounds": rounds, "profile": True, "stop": None}

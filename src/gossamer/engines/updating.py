@@ -69,7 +69,7 @@ def combined(
         return None
     traits = task.phases[plan.phase].algorithm.traits
     num_bytes = task.cutter.layout.d * state["x"].itemsize * len(traits.uplink)
-    with one_thread(), recorder.span("aggregate", num_bytes):  # memory-bound; threads would take time from workers
+    with one_thread(), recorder.span("combine", num_bytes):  # memory-bound; threads would take time from workers
         return combine(task.cutter.layout, traits.uplink, parts, traits.scalars)
 
 

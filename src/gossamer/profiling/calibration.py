@@ -18,10 +18,11 @@ import yaml
 
 from gossamer.errors import ConfigError, DataError, nearest, storage_errors
 from gossamer.profiling.devices import device_of, read_device, read_numbers
+from gossamer.profiling.handing import measured_handing
 
 TRIALS = 15
 COPY_BYTES = 1 << 26  # more than caches hold
-ROUND_TRIPS, WRITES = 500, 2000
+ROUND_TRIPS, ECHOES = 500, 3
 PIPE_BYTES = 64
 STRESSORS = {  # of stress-ng, and the slowdown that each tells
     "cpu": "slowdown_cpu",
@@ -57,8 +58,8 @@ def host_numbers() -> dict[str, Entry]:
     """Measure this machine, as if a spare core of it were the device; takes some seconds.
 
     A copy within memory gives the bandwidth of memory, one into memory that processes share that of the link, a byte
-    that another process sends back its latency, and writing it what a submission takes. The line rate is what the
-    system tells of its fastest network interface, or assumed.
+    that another process sends back its latency, and an echo of a side-car what a submission takes. The line rate is
+    what the system tells of its fastest network interface, or assumed.
     """
     here = f"gossamer offload calibrate on {_processor()}, {TRIALS} trials"
     one, cores = "the host's own core", float(len(os.sched_getaffinity(0)))
@@ -66,12 +67,12 @@ def host_numbers() -> dict[str, Entry]:
     found |= {name: entry([1.0] * 2, "times", one, "derived") for name in STRESSORS.values()}
     source, target = np.ones(COPY_BYTES, dtype=np.uint8), np.ones(COPY_BYTES, dtype=np.uint8)
     shared = np.frombuffer(mmap.mmap(-1, COPY_BYTES), dtype=np.uint8)
-    latency, submit = _exchanges()
+    latency, submit = _latencies(), [measured_handing().submit for _ in range(ECHOES)]
     found |= {
         "memory_bandwidth": entry(_rates(source, target, 2), "bytes/s", f"{here}: bytes read and written by copies"),
         "link_bandwidth": entry(_rates(source, shared, 1), "bytes/s", f"{here}: copies into memory that is shared"),
         "link_latency": entry(latency, "s", f"{here}: half of a round trip between two processes"),
-        "submit": entry(submit, "s", f"{here}: a write to another process"),
+        "submit": entry(submit, "s", f"{here}: handing an empty piece to a side-car"),
         "line_rate": _line_rate(),
     }
     return found
@@ -87,8 +88,8 @@ def _rates(source: Any, target: Any, times: int) -> list[float]:
     return found[1:]  # the first brings pages into being
 
 
-def _exchanges() -> tuple[list[float], list[float]]:
-    """Return seconds of a message to another process, and those that its sender takes, of each trial."""
+def _latencies() -> list[float]:
+    """Return seconds of a message to another process, of each trial."""
     there, back = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
@@ -96,22 +97,19 @@ def _exchanges() -> tuple[list[float], list[float]]:
         while data := os.read(there[0], PIPE_BYTES):
             os.write(back[1], data)
         os._exit(0)
-    latency, submit = [], []
+    latency = list[float]()
     try:
         for _ in range(TRIALS):
-            began, writing = time.perf_counter(), 0.0
+            began = time.perf_counter()
             for _ in range(ROUND_TRIPS):
-                before = time.perf_counter()
                 os.write(there[1], b"x")
-                writing += time.perf_counter() - before
                 os.read(back[0], PIPE_BYTES)
             latency.append((time.perf_counter() - began) / ROUND_TRIPS / 2)
-            submit.append(writing / ROUND_TRIPS)
     finally:
         for end in (*there, *back):
             os.close(end)
         os.waitpid(child, 0)
-    return latency, submit
+    return latency
 
 
 def _processor() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,8 @@ class Stage:
         direction: in which an engine would do it; "": no engine could.
         passes: kinds that a pipelined stage's thread goes on with.
         returns: share of its bytes that come back.
+        sends_nothing, returns_nothing: kinds whose bytes do not cross the link on the way there, or back, because they
+            are there already, or stay there.
     """
 
     name: str
@@ -37,17 +39,32 @@ class Stage:
     direction: str = ""
     passes: tuple[str, ...] = ()
     returns: float = 1.0
+    sends_nothing: tuple[str, ...] = ()
+    returns_nothing: tuple[str, ...] = ()
+
+    def crossing(self, node: Node) -> tuple[float, float]:
+        """Return the bytes of a piece that cross the link, there and back."""
+        back = 0.0 if node.kind in self.returns_nothing else node.num_bytes * self.returns
+        return 0.0 if node.kind in self.sends_nothing else float(node.num_bytes), back
 
 
 MEANWHILE = (UNATTRIBUTED, "wait", "send", "receive", "coordinate", "exchange")
 STAGES = (
-    Stage("aggregation", ("aggregate",), PIPELINED, "slowdown_stream", passes=("aggregate", *MEANWHILE)),
-    Stage("mixing", ("mix",), PIPELINED, "slowdown_matrix", passes=("mix", UNATTRIBUTED)),
+    Stage(
+        "aggregation",
+        ("aggregate", "combine"),
+        PIPELINED,
+        "slowdown_stream",
+        passes=MEANWHILE,
+        sends_nothing=("combine",),
+        returns_nothing=("aggregate",),
+    ),
+    Stage("mixing", ("mix",), PIPELINED, "slowdown_matrix", passes=(UNATTRIBUTED, "exchange")),
     Stage("codec", ("compress", "quantise"), SYNCHRONOUS, "slowdown_cpu", "compress"),
     Stage("compression", ("deflate", "zstd"), SYNCHRONOUS, "slowdown_cpu", "compress", returns=0.9),
     Stage("checksum", ("checksum", "digest"), SYNCHRONOUS, "slowdown_cpu", "checksum", returns=0.0),
     Stage("encryption", ("encrypt",), SYNCHRONOUS, "slowdown_crypto", "encrypt"),
-    Stage("checkpoint", ("checkpoint", "digest"), BACKGROUND, "slowdown_copy", returns=0.0),
+    Stage("checkpoint", ("checkpoint", "digest"), BACKGROUND, "slowdown_copy", returns=0.0, sends_nothing=("digest",)),
     Stage("logging", ("log",), BACKGROUND, "slowdown_cpu", returns=0.0),
 )
 
@@ -86,6 +103,8 @@ class Costs(NamedTuple):
         link_seconds_per_byte, link_latency: of the link, each way.
         submit: seconds of the host for each piece.
         engine: None, or latency and seconds a byte of an engine that does it instead of a core.
+        submit_seconds_per_byte: of the host for each byte that it hands over, where it copies them itself.
+        take, take_seconds_per_byte: of the host for each answer, and each byte of it, likewise.
     """
 
     slowdown: float
@@ -95,6 +114,9 @@ class Costs(NamedTuple):
     link_latency: float
     submit: float
     engine: tuple[float, float] | None = None
+    submit_seconds_per_byte: float = 0.0
+    take: float = 0.0
+    take_seconds_per_byte: float = 0.0
 
 
 class Offload(NamedTuple):
@@ -180,47 +202,102 @@ def move(graph: Graph, stage: Stage, costs: Costs, *, blocking: bool = False) ->
     Args:
         blocking: whether the thread waits for each piece, whatever the stage's mode is.
     """
-    moved, freed, link_bytes = Graph(), 0.0, 0.0
-    busy: dict[str, float] = {}
-    copying = link = 0.0
-    number_of: list[int] = []
-    pending: list[tuple[int, str]] = []  # node that ends a piece, and the thread that needs it
+    mode = SYNCHRONOUS if blocking else stage.mode
+    pieces, moving = _pieces(graph, stage, mode), _Moving(costs, mode)
     threads = {name: i for i, name in enumerate(dict.fromkeys(node.resource for node in graph.nodes))}
     edges: dict[int, list[Edge]] = {}
     for edge in graph.edges:
         edges.setdefault(edge.target, []).append(edge)
-    mode = SYNCHRONOUS if blocking else stage.mode
+    number_of: list[int] = []
     for number, node in enumerate(graph.nodes):
         before: list[int | tuple[int, float]] = [(number_of[e.source], e.seconds) for e in edges.get(number, ())]
-        is_moved = node.kind in stage.kinds
-        goes_on = mode == PIPELINED and (is_moved or node.kind in stage.passes)
-        if not goes_on:
-            before += [(end, costs.link_latency) for end, thread in pending if thread == node.resource]
-            pending = [one for one in pending if one[1] != node.resource]
-        if not is_moved:
-            number_of.append(moved.add(node, before))
+        first, piece = pieces.get(number, (-1, None))
+        if piece is None and first >= 0:
+            number_of.append(number_of[first])
             continue
-        submit = moved.add(Node(node.resource, "submit", costs.submit, costs.submit, node.num_bytes), before)
-        crossing, back = node.num_bytes * costs.link_seconds_per_byte, node.num_bytes * stage.returns
-        there = Node(f"{TO_DEVICE}, {node.resource}", "transfer", crossing, 0.0, node.num_bytes)
-        sent = moved.add(there, [submit])
-        where, seconds = _work(node, costs, threads[node.resource])
-        busy[where] = busy.get(where, 0.0) + seconds
-        copying += crossing + 2 * costs.link_latency if mode == BACKGROUND else 0.0
-        done = moved.add(Node(where, node.kind, seconds, 0.0, node.num_bytes), [(sent, costs.link_latency)])
-        here = Node(f"{FROM_DEVICE}, {node.resource}", "transfer", crossing * stage.returns, 0.0, round(back))
-        link += crossing * max(1.0, stage.returns)
-        returned = moved.add(here, [done])
+        if not (mode == PIPELINED and (piece is not None or node.kind in stage.passes)):
+            before += moving.joined(node.resource)
+        if piece is None:
+            number_of.append(moving.graph.add(node, before))
+        else:
+            number_of.append(moving.hand_over(piece, threads[node.resource], before))
+    for thread in list(moving.waiting):
+        moving.graph.add(Node(thread, "wait", 0.0), moving.joined(thread))
+    device = max(moving.busy.values(), default=0.0)
+    cycle = max(device + moving.copying, moving.link)
+    return Moved(moving.graph, moving.freed, moving.link_bytes, device, cycle, frozenset(threads))
+
+
+class _Piece(NamedTuple):
+    """What is handed over at once: its work, and bytes that cross the link, there and back."""
+
+    work: Node
+    there: float
+    back: float
+
+
+def _pieces(graph: Graph, stage: Stage, mode: str) -> dict[int, tuple[int, _Piece | None]]:
+    """Return, of each node that is moved, the first one of its piece, and of that the piece.
+
+    In the background one span is one piece, with whatever of the stage is nested in it; else each node is one.
+    """
+    firsts, members = dict[int, int](), dict[int, list[Node]]()
+    last: dict[str, int] = {}  # node of a thread, if that is moved
+    for number, node in enumerate(graph.nodes):
+        if node.kind not in stage.kinds:
+            last.pop(node.resource, None)
+            continue
+        first = firsts[last[node.resource]] if mode == BACKGROUND and node.resource in last else number
+        firsts[number] = last[node.resource] = first
+        firsts[first] = first
+        members.setdefault(first, []).append(node)
+    found: dict[int, tuple[int, _Piece | None]] = {number: (first, None) for number, first in firsts.items()}
+    for first, nodes in members.items():
+        seconds, cpu, num_bytes = (sum(column) for column in zip(*(node[2:] for node in nodes), strict=True))
+        crossing = [stage.crossing(node) for node in nodes]
+        work = Node(nodes[0].resource, nodes[0].kind, seconds, cpu, num_bytes)
+        found[first] = first, _Piece(work, sum(there for there, _ in crossing), sum(back for _, back in crossing))
+    return found
+
+
+class _Moving:
+    """A round while a stage of it is moved; for its sums see `Moved`."""
+
+    def __init__(self, costs: Costs, mode: str) -> None:
+        self._costs, self._mode, self.graph = costs, mode, Graph()
+        self.busy: dict[str, float] = {}
+        self.freed = self.link_bytes = self.copying = self.link = 0.0
+        self.waiting: dict[str, list[tuple[int, float]]] = {}  # of threads: what ends a piece, and the host's for it
+
+    def joined(self, thread: str) -> list[int | tuple[int, float]]:
+        """Return what a thread waits for that needs the results of its pieces."""
+        ends, found = self.waiting.pop(thread, []), list[int | tuple[int, float]]()
+        found += [(end, self._costs.link_latency) for end, _ in ends]
+        if taking := sum(seconds for _, seconds in ends):
+            found = [self.graph.add(Node(thread, "receive", taking, taking), found)]
+        return found
+
+    def hand_over(self, piece: _Piece, thread: int, before: Sequence[int | tuple[int, float]]) -> int:
+        """Add a piece; return the node by which the host hands it over."""
+        costs, node, graph = self._costs, piece.work, self.graph
+        submitting = costs.submit + piece.there * costs.submit_seconds_per_byte
+        submit = graph.add(Node(node.resource, "submit", submitting, submitting, round(piece.there)), before)
+        there, back = (size * costs.link_seconds_per_byte for size in (piece.there, piece.back))
+        sending = Node(f"{TO_DEVICE}, {node.resource}", "transfer", there, 0.0, round(piece.there))
+        sent = graph.add(sending, [submit])
+        where, seconds = _work(node, costs, thread)
+        self.busy[where] = self.busy.get(where, 0.0) + seconds
+        self.copying += there + 2 * costs.link_latency if self._mode == BACKGROUND else 0.0
+        done = graph.add(Node(where, node.kind, seconds, 0.0, node.num_bytes), [(sent, costs.link_latency)])
+        returning = Node(f"{FROM_DEVICE}, {node.resource}", "transfer", back, 0.0, round(piece.back))
+        returned, taking = graph.add(returning, [done]), costs.take + piece.back * costs.take_seconds_per_byte
         # In the background the host waits for the copy alone: it may not change what is not copied yet.
-        pending.append((sent if mode == BACKGROUND else returned, node.resource))
-        freed += node.cpu - costs.submit
-        link_bytes += node.num_bytes + back
-        number_of.append(submit)
-    for thread in dict.fromkeys(thread for _, thread in pending):
-        ends = [(end, costs.link_latency) for end, one in pending if one == thread]
-        moved.add(Node(thread, "wait", 0.0), ends)
-    device = max(busy.values(), default=0.0)
-    return Moved(moved, freed, link_bytes, device, max(device + copying, link), frozenset(threads))
+        end = sent if self._mode == BACKGROUND else returned
+        self.waiting.setdefault(node.resource, []).append((end, taking))
+        self.link += max(there, back)
+        self.freed += node.cpu - submitting - taking
+        self.link_bytes += piece.there + piece.back
+        return submit
 
 
 def _work(node: Node, costs: Costs, thread: int) -> tuple[str, float]:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from gossamer.profiling import recorder
 
 Listener = Callable[[str, bool], None]
-KINDS = {"train": "coordinate", "commit": "checkpoint"}  # what the driver does meanwhile
+KINDS = {"train": "coordinate"}  # what the driver does meanwhile
 
 
 class Spans:
@@ -33,9 +33,9 @@ class Spans:
             for listener in self.listeners:
                 listener(name, False)
 
-    def stage(self, kind: str) -> AbstractContextManager[None]:
+    def stage(self, kind: str, num_bytes: int = 0) -> AbstractContextManager[None]:
         """Return a context that records the block, but adds up nothing."""
-        return recorder.span(kind)
+        return recorder.span(kind, num_bytes)
 
     def round(self, number: int) -> AbstractContextManager[None]:
         """Return a context that records a whole round."""

@@ -85,7 +85,7 @@ def verify(plain: Sequence[Round], moved: Sequence[Round], offload: Offload, *, 
 
     Args:
         plain, moved: recorded rounds without and with a side-car.
-        offload: what it does, and what that costs.
+        offload: what it does, and what that costs, see `Handing.applied`.
         same_bits: see `Verification`.
     """
     (kept, before), (_, after) = split(plain), split(moved)

@@ -44,6 +44,7 @@ COLOURS = {  # of stages, the same in all figures; after Tol, https://sronperson
     "serialise": "#ddaa33",
     "log": "#882255",
     "commit": "#000000",
+    "combine": "#77aadd",
     "compress": "#004488",
     "update": "#bb5566",
 }
