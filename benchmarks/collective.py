@@ -40,7 +40,7 @@ import gossamer.distributed as gd
 from gossamer.aggregate import TreeSum
 from gossamer.engines.collective.clients import sums_of_all
 from gossamer.engines.collective.group import Group
-from gossamer.engines.memory import keep_freed_memory
+from gossamer.memory import keep_freed_memory
 from rank_memory import measure_memory
 
 NUM_FLOATS = 1_000_000

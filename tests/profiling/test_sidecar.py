@@ -20,9 +20,9 @@ from torch import Tensor
 from federation import wait_for
 from gossamer.errors import DataError, EngineError
 from gossamer.profiling import emulation, recorder
-from gossamer.profiling.emulation import AHEAD, Inbox, Link, Outbox, device_seconds
+from gossamer.profiling.emulation import AHEAD, Inbox, Link, Outbox, Places, device_seconds
 from gossamer.profiling.offload import Costs, Offload, stage_named
-from gossamer.profiling.sidecar import Handler, Message, SideCar
+from gossamer.profiling.sidecar import Handler, Message, Port, SideCar
 from gossamer.profiling.trace import read_trace
 
 QUICK = Costs(1.0, 1, 0.0, 0.0, 0.0, 0.0)
@@ -67,6 +67,18 @@ class TestPieces:
                 assert torch.equal(ones, torch.full((size,), 2.0))
                 assert torch.equal(numbers, 2 * torch.arange(size))
 
+    def test_memory_that_was_used_last_is_used_again(self) -> None:
+        places = Places()
+        assert [places.take() for _ in range(AHEAD)] == list(range(AHEAD))
+        places.free()
+        places.free()
+        assert (places.take(), places.take()) == (1, 0)
+        with started() as car:
+            for _ in range(3 * AHEAD):
+                car.submit({}, [torch.ones(10)])
+                car.drain()
+            assert sum(place is not None for place in car._outbox._places) == 1
+
     def test_errors_come_back_as_what_they_are(self) -> None:
         with started() as car:
             car.submit({"fail": "ours"})
@@ -97,6 +109,25 @@ class TestPieces:
             car.submit({"seconds": 60})
             with pytest.raises(InterruptedError):
                 car.result()
+
+    def test_processes_that_are_forked_later_have_connections_of_their_own(self) -> None:
+        def ask(port: Port, number: int) -> None:
+            """Hand over some pieces, and end well if what comes of each is right."""
+            found = [port.call({}, [torch.full((3,), float(number))]).arrays[0] for _ in range(5)]
+            os._exit(0 if all(torch.equal(one, torch.full((3,), 2.0 * number)) for one in found) else 1)
+
+        with started("codec") as car:
+            port = car.port
+            assert torch.equal(port.call({}, [torch.ones(2)]).arrays[0], torch.full((2,), 2.0))
+            children = [multiprocessing.get_context("fork").Process(target=ask, args=(port, n)) for n in (1, 2, 3)]
+            for child in children:
+                child.start()
+            for child in children:
+                child.join(timeout=60)
+            assert [child.exitcode for child in children] == [0, 0, 0]
+            assert port.call({"seconds": 0}).message == {"seconds": 0}
+        with pytest.raises(EngineError, match=r"side-car process \d+, which does codec, ended: resume"):
+            port.call({})
 
 
 class TestMemory:

@@ -208,7 +208,7 @@ def _task_maker(client: int, data: str | None, policy: Policy | None) -> Callabl
     """
     import torch
 
-    from gossamer.engines.memory import keep_freed_memory
+    from gossamer.memory import keep_freed_memory
     from gossamer.task import held_task_of, task_of
     from gossamer.workloads.held import spec_of
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.task import Task
+from gossamer.memory import keep_freed_memory
 from gossamer.registry import load_object, trusting
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -67,6 +68,22 @@ def device_seconds(costs: Costs, cpu: float, idle: float, num_bytes: int) -> flo
 # ---- memory
 
 
+class Places:
+    """Which places in memory are free; that which was freed last is taken first, since its pages are there already."""
+
+    def __init__(self) -> None:
+        self._free, self._taken = list(range(AHEAD))[::-1], deque[int]()
+
+    def take(self) -> int:
+        """Take a free place; there must be one."""
+        self._taken.append(self._free.pop())
+        return self._taken[-1]
+
+    def free(self) -> None:
+        """Free the place that has been taken for longest."""
+        self._free.append(self._taken.popleft())
+
+
 class Outbox:
     """Memory from which the process at the other end reads arrays, a place for each piece under way."""
 
@@ -74,14 +91,14 @@ class Outbox:
         self._places: list[Mappable | None] = [None] * AHEAD
 
     def write(self, number: int, arrays: Sequence[Tensor]) -> list[Any]:
-        """Copy the arrays of piece `number`; return JSON values from which `Inbox.read` finds them."""
+        """Copy arrays to a place, by its number; return JSON values from which `Inbox.read` finds them."""
         begins = list(itertools.accumulate((_padded(value.nbytes) for value in arrays), initial=0))
-        place = self._places[number % AHEAD]
+        place = self._places[number]
         if arrays and (place is None or place.tensor.nbytes < begins[-1]):
             if place is not None:
                 place.close()
             place = Mappable(1 << max(12, math.ceil(math.log2(begins[-1] + 1))), torch.uint8)
-            self._places[number % AHEAD] = place
+            self._places[number] = place
         extents = []
         for value, begin in zip(arrays, begins, strict=False):
             assert place is not None

@@ -31,9 +31,18 @@ from torch import Tensor
 
 from gossamer import errors
 from gossamer.errors import EngineError, GossamerError, one_line
-from gossamer.memory import memory_errors
+from gossamer.memory import keep_freed_memory, memory_errors
 from gossamer.profiling import recorder
-from gossamer.profiling.emulation import AHEAD, Inbox, Link, Outbox, device_seconds, queued_seconds, sleep_until
+from gossamer.profiling.emulation import (
+    AHEAD,
+    Inbox,
+    Link,
+    Outbox,
+    Places,
+    device_seconds,
+    queued_seconds,
+    sleep_until,
+)
 from gossamer.profiling.offload import BACKGROUND, Costs, Offload
 from gossamer.profiling.trace import SIDE_CAR
 
@@ -73,6 +82,7 @@ class Channel:
         self._connection, self._stage, self._name, self._check = connection, offload.stage, name, check
         self._outbox, self._inbox, self._link = Outbox(), Inbox(), Link(offload.costs)
         self._num_sent = self._num_received = 0
+        self._places = Places()
 
     def submit(
         self,
@@ -99,11 +109,12 @@ class Channel:
         worked = size if worked_bytes is None else worked_bytes
         self._num_sent += 1
         with recorder.span("send", size, f"s{self._name}<{self._num_sent}"):
-            described = self._outbox.write(self._num_sent, arrays)
+            place = self._places.take()
+            described = self._outbox.write(place, arrays)
             due = self._link.arrival(size)
-            text = json.dumps({"due": due, "bytes": worked, "arrays": described, "message": message})
+            piece = {"due": due, "bytes": worked, "place": place, "arrays": described, "message": message}
             try:
-                self._connection.send_bytes(text.encode())
+                self._connection.send_bytes(json.dumps(piece).encode())
             except OSError:
                 raise self._ended() from None
         if self._stage.mode == BACKGROUND:
@@ -143,6 +154,7 @@ class Channel:
                 raise self._ended() from None
             if is_last:
                 sleep_until(reply["due"])
+        self._places.free()
         if "error" in reply:
             raise _error_of(reply)
         with recorder.span("receive", message=f"s{self._name}>{self._num_received}"):
@@ -310,7 +322,7 @@ def _served(connection: Connection, caller: _Caller, offload: Offload, handler: 
         with recorder.span(offload.stage.kinds[0]):
             message, found = _do(handler, offload.costs, piece, arrays)
         back = message.pop("back_bytes", sum(value.nbytes for value in found))
-        reply: Message = {"message": message, "arrays": caller.outbox.write(number, found)}
+        reply: Message = {"message": message, "arrays": caller.outbox.write(piece["place"], found)}
     except BaseException as error:  # the driver heeds signals, so that none of them is an interrupt
         reply, back = _description(error), 0
     try:
@@ -334,7 +346,10 @@ def _do(handler: Handler, costs: Costs, piece: Message, arrays: list[Tensor]) ->
 
 
 def _settle(processor: int | None) -> None:
-    """Make this process end with the driver, leave signals to it, wake up in time, and stay on a processor."""
+    """Make this process end with the driver, leave signals to it, wake up in time, and stay on a processor.
+
+    It keeps freed memory, as processes that train do, or the same work would take it longer.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -343,6 +358,7 @@ def _settle(processor: int | None) -> None:
         control(_PR_SET_TIMERSLACK, 1)
     if processor is not None:
         os.sched_setaffinity(0, {processor})
+    keep_freed_memory()
     torch.set_num_threads(1)
 
 

@@ -14,11 +14,11 @@ import torch
 from federation import STACKED, modes
 from gossamer.build import build
 from gossamer.config.loading import parse
-from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.peers import mix_message
 from gossamer.engines.ray import peer_actor
 from gossamer.engines.training.mixing import sparse_zeros
 from gossamer.engines.training.peer_worker import PeerState
+from gossamer.memory import keep_freed_memory
 from slow_peers import decentralized
 
 BOUNDS = [[0, 4], [4, 8]]

@@ -15,11 +15,11 @@ from gossamer.engines.collective.agreement import digests
 from gossamer.engines.collective.clients import ClientRank, take_sums
 from gossamer.engines.collective.peers import CollectivePeerEngine
 from gossamer.engines.collective.world import Letter, current_world
-from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.server import FederatedEngine
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.errors import ConfigError
+from gossamer.memory import keep_freed_memory
 from gossamer.plan import Block, RoundPlan
 from gossamer.storage.client_store import ClientStore
 from gossamer.storage.row_files import Work

@@ -15,13 +15,14 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, never
 from gossamer.engines.local.peers import LocalPeerEngine
 from gossamer.engines.local.pool import WorkerPool
-from gossamer.engines.memory import keep_freed_memory, shared_zeros
+from gossamer.engines.memory import shared_zeros
 from gossamer.engines.server import FederatedEngine
 from gossamer.engines.slots import SPARE_SLOTS, Slots, read_arrays
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.engines.training.worker import Message, Worker
 from gossamer.errors import Interrupted
+from gossamer.memory import keep_freed_memory
 from gossamer.plan import Block, RoundPlan
 from gossamer.profiling.coding import RemoteCodec, coder
 from gossamer.profiling.sidecar import SideCar

@@ -13,10 +13,11 @@ from gossamer.aggregate.codec_base import Codec
 from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.engines.base import EngineSetup
 from gossamer.engines.local.pool import WorkerPool
-from gossamer.engines.memory import keep_freed_memory, shared_zeros
+from gossamer.engines.memory import shared_zeros
 from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
+from gossamer.memory import keep_freed_memory
 from gossamer.plan import RoundPlan, TrainReport
 from gossamer.profiling.coding import Codecs, RemoteCodec, coder
 from gossamer.profiling.sidecar import Handler, Port, SideCar

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import DEADLINE, GONE, OVER_SELECTION, REFUSED, EngineSetup, Record
-from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.network.asked import ORDER, STATE
 from gossamer.engines.network.evaluating import MODEL, STATISTICS, reason_of
 from gossamer.engines.network.evaluation import ClientEvaluation
@@ -35,6 +34,7 @@ from gossamer.engines.training.compression import decoded_downlink
 from gossamer.engines.training.job import BlockResult
 from gossamer.engines.training.worker import Worker
 from gossamer.errors import ConfigError, Disconnected, Interrupted, TransportError
+from gossamer.memory import keep_freed_memory
 from gossamer.plan import Block, RoundPlan
 from gossamer.storage.client_store import ClientStore
 from gossamer.threads import one_thread

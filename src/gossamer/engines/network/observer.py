@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import GONE, EngineSetup
-from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.network.addresses import AddressBook
 from gossamer.engines.network.lanes import When
 from gossamer.engines.network.peer import STATE, place_of
@@ -24,6 +23,7 @@ from gossamer.engines.peers import Message, PeerEngine
 from gossamer.engines.task import Task
 from gossamer.engines.training.peer_worker import PeerState, PeerWorker, initial_rows
 from gossamer.errors import Interrupted
+from gossamer.memory import keep_freed_memory
 from gossamer.plan import STOPPED, RoundPlan, TrainReport
 from gossamer.storage.checkpoint import commits_in
 from gossamer.storage.runlog import CHECKPOINTS

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineSetup, Record
-from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.network.addresses import AddressBook
 from gossamer.engines.network.beginning import go_on_from
 from gossamer.engines.network.children import SECRET
@@ -28,6 +27,7 @@ from gossamer.engines.peers import Message, PeerEngine, mix_message
 from gossamer.engines.task import Task, require_devices
 from gossamer.engines.training.mixing import mixing_of
 from gossamer.errors import ConfigError, EngineError, StateLost
+from gossamer.memory import keep_freed_memory
 from gossamer.plan import RoundPlan
 from gossamer.transport.authentication import Kit, load_kit
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gossamer.engines.aggregation import RemoteAggregation
 from gossamer.engines.base import EngineSetup
-from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.ray.actor_pool import AHEAD, CPU, GPU, ActorPool, Call
 from gossamer.engines.ray.client_actor import ClientActor
 from gossamer.engines.ray.cluster import (
@@ -37,6 +36,7 @@ from gossamer.engines.task import Task, Variant
 from gossamer.engines.training.compression import decoded_downlink
 from gossamer.engines.training.job import BlockResult, Job
 from gossamer.errors import ConfigError
+from gossamer.memory import keep_freed_memory
 from gossamer.plan import Block, RoundPlan, TrainReport
 from gossamer.storage.client_store import ClientStore
 from gossamer.workloads.base import Sums

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from gossamer.engines.memory import keep_freed_memory
 from gossamer.engines.task import Task, Variant, VariantMode
 from gossamer.engines.training.job import Job
 from gossamer.engines.training.trainer import Trainer
+from gossamer.memory import keep_freed_memory
 from gossamer.plan import Block
 from gossamer.threads import one_thread
 
