@@ -54,3 +54,18 @@ def test_each_machine_has_one() -> None:
     here, there = between(10**9, [2], [2])
     found = clocks_of({"a": here, "b": there, "c": Ends()}, "a", {"a": 0.0, "b": 0.0, "c": 2.0})
     assert found == {"a": Clock(0.0, 0.0), "b": pytest.approx((1.0, 2e-9)), "c": Clock(2.0, math.inf)}
+
+
+def test_clocks_are_known_by_way_of_others() -> None:
+    """A line a - b - c: c is 3 s ahead of b, which is 1 s ahead of a; messages between a and c go one way."""
+    ends = {name: Ends() for name in "abc"}
+    ahead = {"a": 0, "b": 10**9, "c": 4 * 10**9}
+    messages = [("a", "b", 20), ("b", "a", 40), ("b", "c", 10), ("c", "b", 30), ("a", "c", 5)]
+    for number, (sender, receiver, delay) in enumerate(messages):
+        ends[sender].note(str(number), ahead[sender] + 1000 * number, is_sent=True)
+        ends[receiver].note(str(number), ahead[receiver] + 1000 * number + delay, is_sent=False)
+    found = clocks_of(ends, "a", dict.fromkeys(ends, 9.0))
+    assert found["b"] == clock_between(ends["a"], ends["b"], 0.0)
+    step = clock_between(ends["b"], ends["c"], 0.0)
+    assert found["c"] == pytest.approx((found["b"].offset + step.offset, found["b"].error + step.error))
+    assert abs(found["c"].offset - 4.0) <= found["c"].error

@@ -43,3 +43,27 @@ def test_stages_and_bytes(compression: str, tmp_path: Path) -> None:
     assert found["checksum", ""] == 4 * 4 * NUM_FLOATS  # both ways, at both ends
     assert found["zstd", ""] == (2 * 4 * NUM_FLOATS if compression == "zstd" else 0)
     assert (0 < found["decompress", ""] < found["zstd", ""]) == (compression == "zstd")
+
+
+def test_a_node_that_dials_two_servers_names_them(tmp_path: Path) -> None:
+    """What it sends to both is the same but for their names; without names of servers, ids would be equal."""
+    message = Message("row", Address("run", 1, 0, 2), {}, {})
+    with (
+        recorder.recording(tmp_path / "trace"),
+        Server("127.0.0.1:0", trace_name="b") as one,
+        Server("127.0.0.1:0", trace_name="c") as two,
+    ):
+        for server, name in ((one, "b"), (two, "c")):
+            with Client(server.address, name="a", trace_name=name, timeout_seconds=TIMEOUT) as client:
+                assert isinstance(server.receive(TIMEOUT), Joined)
+                client.send(message)
+                assert isinstance(server.receive(TIMEOUT), Received)
+                server.send("a", message).result(TIMEOUT)
+                assert client.receive(TIMEOUT) is not None
+    (path,) = (tmp_path / "trace").iterdir()
+    spans = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    ids = Counter((kind, message) for kind, *_, message in spans if message)
+    assert set(ids.values()) == {1}
+    assert {message for _, message in ids if ":" not in message} == {
+        f"a@{name}{way}row.1.0.2.0" for name in "bc" for way in "<>"
+    }

@@ -14,6 +14,12 @@ from gossamer.cli.plug_ins import Trust, plug_ins
 if TYPE_CHECKING:
     from gossamer.profiling.trace import Trace
 
+Runs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="DIR...", help="A run that was recorded, by gossamer run --profile; or those of all peers of one."
+    ),
+]
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run that was recorded, by gossamer run --profile.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -33,7 +39,7 @@ Torch = Annotated[
 
 
 def profile(
-    directory: Run,
+    directories: Runs,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="FILE", help="Draw a round as .png, .svg or .pdf.")
     ] = None,
@@ -55,17 +61,20 @@ def profile(
     as_json: AsJson = False,
 ) -> None:
     """Show where the time of a recorded run went: by stage, along the critical path, and by process."""
-    from gossamer.profiling.trace import read_trace
+    from gossamer.errors import ConfigError
     from gossamer.reports import profile as reports
     from gossamer.reports import scaling
     from gossamer.reports.images import require_image
+    from gossamer.reports.nodes import read_nodes
 
     if output is not None:
         require_image(output)
     exports = {"chrome": chrome, "perfetto": perfetto, "goal": goal, "chakra": chakra}
     _require_effect(scale, {"workers": workers, "links": links}, torch, exports)
     sizes = None if scale is None else scaling.parse_sizes(scale)
-    trace = read_trace(directory)
+    if sizes is not None and len(directories) > 1:
+        raise ConfigError(f"--scale extrapolates one run, and {len(directories)} directories are given: give one")
+    directory, trace = directories[0], read_nodes(directories)
     if sizes is not None:
         if links is None:
             found = scaling.scale(directory, trace, sizes, workers)

@@ -69,6 +69,17 @@ def clock_between(here: Ends, there: Ends, by_time_of_day: float) -> Clock:
 
 
 def clocks_of(machines: Mapping[str, Ends], reference: str, by_time_of_day: Mapping[str, float]) -> dict[str, Clock]:
-    """Return the clock of each machine against that of one of them."""
-    found = {name: clock_between(machines[reference], ends, by_time_of_day[name]) for name, ends in machines.items()}
-    return found | {reference: Clock(0.0, 0.0)}
+    """Return the clock of each machine against that of one of them, by way of others where their errors add up to less.
+
+    Where no messages lead there, both ways, it is that by the time of day.
+    """
+    found, near = dict[str, Clock](), {reference: Clock(0.0, 0.0)}
+    while near:
+        name = min(near, key=lambda one: near[one].error)
+        found[name] = here = near.pop(name)
+        for other in machines.keys() - found.keys():
+            step = clock_between(machines[name], machines[other], 0.0)
+            by_way = Clock(here.offset + step.offset, here.error + step.error)
+            if by_way.error < (near[other].error if other in near else math.inf):
+                near[other] = by_way
+    return {name: found.get(name, Clock(by_time_of_day[name], math.inf)) for name in machines}

@@ -229,9 +229,9 @@ class _Slice(NamedTuple):
 def _numbers(trace: Trace) -> dict[Lane, tuple[int, int]]:
     """Number the processes and threads of a trace, as Linux does: a process has the number of its first thread."""
     lanes = dict.fromkeys(lane for one in trace.rounds for lane in one.lanes)
-    found: dict[int, list[Lane]] = {}
+    found: dict[str, list[Lane]] = {}  # by names, since processes of several machines may have one number
     for lane in lanes:
-        found.setdefault(lane.pid, []).append(lane)
+        found.setdefault(lane.name.partition(".")[0], []).append(lane)
     numbers, first = dict[Lane, tuple[int, int]](), 1
     for own in found.values():
         numbers |= {lane: (first, first + place) for place, lane in enumerate(own)}
@@ -241,15 +241,12 @@ def _numbers(trace: Trace) -> dict[Lane, tuple[int, int]]:
 
 def _slices(trace: Trace) -> Iterator[tuple[Lane, _Slice]]:
     """Yield every segment with its thread, one round behind the other."""
-    flows, begin = dict[str, int](), 0.0
+    ends, begin = _message_ends(trace), 0.0
     for one in trace.rounds:
-        ends = _message_ends(one)
         for lane, segments in one.lanes.items():
             for segment in segments:
-                is_end = any(segment is end for end in ends.get(segment.message, ()))
-                flow = flows.setdefault(segment.message, len(flows) + 1) if is_end else None
                 begins, stops = (round(1e9 * (begin + at)) for at in (segment.begin, segment.end))
-                yield lane, _Slice(begins, stops, segment, flow)
+                yield lane, _Slice(begins, stops, segment, ends.get(id(segment)))
         begin += one.seconds
 
 
@@ -262,16 +259,27 @@ def _round_slices(trace: Trace) -> Iterator[_Slice]:
         begin += one.seconds
 
 
-def _message_ends(one: Round) -> dict[str, tuple[Segment, Segment]]:
-    """Return the segments with which each message of a round begins to be sent, and later to be received."""
-    firsts: dict[str, dict[str, Segment]] = {SEND: {}, RECEIVE: {}}
-    for segment in (each for segments in one.lanes.values() for each in segments):
-        if segment.message and segment.kind in firsts:
-            before = firsts[segment.kind].setdefault(segment.message, segment)
-            if segment.begin < before.begin:
-                firsts[segment.kind][segment.message] = segment
-    pairs = {message: (sent, firsts[RECEIVE].get(message)) for message, sent in firsts[SEND].items()}
-    return {message: (sent, got) for message, (sent, got) in pairs.items() if got and sent.begin < got.begin}
+def _message_ends(trace: Trace) -> dict[int, int]:
+    """Number the messages whose both ends are there; return the numbers by the ids of the segments at which they begin.
+
+    A node may be ahead of the one whose rounds count, so the ends may lie in different rounds.
+    """
+    firsts: dict[str, dict[str, tuple[float, Segment]]] = {SEND: {}, RECEIVE: {}}
+    begin = 0.0
+    for one in trace.rounds:
+        for segment in (each for segments in one.lanes.values() for each in segments):
+            if segment.message and segment.kind in firsts:
+                at = begin + segment.begin
+                before = firsts[segment.kind].setdefault(segment.message, (at, segment))
+                if at < before[0]:
+                    firsts[segment.kind][segment.message] = at, segment
+        begin += one.seconds
+    found = dict[int, int]()
+    for number, (message, (sent_at, sent)) in enumerate(firsts[SEND].items(), start=1):
+        got_at, got = firsts[RECEIVE].get(message, (sent_at, sent))
+        if sent_at < got_at:
+            found |= {id(sent): number, id(got): number}
+    return found
 
 
 def rounds_of(trace: Trace, most: int) -> list[Round]:

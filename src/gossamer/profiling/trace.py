@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gossamer.errors import DataError
@@ -22,7 +23,7 @@ from gossamer.profiling.recorder import FIELDS, FORMAT, VERSION
 
 UNATTRIBUTED, WAIT = "unattributed", "wait"
 ABSENT = "absent"
-DRIVER, SIDE_CAR = "driver", "side-car"  # processes, by what they record as
+DRIVER, SIDE_CAR, PEER = "driver", "side-car", "peer"  # processes, by what they record as, or stand for
 HEADER = {"process": str, "pid": int, "host": str, "boot": str, "monotonic_ns": int, "unix_ns": int}
 
 
@@ -138,29 +139,36 @@ class _File:
     rounds: list[tuple[int, int, int]]
 
 
-def read_trace(directory: Path) -> Trace:
+def read_trace(directory: Path, nodes: Mapping[str, Path] = MappingProxyType({}), name: str = DRIVER) -> Trace:
     """Read the trace of a run; an incomplete last line of a file, and rounds without an end, are left out.
 
     Args:
-        directory: the run's.
+        directory: the run's, whose rounds count.
+        nodes: directories of others that took part in it, by names.
+        name: of the process that runs the rounds.
 
     Raises:
         DataError: there is no trace, or those of several runs; no whole round; a file is no trace, or its clock ran
             backwards.
     """
-    paths = sorted((directory / "trace").glob("*.jsonl"))
-    if not paths:
+    files = _read_files(directory)
+    if not files:
         if below := sorted(directory.glob("*/*/trace")) or sorted(directory.glob("*/trace")):
             one = str(below[0].parent)
             raise DataError(f"{str(directory)!r} holds several runs: give one of them, such as {one!r}")
         if not directory.is_dir():
             raise DataError(f"no directory {str(directory)!r}: name one that 'gossamer run' made")
         raise DataError(f"{str(directory)!r} has no trace: run it with --profile")
-    files = [_read_file(path) for path in paths]
     drivers = [file for file in files if file.header["process"] == DRIVER]
     if not any(file.rounds for file in drivers):
         raise DataError(f"the trace of {str(directory)!r} has no whole round: let the run get further")
-    names = _names(files)
+    names = [name if one == DRIVER else one for one in _names(files)]
+    for node, folder in nodes.items():
+        own = _read_files(folder)
+        if not own:
+            raise DataError(f"{str(folder)!r} has no trace: run all nodes with profile: true")
+        names += [node if one == DRIVER else f"{node}:{one}" for one in _names(own)]
+        files += [_of_node(one) for one in own]
     of_boots = _clocks(files, drivers[0])
     clocks = {name: of_boots[file.header["boot"]] for name, file in zip(names, files, strict=True)}
     windows: dict[int, tuple[int, int]] = {}
@@ -172,6 +180,16 @@ def read_trace(directory: Path) -> Trace:
     day = drivers[0].header["unix_ns"] - drivers[0].header["monotonic_ns"]
     rounds = [_round(number, *windows[number], lanes) for number in sorted(windows)]
     return Trace([replace(one, unix_ns=windows[one.number][0] + day) for one in rounds], clocks)
+
+
+def _read_files(directory: Path) -> list[_File]:
+    return [_read_file(path) for path in sorted((directory / "trace").glob("*.jsonl"))]
+
+
+def _of_node(file: _File) -> _File:
+    """Return the file of another node, which does not run the rounds."""
+    is_driver = file.header["process"] == DRIVER
+    return replace(file, header=file.header | {"process": PEER}, rounds=[]) if is_driver else file
 
 
 def _read_file(path: Path) -> _File:

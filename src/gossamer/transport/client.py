@@ -29,6 +29,7 @@ from gossamer.transport.messages import (
     check_node,
     encode_json,
     message_id,
+    traced,
 )
 from gossamer.transport.order import Busy
 from gossamer.transport.reading import Frames, Reader
@@ -46,6 +47,7 @@ class Client:
         accept: Accept | None = None,
         credentials: Credentials | None = None,
         server_name: str | None = None,
+        trace_name: str = "",
         limits: Limits | None = None,
         audit: Audit = no_audit,
         timeout_seconds: float = 10.0,
@@ -58,6 +60,7 @@ class Client:
             hello: JSON values, for the server's `admit`.
             accept: see `Accept`; None: all that is within the limits.
             server_name: name that the server's certificate must have; None: its host.
+            trace_name: see `Server`.
             audit: see `Server`; kinds "sent", "received" and "dropped".
 
         Raises:
@@ -67,13 +70,14 @@ class Client:
         """
         require_protected(server, credentials, "dialling")
         self._server, self._name = server, check_node(name)
+        self._traced = traced(name, trace_name)
         self._limits = limits = limits or Limits()
         self._credentials, self._server_name, self._audit = credentials, server_name, audit
         body = encode_json(hello or {}, limits.body_bytes)
         self._hello = pb.Hello(version=VERSION, instance=secrets.token_hex(16), body=body).SerializeToString()
         self._counts = Counts()
         self._inbox = Inbox(limits.inbox_bytes)
-        self._reader = Reader(limits, accept, self._inbox, name)
+        self._reader = Reader(limits, accept, self._inbox, self._traced)
         self._server_id: str | None = None
         self._received: queue.SimpleQueue[tuple[Received, int] | None] = queue.SimpleQueue()
         self._connection = self._joined(timeout_seconds)
@@ -140,7 +144,7 @@ class Client:
             TransportError: the message is malformed or over a limit.
         """
         seconds = self._limits.call_seconds if timeout_seconds is None else timeout_seconds
-        with recorder.span("send", message=message_id(self._name, ">", message)):
+        with recorder.span("send", message=message_id(self._traced, ">", message)):
             return self._send(Outgoing(message, self._limits), seconds)
 
     def _send(self, outgoing: Outgoing, seconds: float) -> bool:
@@ -236,7 +240,7 @@ class Client:
             self._received.put((received, taken_bytes))
 
     def _taken_id(self, received: Received) -> str:
-        return f"{message_id(self._name, '<', received.message)}{TAKEN}"
+        return f"{message_id(self._traced, '<', received.message)}{TAKEN}"
 
     def _taken(self, receipt: Any, outgoing: Outgoing) -> bool:
         """Return what a receipt says."""

@@ -177,11 +177,16 @@ class Gone:
 Event = Joined | Received | Gone
 
 
+def traced(client: str, server: str) -> str:
+    """Return what a connection is called in traces: by who has dialled, and whom, if that has a name."""
+    return f"{client}@{server}" if server else client
+
+
 def message_id(client: str, way: str, message: Message | Header) -> str:
     """Return the name that a message has in the traces of both ends, see `gossamer.profiling.recorder`.
 
     Args:
-        client: node that has dialled.
+        client: node that has dialled, see `traced`.
         way: ">" from it, or "<" to it.
     """
     address = message.address

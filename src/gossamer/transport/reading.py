@@ -8,7 +8,7 @@ from gossamer.errors import Dropped
 from gossamer.profiling import recorder
 from gossamer.transport.frames import GRPC_BYTES, Frame, Incoming, split
 from gossamer.transport.limits import MESSAGE_OVERHEAD_BYTES, Counts, Inbox, Limits
-from gossamer.transport.messages import Accept, Header, Received, message_id
+from gossamer.transport.messages import Accept, Header, Received, message_id, traced
 from gossamer.transport.order import Busy, Order
 
 Deliver = Callable[[Received, int], None]
@@ -59,12 +59,14 @@ class Frames:
 class Reader:
     """Reads messages of any node, several at a time."""
 
-    def __init__(self, limits: Limits, accept: Accept | None, inbox: Inbox, client: str | None = None) -> None:
+    def __init__(
+        self, limits: Limits, accept: Accept | None, inbox: Inbox, client: str | None = None, trace_name: str = ""
+    ) -> None:
         """Read into `inbox` what `accept` wants, see `gossamer.transport.messages.Accept`; `client`: who has dialled.
 
-        None: a server reads, and those that send have dialled.
+        None: a server reads, and those that send have dialled; `trace_name`: what it is called in traces.
         """
-        self._limits, self._client = limits, client
+        self._limits, self._client, self.trace_name = limits, client, trace_name
         self._accept = accept
         self._inbox = inbox
         self.order = Order(limits.senders)
@@ -108,7 +110,7 @@ class Reader:
 
     def _id(self, header: Header) -> str:
         way = ">" if self._client is None else "<"
-        return message_id(header.node if self._client is None else self._client, way, header)
+        return message_id(traced(header.node, self.trace_name) if self._client is None else self._client, way, header)
 
     @staticmethod
     def _read_data(first: Frame, frames: Frames, incoming: Incoming) -> bytes:

@@ -29,6 +29,7 @@ from gossamer.transport.messages import (
     Refusal,
     Welcome,
     message_id,
+    traced,
 )
 from gossamer.transport.reading import Reader
 from gossamer.transport.service import Service
@@ -55,6 +56,7 @@ class Server:
         credentials: Credentials | None = None,
         limits: Limits | None = None,
         audit: Audit = no_audit,
+        trace_name: str = "",
     ) -> None:
         """Listen.
 
@@ -65,6 +67,7 @@ class Server:
             audit: told of what happens, ``audit(kind, **fields)``, in any thread; kinds: "joined", "left", "refused",
                 "sent", "received", "dropped"; fields: node, and where there are some: peer (address of the connection),
                 reason, message (its kind), address (a mapping), sha256, num_bytes, wire_bytes.
+            trace_name: of this server, where a node dials several: a part of messages' names in traces.
 
         Raises:
             ConfigError: it would listen beyond loopback without mutual TLS and a token, or cannot listen there.
@@ -74,12 +77,14 @@ class Server:
         require_protected(listen, credentials, "listening on")
         if credentials is not None and credentials.verify is None:
             raise ConfigError("a server needs Credentials.verify, or it would take any token: give verify_tokens(...)")
-        self._limits = limits = limits or Limits()
+        self._limits, self._trace_name = limits or Limits(), trace_name
+        limits = self._limits
         _allow_files(limits.nodes + SPARE_FILES)
         self._inbox = Inbox(limits.inbox_bytes)
         self._events: queue.SimpleQueue[tuple[Event, int] | None] = queue.SimpleQueue()
         self._closed = False
-        self._service = Service(limits, admit, Reader(limits, accept, self._inbox), credentials, audit, self._put)
+        reader = Reader(limits, accept, self._inbox, trace_name=trace_name)
+        self._service = Service(limits, admit, reader, credentials, audit, self._put)
         self._pool = ThreadPoolExecutor(limits.nodes + SPARE_CALLS, thread_name_prefix="transport")
         self._grpc = grpc.server(
             self._pool,
@@ -141,7 +146,7 @@ class Server:
         link = self._service.links().get(node)
         if link is None:
             raise Disconnected(f"node {node!r} is not connected")
-        with recorder.span("send", message=f"{message_id(node, '<', message)}{QUEUED}"):
+        with recorder.span("send", message=f"{message_id(traced(node, self._trace_name), '<', message)}{QUEUED}"):
             return link.put(Outgoing(message, self._limits))
 
     def receive(self, timeout_seconds: float | None) -> Event | None:
@@ -158,7 +163,9 @@ class Server:
             return None
         event, taken_bytes = found
         if isinstance(event, Received):
-            recorder.mark("receive", message=f"{message_id(event.node, '>', event.message)}{TAKEN}")
+            recorder.mark(
+                "receive", message=f"{message_id(traced(event.node, self._trace_name), '>', event.message)}{TAKEN}"
+            )
         self._inbox.give_back(taken_bytes)
         return event
 

@@ -35,6 +35,7 @@ from gossamer.transport.messages import (
     decode_json,
     encode_json,
     message_id,
+    traced,
 )
 from gossamer.transport.order import TAKEN_BEFORE, Busy
 from gossamer.transport.reading import Frames, Reader
@@ -256,7 +257,11 @@ class Service:
 
     def _written(self, link: Link, outgoing: Outgoing, future: Any) -> Iterator[bytes]:
         """Yield the frames of a message."""
-        counts, size, name = link.account.counts, 0, message_id(link.node, "<", outgoing.message)
+        counts, size, name = (
+            link.account.counts,
+            0,
+            message_id(traced(link.node, self._reader.trace_name), "<", outgoing.message),
+        )
         recorder.mark("receive", message=f"{name}{QUEUED}")
         try:
             if self._verify is not None:
@@ -285,7 +290,7 @@ class Service:
 
         def take(received: Received, taken_bytes: int) -> None:
             """Hand a message that was read to the engine, unless its node has joined again since."""
-            name = message_id(link.node, ">", received.message)
+            name = message_id(traced(link.node, self._reader.trace_name), ">", received.message)
             with recorder.span("send", message=f"{name}{TAKEN}"), self._lock:
                 if self._links.get(link.node) is not link:
                     raise Failure("FAILED_PRECONDITION", f"node {link.node!r} joined again since")

@@ -15,7 +15,7 @@ from gossamer.algorithms.base import Arrays
 from gossamer.engines.base import EngineHooks
 from gossamer.engines.network.gate import ASK, Gate, Specs
 from gossamer.engines.network.lanes import Lane, When, when
-from gossamer.engines.network.place import Place, described
+from gossamer.engines.network.place import Place, described, name_of
 from gossamer.engines.network.roster import versions
 from gossamer.errors import ConfigError, EngineError, Interrupted, TransportError
 from gossamer.profiling import recorder
@@ -80,6 +80,7 @@ class PeerLinks:
                 accept=self._gate,
                 credentials=None if place.kit is None else place.kit.credentials(),
                 audit=self._audit,
+                trace_name=name_of(place.number),
             )
         except BaseException:
             self._stack.close()
@@ -302,6 +303,7 @@ class PeerLinks:
             credentials=None if place.kit is None else place.kit.credentials(),
             server_name=expected,
             audit=self._audit,
+            trace_name=name_of(number),
             timeout_seconds=seconds,
         )
         if client.welcome.get("peer") != number:
