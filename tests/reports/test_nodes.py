@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 import gossamer
 from gossamer.cli.main import app
+from gossamer.errors import ConfigError
 from gossamer.profiling.exports import write_chrome
 from gossamer.profiling.trace import Trace, read_trace
 from gossamer.reports.nodes import read_nodes
+from traces import span, write
 
 IMAGES = {"name": "image-classification", "dataset": {"name": "digits", "limit": 100}, "model": "softmax"}
 PEERS = ("peer-0", "peer-1", "peer-2")
@@ -86,7 +88,10 @@ def test_a_run_and_the_peers_that_it_started_are_one(run: Path, tmp_path: Path) 
 def test_peers_alone_are_one_by_the_rounds_of_the_first(copies: list[Path], tmp_path: Path) -> None:
     trace = read_nodes([copies[1], copies[0], copies[2]])
     assert {lane.name for lane in trace.rounds[0].lanes if lane.leads} == {"peer-1"}
-    assert trace.rounds == read_trace(copies[1], {"peer-0": copies[0], "peer-2": copies[2]}, "peer-1").rounds
+    assert (
+        trace.rounds
+        == read_trace(copies[1], {"peer-0": copies[0] / "trace", "peer-2": copies[2] / "trace"}, "peer-1").rounds
+    )
     found = arrows(trace, tmp_path / "chrome.json")
     for sender in PEERS:
         for receiver in set(PEERS) - {sender}:
@@ -101,6 +106,45 @@ def test_the_command_takes_several(copies: list[Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["profile", *map(str, copies), "--json", "--chrome", str(tmp_path / "c.json")])
     assert result.exit_code == 0, result.output
     assert set(PEERS) <= json.loads(result.stdout)["processes"].keys()
+
+
+class TestClients:
+    """A server, and two clients that recorded elsewhere."""
+
+    @pytest.fixture
+    def collected(self, tmp_path: Path) -> list[Path]:
+        """Write their traces: in each round the server sends to both, and they answer; the second's clock is ahead."""
+        (tmp_path / "server").mkdir()
+        (tmp_path / "server/config.yaml").write_text("name: run\n")
+        ahead = 5000
+        spans = [span("send", 1, 1.5, message="a<1"), span("send", 2, 2.5, message="b<1")]
+        spans += [span("receive", 8, 8.5, message="a>1"), span("receive", 9, 9.5, message="b>1")]
+        write(tmp_path / "server", "driver", spans, [(1, 0, 10)])
+        for name, late in (("a", 0), ("b.1", ahead)):
+            key = name[0]
+            spans = [span("receive", late + 3, late + 3.5, message=f"{key}<1"), span("train", late + 4, late + 6)]
+            spans += [span("send", late + 7, late + 7.5, message=f"{key}>1")]
+            write(tmp_path / name, "client", spans, boot=name)
+        return [tmp_path / "server", tmp_path / "a/trace", tmp_path / "b.1"]
+
+    def test_they_stand_beside_their_server(self, collected: list[Path], tmp_path: Path) -> None:
+        folder = collected[2] / "trace"
+        moved = [*collected[:2], folder.rename(tmp_path / "b.2")]
+        trace = read_nodes(moved)
+        (one,) = trace.rounds
+        assert {lane.name for lane in one.lanes} == {"driver", "trace", "b_2"}
+        assert trace.clocks["b_2"].offset == pytest.approx(5.0, abs=trace.clocks["b_2"].error)
+        pairs = [("driver", "trace"), ("driver", "b_2"), ("trace", "driver"), ("b_2", "driver")]
+        assert arrows(trace, tmp_path / "chrome.json") == Counter(pairs)
+
+    def test_without_a_server_or_under_one_name_they_are_refused(self, collected: list[Path]) -> None:
+        server, one, other = collected
+        for given, told in (
+            ([one], "is what a client recorded: give it with the run directory of its server"),
+            ([server, one, other / "trace"], "two folders of clients have one name"),
+        ):
+            with pytest.raises(ConfigError, match=told):
+                read_nodes(given)
 
 
 def forget(copies: list[Path]) -> None:
@@ -147,7 +191,7 @@ def make_local(copies: list[Path]) -> None:
         (forget, "no directory of peer-1 is given: give those of all 3 peers"),
         (repeat, "are both runs of peer-0: give one of them"),
         (change, "differ in seed: give directories of one run"),
-        (erase, "peer-2' has no trace: run all nodes with profile: true"),
+        (erase, "peer-2/trace' holds no trace: run all nodes with profile: true"),
         (postpone, "happened in a round of"),
         (make_local, "peer-1' is no run of a peer of engine network"),
     ],

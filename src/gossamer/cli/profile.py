@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Runs = Annotated[
     list[Path],
     typer.Argument(
-        metavar="DIR...", help="A run that was recorded, by gossamer run --profile; or those of all peers of one."
+        metavar="DIR...", help="A run that was recorded, by gossamer run --profile; or several directories of nodes."
     ),
 ]
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="A run that was recorded, by gossamer run --profile.")]

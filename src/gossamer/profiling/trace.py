@@ -24,6 +24,7 @@ from gossamer.profiling.recorder import FIELDS, FORMAT, VERSION
 UNATTRIBUTED, WAIT = "unattributed", "wait"
 ABSENT = "absent"
 DRIVER, SIDE_CAR, PEER = "driver", "side-car", "peer"  # processes, by what they record as, or stand for
+FIRST = (DRIVER, "client-0")  # names of a node's process, which is called as the node is
 HEADER = {"process": str, "pid": int, "host": str, "boot": str, "monotonic_ns": int, "unix_ns": int}
 
 
@@ -144,14 +145,14 @@ def read_trace(directory: Path, nodes: Mapping[str, Path] = MappingProxyType({})
 
     Args:
         directory: the run's, whose rounds count.
-        nodes: directories of others that took part in it, by names.
+        nodes: folders into which others recorded that took part in it, by names.
         name: of the process that runs the rounds.
 
     Raises:
         DataError: there is no trace, or those of several runs; no whole round; a file is no trace, or its clock ran
             backwards.
     """
-    files = _read_files(directory)
+    files = _read_files(directory / "trace")
     if not files:
         if below := sorted(directory.glob("*/*/trace")) or sorted(directory.glob("*/trace")):
             one = str(below[0].parent)
@@ -166,8 +167,8 @@ def read_trace(directory: Path, nodes: Mapping[str, Path] = MappingProxyType({})
     for node, folder in nodes.items():
         own = _read_files(folder)
         if not own:
-            raise DataError(f"{str(folder)!r} has no trace: run all nodes with profile: true")
-        names += [node if one == DRIVER else f"{node}:{one}" for one in _names(own)]
+            raise DataError(f"{str(folder)!r} holds no trace: run all nodes with profile: true")
+        names += [node if one in FIRST else f"{node}:{one}" for one in _names(own)]
         files += [_of_node(one) for one in own]
     of_boots = _clocks(files, drivers[0])
     clocks = {name: of_boots[file.header["boot"]] for name, file in zip(names, files, strict=True)}
@@ -182,8 +183,8 @@ def read_trace(directory: Path, nodes: Mapping[str, Path] = MappingProxyType({})
     return Trace([replace(one, unix_ns=windows[one.number][0] + day) for one in rounds], clocks)
 
 
-def _read_files(directory: Path) -> list[_File]:
-    return [_read_file(path) for path in sorted((directory / "trace").glob("*.jsonl"))]
+def _read_files(folder: Path) -> list[_File]:
+    return [_read_file(path) for path in sorted(folder.glob("*.jsonl"))]
 
 
 def _of_node(file: _File) -> _File:

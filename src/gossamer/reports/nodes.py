@@ -1,4 +1,4 @@
-"""Reads the traces of all nodes of a decentralized run as one: its peers, and the observer if there is one."""
+"""Reads the traces of all nodes of a run as one: of a server and its clients, or of peers, with the observer if any."""
 
 from __future__ import annotations
 
@@ -11,28 +11,39 @@ from gossamer.engines.network.place import name_of
 from gossamer.engines.network.state import NODES
 from gossamer.errors import ConfigError, DataError
 from gossamer.profiling.trace import Trace, read_trace
-from gossamer.storage.runlog import read_config
+from gossamer.storage.runlog import CONFIG, TRACE, read_config
 
 
 def read_nodes(directories: Sequence[Path]) -> Trace:
     """Read a run, or the runs of all peers of engine network; rounds are those of the observer, or of the first peer.
 
     Args:
-        directories: one run, with those of the peers that it started; or one of each peer, and of an observer.
+        directories: one run, with those of the peers that it started; or one of each peer, and of an observer; or that
+            of a server, and folders into which its clients recorded.
 
     Raises:
         ConfigError: several are no runs of all peers of one experiment.
         DataError: there is no trace, it is damaged, or not all are of the same time.
     """
     first = directories[0]
-    if len(directories) > 1:
+    if folders := [one for one in directories if not (one / CONFIG).exists() and any(one.glob("*.jsonl"))]:
+        servers = [one for one in directories if one not in folders]
+        if len(servers) != 1:
+            raise ConfigError(
+                f"{str(folders[0])!r} is what a client recorded: give it with the run directory of its server"
+            )
+        first, others = servers[0], {one.name.replace(".", "_"): one for one in folders}
+        if len(others) < len(folders):
+            raise ConfigError("two folders of clients have one name: rename one of them, since lanes are called so")
+        trace = read_trace(first, others)
+    elif len(directories) > 1:
         nodes = _by_number(directories)
         first = nodes.pop(None, first)
         own = next((number for number, one in nodes.items() if one == first), None)
-        others = {name_of(number): one for number, one in nodes.items() if one != first}
+        others = {name_of(number): one / TRACE for number, one in nodes.items() if one != first}
         trace = read_trace(first, others, name_of(own))
     else:
-        others = {one.name: one for one in sorted((first / NODES).glob("peer-*")) if (one / "trace").is_dir()}
+        others = {one.name: one / TRACE for one in sorted((first / NODES).glob("peer-*")) if (one / TRACE).is_dir()}
         trace = read_trace(first, others, name_of(None)) if others else read_trace(first)
     seen = {lane.name for one in trace.rounds for lane in one.lanes}
     for name, one in others.items():

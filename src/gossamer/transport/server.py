@@ -77,14 +77,12 @@ class Server:
         require_protected(listen, credentials, "listening on")
         if credentials is not None and credentials.verify is None:
             raise ConfigError("a server needs Credentials.verify, or it would take any token: give verify_tokens(...)")
-        self._limits, self._trace_name = limits or Limits(), trace_name
-        limits = self._limits
+        self._limits = limits = limits or Limits()
         _allow_files(limits.nodes + SPARE_FILES)
         self._inbox = Inbox(limits.inbox_bytes)
         self._events: queue.SimpleQueue[tuple[Event, int] | None] = queue.SimpleQueue()
-        self._closed = False
-        reader = Reader(limits, accept, self._inbox, trace_name=trace_name)
-        self._service = Service(limits, admit, reader, credentials, audit, self._put)
+        self._closed, self._reader = False, Reader(limits, accept, self._inbox, trace_name=trace_name)
+        self._service = Service(limits, admit, self._reader, credentials, audit, self._put)
         self._pool = ThreadPoolExecutor(limits.nodes + SPARE_CALLS, thread_name_prefix="transport")
         self._grpc = grpc.server(
             self._pool,
@@ -146,7 +144,9 @@ class Server:
         link = self._service.links().get(node)
         if link is None:
             raise Disconnected(f"node {node!r} is not connected")
-        with recorder.span("send", message=f"{message_id(traced(node, self._trace_name), '<', message)}{QUEUED}"):
+        with recorder.span(
+            "send", message=f"{message_id(traced(node, self._reader.trace_name), '<', message)}{QUEUED}"
+        ):
             return link.put(Outgoing(message, self._limits))
 
     def receive(self, timeout_seconds: float | None) -> Event | None:
@@ -164,7 +164,8 @@ class Server:
         event, taken_bytes = found
         if isinstance(event, Received):
             recorder.mark(
-                "receive", message=f"{message_id(traced(event.node, self._trace_name), '>', event.message)}{TAKEN}"
+                "receive",
+                message=f"{message_id(traced(event.node, self._reader.trace_name), '>', event.message)}{TAKEN}",
             )
         self._inbox.give_back(taken_bytes)
         return event
