@@ -1,4 +1,4 @@
-"""A FedRolex round of 50 clients of five capacities that train mPLUG-2 in small on captioned moving digits.
+"""A FedRolex round of 50 clients of five capacities that train mPLUG-2, or another model, on captioned moving digits.
 
 Three ways, all in one process and one thread, in turn, on the same clips, batches and windows: gossamer stacked by
 width, gossamer one by one, and a loop in plain PyTorch. For every client the loop does what a researcher would write:
@@ -40,14 +40,14 @@ OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 LARGE = 1024  # rows and columns of the product that shows the processor's rate
 
 
-def configuration(batch: int, optimizer: str, *, stacked: bool) -> dict[str, Any]:
+def configuration(model: str, batch: int, optimizer: str, *, stacked: bool) -> dict[str, Any]:
     """Return the federation: everyone sees and reads, takes part, and does all tasks of the model."""
     return {
         "rounds": 1000,
         "workload": {
             "name": "video-language",
             "dataset": {"name": "moving-digits", "num_train": NUM_CLIENTS * SAMPLES, "num_pools": 1},
-            "model": "mplug-2",
+            "model": model,
         },
         "clients": {"num": NUM_CLIENTS, "per_round": NUM_CLIENTS},
         "train": {"epochs": 1, "batch_size": batch, "lr": LR, "optimizer": {"name": optimizer}},
@@ -60,8 +60,8 @@ def configuration(batch: int, optimizer: str, *, stacked: bool) -> dict[str, Any
 class Federation(Gossamer):
     """The engine of one machine, without workers, evaluation, logs and commits."""
 
-    def __init__(self, batch: int, optimizer: str, *, stacked: bool) -> None:
-        self.parts: Parts = parts_of(configuration(batch, optimizer, stacked=stacked))
+    def __init__(self, model: str, batch: int, optimizer: str, *, stacked: bool) -> None:
+        self.parts: Parts = parts_of(configuration(model, batch, optimizer, stacked=stacked))
         self.engine: LocalEngine = engine_of(self.parts)
 
 
@@ -152,13 +152,13 @@ def products(loop: Loop, number: int) -> dict[str, float]:
     return {"FLOPs of a round": flops, "FLOPs a second of a large product": rate, "seconds at that rate": flops / rate}
 
 
-def measure(batch: int, optimizer: str, num_rounds: int, gate: Gate) -> Report:
+def measure(model: str, batch: int, optimizer: str, num_rounds: int, gate: Gate) -> Report:
     """Time all ways in turn, and return their medians, factors and shares.
 
     Raises:
         SystemExit: their models differ.
     """
-    stacked, singly = (Federation(batch, optimizer, stacked=way) for way in (True, False))
+    stacked, singly = (Federation(model, batch, optimizer, stacked=way) for way in (True, False))
     loop = Loop(singly.parts, batch, optimizer)
     ways: dict[str, Federation | Loop] = {"stacked": stacked, "one by one": singly, "loop": loop}
     differences: list[float] = []
@@ -200,6 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each way")
     parser.add_argument("--batches", type=int, nargs="+", default=[4, 8], help="clips of a batch")
+    parser.add_argument("--model", default="mplug-2", help="name of a model of videos and texts")
     parser.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
     Gate.add_options(parser)
     arguments = parser.parse_args()
@@ -210,8 +211,12 @@ def main() -> None:
         "machine": before,
         "versions": {"torch": version("torch"), "numpy": version("numpy"), "threads": torch.get_num_threads()},
         "clients": {"number": NUM_CLIENTS, "capacities": CAPACITIES, "samples": SAMPLES},
+        "model": arguments.model,
         "optimizer": arguments.optimizer,
-        "batches": {size: measure(size, arguments.optimizer, arguments.rounds, gate) for size in arguments.batches},
+        "batches": {
+            size: measure(arguments.model, size, arguments.optimizer, arguments.rounds, gate)
+            for size in arguments.batches
+        },
     }
     result |= gate.report()
     print(json.dumps(result, indent=1))

@@ -139,6 +139,27 @@ def test_stacked_clients_are_trained_as_one_by_one(name: str) -> None:
             torch.testing.assert_close(stacked[key][number], value, rtol=1e-4, atol=1e-5)
 
 
+@every_model
+def test_clients_in_one_call_are_trained_as_one_by_one(name: str) -> None:
+    """Without `torch.vmap`: losses and gradients of three clients of unequal parameters, in a tolerance of 1e-5."""
+    made = with_model(name)
+    assert made.traits.stacks_natively
+    rows, models = [merged(made, client) for client in (0, 1, 2)], [nudged(made, seed) for seed in (1, 2, 3)]
+    batch = {
+        key: torch.stack([row[key] for row in rows]) for key, value in rows[0].items() if isinstance(value, Tensor)
+    }
+    leaves = {key: torch.stack([model[key].detach() for model in models]).requires_grad_() for key in models[0]}
+    losses = made.loss(leaves, batch | {"scale": 1.0})
+    grads = dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True), strict=True))
+    for number, (row, model) in enumerate(zip(rows, models, strict=True)):
+        torch.testing.assert_close(losses[number], made.loss(model, row), rtol=1e-5, atol=1e-5)
+        for key, value in gradients(made, model, row).items():
+            found = grads[key]
+            assert (found is None) == (value is None)
+            if found is not None:
+                torch.testing.assert_close(found[number], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.sweep(keep=0.4)
 @every_model
 def test_workers_change_no_bits(tmp_path: Path, name: str) -> None:

@@ -121,9 +121,10 @@ class AnchorForward(Forward):
     @cached_property
     def nouns(self) -> Tensor:
         """Embeddings of the words that name classes, float32 [nouns, contrast], through which no gradient goes."""
-        device = self.params["contrast.text.weight"].device
-        words = torch.tensor(self.model.nouns, dtype=torch.int64, device=device)[:, None]
+        weight = self.params["contrast.text.weight"]
+        words = torch.tensor(self.model.nouns, dtype=torch.int64, device=weight.device)[:, None]
         texts = F.pad(F.pad(words, (1, 0), value=BEGIN), (0, 1), value=END)
+        texts = texts.expand(*weight.shape[:-2], -1, -1)  # the same for all stacked clients
         with torch.no_grad():
             return self.embedded("text", mean_of(self.textual(texts), texts != PAD))
 
@@ -134,11 +135,11 @@ class AnchorForward(Forward):
             embedding: float32 [b, contrast], of a caption or of a video.
             named: bool [b, nouns], which anchors there are.
         """
-        anchors = mean_of(self.nouns.expand(*named.shape, -1), named)
+        anchors = mean_of(self.nouns[..., None, :, :].expand(*named.shape, -1), named)
         given = torch.cat([embedding, anchors], dim=-1)
         hidden = rescale(F.gelu(linear(self.params, "prefix.expand", given)), self.scale)
         vectors = linear(self.params, "prefix.contract", hidden)
-        return vectors.reshape(len(embedding), self.model.options.num_prefix, -1)
+        return vectors.reshape(*vectors.shape[:-1], self.model.options.num_prefix, -1)
 
     def said(self, prefix: Tensor, tokens: Tensor) -> Tensor:
         """Return the logits float32 [b, n, num_tokens] of the word after each of tokens int64 [b, n]."""
@@ -156,7 +157,9 @@ class AnchorForward(Forward):
         """Which anchors captions have and keep, bool [b, nouns]."""
         nouns = torch.tensor(self.model.nouns, dtype=torch.int64, device=self.batch["caption"].device)
         named = (self.batch["caption"][..., None] == nouns).any(-2)
-        draws = random_bits(self.key, list(named.shape)).to(torch.float32) * 2.0**-64 + 0.5  # uniform in [0, 1]
+        draws = (
+            random_bits(self.key, list(named.shape[self.key.dim() :])).to(torch.float32) * 2.0**-64 + 0.5
+        )  # uniform in [0, 1]
         return named & (draws >= self.model.options.anchor_drop)
 
     def captioning(self) -> Loss:
@@ -164,7 +167,7 @@ class AnchorForward(Forward):
         caption = self.batch["caption"]
         with torch.no_grad():
             embedding = self.text_embedding
-        logits, targets = self.said(self.prefix(embedding, self.named), caption[:, :-1]), caption[:, 1:]
+        logits, targets = self.said(self.prefix(embedding, self.named), caption[..., :-1]), caption[..., 1:]
         return sequence_losses(logits, targets, targets != PAD), self.batch["has_text"]
 
     # ---- captions of videos

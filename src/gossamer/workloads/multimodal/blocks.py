@@ -253,7 +253,7 @@ class Patches:
         """
         pixels, where = self.cut_out(video), params[f"{self.name}.places.weight"]
         if chosen is not None:
-            pixels, where = taken(pixels, chosen), F.embedding(chosen, where)
+            pixels, where = taken(pixels, chosen), stacked.embedding(chosen, where)
         tokens = linear(params, f"{self.name}.patches", pixels)
         when = params[f"{self.name}.frames.weight"][..., : video.shape[-4], None, :]
         return tokens + stacked.beside(where, 2, tokens) + stacked.beside(when, 3, tokens)

@@ -131,7 +131,7 @@ class Transformer(DeclaredModel, ABC):
                 f"{WHERE}.patch = {options.patch} does not divide frames of {facts.frame[1]} x {facts.frame[2]} pixels:"
                 " choose a divisor of both"
             )
-        self.traits, self.facts = ModelTraits(uses_key=True, adaptable=True), facts
+        self.traits, self.facts = ModelTraits(uses_key=True, adaptable=True, stacks_natively=True), facts
         heads, head_dim = options.num_heads, options.stream // options.num_heads
         if options.cut == "heads":
             heads = window_length(heads, options.width)
@@ -208,7 +208,10 @@ class Transformer(DeclaredModel, ABC):
 
 
 class Forward(ABC):
-    """One forward pass; what several tasks need of it is computed once."""
+    """One forward pass; what several tasks need of it is computed once.
+
+    Of s stacked clients, parameters, batch and key have a further first dimension, and so has all that is returned.
+    """
 
     def __init__(
         self, model: Transformer, params: Params, batch: Mapping[str, Tensor], context: ForwardContext = DEFAULT_CONTEXT

@@ -125,7 +125,7 @@ class HiTeAForward(Forward):
         """Return the contrastive losses of short clips and the words that suit each best."""
         clip, words = self.embedded("video", self.short.mean(-2)), self.embedded("text", self.caption)
         chosen = moment_words(clip, words, self.batch["caption"] > MASK, self.model.options.moment_words)
-        similarity = clip @ F.normalize(chosen, dim=-1).T
+        similarity = clip @ F.normalize(chosen, dim=-1).mT
         return contrastive(self.true_pairs(similarity)), self.paired
 
     def relations(self) -> Loss:
@@ -147,8 +147,8 @@ def short_clips(video: Tensor, key: Tensor, share: float) -> Tensor:
         key: int64 [], random bits of the step.
         share: in (0, 1]; one frame is left at least.
     """
-    count, frames = video.shape[:2]
+    count, frames = video.shape[-5:-3]
     length = max(1, round(frames * share))
     start = (random_bits(key + 1, [count]) & (2**31 - 1)) % (frames - length + 1)  # key + 1: not as words are hidden
-    index = start[:, None] + torch.arange(length, device=video.device)
-    return video.gather(1, index[..., None, None, None].expand(-1, -1, *video.shape[2:]))
+    index = start[..., None] + torch.arange(length, device=video.device)
+    return video.gather(-4, index[..., None, None, None].expand(*index.shape, *video.shape[-3:]))

@@ -15,7 +15,6 @@ temperature that is not learned and output layers that are tied are those of thi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -62,7 +61,6 @@ class MPlug(Transformer):
             ConfigError: an unknown or wrong option, or frames that patches do not divide.
         """
         super().__init__(facts, **params)
-        self.traits = replace(self.traits, stacks_natively=True)
         options, size = self.options, self.options.stream
         blocks = vision_blocks(options, self.heads, self.hidden)
         self.vision = VideoEncoder(self.patches, blocks)

@@ -30,6 +30,7 @@ from gossamer.workloads.multimodal.blocks import Declaring, Layer, Params, linea
 from gossamer.workloads.multimodal.forward import Forward, Loss, Transformer, TransformerOptions
 from gossamer.workloads.multimodal.graphs import Facts, graph
 from gossamer.workloads.multimodal.sparse import drawn_order, put_back, share_of, strongest, taken
+from gossamer.workloads.stacked import beside
 
 VIDEO_KEY = 0x5BD1E9955BD1E995  # so that patches are not masked by the random bits that mask words
 MASKED_VIDEO = "masked-video"
@@ -144,7 +145,7 @@ class SmaugForward(Forward):
     @cached_property
     def order(self) -> Tensor:
         """Places of each frame, of which the first `Smaug.num_visible` are seen, int64 [b, frames, places]."""
-        return drawn_order(self.key ^ VIDEO_KEY, (*self.batch["video"].shape[:2], self.model.patches.num_places))
+        return drawn_order(self.key ^ VIDEO_KEY, (*self.batch["video"].shape[-5:-3], self.model.patches.num_places))
 
     @cached_property
     def seen(self) -> Tensor | None:
@@ -161,7 +162,7 @@ class SmaugForward(Forward):
         """
         model, params, scale = self.model, self.params, self.scale
         x = model.patches(params, self.batch["video"], self.seen)
-        x = torch.cat([params["vision.cls.weight"].expand(*x.shape[:-2], -1, -1), x], dim=-2)
+        x = torch.cat([beside(params["vision.cls.weight"], 2, x).expand(*x.shape[:-2], -1, -1), x], dim=-2)
         for layer in model.blocks[:-1]:
             x = layer(params, x, scale=scale)
         last = model.blocks[-1]
@@ -190,15 +191,15 @@ class SmaugForward(Forward):
     def fused(self, tokens: Tensor, states: Tensor, visual: Tensor) -> Tensor:
         """Return texts after they have attended to the patches and frames that matter to them, see `Forward`."""
         across, options = self.model.fusion[0].across, self.model.options
-        num_frames, size = self.batch["video"].shape[1], visual.shape[-1]
-        frames = visual.reshape(len(visual), num_frames, -1, size)
+        num_frames, size = self.batch["video"].shape[-4], visual.shape[-1]
+        frames = visual.reshape(*visual.shape[:-2], num_frames, -1, size)
         begin = normalised(self.params, f"{across.name}.norm", states[..., :1, :])
         if options.select_by == "text":
             scores = across.shares(self.params, begin[..., None, :, :], frames[..., 1:, :])[..., 0, :]
             frames = self._strongest(frames, scores)
         scores = across.shares(self.params, begin, frames[..., 0, :])[..., 0, :]
         chosen = strongest(frames.flatten(-2), scores, share_of(num_frames, options.keep_frames))
-        return super().fused(tokens, states, chosen.reshape(len(visual), -1, size))
+        return super().fused(tokens, states, chosen.reshape(*chosen.shape[:-2], -1, size))
 
     # ---- losses
 
@@ -218,7 +219,8 @@ class SmaugForward(Forward):
         """What is told of the masked patches, float32 [b, frames, masked, pixels]."""
         params = self.params
         seen = linear(params, "reconstruction.input", self.frames[0][..., 1:, :])
-        x = put_back(seen, params["reconstruction.mask.weight"][0], self.order) + params["reconstruction.places.weight"]
+        fill, places = (beside(params[f"reconstruction.{name}.weight"], 2, seen) for name in ("mask", "places"))
+        x = put_back(seen, fill, self.order) + places
         for layer in self.model.pixels:
             x = layer(params, x, scale=self.scale)
         x = normalised(params, "reconstruction.norm", taken(x, self.order[..., self.model.num_visible :]))

@@ -14,8 +14,8 @@ def drawn_order(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the places of sequences in a random order each, int64 [*shape].
 
     Args:
-        key: int64 [], random bits of the step.
-        shape: of the sequences; the last dimension runs over places.
+        key: int64 [] or [s], random bits of the step.
+        shape: of the sequences, without s; the last dimension runs over places.
     """
     return random_bits(key, list(shape)).argsort(-1)
 
@@ -35,7 +35,7 @@ def put_back(x: Tensor, fill: Tensor, order: Tensor) -> Tensor:
 
     Args:
         x: [..., k, size], k <= n.
-        fill: [size].
+        fill: [size], or what has the dimensions of x and one token.
         order: as `drawn_order` returns it.
     """
     rest = fill.expand(*x.shape[:-2], order.shape[-1] - x.shape[-2], x.shape[-1])

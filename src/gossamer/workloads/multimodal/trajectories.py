@@ -12,6 +12,7 @@ from torch import Tensor
 from gossamer.submodel.layout import Dim
 from gossamer.workloads.models import DeclaredModel, rescale
 from gossamer.workloads.multimodal.blocks import Cut, Params, Scale, linear
+from gossamer.workloads.stacked import beside
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class TrajectoryToWord:
         found, _ = self.trajectories(params, words, patches, scale)
         found = self._within(found, scale)
         query = self._within(self._split(linear(params, f"{self.name}.query", words)).transpose(-3, -2), scale)
-        weight = {layer: params[f"{self.name}.along-{layer}.weight"] for layer in ("query", "key", "value")}
+        layers = "query", "key", "value"
+        weight = {layer: beside(params[f"{self.name}.along-{layer}.weight"], 3, query) for layer in layers}
         query = (query @ weight["query"].transpose(-1, -2)).unsqueeze(-2)  # [..., heads, n, 1, d]
         key, value = (found @ weight[layer].unsqueeze(-3).transpose(-1, -2) for layer in ("key", "value"))
         query = self._within(query, scale)
@@ -121,10 +123,10 @@ def fine_grained(first: Tensor, second: Tensor, first_counts: Tensor, second_cou
         float32 [b, b], the cosine of tokens on average; row i is the first sequence i against all second ones.
     """
     first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
-    products = torch.einsum("anw,bmw->abnm", first, second)
+    products = torch.einsum("...anw,...bmw->...abnm", first, second)
     lowest = -2.0  # below every cosine, and finite where there are no tokens
-    of_first = products.masked_fill(~second_counts[None, :, None, :], lowest).amax(-1)  # [b, b, n]
-    of_second = products.masked_fill(~first_counts[:, None, :, None], lowest).amax(-2)  # [b, b, m]
-    forth = (of_first * first_counts[:, None]).sum(-1) / first_counts.sum(-1).clamp_min(1)[:, None]
-    back = (of_second * second_counts[None]).sum(-1) / second_counts.sum(-1).clamp_min(1)[None]
+    of_first = products.masked_fill(~second_counts[..., None, :, None, :], lowest).amax(-1)  # [b, b, n]
+    of_second = products.masked_fill(~first_counts[..., :, None, :, None], lowest).amax(-2)  # [b, b, m]
+    forth = (of_first * first_counts[..., :, None, :]).sum(-1) / first_counts.sum(-1).clamp_min(1)[..., :, None]
+    back = (of_second * second_counts[..., None, :, :]).sum(-1) / second_counts.sum(-1).clamp_min(1)[..., None, :]
     return (forth + back) / 2
