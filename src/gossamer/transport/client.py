@@ -206,10 +206,7 @@ class Client:
                 last = error
             else:
                 return connection
-        raise Disconnected(
-            f"could not join the server at {self._server} within {timeout_seconds:g} seconds ({last}): check that it"
-            " runs, and its address"
-        )
+        raise Disconnected(f"could not join the server at {self._server} ({last}): check that it runs, and its address")
 
     def begin(self, server_id: str) -> None:
         """Forget what was applied where the server is a new one; see `Joining`."""

@@ -24,6 +24,7 @@ from gossamer.storage.runlog import read_metrics
 from gossamer.transport import Client
 from gossamer.transport.authentication import load_kit
 from gossamer.transport.provisioning import provision
+from nodes import free_port
 from peer_threads import Peers, Watch, committed_rows, ended_after
 from slow_peers import LEAST_SQUARES, decentralized
 
@@ -237,6 +238,19 @@ def process_of(directory: Path) -> int:
 
 
 class TestSentences:
+    def test_a_neighbour_that_never_comes(self, tmp_path: Path) -> None:
+        peers, over, lines = (
+            Peers(tmp_path, configured({"peers.num": 2, "peers.topology": "complete"})),
+            threading.Event(),
+            list[str](),
+        )
+        (peers.book / "peer-1").write_text(f"127.0.0.1:{free_port()}")
+        peers.start(0, Hooks(is_ended=over.is_set, tell=lines.append))
+        wait_for(lambda: any(line.startswith("peer 1 is away; waiting for it (could not join") for line in list(lines)))
+        over.set()
+        peers.join()
+        assert len([line for line in lines if "is away" in line]) == 1
+
     def test_another_experiment(self, tmp_path: Path) -> None:
         peers = Peers(tmp_path, configured(RUNS["dsgd"] | {"peers.topology": "complete"}))
         over, lines = threading.Event(), list[str]()

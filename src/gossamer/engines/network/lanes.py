@@ -34,7 +34,7 @@ class Lane:
     """
 
     def __init__(
-        self, dial: Dial, kept: Iterable[Message], changed: threading.Condition, told: Callable[[bool], None]
+        self, dial: Dial, kept: Iterable[Message], changed: threading.Condition, told: Callable[[str], None]
     ) -> None:
         """Start.
 
@@ -42,12 +42,12 @@ class Lane:
             dial: callback that joins the node; its welcome says ``at``, the phase that the node is in.
             kept: what was sent to it last, by a process that is gone.
             changed: notified whenever something was taken, or went wrong.
-            told: callback, given whether the node is there, when that changes.
+            told: callback, given the reason when the node is away, be it from the beginning.
         """
         self._dial, self._changed, self._told = dial, changed, told
         self._kept = deque(kept, KEPT)
         self._waiting = deque(self._kept)
-        self._taken, self._closed, self._is_there = START, False, False
+        self._taken, self._closed, self._is_there = START, False, True
         self.error: GossamerError | None = None
         self.at, self.is_over = START, False
         self._question: Message | None = None
@@ -75,6 +75,11 @@ class Lane:
         return self.is_over or self._taken >= address
 
     @property
+    def is_away(self) -> bool:
+        """Whether the node has ended, or could not be joined when this one tried last."""
+        return self.is_over or not self._is_there
+
+    @property
     def kept(self) -> list[When]:
         """The phases whose messages are kept, to be sent again."""
         with self._changed:
@@ -98,14 +103,14 @@ class Lane:
                     continue
                 with closing(client):
                     self._use(client)
-            except Disconnected:
-                self._note(False)
+            except Disconnected as error:
+                self._note_away(str(error))
                 self._pause()
             except GossamerError as error:
                 if self.at == START or isinstance(error, Dropped) or not isinstance(error, TransportError):
                     self._fail(error)
                     return
-                self._note(False)  # another node now listens there: it is the one that has to be mended
+                self._note_away(str(error))  # another node now listens there: it is the one that has to be mended
                 self._pause()
 
     def _use(self, client: Client) -> None:
@@ -116,7 +121,7 @@ class Lane:
             self._waiting = deque(message for message in self._kept if when(message) >= self.at)
             self._taken = max([self._taken, *(when(m) for m in self._kept if when(m) < self.at)])
             self._changed.notify_all()
-        self._note(True)
+        self._is_there = True
         while not self._closed:
             received = client.receive(0.0)
             if received is not None and self._hear(received.message):
@@ -154,10 +159,10 @@ class Lane:
             self.error = error
             self._changed.notify_all()
 
-    def _note(self, is_there: bool) -> None:
-        if is_there != self._is_there:
-            self._is_there = is_there
-            self._told(is_there)
+    def _note_away(self, reason: str) -> None:
+        if self._is_there:
+            self._is_there = False
+            self._told(reason)
 
     def _pause(self) -> None:
         with self._changed:

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ class NetworkPeer(PeerEngine):
     def close(self) -> None:
         """Stay until nobody needs anything of this peer, if its run is over, and leave."""
         if self._is_done:
-            self._links.finish()
+            self._links.finish(inf if self._waits else self._patience_seconds)
         self._links.close("the peer has ended")
 
     # ---- inside
@@ -232,7 +233,7 @@ class NetworkPeer(PeerEngine):
         ahead = max(sorted(missing), key=self._links.rounds_ahead)
         is_behind = self._links.rounds_ahead(ahead) >= (1 if self._waits else ROUNDS_BEHIND)
         specs = {name: (row.dtype, tuple(row.shape)) for name, row in self._row.state.items()}
-        found = self._links.state_of(ahead, specs) if is_behind else None
+        found = self._links.state_of(ahead, specs, is_patient=self._waits) if is_behind else None
         if found is not None and found[0] > at:
             go_on_from(self._place.directory, *found)
             told = {"taken_from": ahead, "taken_round": found[0][0] + 1, "taken_phase": found[0][1] + 1}

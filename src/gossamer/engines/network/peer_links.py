@@ -122,7 +122,7 @@ class PeerLinks:
                 lambda seconds: self._dial(number, seconds),
                 kept,
                 self._changed,
-                lambda is_there: self._tell(number, is_there),
+                lambda reason: self._hooks.tell(f"{described(number)} is away; waiting for it ({reason})"),
             )
         return self._lanes[number]
 
@@ -177,11 +177,12 @@ class PeerLinks:
         """Return by how many rounds another peer is ahead of this one, as far as that is known."""
         return self._gate.rounds_ahead(number)
 
-    def state_of(self, number: int, specs: Specs) -> tuple[When, Arrays] | None:
+    def state_of(self, number: int, specs: Specs, *, is_patient: bool) -> tuple[When, Arrays] | None:
         """Return a phase, and the state arrays with which another peer began it; None: it does not answer.
 
         Args:
             specs: dtypes and shapes of the arrays.
+            is_patient: whether it is waited for, too, while it is away.
 
         Raises:
             Interrupted: a stop was requested.
@@ -191,7 +192,7 @@ class PeerLinks:
         asked = self.message(ASK, self._at, {})
         lane.ask(replace(asked, address=replace(asked.address, attempt=self._num_questions)))
         with self._changed:
-            while lane.answer is None and time.monotonic() < until:
+            while lane.answer is None and time.monotonic() < until and (is_patient or not lane.is_away):
                 self.check()
                 with recorder.span("wait"):
                     self._changed.wait(POLL_SECONDS)
@@ -236,14 +237,18 @@ class PeerLinks:
             if lane.error is not None:
                 raise lane.error
 
-    def finish(self) -> None:
-        """Tell all who send to this node that it needs nothing more; wait for those who may need something of it."""
+    def finish(self, patience_seconds: float = LINGER_SECONDS) -> None:
+        """Tell all who send to this node that it needs nothing more; wait for those who may need something of it.
+
+        Args:
+            patience_seconds: after which others go on without what they need.
+        """
         end = (self._place.num_rounds, 0)
         with self._changed:
             self._at, self._over = end, True
         for name in self._server.nodes():
             self._say_end(name)
-        until = time.monotonic() + LINGER_SECONDS
+        until = time.monotonic() + min(LINGER_SECONDS, patience_seconds)
         with self._changed:
             while time.monotonic() < until:
                 if all(lane.is_over or number in self._absent for number, lane in self._lanes.items()):
@@ -313,10 +318,6 @@ class PeerLinks:
                 f" addresses in {place.book.path.name}, or its --id"
             )
         return client
-
-    def _tell(self, number: int | None, is_there: bool) -> None:
-        if not is_there:
-            self._hooks.tell(f"{described(number)} is away; waiting for it")
 
     def _listen(self) -> None:
         """Sort what happens, in a thread of its own."""
