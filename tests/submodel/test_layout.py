@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gossamer.errors import ConfigError
 from gossamer.submodel import LABEL_AXIS, Axes, Dim, Layout
-from gossamer.submodel.layout import ALIGNMENT, as_dim, axis_widths
+from gossamer.submodel.layout import ALIGNMENT, KERNEL, as_dim, axis_widths
 from gossamer.submodel.windows import Window, window_length
 
 Shapes = dict[str, tuple[int, ...]]
@@ -30,7 +30,7 @@ NET: tuple[Shapes, Axes] = (
     },
     {
         "qkv.weight": (Dim("heads", outer=3), "hidden"),
-        "conv.weight": ("conv", None, None, None),
+        "conv.weight": ("conv", None, KERNEL, KERNEL),
         "hidden.weight": ("hidden", Dim("conv", inner=49)),
         "norm.bias": (Dim("conv"),),
         "output.weight": (LABEL_AXIS, "heads"),
@@ -197,3 +197,19 @@ def test_labels_of_several_axes_are_numbered_one_axis_after_another() -> None:
         assert part.label_dims["b.x"] == (0, slice(3, 5))  # as in the whole model, though its own are fewer
         assert part.label_dims["b.y"] == (1, slice(0, 3))
     assert Layout.of({"x": (4,)}, {"x": ("labels",)}).num_labels == 0
+
+
+def test_axes_say_what_is_convolved_with() -> None:
+    """A parameter of four dimensions that is no kernel lies as it did, and one of a sequence's kernel is told, too."""
+    shapes = {"scores": (2, 3, 4, 5), "image": (2, 3, 4, 5), "sequence": (2, 3, 4)}
+    axes = {"scores": (None,) * 4, "image": (None, None, KERNEL, KERNEL), "sequence": (None, None, KERNEL)}
+    layout = Layout.of(shapes, axes)
+    assert layout.convolutions == {"image"}
+    assert layout.convolves
+    assert not layout.of_modules({"scores"}).convolves
+    assert layout.of_modules({"sequence"}).convolves
+    row = torch.arange(float(layout.d))
+    plain, last = layout.views(row), layout.as_channels_last.views(row)
+    assert [torch.equal(plain[name], last[name]) for name in shapes] == [True, False, True]
+    moved = layout.reorder_(row.clone(), layout.as_channels_last)
+    assert all(torch.equal(layout.as_channels_last.views(moved)[name], plain[name]) for name in shapes)

@@ -277,6 +277,11 @@ class TestModes:
         convolution, tail = partial(nn.Conv2d, 2, 3, 3), partial(nn.Linear, 3 * 42, 4)
         assert of_layers(convolution, lambda x: x.flatten(1), tail).traits.has_images
         assert not of_layers(convolution, lambda x: x.view(len(x), -1), tail).traits.has_images
+        found = of_layers(convolution, lambda x: x.flatten(1), tail)
+        for axes in (found.whole_axes, found.axes):
+            layout = Layout.of(found.shapes, axes)
+            assert layout.convolutions == {name for name, shape in found.shapes.items() if len(shape) == 4}
+            assert layout.cut(0.5).convolves
 
     def test_a_module_that_cannot_be_stacked(self) -> None:
         decide = lambda x: x if bool(torch.isfinite(x.detach().sum())) else x * 0  # noqa: E731

@@ -7,7 +7,7 @@ the few floats between parameters are always zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -29,11 +29,15 @@ class Dim:
     query-key-value projection of an attention layer has outer = 3. `axis` None marks a dimension that is never cut;
     the axis named ``"label"``, and those whose names begin with ``"label:"`` where a model tells several kinds of
     labels, are never cut either, but their entries belong to labels (see `aggregate.selective_mean`).
+
+    `is_kernel` says that it is one of a convolution's kernel, such as `KERNEL`: by two of these, and not by its rank, a
+    weight is known to be one that images are convolved with.
     """
 
     axis: str | None
     outer: int = 1
     inner: int = 1
+    is_kernel: bool = False
 
     @property
     def cuttable(self) -> bool:
@@ -46,6 +50,7 @@ class Dim:
         return self.axis is not None and self.axis.partition(":")[0] == LABEL_AXIS
 
 
+KERNEL = Dim(None, is_kernel=True)
 AxisSpec = str | Dim | None
 Axes = Mapping[str, tuple[AxisSpec, ...]]
 
@@ -53,6 +58,18 @@ Axes = Mapping[str, tuple[AxisSpec, ...]]
 def as_dim(spec: AxisSpec) -> Dim:
     """Read an axis given by its bare name (or None) as a `Dim`."""
     return spec if isinstance(spec, Dim) else Dim(spec)
+
+
+def num_kernel_dims(specs: Iterable[AxisSpec]) -> int:
+    """Return how many dimensions of a parameter are those of a convolution's kernel: 2 of such as are for images."""
+    return sum(as_dim(spec).is_kernel for spec in specs)
+
+
+def with_kernels(axes: Axes, names: Collection[str]) -> dict[str, tuple[AxisSpec, ...]]:
+    """Return axes of which those of these weights [out, in, ...], with which inputs are convolved, have `KERNEL`."""
+    return {
+        name: (*specs[:2], *(KERNEL for _ in specs[2:])) if name in names else specs for name, specs in axes.items()
+    }
 
 
 def axis_widths(shapes: Mapping[str, tuple[int, ...]], axes: Axes) -> dict[str, int]:
@@ -178,6 +195,16 @@ class Layout:
         names, shapes, axes = zip(*held, strict=True) if held else ((), (), ())
         return Layout(names, shapes, axes, self.channels_last, self.labels)
 
+    @cached_property
+    def convolutions(self) -> frozenset[str]:
+        """The parameters that images are convolved with, [out, in, height, width]."""
+        return frozenset(n for n, dims in zip(self.names, self.axes, strict=True) if num_kernel_dims(dims) == 2)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether anything is convolved, in however many dimensions."""
+        return any(num_kernel_dims(dims) for dims in self.axes)
+
     @property
     def num_labels(self) -> int:
         """Labels of all label axes of this layout together."""
@@ -217,7 +244,7 @@ class Layout:
         lead, views = x.shape[:-1], {}
         for name, shape, offset in zip(self.names, self.shapes, self.offsets, strict=True):
             flat = x[..., offset : offset + math.prod(shape)]
-            if self.channels_last and len(shape) == 4:
+            if self.channels_last and name in self.convolutions:
                 views[name] = flat.view(*lead, shape[0], *shape[2:], shape[1]).movedim(-1, -3)
             else:
                 views[name] = flat.view((*lead, *shape))
@@ -228,7 +255,7 @@ class Layout:
         if self.channels_last != target.channels_last:
             new = target.views(x)
             for name, view in self.views(x).items():
-                if view.dim() - x.dim() == 3:
+                if name in self.convolutions:
                     new[name].copy_(view.clone(memory_format=torch.contiguous_format))
         return x
 

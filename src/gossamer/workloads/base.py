@@ -295,7 +295,7 @@ class Model(Protocol):
     Attributes:
         traits: what it can and cannot do.
         shapes: ``{parameter: shape}`` in the order in which they lie in a row.
-        axes: ``{parameter: (axis name | Dim | None, ...)}``.
+        axes: ``{parameter: (axis name | Dim | None, ...)}``; of a convolution's kernel `KERNEL`.
         norms: names of the BatchNorm layers; usually empty.
     """
 

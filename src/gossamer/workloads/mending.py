@@ -40,6 +40,7 @@ class Mending(TorchFunctionMode):
         self._axes, self._context = axes, context
         self._is_scaled = context.is_scaled
         self.dropout = Dropout(context.key)
+        self.convolved = set[str]()  # names of the parameters with which inputs are convolved
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -226,6 +227,7 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         groups: int = 1,
     ) -> Tensor:
         """Read the number of groups off input and weight, and apply the scaler."""
+        mending.convolved |= {mending._names.get(id(weight), "")}
         groups = groups if groups == 1 else input.shape[1 - weight.dim()] // weight.shape[1]
         return function(mending.scaled(input, weight, 1), weight, bias, stride, padding, dilation, groups)
 
@@ -235,6 +237,7 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _transposed_convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def mended(mending: Mending, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the scaler."""
+        mending.convolved |= {mending._names.get(id(weight), "")}
         return function(mending.scaled(input, weight, 0), weight, *args, **kwargs)
 
     return mended

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gossamer.errors import ConfigError
 from gossamer.memory import require_memory
 from gossamer.options import Options, parse_options
-from gossamer.submodel.layout import LABEL_AXIS, AxisSpec, Dim
+from gossamer.submodel.layout import KERNEL, LABEL_AXIS, AxisSpec, Dim, num_kernel_dims
 from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, Model
 from gossamer.workloads.dropout import Dropout
@@ -146,7 +146,7 @@ class ImageModel(DeclaredModel):
             )
         self.num_sample_dims = len(input_shape)
         self.declare(options, input_shape, num_labels)
-        if any(len(shape) == 4 for shape in self.shapes.values()):  # it has convolutions
+        if any(num_kernel_dims(specs) == 2 for specs in self.axes.values()):
             self.traits = replace(self.traits, has_images=True)
 
     def declare(self, options: Any, input_shape: tuple[int, ...], num_labels: int) -> None:
@@ -267,8 +267,8 @@ class CNN(ImageModel):
                 f"model 'cnn' halves the image twice, but it has {height} x {width} pixels: use 4 x 4 or more"
             )
         first, second, hidden = (window_length(size, options.width) for size in (32, 64, 512))
-        self.add("conv0", (first, channels, 5, 5), ("conv0", None, None, None))
-        self.add("conv1", (second, first, 5, 5), ("conv1", "conv0", None, None))
+        self.add("conv0", (first, channels, 5, 5), ("conv0", None, KERNEL, KERNEL))
+        self.add("conv1", (second, first, 5, 5), ("conv1", "conv0", KERNEL, KERNEL))
         self.add("hidden", (hidden, second * pixels), ("hidden", Dim("conv1", inner=pixels)))
         self.add("output", (num_labels, hidden), (LABEL_AXIS, "hidden"))
 

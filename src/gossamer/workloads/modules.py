@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigError, GossamerError
-from gossamer.submodel.layout import Axes, AxisSpec, Layout
+from gossamer.submodel.layout import Axes, AxisSpec, Layout, num_kernel_dims, with_kernels
 from gossamer.submodel.tracing import Attention, Keep, trace_axes
 from gossamer.threads import one_thread
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext, WithConstants
@@ -88,12 +88,11 @@ class ModuleModel(WithConstants):
         Raises:
             ConfigError: the module cannot be trained as it is; the message says why.
         """
-        self._build, self._num_labels = build, num_labels
-        self._kept_constant = frozenset[str]()
+        self._build, self._num_labels, self._kept_constant = build, num_labels, frozenset[str]()
         self._attention, self._keep = attention, keep
         self._axes: Axes | None = None
         self._dtype = torch.float32
-        self._drops = False  # whether a forward pass with a key had dropout
+        self._drops, self._convolved = False, frozenset[str]()  # whether there was dropout; what was convolved with
         noise = torch.randn(TRIED, *input_shape, generator=torch.Generator().manual_seed(0))
         self._samples, self.keeps_buffers = noise if samples is None else samples, keeps_buffers
         if keeps_buffers:
@@ -104,7 +103,7 @@ class ModuleModel(WithConstants):
         with one_thread():
             self._check_forwards()
             stacks = not self.buffers and self._agrees(self._stacked)
-            convolves = any(len(shape) == 4 for shape in self.shapes.values())
+            convolves = any(num_kernel_dims(specs) == 2 for specs in self.whole_axes.values())
             has_images = convolves and self._agrees(self._channels_last)
         self.traits = ModelTraits(supports_stacking=stacks, has_images=has_images, uses_key=self._drops)
 
@@ -126,8 +125,8 @@ class ModuleModel(WithConstants):
 
     @property
     def whole_axes(self) -> dict[str, tuple[AxisSpec, ...]]:
-        """Axes for whole models, of which nothing is known and nothing can be cut."""
-        return {name: (None,) * len(shape) for name, shape in self.shapes.items()}
+        """Axes for whole models, of which kernels of convolutions alone are known and nothing can be cut."""
+        return with_kernels({name: (None,) * len(shape) for name, shape in self.shapes.items()}, self._convolved)
 
     def init(self, source: np.random.Generator) -> dict[str, Tensor]:
         """Return the trained parameters of a module whose draws are seeded from `source`."""
@@ -207,7 +206,7 @@ class ModuleModel(WithConstants):
         logits, after = output
         if context.updates is not None:
             context.updates.update(after)
-        self._drops = self._drops or mending.dropout.num_calls > 0
+        self._drops, self._convolved = self._drops or mending.dropout.num_calls > 0, self._convolved | mending.convolved
         return logits
 
     # ---- the module
@@ -353,6 +352,7 @@ class ModuleModel(WithConstants):
     def _trace(self, attention: Attention) -> None:
         try:
             traced = trace_axes(self._module, self._samples, attention=attention, keep=self._keep)
+            traced = with_kernels(traced, self._convolved)
         except GossamerError as error:
             raise ConfigError(f"model {self._name!r}: {error}") from error
         except Exception as error:

@@ -127,7 +127,7 @@ class PartlyTrained(WithConstants):
         except ConfigError:  # then labels are unknown, and nothing else of these axes is asked for
             found = {}
         return self.whole_axes | {
-            name: tuple(spec if as_dim(spec).is_label else None for spec in found[name])
+            name: tuple(spec if as_dim(spec).is_label or as_dim(spec).is_kernel else None for spec in found[name])
             for name in self.shapes
             if name in found
         }
@@ -138,7 +138,11 @@ class PartlyTrained(WithConstants):
         if self._lora is None and not isinstance(self._model, ModuleModel):
             return self.axes
         of_factors = {A: (RANK_AXIS, None), B: (None, RANK_AXIS)}
-        return {name: of_factors.get(name[-len(A) :], (None,) * len(shape)) for name, shape in self.shapes.items()}
+        own = self._model.whole_axes if isinstance(self._model, ModuleModel) else {}
+        return {
+            name: of_factors.get(name[-len(A) :], own.get(name, (None,) * len(shape)))
+            for name, shape in self.shapes.items()
+        }
 
     def init(self, source: np.random.Generator) -> dict[str, Tensor]:
         """Return what is trained, drawn as the model draws it; B is 0."""

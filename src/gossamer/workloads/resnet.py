@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from gossamer.submodel.layout import LABEL_AXIS
+from gossamer.submodel.layout import KERNEL, LABEL_AXIS
 from gossamer.submodel.windows import window_length
 from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.models import ImageModel, ModelOptions, batch_norm, rescale
@@ -31,18 +31,18 @@ class PreActResNet18(ImageModel):
         self.blocks: list[tuple[str, int]] = []
         norms: list[str] = []
         size, axis = widths[0], "stage0"
-        self.add("stem", (size, input_shape[0], 3, 3), (axis, None, None, None), bias=False)
+        self.add("stem", (size, input_shape[0], 3, 3), (axis, None, KERNEL, KERNEL), bias=False)
         for stage, width in enumerate(widths):
             stream = f"stage{stage}"
             for number in range(BLOCKS_PER_STAGE):
                 block = f"{stream}.block{number}"
                 changes = axis != stream
                 self.add(f"{block}.norm0", (size,), (axis,))
-                self.add(f"{block}.conv0", (width, size, 3, 3), (block, axis, None, None), bias=False)
+                self.add(f"{block}.conv0", (width, size, 3, 3), (block, axis, KERNEL, KERNEL), bias=False)
                 self.add(f"{block}.norm1", (width,), (block,))
-                self.add(f"{block}.conv1", (width, width, 3, 3), (stream, block, None, None), bias=False)
+                self.add(f"{block}.conv1", (width, width, 3, 3), (stream, block, KERNEL, KERNEL), bias=False)
                 if changes:
-                    self.add(f"{block}.shortcut", (width, size, 1, 1), (stream, axis, None, None), bias=False)
+                    self.add(f"{block}.shortcut", (width, size, 1, 1), (stream, axis, KERNEL, KERNEL), bias=False)
                 self.blocks.append((block, 2 if changes else 1))
                 norms += [f"{block}.norm0", f"{block}.norm1"]
                 size, axis = width, stream

@@ -54,11 +54,10 @@ def modes_by_rule(
 
     def pays(variant: Variant, flops: float, number: float) -> bool:
         """Say whether stacking does."""
-        shapes = variant.layout.shapes
-        is_light = flops * batch * padded <= LIGHT * len(shapes)
+        is_light = flops * batch * padded <= LIGHT * len(variant.layout.shapes)
         if task.workload.traits.stacks_natively:
             return number > 1 and (is_light or padded <= MOST_PADDED)
-        if any(len(shape) > 2 for shape in shapes):  # convolutions
+        if variant.layout.convolves:
             return number >= FEW and is_light
         return number >= FEW and variant.layout.d <= SMALL_MODEL and (is_light or padded <= MOST_PADDED)
 
