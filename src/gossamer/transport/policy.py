@@ -47,7 +47,7 @@ TEXTS = {  # what is only recorded, or is a pattern of the names of parameters
     *("clients.personal", "workload.frozen", "workload.lora.targets", "workload.lora.train", "train.groups.match"),
 }
 PLACES = {  # paths under other keys than those of `PLACE`
-    "offload.device",
+    *("engine.data", "offload.device"),
     *("workload.dataset.videos", "workload.dataset.captions", "workload.dataset.test_captions"),
     *("workload.dataset.classes", "workload.model.weights"),
 }
