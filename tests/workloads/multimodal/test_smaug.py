@@ -76,6 +76,19 @@ class TestMasking:
         assert found == made.metrics(made.evaluate(params, {}, 0))
         assert found["loss_masked_video"] > 0
 
+    def test_cls_is_half_of_what_is_compared_however_much_is_seen(self) -> None:
+        """Frame by frame, of 6 places of 16 while training and of all of them in metrics."""
+        made = with_model("smaug", tasks=TASKS)
+        params, batch = nudged(made), merged(made)
+        for training, count in ((True, 6), (False, 16)):
+            context = ForwardContext(training=training, key=batch["key"])
+            forward = SmaugForward(made.model, params, batch, context)  # type: ignore[arg-type]
+            frames = forward.frames[0]
+            assert frames.shape[2] == 1 + count
+            for clip in range(8):
+                halves = [one[0] / 2 + sum(one[1:]) / (2 * count) for one in frames[clip]]
+                torch.testing.assert_close(forward.pooled()[clip], sum(halves) / 5, rtol=1e-4, atol=1e-5)
+
     def test_without_masks_there_is_nothing_to_reconstruct(self) -> None:
         with pytest.raises(ConfigError, match="names 'masked-video', which is none of"):
             with_model("smaug", model=DENSE, tasks=TASKS)

@@ -180,8 +180,12 @@ class SmaugForward(Forward):
         return kept.flatten(-3, -2)
 
     def pooled(self) -> Tensor:
-        """Return the mean of all that is seen of each video, float32 [b, size]."""
-        return self.frames[0].mean((-3, -2))
+        """Return the mean of [CLS] and of the patches that are seen, both alike of all frames, float32 [b, size].
+
+        However few patches are seen, [CLS] has the same part in it: in training, and in metrics of whole videos.
+        """
+        frames, _ = self.frames
+        return (frames[..., 0, :].mean(-2) + frames[..., 1:, :].mean((-3, -2))) / 2
 
     def _strongest(self, frames: Tensor, scores: Tensor) -> Tensor:
         """Return the [CLS] and the patches of the highest scores [b, frames, seen] of each frame."""
