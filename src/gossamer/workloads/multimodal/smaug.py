@@ -9,8 +9,9 @@
 - ``text``, ``decoder``, ``contrast``, ``matching``, ``recognition``: as in mPLUG-2.
 
 Retrieval is contrastive learning and matching; masked language modelling sees the video; ``masked-video`` is the mean
-squared error of masked pixels. Metrics are of whole videos, without masks. [M] Sizes, the layer over frames, and scores
-that are the attention of fusion's first layer are those of this small version.
+squared error of masked pixels. Metrics are of whole videos, without masks. [M] Sizes, the layer over frames, the mean
+that retrieval compares ([CLS], and what is seen of patches, by halves), and scores that are the attention of fusion's
+first layer are those of this small version.
 """
 
 from __future__ import annotations
