@@ -187,6 +187,16 @@ class TestVerdicts:
         assert {one.name: one.is_met for one in found.advice} == {"A1": None, "A2": True, "A3": False, "A4": True}
         assert 0 < found.utilisation < 1
 
+    @pytest.mark.parametrize(
+        ("kind", "name", "freed"),
+        [("aggregate", "aggregation", 3 - 1), ("compress", "codec", 2 - 2), ("digest", "checksum", 1 - 1)],
+    )
+    def test_memory_of_the_host_is_read_and_written_less_but_for_what_crosses(
+        self, kind: str, name: str, freed: int
+    ) -> None:
+        found = verdict_of(rounds((kind, 0.05, MB), (kind, 0.05, MB)), emulated(), name)
+        assert found.memory_bytes == pytest.approx(freed * 2 * MB)
+
     def test_break_even_is_where_the_round_is_as_long(self) -> None:
         graphs, device = rounds(("checkpoint", 0.05, MB)), emulated()
         found = verdict_of(graphs, device, "checkpoint")

@@ -57,6 +57,8 @@ class Verdict:
         deciding: assumed numbers on which the verdict depends.
         seconds: of the stage on the host.
         freed_cpu_seconds, link_bytes: of the host's processors, and across the link.
+        memory_bytes: that the host's memory reads and writes less: those of the stage, of which its `touches` tell,
+            without those that cross the link. Derived, not measured.
         utilisation: share of the round in which the device's busiest core or engine works.
         critical_path: share of each kind of work on the longest path after the move.
         break_even_slowdown: at which the round is as long as before; None: it does not depend on it, or at none.
@@ -77,6 +79,7 @@ class Verdict:
     seconds: float
     freed_cpu_seconds: float
     link_bytes: float
+    memory_bytes: float
     utilisation: float
     critical_path: dict[str, float]
     break_even_slowdown: float | None
@@ -145,6 +148,7 @@ def _judge(graphs: Sequence[Graph], device: Device, stage: Stage) -> Verdict:
         seconds=seconds / count,
         freed_cpu_seconds=sum(one.freed_seconds for one in at_value) / count,
         link_bytes=sum(one.link_bytes for one in at_value) / count,
+        memory_bytes=(sum(map(stage.touched, nodes)) - sum(one.link_bytes for one in at_value)) / count,
         utilisation=utilisation,
         critical_path=path_shares(at_value[len(at_value) // 2].graph),
         break_even_slowdown=None if engine else _break_even_slowdown(graphs, stage, costs, fmean(before)),

@@ -30,6 +30,8 @@ class Stage:
         returns: share of its bytes that come back.
         sends_nothing, returns_nothing: kinds whose bytes do not cross the link on the way there, or back, because they
             are there already, or stay there.
+        touches: how often memory is read or written for a byte of its work, at least: derived from what the stage does,
+            and not measured.
     """
 
     name: str
@@ -41,6 +43,11 @@ class Stage:
     returns: float = 1.0
     sends_nothing: tuple[str, ...] = ()
     returns_nothing: tuple[str, ...] = ()
+    touches: float = 2.0
+
+    def touched(self, node: Node) -> float:
+        """Return the bytes of memory that a piece reads and writes, see `touches`; of a digest they are read once."""
+        return node.num_bytes * (1.0 if node.kind == "digest" else self.touches)
 
     def crossing(self, node: Node) -> tuple[float, float]:
         """Return the bytes of a piece that cross the link, there and back."""
@@ -58,11 +65,12 @@ STAGES = (
         passes=MEANWHILE,
         sends_nothing=("combine",),
         returns_nothing=("aggregate",),
+        touches=3.0,  # a sum is read and written, too
     ),
     Stage("mixing", ("mix",), PIPELINED, "slowdown_matrix", passes=(UNATTRIBUTED, "exchange")),
     Stage("codec", ("compress", "quantise"), SYNCHRONOUS, "slowdown_cpu", "compress"),
     Stage("compression", ("deflate", "zstd"), SYNCHRONOUS, "slowdown_cpu", "compress", returns=0.9),
-    Stage("checksum", ("checksum", "digest"), SYNCHRONOUS, "slowdown_cpu", "checksum", returns=0.0),
+    Stage("checksum", ("checksum", "digest"), SYNCHRONOUS, "slowdown_cpu", "checksum", returns=0.0, touches=1.0),
     Stage("encryption", ("encrypt",), SYNCHRONOUS, "slowdown_crypto", "encrypt"),
     Stage("checkpoint", ("checkpoint", "digest"), BACKGROUND, "slowdown_copy", returns=0.0, sends_nothing=("digest",)),
     Stage("logging", ("log",), BACKGROUND, "slowdown_cpu", returns=0.0),

@@ -232,7 +232,19 @@ def render_offload(verdicts: Sequence[Verdict], device: Device, as_json: bool = 
     if as_json:
         plain = {"device": device.name, "nothing_worth_offloading": nothing}
         return json.dumps(plain | {"stages": [one.as_json() for one in verdicts]}, indent=2)
-    rows = [("stage", "verdict", "round", "90 % interval", "host CPU freed", "link bytes", "device busy", "break-even")]
+    rows = [
+        (
+            "stage",
+            "verdict",
+            "round",
+            "90 % interval",
+            "host CPU freed",
+            "link bytes",
+            "DRAM bytes*",
+            "device busy",
+            "break-even",
+        )
+    ]
     for one in verdicts:
         if one.engine is not None:
             even = "-" if one.break_even_bytes is None else f"{one.break_even_bytes:,.0f} bytes"
@@ -240,8 +252,8 @@ def render_offload(verdicts: Sequence[Verdict], device: Device, as_json: bool = 
             even = "-" if one.break_even_slowdown is None else f"slowdown {one.break_even_slowdown:.3g}"
         interval = f"{100 * one.change.lo:+.1f} to {100 * one.change.hi:+.1f} %"
         freed = f"{'-' if one.freed_cpu_seconds < 0 else ''}{as_time(abs(one.freed_cpu_seconds))}"
-        cells = f"{100 * one.change.mean:+.1f} %", interval, freed, f"{one.link_bytes:,.0f}", f"{one.utilisation:.1%}"
-        rows.append((one.stage, one.verdict, *cells, even))
+        moved = f"{one.link_bytes:,.0f}", f"{0 - one.memory_bytes:+,.0f}", f"{one.utilisation:.1%}"
+        rows.append((one.stage, one.verdict, f"{100 * one.change.mean:+.1f} %", interval, freed, *moved, even))
     told = []
     for one in verdicts:
         marks = {True: "met", False: "broken", None: "does not apply"}
@@ -249,7 +261,8 @@ def render_offload(verdicts: Sequence[Verdict], device: Device, as_json: bool = 
         start = f"; its engine needs {as_time(one.start_seconds)} once a run" if one.start_seconds else ""
         told.append(f"{one.stage} ({one.mode}): {one.verdict}, {one.reason}{start}.\n  {advice}.")
     head = f"Moved to {device.name}: {device.description}. Rounds are replayed; nothing ran on such a device."
-    parts = [head, aligned(rows), "\n".join(told)] if verdicts else [head]
+    note = "* of the host's memory: derived from the bytes that a stage works on, not measured."
+    parts = [head, aligned(rows), note, "\n".join(told)] if verdicts else [head]
     return "\n\n".join([*parts, *(["Nothing is worth offloading."] if nothing else [])])
 
 
