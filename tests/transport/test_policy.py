@@ -110,6 +110,7 @@ CURIOUS: list[tuple[dict[str, Any], str]] = [
     ({"workload__model": {"name": "mlp", "weights": "~/.ssh/id"}}, "workload.model.weights"),
     ({"workload__model": {"name": "mlp", "weights": "model.pt"}}, "workload.model.weights"),
     ({"workload__model": {"name": "vit", "weights": "secrets"}}, "workload.model.weights"),
+    ({"workload": {"name": "video-language", "weights": "secrets"}}, "workload.weights"),
     ({"workload__encoders": {"image": "evil_plug_in:Thing"}}, "workload.encoders.image"),
     (
         {"workload__architectures": {"a": {"share": 1, "encoders": {"image": "evil_plug_in:Thing"}}}},

@@ -49,7 +49,7 @@ TEXTS = {  # what is only recorded, or is a pattern of the names of parameters
 PLACES = {  # paths under other keys than those of `PLACE`
     *("engine.data", "offload.device"),
     *("workload.dataset.videos", "workload.dataset.captions", "workload.dataset.test_captions"),
-    *("workload.dataset.classes", "workload.model.weights"),
+    *("workload.dataset.classes", "workload.model.weights", "workload.weights"),
 }
 CODE = re.compile(r"\s*[^\W\d][\w.-]*:[^\W\d][\w.]*\s*")
 PLACE = re.compile(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -66,6 +67,7 @@ class PartlyTrained(WithConstants):
         frozen: Sequence[str],
         lora: LoRAOptions | None,
         source: Callable[[], np.random.Generator],
+        start: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Divide a model.
 
@@ -74,11 +76,12 @@ class PartlyTrained(WithConstants):
             frozen: patterns of parameters that are not trained; none with `lora`.
             lora: low-rank factors.
             source: callback that returns the generator from which the model's parameters are drawn.
+            start: parameters that start so instead; of no `ModuleModel`.
 
         Raises:
             ConfigError: a pattern matches nothing, nothing is left to train, or a target can have no factors.
         """
-        self._model, self._lora, self.norms = model, lora, model.norms
+        self._model, self._lora, self.norms, self._start = model, lora, model.norms, start
         known = dict(model.shapes)
         if isinstance(model, ModuleModel):
             known |= {name: tuple(value.shape) for name, value in model.frozen.items()}
@@ -90,7 +93,7 @@ class PartlyTrained(WithConstants):
         kept = _trained(frozen, lora, model.shapes, known)
         if kept.keys() <= set(self.buffers) and lora is None:
             raise ConfigError(f"workload.frozen = {list(frozen)} leaves nothing to train: name fewer parameters")
-        drawn = model.init(source())
+        drawn = model.init(source()) | dict(start)
         constant = [name for name in model.shapes if name not in kept]
         trained = {name: shape for name, shape in model.shapes.items() if name in kept}
         self._own: dict[str, Tensor] = {}
@@ -146,7 +149,7 @@ class PartlyTrained(WithConstants):
 
     def init(self, source: np.random.Generator) -> dict[str, Tensor]:
         """Return what is trained, drawn as the model draws it; B is 0."""
-        params, drawn = dict[str, Tensor](), self._model.init(source)
+        params, drawn = dict[str, Tensor](), self._model.init(source) | dict(self._start)
         for name, shape in self.shapes.items():
             if name in drawn:
                 params[name] = drawn[name]

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gossamer.errors import ConfigError
@@ -23,6 +20,7 @@ from gossamer.workloads.base import DEFAULT_CONTEXT, ForwardContext
 from gossamer.workloads.features import Modulated, linear, normalised
 from gossamer.workloads.models import WHERE, DeclaredModel, ModelOptions
 from gossamer.workloads.multimodal.blocks import Cut, Layer, Patches, glorot
+from gossamer.workloads.starting import load_parameters
 from gossamer.workloads.traits import ModelTraits
 
 BACKBONE = "backbone"  # prefix of all parameters but those of heads and pools
@@ -102,7 +100,10 @@ class VisionTransformer(DeclaredModel):
         self._declare_backbone()
         self.layers = tuple(name.removesuffix(".bias") for name in self.shapes if name.endswith(".bias"))
         self.add("head", (num_labels, self.options.stream), (LABEL_AXIS, None))
-        self._loaded = {} if self.options.weights is None else self._load(Path(self.options.weights))
+        self._loaded: dict[str, Tensor] = {}
+        if self.options.weights is not None:
+            backbone = {name: shape for name, shape in self.shapes.items() if name.startswith(f"{BACKBONE}.")}
+            self._loaded = load_parameters(self.options.weights, backbone, f"{WHERE}.weights")
 
     def _declare_backbone(self) -> None:
         """Declare all but the head, whose heads, or their channels, and hidden units are cut."""
@@ -126,27 +127,6 @@ class VisionTransformer(DeclaredModel):
         for block in self._blocks:
             block.declare(self)
         self.add(f"{BACKBONE}.norm", (size,), (None,))
-
-    def _load(self, path: Path) -> dict[str, Tensor]:
-        """Return the backbone's parameters in a file.
-
-        Raises:
-            ConfigError: it cannot be read, or lacks some, or has them of other shapes.
-        """
-        try:
-            found = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{WHERE}.weights: {str(path)!r} cannot be read ({error}): export a run of vit") from None
-        names = [name for name in self.shapes if name.startswith(f"{BACKBONE}.")]
-        for name in names:
-            shape = tuple(found[name].shape) if name in found else None
-            if shape != self.shapes[name]:
-                what = "no such parameter" if shape is None else f"one of shape {shape}"
-                raise ConfigError(
-                    f"{WHERE}.weights: the model needs {name!r} of shape {self.shapes[name]}, but {str(path)!r} has"
-                    f" {what}: give the sizes of the model that was exported"
-                )
-        return {name: found[name].float() for name in names}
 
     def init(self, source: np.random.Generator) -> dict[str, Tensor]:
         """Return initial parameters: drawn, see `glorot`, or those of the file."""

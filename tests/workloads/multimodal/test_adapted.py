@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import gossamer
 from federation import digest
+from gossamer.cli.main import app
 from gossamer.errors import ConfigError
 from gossamer.testing import check_workload
 from gossamer.workloads.multimodal.adapted import AdaptedModel
@@ -105,3 +107,43 @@ def test_a_module_can_be_frozen(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         made(**options)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    """Return a run of all modules, and the path of its export with the seed left open."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = federation(folder / "run", workload={"lora": None})
+    exported = CliRunner().invoke(app, ["export", str(done.directory), "-o", str(folder / "end-0.safetensors")])
+    assert exported.exit_code == 0, exported.output
+    return done, str(folder / "end-{seed}.safetensors")
+
+
+class TestGivenWeights:
+    """A run that starts where another one ended."""
+
+    @pytest.mark.parametrize("changes", [{"lora": None}, {}, {"lora": None, "frozen": ["vision.*"]}])
+    def test_whole_models_start_as_the_file_says(self, trained: tuple[Any, str], changes: dict[str, Any]) -> None:
+        """With and without factors and frozen modules."""
+        done, path = trained
+        workload = made(**changes, weights=path)
+        started = workload.params_of(workload.init(0))
+        assert digest(started) == digest(done.params)
+        assert workload.digest() != made(**changes).digest()
+
+    def test_training_goes_on_from_there(self, trained: tuple[Any, str], tmp_path: Path) -> None:
+        """Workers make the same of it, and the frozen part of the file keeps its bits."""
+        done, path = trained
+        changes = {"lora": None, "frozen": ["vision.*"], "weights": path}
+        runs = [federation(tmp_path / str(workers), workload=changes, workers=workers) for workers in (0, 2)]
+        assert digest(runs[0].params) == digest(runs[1].params)
+        kept = {name for name, value in done.params.items() if torch.equal(value, runs[0].params[name])}
+        assert {name for name in done.params if name.startswith("vision.")} <= kept
+        assert not any(name.startswith("text.") and name.endswith("query.weight") for name in kept)
+
+    def test_other_models_and_files_are_refused(self, trained: tuple[Any, str], tmp_path: Path) -> None:
+        larger = {**SMALL["model"], "stream": 32}
+        with pytest.raises(ConfigError, match=r"workload\.weights: the model needs '.*' of shape .*, but .* has one"):
+            made(lora=None, model=larger, weights=trained[1])
+        with pytest.raises(ConfigError, match=r"workload\.weights: 'nowhere-0' cannot be read .*: give a file that"):
+            made(lora=None, weights="nowhere-{seed}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,10 @@ class AdaptedModel(PartlyTrained):
         frozen: Sequence[str],
         lora: LoRAOptions | None,
         source: Callable[[], np.random.Generator],
+        start: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Divide a model, see `PartlyTrained`."""
-        super().__init__(model, frozen, lora, source)  # type: ignore[arg-type]  # apply is not called
+        super().__init__(model, frozen, lora, source, start)  # type: ignore[arg-type]  # apply is not called
         self._whole, trained = model, {name.partition(".")[0] for name in self.shapes}
         self.graphs = {
             task: replace(graph, modules=graph.modules & trained, predicts=graph.predicts & trained)

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor
 
 from gossamer import rng
 from gossamer.errors import ConfigError, DataError, nearest, require_attributes
-from gossamer.options import Options, parse_options
+from gossamer.options import parse_options
 from gossamer.submodel.layout import Layout
 from gossamer.workloads.base import Batch, Blueprint, ForwardContext, Params, Sums, WithConstants, Workload
 from gossamer.workloads.digests import digest_of
@@ -26,13 +25,14 @@ from gossamer.workloads.multimodal.adapted import AdaptedModel
 from gossamer.workloads.multimodal.altered import altered, altered_metrics, with_first_question
 from gossamer.workloads.multimodal.clips import PAD, ClipData
 from gossamer.workloads.multimodal.graphs import MODALITIES, Facts, VideoLanguageModel
-from gossamer.workloads.multimodal.labels import LabelOptions, classes_of, given_clips, held_labels
-from gossamer.workloads.multimodal.modalities import MissingOptions, missing_rates, parse_shares, presence
+from gossamer.workloads.multimodal.labels import classes_of, given_clips, held_labels
+from gossamer.workloads.multimodal.modalities import missing_rates, parse_shares, presence
 from gossamer.workloads.multimodal.objectives import sum_of, weighted_mean
+from gossamer.workloads.multimodal.options import VideoLanguageOptions
 from gossamer.workloads.multimodal.tasks import flat, measure_of
 from gossamer.workloads.partitions import divide
-from gossamer.workloads.parts import LoRAOptions
-from gossamer.workloads.plugins import Spec, call_plug_in, plug_in
+from gossamer.workloads.plugins import call_plug_in, plug_in
+from gossamer.workloads.starting import load_parameters
 from gossamer.workloads.traits import WorkloadTraits
 
 Ints = NDArray[np.int64]
@@ -47,46 +47,6 @@ class Kind(NamedTuple):
     name: str
     modalities: tuple[str, ...]
     tasks: tuple[str, ...]
-
-
-class VideoLanguageOptions(Options):
-    """Options of `VideoLanguage`.
-
-    Attributes:
-        dataset: name of a data set of clips, or a mapping of ``name`` and its options.
-        model: name of a model, or a mapping of ``name`` and its options.
-        tasks: tasks of the run; None: all that the model can do.
-        modalities: ``{names joined by +: share of the clients that have these}``.
-        client_tasks: likewise of tasks: a client does those of its share; None: everybody does all that it can. Who
-            does none of the tasks of a module holds none of it.
-        task_weights: ``{task: factor of its loss}``, of tasks of the run; 1 where it is left out.
-        missing: modalities that samples lack.
-        labels: labels and answers that training samples lack, or have wrong.
-        partition_label: label by which partitions by class divide; None: that of the data set.
-        frozen, lora: what is not trained, and low-rank factors, see `gossamer.workloads.supervised.SupervisedOptions`;
-            a pattern such as ``"text.*"`` names a module.
-        label_axes: whether rows of a model that tell a class are averaged over those clients alone that have samples of
-            it, of each label, where ``submodel.mask_labels`` is on.
-        evaluate: tasks that are measured; None: all of the run.
-        shuffles: random orders of the frames in which videos are measured besides, see `VideoLanguage.metrics`.
-        without: modalities without which all metrics are measured besides.
-    """
-
-    dataset: Spec = "moving-digits"
-    model: Spec = "mplug-2"
-    tasks: tuple[str, ...] | None = None
-    modalities: dict[str, float] = {"video+text": 1.0}
-    client_tasks: dict[str, float] | None = None
-    task_weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    missing: MissingOptions = Field(default_factory=lambda: MissingOptions.model_validate({}))
-    labels: LabelOptions = LabelOptions.model_validate({})
-    partition_label: str | None = None
-    frozen: tuple[str, ...] = ()
-    lora: LoRAOptions | None = None
-    label_axes: bool = False
-    evaluate: tuple[str, ...] | None = None
-    shuffles: int = Field(0, ge=0)
-    without: tuple[str, ...] = ()
 
 
 class VideoLanguage(Workload):
@@ -135,6 +95,8 @@ class VideoLanguage(Workload):
         self.model = self.build_model(options, self._facts().as_json(), seed)
         if isinstance(self.model, WithConstants):
             self.model.convert(dtype)
+        adapted = isinstance(self.model, AdaptedModel)
+        self._start = {} if adapted else self._started(self.options, self.model, seed)
         self.layout = Layout.of(self.model.shapes, self.model.axes)
         self.num_labels = self.layout.num_labels
         self.tasks = self._known("workload.tasks", self.options.tasks or tuple(self.model.graphs))
@@ -196,7 +158,15 @@ class VideoLanguage(Workload):
             raise ConfigError(
                 f"workload.lora and workload.model.lora both put low-rank factors beside model {name!r}: leave one out"
             )
-        return AdaptedModel(model, parsed.frozen, parsed.lora, partial(rng.generator, seed, "init-model"))
+        source = partial(rng.generator, seed, "init-model")
+        return AdaptedModel(model, parsed.frozen, parsed.lora, source, cls._started(parsed, model, seed))
+
+    @staticmethod
+    def _started(options: VideoLanguageOptions, model: Any, seed: int) -> dict[str, Tensor]:
+        """Return the parameters of a model that start as those of a file."""
+        if options.weights is None:
+            return {}
+        return load_parameters(options.weights, model.shapes, "workload.weights", seed)
 
     def blueprint(self) -> Blueprint:
         """Return what `build_model` takes of the data, and what is constant in the model."""
@@ -268,13 +238,16 @@ class VideoLanguage(Workload):
 
     def init(self, seed: int) -> Tensor:
         """Return initial parameters as a flat row [d]; in float64 they are those of float32."""
-        return self.layout.flatten(self.model.init(rng.generator(seed, "init-model"))).to(self.dtype)
+        drawn = self.model.init(rng.generator(seed, "init-model"))
+        return self.layout.flatten({**drawn, **self._start}).to(self.dtype)
 
     def digest(self) -> str:
-        """Return a digest of the data, their partition, who has what, and what of the model is not trained."""
+        """Return a digest of the data, their partition, who has what, and what of the model is given or not trained."""
         given: tuple[Any, ...] = (self._train.labels, self._train.answer) if self._train is not self.data.train else ()
         if isinstance(self.model, WithConstants):
             given += (self.model.constants,)
+        if self.options.weights is not None:
+            given += (self.layout.views(self.init(self.seed)),)
         return digest_of(self.data, self.partition, self._kind_of_client.astype(np.int64), self._present, *given)
 
     def client_labels(self, clients: Ints) -> Tensor:
