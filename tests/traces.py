@@ -20,10 +20,18 @@ def header(process: str, pid: int, **changes: Any) -> dict[str, Any]:
     return found | {"fields": list(FIELDS), "monotonic_ns": 0, "unix_ns": pid} | changes
 
 
-def span(kind: str, begin: float, end: float, cpu: float | None = None, num_bytes: int = 0, message: str = "") -> list:
-    """Return a span; times in milliseconds."""
-    used = end - begin if cpu is None else cpu
-    return [kind, 1, round(begin * MS), round(end * MS), round(used * MS), 0, num_bytes, message]
+def span(
+    kind: str,
+    begin: float,
+    end: float,
+    cpu: float | None = None,
+    num_bytes: int = 0,
+    message: str = "",
+    delay: float = 0.0,
+) -> list:
+    """Return a span; times in milliseconds. Without `cpu` it used a processor whenever it did not wait for one."""
+    used = end - begin - delay if cpu is None else cpu
+    return [kind, 1, round(begin * MS), round(end * MS), round(used * MS), round(delay * MS), num_bytes, message]
 
 
 def write(

@@ -51,6 +51,26 @@ def test_the_critical_path_leads_through_the_worker(tmp_path: Path) -> None:
     assert [kind for kind in kinds if kind in ("plan", "train", "aggregate")] == ["plan", "train", "aggregate"]
 
 
+def test_a_quiet_graph_has_no_waits_for_processors(tmp_path: Path) -> None:
+    """The driver, once woken, waits for a processor for 3 ms, the worker for 5 ms while it trains."""
+    driver = [
+        span("send", 0, 1, message="w<1"),
+        span("wait", 1, 34, cpu=0, delay=3),
+        span("receive", 34, 35, message="w>1"),
+    ]
+    worker = [
+        span("wait", -50, 0.5, cpu=0),
+        span("receive", 0.5, 1, message="w<1"),
+        span("train", 1, 30, delay=5),
+        span("send", 30, 31, message="w>1"),
+    ]
+    write(tmp_path, "driver", driver, [(1, 0, 35)])
+    write(tmp_path, "worker", worker, pid=2)
+    (one,) = read_trace(tmp_path).rounds
+    assert replay(graph_of(one)).seconds == pytest.approx(0.035, abs=1e-9)
+    assert replay(graph_of(one, is_quiet=True)).seconds == pytest.approx(0.035 - 0.003 - 0.005, abs=1e-9)
+
+
 def test_a_wait_for_nobody_lasts_as_long_as_it_did(tmp_path: Path) -> None:
     write(tmp_path, "driver", [span("plan", 0, 2), span("wait", 2, 7), span("log", 7, 8)], [(1, 0, 8)])
     assert replay(graph_of(read_trace(tmp_path).rounds[0])).seconds == pytest.approx(0.008, abs=1e-9)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,12 @@ import pytest
 from gossamer.errors import ConfigError
 from gossamer.profiling.advice import CANNOT_TELL, LOSE, WIN, Verdict, is_nothing_worth, judge
 from gossamer.profiling.devices import Accelerator, Device, Number, read_device
+from gossamer.profiling.graphs import graph_of
 from gossamer.profiling.offload import STAGES, costs_of, move, stage_named
 from gossamer.profiling.replay import Graph, Node, replay
+from gossamer.profiling.trace import Trace, read_trace
+from gossamer.reports.profile import delay_share, offload, render_offload
+from traces import span, write
 
 MB = 1_000_000
 ENGINE_GAIN = {"deflate": 45.0, "zstd": 1.8}  # of BlueField-2 over a core of a host, by zlib and zstd
@@ -271,3 +277,40 @@ def test_moving_nothing_changes_nothing() -> None:
     moved = move(graph, stage, costs_of(emulated(), stage, stage.kinds, {}))
     assert moved.seconds == replay(graph).seconds
     assert moved.freed_seconds == moved.link_bytes == 0
+
+
+def zstd_trace(directory: Path, delay: float, train_delay: float = 0.0) -> Trace:
+    """Return four rounds: 100 ms of training, and 175 MB in 200 ms, as zstd on two cores; waits in ms come on top."""
+    spans, marks, at = [], [], 0.0
+    for number in range(4):
+        trained = at + 100 + train_delay
+        end = trained + 200 + delay
+        spans.append(span("train", at, trained, delay=train_delay))
+        spans.append(span("zstd", trained, end, num_bytes=175 * MB, delay=delay))
+        marks.append((number + 1, at, end))
+        at = end
+    write(directory, "driver", spans, marks)
+    return read_trace(directory)
+
+
+class TestBusyMachine:
+    def test_a_device_does_not_save_what_waited_for_a_processor(self, tmp_path: Path) -> None:
+        device, stages = read_device("bluefield-2"), [stage_named("compression")]
+        quiet, busy = zstd_trace(tmp_path / "quiet", 0.0), zstd_trace(tmp_path / "busy", 540.0, 30.0)
+        (as_recorded,) = judge([graph_of(one) for one in busy.rounds], device, stages)
+        assert as_recorded.verdict == WIN
+        (expected,), (found,) = (offload(trace, device, stages) for trace in (quiet, busy))
+        assert found.verdict == expected.verdict == LOSE
+        assert found.change == pytest.approx(expected.change)
+        assert found.seconds == pytest.approx(0.2)
+
+    def test_a_caveat_tells_of_waits_above_two_percent(self, tmp_path: Path) -> None:
+        device = read_device("bluefield-2")
+        for name, delay, is_told in (("quiet", 0.0, False), ("hardly", 6.0, False), ("busy", 700.0, True)):
+            trace = zstd_trace(tmp_path / name, delay)
+            verdicts, share = offload(trace, device), delay_share(trace)
+            assert share == pytest.approx(delay / (300 + delay))
+            plain = json.loads(render_offload(verdicts, device, share, as_json=True))
+            assert plain["delay_share"] == share
+            assert (plain["caveat"] is not None) == is_told
+            assert ("waited for a processor for up to 70.0%" in render_offload(verdicts, device, share)) == is_told

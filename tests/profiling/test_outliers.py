@@ -93,6 +93,20 @@ def test_noise_is_no_slowdown(tmp_path: Path) -> None:
         assert find_outliers(recorded(tmp_path / str(seed), 1.0, seed)) == []
 
 
+def test_who_waited_for_a_processor_is_not_slow(tmp_path: Path) -> None:
+    """A worker takes thrice as long as another: found where it worked, and not where it waited for a processor."""
+    for name, delay in (("worked", 0.0), ("waited", 20.0)):
+        rounds = [(n + 1, 100.0 * n, 100.0 * n + 90) for n in range(5)]
+        write(tmp_path / name, "driver", [span("plan", begin, begin + 1) for _, begin, _ in rounds], rounds)
+        for pid, seconds in ((2, 10), (3, 30)):
+            waited = delay if pid == 3 else 0.0
+            spans = [span("mix", begin, begin + seconds, delay=waited) for _, begin, _ in rounds]
+            write(tmp_path / name, "worker", spans, pid=pid)
+    (slow,) = find_outliers(read_trace(tmp_path / "worked").rounds)
+    assert (slow.process, slow.ratio.mean) == ("worker-1", pytest.approx(3.0))
+    assert find_outliers(read_trace(tmp_path / "waited").rounds) == []
+
+
 def test_one_process_has_no_others(tmp_path: Path) -> None:
     write(tmp_path, "driver", [span("plan", 0, 50)], [(1, 0, 90)])
     assert find_outliers(read_trace(tmp_path).rounds) == []

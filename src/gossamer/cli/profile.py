@@ -180,7 +180,7 @@ def offload(
         with plug_ins(trust):
             typer.echo(render(verification(directory, device, kind, rounds or 9), kind, found.name, as_json))
         return
-    typer.echo(reports.render_offload(verdicts, found, as_json))
+    typer.echo(reports.render_offload(verdicts, found, reports.delay_share(trace), as_json))
     if output is not None and verdicts:
         drawn = reports.draw_offload(trace, found, stage_named(verdicts[0].stage), output)
         typer.echo(drawn, err=as_json)

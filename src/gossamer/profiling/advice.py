@@ -55,7 +55,7 @@ class Verdict:
         change: of the round's length at the device's values, as a share of it, with the interval of resampled rounds.
         best, worst: the same at the best and the worst bounds.
         deciding: assumed numbers on which the verdict depends.
-        seconds: of the stage on the host.
+        seconds: of the stage on the host, as in the given graphs.
         freed_cpu_seconds, link_bytes: of the host's processors, and across the link.
         memory_bytes: that the host's memory reads and writes less: those of the stage, of which its `touches` tell,
             without those that cross the link. Derived, not measured.

@@ -28,13 +28,17 @@ class Arrival(NamedTuple):
     seconds: float | None
 
 
-def graph_of(one: Round) -> Graph:
+def graph_of(one: Round, *, is_quiet: bool = False) -> Graph:
     """Return the graph of a round.
 
     A wait that a message ended takes no time of its own: what follows it begins when that message is there, a constant
     delay after its sender began to send. Any other wait lasts as long as it did. The last node belongs to the driver.
+
+    Args:
+        is_quiet: leave out for how long threads waited for a processor: what is left is the round that a machine with
+            a processor for each thread would have had.
     """
-    elastic, arrivals = messages_of(one)
+    elastic, arrivals = messages_of(one, is_quiet=is_quiet)
     lasts = {lane: _last(lane, segments) for lane, segments in one.lanes.items()}
     ready = median([a.seconds for a in arrivals if a.seconds is not None] or [0.0])
     order = sorted(
@@ -47,7 +51,7 @@ def graph_of(one: Round) -> Graph:
     for _, _, place, lane in order:
         segment, is_elastic = one.lanes[lane][place], (lane, place) in elastic
         if place <= lasts[lane]:
-            seconds = 0.0 if is_elastic else segment.seconds
+            seconds = 0.0 if is_elastic else segment.quiet_seconds if is_quiet else segment.seconds
             if segment.kind == SEND:  # of which the message leaves at the begin
                 leaving[lane, place] = graph.add(Node(lane.name, SEND, 0.0))
             node = Node(lane.name, segment.kind, seconds, min(segment.cpu, seconds), segment.num_bytes)
@@ -62,8 +66,12 @@ def graph_of(one: Round) -> Graph:
     return graph
 
 
-def messages_of(one: Round) -> tuple[set[tuple[Lane, int]], list[Arrival]]:
-    """Return the waits that a message ended, each a thread and the place of its segment, and all messages received."""
+def messages_of(one: Round, *, is_quiet: bool = False) -> tuple[set[tuple[Lane, int]], list[Arrival]]:
+    """Return the waits that a message ended, each a thread and the place of its segment, and all messages received.
+
+    Args:
+        is_quiet: leave out for how long a receiver that was woken waited for a processor.
+    """
     sends = {
         segment.message: (lane, place)
         for lane, segments in one.lanes.items()
@@ -75,7 +83,16 @@ def messages_of(one: Round) -> tuple[set[tuple[Lane, int]], list[Arrival]]:
         if not lane.leads and segments[0].kind in (UNATTRIBUTED, ABSENT):
             elastic.add((lane, 0))  # it was idle, or did not exist yet
         _match(one, lane, segments, sends, elastic, arrivals)
+    if is_quiet:
+        arrivals = [_quiet(arrival, one) for arrival in arrivals]
     return elastic, arrivals
+
+
+def _quiet(arrival: Arrival, one: Round) -> Arrival:
+    """Return an arrival without the time that its receiver, once woken, waited for a processor."""
+    if arrival.seconds is None:
+        return arrival
+    return arrival._replace(seconds=max(0.0, arrival.seconds - one.lanes[arrival.lane][arrival.place - 1].delay))
 
 
 def _last(lane: Lane, segments: list[Segment]) -> int:

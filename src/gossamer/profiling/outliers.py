@@ -35,7 +35,8 @@ class Outlier:
 def find_outliers(rounds: Sequence[Round]) -> list[Outlier]:
     """Return the processes that are slower than the others of their kind, the largest loss first; all their threads.
 
-    The time of a piece is that of a stage in a round, divided by the number of its segments. Pieces of different sizes
+    The time of a piece is that of a stage in a round, divided by the number of its segments; without the time of
+    waiting for a processor, which others take, so that nobody is called slow for it. Pieces of different sizes
     look like slow processes where these are shared out unevenly.
     """
     pieces: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -44,7 +45,7 @@ def find_outliers(rounds: Sequence[Round]) -> list[Outlier]:
         found: dict[str, list[float]] = defaultdict(list)
         for segment in segments:
             if segment.kind not in IGNORED:
-                found[segment.kind].append(segment.seconds)
+                found[segment.kind].append(segment.quiet_seconds)
         process = lane.name.partition(".")[0]
         for kind, seconds in found.items():
             pieces[lane.process, kind][process].append(fmean(seconds))

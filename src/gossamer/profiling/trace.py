@@ -87,6 +87,11 @@ class Segment:
         """Length."""
         return self.end - self.begin
 
+    @property
+    def quiet_seconds(self) -> float:
+        """Length without the time of waiting for a processor."""
+        return max(min(self.cpu, self.seconds), self.seconds - self.delay)
+
 
 @dataclass(frozen=True)
 class Round:

@@ -21,6 +21,7 @@ from gossamer.profiling.offload import STAGES, Stage, costs_of, move
 from gossamer.profiling.outliers import Outlier, find_outliers
 from gossamer.profiling.replay import Graph, Interval, bootstrap, replay, slack
 from gossamer.profiling.trace import ABSENT, SIDE_CAR, UNATTRIBUTED, WAIT, Round, Segment, Trace, stage_totals
+from gossamer.profiling.verification import MAX_DELAY, delay_of
 from gossamer.reports.images import save
 from gossamer.storage.tables import aligned
 
@@ -213,6 +214,9 @@ def as_time(seconds: float) -> str:
 def offload(trace: Trace, device: Device, stages: Sequence[Stage] = STAGES) -> list[Verdict]:
     """Judge what moving each stage of a run to a device would do.
 
+    Neither a stage nor the rest of a round has the time for which threads waited for a processor: a device would seem
+    to save it, and so would an idle machine.
+
     Raises:
         ConfigError: a side-car did a stage of it already.
     """
@@ -223,14 +227,28 @@ def offload(trace: Trace, device: Device, stages: Sequence[Stage] = STAGES) -> l
             f"in round {moved[0]} a side-car does a stage of this run already, and what it does would be moved once"
             " more: give a run that was recorded without offload"
         )
-    return judge([graph_of(one) for one in rounds], device, stages)
+    return judge([graph_of(one, is_quiet=True) for one in rounds], device, stages)
 
 
-def render_offload(verdicts: Sequence[Verdict], device: Device, as_json: bool = False) -> str:
-    """Return verdicts as a table and a sentence for each, or as JSON."""
-    nothing = is_nothing_worth(verdicts)
+def delay_share(trace: Trace) -> float:
+    """Return for which share of a round, on average, that of its threads waited for a processor that did most."""
+    return fmean(delay_of(one) for one in rounds_of(trace, MAX_ROUNDS))
+
+
+def render_offload(verdicts: Sequence[Verdict], device: Device, delay: float, as_json: bool = False) -> str:
+    """Return verdicts as a table and a sentence for each, or as JSON.
+
+    Args:
+        delay: see `delay_share`; above `MAX_DELAY` a caveat tells it.
+    """
+    nothing, caveat = is_nothing_worth(verdicts), None
+    if delay > MAX_DELAY:
+        caveat = (
+            f"While it was recorded, threads waited for a processor for up to {delay:.1%} of a round (mean of rounds):"
+            " that time is left out of all numbers here, which are less sure than those of a quiet machine."
+        )
     if as_json:
-        plain = {"device": device.name, "nothing_worth_offloading": nothing}
+        plain = {"device": device.name, "delay_share": delay, "caveat": caveat, "nothing_worth_offloading": nothing}
         return json.dumps(plain | {"stages": [one.as_json() for one in verdicts]}, indent=2)
     rows = [
         (
@@ -263,7 +281,7 @@ def render_offload(verdicts: Sequence[Verdict], device: Device, as_json: bool = 
     head = f"Moved to {device.name}: {device.description}. Rounds are replayed; nothing ran on such a device."
     note = "* of the host's memory: derived from the bytes that a stage works on, not measured."
     parts = [head, aligned(rows), note, "\n".join(told)] if verdicts else [head]
-    return "\n\n".join([*parts, *(["Nothing is worth offloading."] if nothing else [])])
+    return "\n\n".join([*parts, *([caveat] if caveat else []), *(["Nothing is worth offloading."] if nothing else [])])
 
 
 # ---- figures
@@ -277,10 +295,13 @@ def draw_timeline(trace: Trace, output: Path) -> Path:
 def draw_offload(trace: Trace, device: Device, stage: Stage, output: Path) -> Path:
     """Draw the round of median length before and after a stage is moved."""
     one = _typical(rounds_of(trace, MAX_ROUNDS))
-    graph = graph_of(one)
+    graph = graph_of(one, is_quiet=True)
     kinds = tuple(sorted({node.kind for node in graph.nodes} & set(stage.kinds)))
     after = move(graph, stage, costs_of(device, stage, kinds, {})).graph
-    panels = [("as it was", _replayed(graph)), (f"{stage.name} on {device.name}", _replayed(after))]
+    panels = [
+        ("as it was, without waits for processors", _replayed(graph)),
+        (f"{stage.name} on {device.name}", _replayed(after)),
+    ]
     return save(lambda: _figure(panels), output)
 
 
