@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from federation import assert_same, configure
 from gossamer import run
-from gossamer.engines.ray.cluster import pack, put_data, unpack
+from gossamer.engines.ray.cluster import get_or_end, pack, put_data, unpack
 from gossamer.workloads.datasets import ImageData
 from gossamer.workloads.texts import TextData
 
@@ -21,6 +22,36 @@ def images() -> ImageData:
     source = torch.Generator().manual_seed(0)
     many = torch.rand(20, 1, 8, 8, generator=source)
     return ImageData("few", many, torch.arange(20) % 4, many[:8].transpose(2, 3), torch.arange(8) % 4, 4)
+
+
+class Ended(BaseException):
+    """A process would have ended."""
+
+
+def test_an_actor_whose_daemon_is_gone_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray raises then is an error of a socket, which is none of the call's; other errors are left alone."""
+    ray = pytest.importorskip("ray")
+
+    def ends(code: int) -> None:
+        """Stand for the end of the process."""
+        raise Ended(code)
+
+    def fails(error: Exception) -> Any:
+        """Return a `ray.get` that raises."""
+
+        def get(reference: Any) -> Any:
+            """Raise it."""
+            raise error
+
+        return get
+
+    monkeypatch.setattr(os, "_exit", ends)
+    monkeypatch.setattr(ray, "get", fails(BrokenPipeError(32, "Broken pipe")))
+    with pytest.raises(Ended, match="1"):
+        get_or_end("reference")
+    monkeypatch.setattr(ray, "get", fails(ray.exceptions.ObjectLostError("00", "", "")))
+    with pytest.raises(ray.exceptions.ObjectLostError):
+        get_or_end("reference")
 
 
 class TestPack:

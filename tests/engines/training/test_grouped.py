@@ -106,7 +106,7 @@ def test_groups_change_neither_bytes_nor_flops() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"train.groups": [{"match": "outptu.*", "lr": 0.1}]}, "no trained parameter; did you mean 'output.bias'"),
+        ({"train.groups": [{"match": "outptu.*", "lr": 0.1}]}, "no trained parameter; did you mean 'output'"),
         ({"train.groups": [{"match": "*", "optimizer": "adamm"}]}, "unknown optimizer 'adamm'; did you mean 'adam'"),
         (
             {"train.groups": [{"match": "*", "optimizer": {"name": "adam", "beta": 1}}]},

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from gossamer.algorithms.base import Arrays
-from gossamer.engines.ray.cluster import get_data
+from gossamer.engines.ray.cluster import get_data, get_or_end
 from gossamer.engines.ray.recording import recorded, start
 from gossamer.engines.ray.shared_memory import AttachedMemory
 from gossamer.engines.recipe import rebuild
@@ -108,9 +108,7 @@ class ClientActor:
         address = (job.round, job.phase, job.block.variant if is_cut else None)
         if address == self._received_at:  # further blocks of the same round
             return
-        import ray
-
-        received: Received = ray.get(reference[0])
+        received: Received = get_or_end(reference[0])
         self._received_at = address
         if is_cut:
             self._worker.trainers[job.phase].receive(job, tensors(received))
