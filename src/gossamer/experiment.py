@@ -24,6 +24,7 @@ from gossamer.engines.base import EngineHooks
 from gossamer.engines.collective.environment import is_restarted
 from gossamer.engines.collective.serving import on_all_ranks
 from gossamer.engines.collective.world import require_collective
+from gossamer.engines.network.outbox import is_awaited
 from gossamer.engines.stopping import StopRequest, stop_on_signals
 from gossamer.engines.training.mixing import merged_model
 from gossamer.errors import (
@@ -357,7 +358,7 @@ def _run_rounds(
     is_finished = latest is not None and (latest.round >= config.rounds or bool(latest.progress.get("stop_reason")))
     if not (is_finished and (directory / DESCRIPTION).exists()):
         describe_model(directory, parts.workload)
-    if latest is not None and is_finished:
+    if latest is not None and is_finished and not is_awaited(directory, config.rounds):
         row, reason = merged_model(latest.arrays["state.x"]), latest.progress.get("stop_reason", "")
         return Run(directory, read_metrics(directory), parts.workload.params_of(row), stop_reason=reason)
     tracked = TrackedRun.of(directory, config.model_dump(mode="json"), latest.round if latest else None)

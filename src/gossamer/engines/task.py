@@ -15,7 +15,7 @@ from torch import Tensor
 from gossamer.aggregate.codec_base import BaseCodec, Communication
 from gossamer.algorithms.base import Algorithm, Arrays
 from gossamer.engines.local_steps import LocalSteps, Stepper
-from gossamer.errors import ConfigError, one_line
+from gossamer.errors import ConfigError
 from gossamer.options import Options
 from gossamer.submodel import Cut, Cutter, Layout
 from gossamer.topology import Topology
@@ -395,5 +395,5 @@ def require_devices(task: Task) -> None:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise ConfigError(
                 f"engine.modes trains capacity {variant.name} on device {variant.mode.device!r}, which this machine"
-                f" does not have ({one_line(error)[:120]}): use cpu, or engine ray on a cluster that has it"
+                f" does not have ({' '.join(str(error).split())[:120]}): use cpu, or engine ray where it is"
             ) from None

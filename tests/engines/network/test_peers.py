@@ -15,6 +15,8 @@ import torch
 
 import gossamer
 from federation import LEVELS, STACKED, assert_same, events, modes, wait_for
+from gossamer.engines.network import peer_links
+from gossamer.engines.network.outbox import is_awaited
 from gossamer.engines.network.peer_links import PeerLinks
 from gossamer.engines.network.roster import versions
 from gossamer.errors import ConfigError, Disconnected, Refused
@@ -128,6 +130,33 @@ def test_who_stops_goes_on_from_its_own_commit(tmp_path: Path) -> None:
     peers.join()
     assert not peers.errors
     assert_same(peers.runs[None], run(config, out=tmp_path / "local"))
+
+
+def test_who_is_started_again_after_its_last_commit_tells_its_neighbours_that_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, falls = PeerLinks.finish, threading.Event()
+
+    def fallen(links: PeerLinks, *arguments: Any, **options: Any) -> bool:
+        """Let the first that has finished leave without a word, as if it were killed."""
+        if not falls.is_set():
+            falls.set()
+            return False
+        return finish(links, *arguments, **options)
+
+    monkeypatch.setattr(PeerLinks, "finish", fallen)
+    monkeypatch.setattr(peer_links, "LINGER_SECONDS", 600.0)
+    monkeypatch.setattr(peer_links, "AGAIN_SECONDS", 1.0)
+    peers = Peers(tmp_path, configured({"peers.num": 2, "peers.topology": "complete"}))
+    for peer in range(2):
+        peers.start(peer)
+    wait_for(lambda: bool(peers.runs))
+    first = next(iter(peers.runs))
+    peers.start(first)
+    peers.join()
+    assert not peers.errors
+    assert not is_awaited(peers.where(1 - first), peers.config["rounds"])
+    assert len(read_metrics(peers.where(first))) == peers.config["rounds"]
 
 
 def test_who_renormalises_goes_on_and_who_comes_back_takes_up_a_state(tmp_path: Path) -> None:

@@ -18,6 +18,19 @@ from gossamer.storage.disk import sync
 
 _FILE = re.compile(r"(\d+)-(\d+)\.safetensors")
 RECEIVERS = "receivers"
+OUTBOX = "outbox"  # the folder, in the directory of a peer's run
+ENDED = "ended"  # the file that says after how many rounds all others had ended
+
+
+def is_awaited(directory: Path, num_rounds: int) -> bool:
+    """Say whether neighbours may still wait for a peer that has finished a run of so many rounds in a directory."""
+    folder = directory / OUTBOX
+    if not folder.is_dir():
+        return False
+    try:
+        return (folder / ENDED).read_text() != str(num_rounds)
+    except OSError:
+        return True
 
 
 class Outbox:
@@ -77,6 +90,15 @@ class Outbox:
             for address in self._addresses():
                 if address not in addresses:
                     self._file(address).unlink()
+
+    def end(self, num_rounds: int) -> None:
+        """Note that after so many rounds nobody needs anything of this peer, see `is_awaited`.
+
+        Raises:
+            StorageError: the disk refuses.
+        """
+        with storage_errors(self._directory):
+            (self._directory / ENDED).write_text(str(num_rounds))
 
     def _addresses(self) -> list[When]:
         found = (_FILE.fullmatch(name) for name in os.listdir(self._directory))

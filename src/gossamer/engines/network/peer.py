@@ -19,7 +19,7 @@ from gossamer.engines.network.addresses import AddressBook
 from gossamer.engines.network.beginning import go_on_from
 from gossamer.engines.network.children import SECRET
 from gossamer.engines.network.lanes import When
-from gossamer.engines.network.outbox import Outbox
+from gossamer.engines.network.outbox import OUTBOX, Outbox
 from gossamer.engines.network.peer_links import PeerLinks
 from gossamer.engines.network.peer_row import PeerRow
 from gossamer.engines.network.place import Place, Samples
@@ -30,9 +30,10 @@ from gossamer.engines.training.mixing import mixing_of
 from gossamer.errors import ConfigError, EngineError, StateLost
 from gossamer.memory import keep_freed_memory
 from gossamer.plan import RoundPlan
+from gossamer.storage.checkpoint import commits_in
+from gossamer.storage.runlog import CHECKPOINTS
 from gossamer.transport.authentication import Kit, load_kit
 
-OUTBOX = "outbox"
 ROUNDS_BEHIND = 2  # after which a peer that may renormalise takes up the state of another one
 ROW, STATE = "row", "state"  # kinds of messages
 FILES = {"workload": ("dataset",), "peers": ("topology", "partition")}  # what they are is in digests of their own
@@ -148,7 +149,8 @@ class NetworkPeer(PeerEngine):
         self._links = PeerLinks(self._place, ROW, setup.hooks)
         options = setup.recipe["config"]["peers"]
         self._waits, self._patience_seconds = options["absent_neighbour"] == "wait", options["patience_seconds"]
-        self._is_begun = self._is_done = False
+        self._is_begun, commits = False, commits_in(self._place.directory / CHECKPOINTS)
+        self._is_done = bool(commits) and commits[0][0] >= (self._place.num_rounds - 1, task.num_phases)
         self._told: Record = {}
         setup.hooks.report("listening", address=self._links.address)
         setup.hooks.tell(f"peer {number} listens on {self._links.address}")
@@ -177,13 +179,18 @@ class NetworkPeer(PeerEngine):
     def close(self) -> None:
         """Stay until nobody needs anything of this peer, if its run is over, and leave."""
         if self._is_done:
-            self._links.finish(inf if self._waits else self._patience_seconds)
+            is_again = not self._is_begun
+            if is_again:
+                self._take_up((self._place.num_rounds, 0))
+            if self._links.finish(inf if self._waits else self._patience_seconds, is_again=is_again):
+                self._outbox.end(self._place.num_rounds)
         self._links.close("the peer has ended")
 
     # ---- inside
 
     def _train_jobs(self, plan: RoundPlan, jobs: list[list[Message]]) -> Iterator[Message]:
         at, message = (plan.round, plan.phase), _mix_message(plan)
+        self._is_done = False
         if not self._is_begun:
             self._take_up(at)
         specs = {sender: self._row.specs(message, sender) for sender in self._row.senders(message)}

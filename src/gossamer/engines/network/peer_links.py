@@ -36,6 +36,7 @@ from gossamer.transport.audit import AUDIT, AuditLog, no_audit
 
 POLL_SECONDS = 0.2
 LINGER_SECONDS = 60.0
+AGAIN_SECONDS = 3.0  # in which neighbours who still wait find a node that was started again
 ASK_SECONDS = 30.0
 MAX_REFUSALS = 100  # that are told
 
@@ -237,26 +238,37 @@ class PeerLinks:
             if lane.error is not None:
                 raise lane.error
 
-    def finish(self, patience_seconds: float = LINGER_SECONDS) -> None:
+    def finish(self, patience_seconds: float = LINGER_SECONDS, *, is_again: bool = False) -> bool:
         """Tell all who send to this node that it needs nothing more; wait for those who may need something of it.
 
         Args:
             patience_seconds: after which others go on without what they need.
+            is_again: whether this node had finished before it was started again: others, who do not know it, may have
+                ended since, so it waits `AGAIN_SECONDS` only for those who are away.
+
+        Returns:
+            Whether all to whom this node sends have ended, too.
         """
         end = (self._place.num_rounds, 0)
         with self._changed:
             self._at, self._over = end, True
         for name in self._server.nodes():
             self._say_end(name)
-        until = time.monotonic() + min(LINGER_SECONDS, patience_seconds)
+        began = time.monotonic()
         with self._changed:
-            while time.monotonic() < until:
-                if all(lane.is_over or number in self._absent for number, lane in self._lanes.items()):
-                    return
+            while (now := time.monotonic()) < began + min(LINGER_SECONDS, patience_seconds):
+                left = {number for number, lane in self._lanes.items() if not lane.is_over}
+                is_found = not is_again or now >= began + AGAIN_SECONDS
+                if is_found and all(number in self._absent or self._is_gone(number, is_again) for number in left):
+                    return not left
                 if self._hooks.stop_requested():
-                    return
+                    return False
                 with recorder.span("wait"):
                     self._changed.wait(POLL_SECONDS)
+        return False
+
+    def _is_gone(self, number: int | None, is_again: bool) -> bool:
+        return is_again and self._lanes[number].is_away
 
     def close(self, reason: str) -> None:
         """End all connections."""
