@@ -43,6 +43,7 @@ settings.register_profile("whole", max_examples=100, **UNTIMED)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of sweeps."""
     parser.addoption("--all-sweeps", action="store_true", help="run every case of every sweep, and more examples")
     parser.addoption("--sweep-seed", help="seed of the samples of sweeps; default: the commit that is checked out")
 

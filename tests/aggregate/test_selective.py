@@ -56,6 +56,7 @@ def trained(capacity: float, round: int, strategy: str, client: int, whole: bool
 
 
 def owned_labels(labels: Any) -> set[int]:
+    """Return the labels that a mask, a list or None (all of them) names."""
     if labels is None:
         return set(range(NUM_LABELS))
     if isinstance(labels, Tensor) and labels.dtype == torch.bool:
@@ -90,6 +91,7 @@ def slow_mean(params: Mapping[str, Tensor], contributions: Sequence[Contribution
 
 
 def same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Say whether two states have the same names, shapes and float32 bits."""
     return list(found) == list(expected) and all(
         found[name].shape == expected[name].shape
         and torch.equal(found[name].view(torch.int32), expected[name].view(torch.int32))

@@ -59,10 +59,12 @@ MAIN = "from gossamer.cli.main import main; main()"
 
 
 def invoke(*arguments: Any) -> Any:
+    """Run the command in this process, and return its outcome."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program in another process of Python, and return its outcome."""
     command = [sys.executable, "-c", program, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, **options)
 
@@ -97,6 +99,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     made: list[tuple[Any, ...]] = []
 
     def called(*arguments: Any) -> SimpleNamespace:
+        """Note the arguments, and return what a run would return."""
         made.append(arguments)
         return SimpleNamespace(directory=Path("some/run"), runs=[], stop_reason="", metrics=[])
 
@@ -203,6 +206,7 @@ class TestErrors:
         self, monkeypatch: pytest.MonkeyPatch, error: GossamerError, code: int
     ) -> None:
         def fail(*arguments: Any) -> None:
+            """Raise the error."""
             raise error
 
         monkeypatch.setattr(experiment, "run", fail)
@@ -216,6 +220,7 @@ class TestErrors:
 
     def test_keyboard_interrupt(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def interrupt(*arguments: Any) -> None:
+            """Raise what Ctrl-C raises."""
             raise KeyboardInterrupt
 
         monkeypatch.setattr(experiment, "run", interrupt)

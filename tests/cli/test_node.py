@@ -21,6 +21,7 @@ MAIN = "from gossamer.cli.main import main; main()"
 
 
 def without_torch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process in which torch cannot be imported."""
     command = [sys.executable, "-c", WITHOUT + MAIN, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
 

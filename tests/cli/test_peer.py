@@ -16,18 +16,21 @@ from slow_peers import decentralized
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    """Return a configuration of four peers, in a file."""
     path = tmp_path / "experiment.yaml"
     path.write_text(yaml.safe_dump(decentralized({"peers.num": 4})))
     return path
 
 
 def addresses(folder: Path, text: str) -> Path:
+    """Write a file of addresses."""
     path = folder / "addresses.yaml"
     path.write_text(text)
     return path
 
 
 def invoke(*arguments: Any) -> Any:
+    """Run ``gossamer node`` in this process, and return its outcome."""
     return CliRunner().invoke(app, ["node", *(str(argument) for argument in arguments)])
 
 

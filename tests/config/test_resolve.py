@@ -35,10 +35,12 @@ def configuration(algorithm: str, **changes: Any) -> Config:
 
 
 def filled(algorithm: str, **changes: Any) -> Config:
+    """Return a configuration of an algorithm, filled in."""
     return fill_in(configuration(algorithm, **changes), resolve("algorithm", algorithm))
 
 
 def error_of(algorithm: str, **changes: Any) -> str:
+    """Return what is said when a configuration of an algorithm is refused."""
     config = configuration(algorithm, **changes)
     with pytest.raises(ConfigError) as caught:
         fill_in(config, resolve("algorithm", algorithm))

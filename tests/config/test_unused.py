@@ -21,6 +21,7 @@ WHOLE = "all participants train the whole model"
 
 
 def warnings_of(population: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the warnings of a configuration with some changes."""
     data: dict[str, Any] = {"rounds": 10, "workload": {}, "train": {"lr": 0.1}, **population}
     for key, value in changes.items():
         data = with_value(data, key.split("."), value)

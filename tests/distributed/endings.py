@@ -47,6 +47,7 @@ def run(config: dict[str, Any], *arguments: str) -> None:
 
 
 def another_file(rank: int) -> None:
+    """Run with another seed on each rank."""
     try:
         run(CLIENTS | {"seed": rank})
     finally:
@@ -54,12 +55,14 @@ def another_file(rank: int) -> None:
 
 
 def another_version(rank: int) -> None:
+    """Run with another version of a package on one rank."""
     if rank:
         serving.version = lambda name: "0.0.1"  # type: ignore[attr-defined]
     run(CLIENTS)
 
 
 def another_topology(rank: int) -> None:
+    """Run with other links on each rank."""
     folder = Path(str(rank))
     folder.mkdir()
     os.chdir(folder)
@@ -68,6 +71,7 @@ def another_topology(rank: int) -> None:
 
 
 def other_data(rank: int) -> None:
+    """Run with more samples on one rank."""
     problem = resolve("workload", "least-squares")
     make = problem.__init__
 
@@ -81,19 +85,23 @@ def other_data(rank: int) -> None:
 
 
 def more_ranks_than_clients(rank: int) -> None:
+    """Run one client on several ranks."""
     run(CLIENTS | {"clients": {"num": 1, "per_round": 1}})
 
 
 def no_such_interface(rank: int) -> None:
+    """Run over a network interface that does not exist."""
     os.environ["GLOO_SOCKET_IFNAME"] = "nowhere0"
     run(CLIENTS)
 
 
 def no_cuda_device(rank: int) -> None:
+    """Run on a CUDA device."""
     run(CLIENTS, "--device", "cuda")
 
 
 def without_torchrun(rank: int) -> None:
+    """Begin without what torchrun sets."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         os.environ.pop(name, None)
     os.environ["RANK"] = str(rank)  # by which this file tells its own ranks
@@ -101,25 +109,30 @@ def without_torchrun(rank: int) -> None:
 
 
 def nccl_without_devices(rank: int) -> None:
+    """Begin with NCCL."""
     gd.init("nccl")
 
 
 def no_interface_of_ones_own(rank: int) -> None:
+    """Begin with an interface that does not exist."""
     gd.init(interface="nowhere0")
 
 
 def weights_that_do_not_sum(rank: int) -> None:
+    """Give one rank weights that do not sum to 1."""
     gd.init(timeout_seconds=10)
     own, other = torch.zeros(2), 1 - rank
     gd.neighbor_allreduce(own, self_weight=0.5, src_weights={other: 0.7 if rank else 0.5})
 
 
 def shapes_that_differ(rank: int) -> None:
+    """Give each rank a tensor of another shape."""
     gd.init(timeout_seconds=10)
     gd.neighbor_allreduce(torch.zeros(2 + rank), topology=gd.topology("complete"))
 
 
 def a_rank_that_ends(rank: int) -> None:
+    """Let the ranks do different numbers of exchanges."""
     gd.init(timeout_seconds=10)
     gd.allreduce(torch.zeros(2))
     if rank == 0:
@@ -127,12 +140,14 @@ def a_rank_that_ends(rank: int) -> None:
 
 
 def a_world_that_changed(rank: int) -> None:
+    """Exchange after the process group was destroyed."""
     gd.init(timeout_seconds=10)
     dist.destroy_process_group()
     gd.allreduce(torch.zeros(2))
 
 
 def an_error_of_ones_own(rank: int) -> None:
+    """Raise an error that is none of gossamer's."""
     gd.init(timeout_seconds=10)
     raise ArithmeticError("cannot count")
 

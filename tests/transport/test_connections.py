@@ -30,6 +30,7 @@ NAMESPACE = (
 
 
 def message(round: int, num_bytes: int) -> Message:
+    """Return an update of so many bytes."""
     return Message("update", Address("run", round, 0, 0), {}, {"x": torch.zeros(num_bytes, dtype=torch.uint8)})
 
 
@@ -42,6 +43,7 @@ def poll(is_so: Callable[[], bool]) -> None:
 
 
 def has_namespaces() -> bool:
+    """Say whether network namespaces can be made here."""
     if shutil.which("unshare") is None or shutil.which("ip") is None:
         return False
     return (
@@ -139,6 +141,7 @@ class TestSlowReaders:
 class TestRates:
     @pytest.fixture
     def server(self) -> Iterator[Server]:
+        """Return a server that takes one message a second, and one call at a time."""
         limits = Limits(messages_per_second=1, calls_per_node=1, call_seconds=30)
         with Server("127.0.0.1:0", limits=limits) as found:
             yield found

@@ -32,26 +32,31 @@ LIMITS = Limits(message_bytes=1 << 26, chunk_bytes=1 << 16, inbox_bytes=1 << 27,
 
 @pytest.fixture
 def server() -> Iterator[Server]:
+    """Return a server."""
     with Server("127.0.0.1:0", limits=LIMITS) as found:
         yield found
 
 
 @pytest.fixture
 def client(server: Server) -> Iterator[Client]:
+    """Return a client that has joined the server."""
     with Client(server.address, name="a", limits=LIMITS, timeout_seconds=TIMEOUT) as found:
         assert isinstance(server.receive(TIMEOUT), Joined)
         yield found
 
 
 def address(round: int = 0, attempt: int = 0, sender: int = 0) -> Address:
+    """Return an address of the run's first phase."""
     return Address("run", round, 0, sender, attempt)
 
 
 def message(round: int = 0, kind: str = "update", **arrays: torch.Tensor) -> Message:
+    """Return a message of a round, with arrays."""
     return Message(kind, address(round), {"loss": 0.5}, arrays)
 
 
 def next_message(receiver: Server | Client) -> Message:
+    """Return the next message that comes."""
     found = receiver.receive(TIMEOUT)
     assert isinstance(found, Received)
     return found.message
@@ -242,6 +247,7 @@ class TestNodes:
         big = {"x": torch.empty(1 << 26, dtype=torch.uint8)}
 
         def send_all() -> None:
+            """Send a thousand large messages."""
             for number in range(1000):
                 futures.append(server.send("a", Message("train", address(number), {}, big)))
 

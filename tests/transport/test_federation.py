@@ -25,6 +25,7 @@ MESSAGE = Message("update", Address("run", 0, 0, 0), {"loss": 0.5}, {"x": torch.
 
 @pytest.fixture
 def server(directory: Path) -> Iterator[Server]:
+    """Return a server with its kit."""
     log = AuditLog(directory / "audit.jsonl")
     kit = load_kit(directory / "kits" / "server")
     with Server("0.0.0.0:0", credentials=kit.credentials(), audit=log.record) as found:
@@ -135,6 +136,7 @@ def test_nothing_is_unpickled_while_messages_are_handled(server: Server, directo
     import pickle
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        """Note which classes are unpickled."""
         if event == "pickle.find_class" and WATCHED:
             UNPICKLED.append(str(arguments))
 

@@ -31,16 +31,19 @@ PEERS = "name: ring\nnodes:\n- {name: a, hosts: [a.example.org]}\n- {name: b, ho
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    """Return the file of a federation."""
     path = tmp_path / "FEDERATION.yaml"
     path.write_text(FEDERATION)
     return path
 
 
 def invoke(*arguments: Any) -> Any:
+    """Run ``gossamer node provision`` in this process, and return its outcome."""
     return CliRunner().invoke(app, ["node", "provision", *map(str, arguments)])
 
 
 def content(directory: Path) -> dict[str, bytes]:
+    """Return the bytes of all files of a folder but locks."""
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in sorted(directory.rglob("*"))
@@ -187,6 +190,7 @@ def test_what_certificates_allow(directory: Path) -> None:
     from cryptography import x509
 
     def extensions(node: str) -> tuple[set[str], list[str]]:
+        """Return the purposes and the names that a node's certificate has."""
         found = x509.load_pem_x509_certificate((directory / "kits" / node / "node.crt").read_bytes())
         purposes = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -222,6 +226,7 @@ def test_after_a_kill_the_command_is_repeated(file: Path, directory: Path, monke
 
 
 def interrupt() -> None:
+    """Raise what Ctrl-C raises."""
     raise KeyboardInterrupt
 
 

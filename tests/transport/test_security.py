@@ -43,10 +43,12 @@ LONG = Message("update", Address("run", 0, 0, 0), {}, {"x": torch.ones(600_000)}
 
 @pytest.fixture(scope="module")
 def authority() -> Authority:
+    """Return a new authority."""
     return Authority.new()
 
 
 def server_credentials(authority: Authority, **changes: Any) -> Credentials:
+    """Return credentials of a server that knows the tokens of its clients."""
     certificate, key = authority.issue("server")
     verify = verify_tokens({name: hashlib.sha256(token.encode()).hexdigest() for name, token in TOKENS.items()})
     return Credentials(certificate, key, authority.pem, **{"verify": verify, **changes})
@@ -55,17 +57,20 @@ def server_credentials(authority: Authority, **changes: Any) -> Credentials:
 def client_credentials(
     authority: Authority, name: str = "a", days: float = 1, token: str = "token-of-a"
 ) -> Credentials:
+    """Return credentials of a client."""
     certificate, key = authority.issue(name, days)
     return Credentials(certificate, key, authority.pem, token)
 
 
 @pytest.fixture
 def told() -> list[tuple[str, dict[str, Any]]]:
+    """Return a list for what is audited."""
     return []
 
 
 @pytest.fixture
 def server(authority: Authority, told: list[tuple[str, dict[str, Any]]]) -> Iterator[Server]:
+    """Return a server with credentials, which notes what it audits."""
     with Server(
         "0.0.0.0:0", credentials=server_credentials(authority), audit=lambda kind, **fields: told.append((kind, fields))
     ) as found:
@@ -124,9 +129,11 @@ def test_nothing_of_those_who_are_refused_is_decoded(authority: Authority, monke
     decoded = Counter[str]()
 
     def count(module: Any, name: str) -> None:
+        """Replace a function by one that counts its calls."""
         original = vars(module)[name]
 
         def counted(*arguments: Any) -> Any:
+            """Count the call."""
             decoded[name] += 1
             return original(*arguments)
 
@@ -136,6 +143,7 @@ def test_nothing_of_those_who_are_refused_is_decoded(authority: Authority, monke
         count(module, name)
 
     def verify(caller: Caller) -> None:
+        """Refuse callers that are revoked."""
         if caller.name == "revoked":
             raise Refused("the certificate of node 'revoked' is revoked")
         tokens(caller)
@@ -179,6 +187,7 @@ def test_who_is_revoked_is_out_at_the_next_message(authority: Authority) -> None
     revoked: set[str] = set()
 
     def verify(caller: Caller) -> None:
+        """Refuse callers that are revoked."""
         if caller.name in revoked:
             raise Refused(f"the certificate of node {caller.name!r} is revoked")
 
@@ -217,6 +226,7 @@ class TestCalls:
 
     @pytest.fixture
     def channel(self) -> Iterator[grpc.Channel]:
+        """Return a bare channel to a server."""
         with (
             Server("127.0.0.1:0", limits=Limits(call_seconds=60)) as server,
             grpc.insecure_channel(server.address) as found,
@@ -226,6 +236,7 @@ class TestCalls:
     def fails(
         self, channel: grpc.Channel, method: str, metadata: Any = (("gossamer-node", "a"),), timeout: Any = TIMEOUT
     ) -> Any:
+        """Return the status code with which a call fails."""
         with pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary(method)(b"", timeout=timeout, metadata=metadata)
         return caught.value.code()  # type: ignore[attr-defined]

@@ -44,6 +44,7 @@ def encoded(pixels: np.ndarray, kind: str = "PNG") -> dict[str, Any]:
 
 
 def write_parquet(path: Path, **columns: list[Any]) -> None:
+    """Write columns to a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -129,6 +130,7 @@ def test_synthetic_is_learnable_and_deterministic() -> None:
 
 
 def image_data(**changes: Any) -> ImageData:
+    """Return a few images of three labels, with some fields replaced."""
     fields: dict[str, Any] = {
         "name": "mine",
         "train_images": torch.zeros(4, 1, 2, 2, dtype=torch.uint8),
@@ -168,10 +170,12 @@ def test_malformed_image_data_is_refused(changes: dict[str, Any], message: str) 
 
 
 def noise(*shape: int, largest: float = 255.0, kind: torch.dtype = torch.float32) -> torch.Tensor:
+    """Return uniform noise of a shape."""
     return (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * largest).to(kind)
 
 
 def of_images(train: torch.Tensor, test: torch.Tensor, **changes: Any) -> ImageData:
+    """Return data of images that all have label 0."""
     labels = [torch.zeros(len(images), dtype=torch.int64) for images in (train, test)]
     return ImageData("mine", train, labels[0], test, labels[1], 1, **changes)
 
@@ -254,6 +258,7 @@ def test_colours_become_leading_channels(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def cached_file(tmp_path: Path) -> Path:
+    """Return the one file of the cache."""
     (found,) = (tmp_path / "cache").iterdir()
     return found
 
@@ -303,6 +308,7 @@ def test_cache_leaves_nothing_else_and_may_fail(
 
 
 def rewrite(tiny: dict[str, Any], **columns: list[Any]) -> None:
+    """Write the training file again, with other columns."""
     cells = [encoded(one) for one in tiny["train"][0]]
     kept = {"image": cells, "label": tiny["train"][1]} | columns
     write_parquet(tiny["folder"] / "train.parquet", **{name: cells for name, cells in kept.items() if cells})
@@ -380,6 +386,7 @@ def test_names_of_the_hub_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[HubSource] = []
 
     def answer(source: HubSource) -> datasets_hub.Arrays:
+        """Note what is asked for, and return one image."""
         asked.append(source)
         channels = 1 if source.mode == "L" else 3
         images, labels = np.zeros((1, channels, 2, 2), dtype=np.uint8), np.array([source.num_labels - 1])

@@ -43,6 +43,7 @@ TWINS = {
 
 
 def wrapped(build: Any, **options: Any) -> ModuleModel:
+    """Return a module as a model."""
     return ModuleModel(build, SHAPE, NUM_LABELS, **options)
 
 
@@ -50,6 +51,8 @@ def of_layers(*layers: Any, **options: Any) -> ModuleModel:
     """Wrap a sequence of layers; functions among them stand for layers without parameters."""
 
     class Between(nn.Module):
+        """A function as a layer."""
+
         def __init__(self, function: Any) -> None:
             super().__init__()
             self.function = function
@@ -58,6 +61,7 @@ def of_layers(*layers: Any, **options: Any) -> ModuleModel:
             return self.function(x)
 
     def build() -> nn.Module:
+        """Return the layers, one after another."""
         made = [layer() if isinstance(layer, partial) else Between(layer) for layer in layers]
         return nn.Sequential(*made)
 
@@ -65,10 +69,12 @@ def of_layers(*layers: Any, **options: Any) -> ModuleModel:
 
 
 def inputs(*lead: int, seed: int = 0) -> Tensor:
+    """Return random inputs."""
     return torch.randn(*lead, *SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
 def initial(model: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Return the initial parameters of a model."""
     return model.init(np.random.default_rng(seed))
 
 
@@ -420,6 +426,8 @@ class TestAnotherFunction:
 
     def test_a_constant_of_single_precision(self) -> None:
         class Constant(Heads):
+            """Heads after a multiplication by a constant."""
+
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x @ torch.eye(x.shape[-1]))
 
@@ -495,6 +503,7 @@ class TestFederation:
 
 
 def classification(model: Any, **options: Any) -> ImageClassification:
+    """Return a workload of images that trains a model."""
     data = DATA | {"shape": [1, 8, 8]}
     given = {"dataset": data, "model": model} | options.pop("options", {})
     return ImageClassification(given, num_clients=options.pop("num_clients", 4), partition="iid", seed=0, **options)
@@ -544,6 +553,8 @@ class TestUsersModules:
 
     def test_evaluation_mode(self) -> None:
         class Modal(nn.Linear):
+            """A linear layer that gives three times as much in evaluation."""
+
             def forward(self, x: Tensor) -> Tensor:
                 return super().forward(x.flatten(1)) * (1.0 if self.training else 3.0)
 
@@ -581,6 +592,8 @@ class TestBuild:
         built: list[Tensor] = []
 
         class Recorded(user_modules.Drawn):
+            """A module that notes what it drew when it was built."""
+
             def __init__(self) -> None:
                 super().__init__(SHAPE, NUM_LABELS)
                 built.append(self.weight.detach()[0, 0] + self.drawn[0])

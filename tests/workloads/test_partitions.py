@@ -20,6 +20,7 @@ quick = settings(max_examples=20)
 
 
 def random_labels(count: int, num_labels: int, seed: int = 0) -> Ints:
+    """Return uniformly drawn labels, [count]."""
     return np.random.default_rng(seed).integers(0, num_labels, count)
 
 
@@ -111,6 +112,7 @@ def test_dirichlet_skew_follows_alpha() -> None:
     labels = random_labels(4000, 10)
 
     def largest_share(alpha: float) -> float:
+        """Return the mean share of a client's commonest label."""
         made = dirichlet(labels, 10, 10, 0, None, alpha=alpha)
         shares = [np.bincount(labels[made.of_client(i)], minlength=10).max() / made.num_samples[i] for i in range(10)]
         return float(np.mean(shares))

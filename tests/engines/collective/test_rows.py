@@ -53,7 +53,10 @@ def arrays(seed: int) -> dict[str, torch.Tensor]:
 
 
 def heard_of(edges: list[list[int]]) -> Callable[[int, int, int, int], NDArray[np.int64] | None]:
+    """Return what lists the senders in a range of whom receivers in another one hear."""
+
     def heard(first: int, last: int, low: int, high: int) -> NDArray[np.int64] | None:
+        """Return the senders, sorted; None: there are none."""
         found = sorted({sender for receiver, sender in edges if first <= receiver < last and low <= sender < high})
         return np.array(found) if found else None
 
@@ -68,11 +71,14 @@ class Rendezvous:
         self._num_groups = 0
 
     def members(self, size: int, seconds: float) -> list[Member]:
+        """Return the members of another group."""
         self._num_groups += 1
         return [Member(self._store.port, str(self._num_groups), rank, size, seconds) for rank in range(size)]
 
 
 class Member(NamedTuple):
+    """What a process needs to know to join a group."""
+
     port: int
     name: str
     rank: int
@@ -80,6 +86,7 @@ class Member(NamedTuple):
     seconds: float
 
     def join(self) -> Group:
+        """Join the group."""
         limit = timedelta(seconds=self.seconds)
         store = TCPStore("127.0.0.1", self.port, is_master=False, wait_for_workers=False, timeout=limit)
         return Group(PrefixStore(self.name, store), self.rank, self.size, timeout_seconds=self.seconds)

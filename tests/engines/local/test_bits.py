@@ -27,6 +27,7 @@ def outcome(config: dict[str, Any], where: Path, workers: int, block_size: int |
 
 
 def assert_same_bits(config: dict[str, Any], where: Path, ways: list[Any]) -> None:
+    """Assert that several numbers of workers and sizes of blocks give the same outcome."""
     reference = outcome(config, where, 0, AUTO)
     for way in ways:
         assert outcome(config, where, *way) == reference, f"workers and block size {way} change the result"

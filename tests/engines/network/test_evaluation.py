@@ -33,6 +33,7 @@ RUN = "ab"
 
 @pytest.fixture(scope="module")
 def task() -> Task:
+    """Return the task of clients of several capacities."""
     return build(parse(configure(mixed("fedrolex")))).task
 
 
@@ -43,6 +44,7 @@ def request(task: Task, body: Mapping[str, Any] | None = None, run: str = RUN, *
 
 
 def training(task: Task, directory: Path, policy: Policy | None = None) -> Training:
+    """Return what a client trains and evaluates with."""
     return Training(task, RUN, directory, policy=policy)
 
 

@@ -21,6 +21,7 @@ HEADER = Header("peer-1", "row", Address("run", 3, 0, 1), {}, ROW, 16)
 
 @pytest.fixture
 def gate() -> Gate:
+    """Return a gate that is open for a row of peer 1 in round 3."""
     made = Gate("run", "row", {"peer-1": 1, "peer-2": 2}.get, threading.Condition())
     made.open((3, 0), {1: ROW})
     return made

@@ -35,6 +35,7 @@ from nodes import free_port, unpickling
 
 @pytest.fixture(scope="module")
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the kits of a server and two clients."""
     root = tmp_path_factory.mktemp("federation")
     (root / "FEDERATION.yaml").write_text("name: f\nserver: {hosts: [127.0.0.1]}\nnodes: [a, b]\n")
     provision(root / "FEDERATION.yaml", root / "made")
@@ -47,9 +48,11 @@ def test_the_bits_over_tls_the_audit_and_no_secret(kits: Path, tmp_path: Path, c
     logs = {name: AuditLog(tmp_path / f"{name}.jsonl") for name in "ab"}
 
     def node(name: str, clients: list[int]) -> ClientNode:
+        """Return a node with its kit, for some clients."""
         kit = load_kit(kits / name)
 
         def dial(hello: Mapping[str, Any], seconds: float) -> Client:
+            """Join the server with the credentials of the kit."""
             credentials, log = kit.credentials(), logs[name].record
             return Client(address, name=name, hello=hello, credentials=credentials, audit=log, timeout_seconds=seconds)
 
@@ -107,6 +110,7 @@ class TestCurious:
 
     @pytest.fixture
     def config(self) -> dict[str, Any]:
+        """Return a resolved configuration."""
         from gossamer.config import loading
         from gossamer.config.resolve import resolve
 
@@ -144,6 +148,8 @@ class TestCurious:
     @pytest.mark.parametrize("run", ["../../up", "/etc", "", 7, "x" * 64])
     def test_a_run_names_no_folder(self, config: dict[str, Any], run: Any, tmp_path: Path) -> None:
         class Asking:
+            """A connection that only has a welcome."""
+
             welcome = {"run": run, "config": config}
 
             def close(self) -> None: ...

@@ -44,9 +44,11 @@ def tiny(flag: str = "", fault: str = "") -> type:
             return True
 
         def ready(self) -> bool:
+            """Say that it has started."""
             return True
 
         def pid(self) -> int:
+            """Return the number of its process."""
             return os.getpid()
 
         def work(self, value: int, fault: str = "", path: str = "") -> Any:
@@ -85,6 +87,7 @@ def acting(num_actors: int, cls: type | None = None, num_cpus: int = 1, **option
 
 
 def squares(count: int, faults: dict[int, tuple[str, ...]] | None = None) -> Iterator[Call]:
+    """Yield calls of ``work``, some of them with faults."""
     return (Call(number, "work", (number, *(faults or {}).get(number, ()))) for number in range(count))
 
 
@@ -103,6 +106,7 @@ class Told:
         self.events.append({"kind": kind} | fields)
 
     def count(self, kind: str, reason: str) -> int:
+        """Return how many events have this kind and reason."""
         return sum((event["kind"], event["reason"]) == (kind, reason) for event in self.events)
 
 
@@ -192,10 +196,12 @@ class TestKinds:
 
 
 def starting(actors: ActorPool) -> bool:
+    """Say whether an actor of a pool is being started."""
     return any(actor.starting is not None for actor in actors._actors)
 
 
 def is_alive(pid: int) -> bool:
+    """Say whether there is a process of this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -18,6 +18,7 @@ CORPORA = st.lists(st.tuples(CAPTIONS, CAPTIONS, CAPTIONS), min_size=1, max_size
 
 
 def corpus_bleu(corpus: list[tuple[list[str], ...]]) -> float:
+    """Return the BLEU of captions, each with its references."""
     return bleu(np.sum([bleu_sums(caption, references) for caption, *references in corpus], axis=0))
 
 

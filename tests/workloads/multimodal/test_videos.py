@@ -24,6 +24,7 @@ pytest.importorskip("av", reason="PyAV is not installed")
 
 
 def greys(video: Any) -> list[float]:
+    """Return the mean of each frame, rounded."""
     return np.asarray(video, dtype=np.float64).mean(axis=(-3, -2, -1)).round().tolist()
 
 
