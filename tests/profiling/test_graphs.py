@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.profiling.graphs import graph_of
+from gossamer.profiling.graphs import ARRIVE, graph_of
 from gossamer.profiling.replay import Graph, replay
-from gossamer.profiling.trace import read_trace
+from gossamer.profiling.trace import Lane, Round, Segment, read_trace
 from traces import span, write
 
 
@@ -84,3 +84,25 @@ def test_names_of_processes_do_not_matter(tmp_path: Path) -> None:
     driver = next((tmp_path / "trace").glob("driver*"))
     driver.write_text(driver.read_text().replace("w<", "x<"))
     assert replay(graph_of(read_trace(tmp_path).rounds[0])).seconds == before
+
+
+@pytest.mark.parametrize(
+    ("sender", "others", "expected"),
+    [
+        ("client", True, True),  # a node of the run
+        ("worker", True, False),  # a process of the driver's machine
+        (None, True, False),  # sent in another round, maybe
+        (None, False, True),  # by a client that has no trace here
+    ],
+)
+def test_what_comes_from_other_machines_is_told(sender: str | None, others: bool, expected: bool) -> None:
+    driver = [Segment("receive", 0.0, 1.0, 1.0, num_bytes=9, message="m"), Segment("aggregate", 1.0, 2.0, 1.0)]
+    lanes = {Lane("driver", "driver", 1, 1): driver}
+    if sender is not None:
+        lanes[Lane(sender, sender, 2, 2)] = [Segment("send", 0.0, 0.5, 0.5, message="m")]
+    elif others:
+        lanes[Lane("client", "client", 2, 2)] = [Segment("train", 0.0, 0.5, 0.5)]
+    one = Round(1, 2.0, lanes)
+    kinds = {node.kind for node in graph_of(one, marks_arrivals=True).nodes if node.resource == "driver"}
+    assert kinds == {ARRIVE if expected else "receive", "aggregate"}
+    assert ARRIVE not in {node.kind for node in graph_of(one).nodes}

@@ -13,7 +13,7 @@ import pytest
 from gossamer.errors import ConfigError
 from gossamer.profiling.advice import CANNOT_TELL, LOSE, WIN, Verdict, is_nothing_worth, judge
 from gossamer.profiling.devices import Accelerator, Device, Number, read_device
-from gossamer.profiling.graphs import graph_of
+from gossamer.profiling.graphs import ARRIVE, graph_of
 from gossamer.profiling.offload import STAGES, costs_of, move, stage_named
 from gossamer.profiling.replay import Graph, Node, replay
 from gossamer.profiling.trace import Trace, read_trace
@@ -67,6 +67,28 @@ class TestClosedForms:
         device = emulated(slowdown_copy=2, link_latency=1e-3, link_bandwidth=1e8, submit=2e-3)
         (graph, *_) = rounds(("checkpoint", 0.05, MB))
         assert seconds(graph, device, "checkpoint") == pytest.approx(0.1 + 2e-3 + 0.01 + 1e-3 + 0.01, abs=1e-9)
+
+    def test_what_a_relay_adds_up_crosses_the_link_once(self) -> None:
+        """Two updates arrive at the device, which adds them up; the mean alone goes on to the host."""
+        device = emulated(slowdown_stream=2, link_latency=1e-3, link_bandwidth=1e8, submit=0, memory_bandwidth=1e12)
+        arrive, add, combine = (ARRIVE, 0.01, MB), ("aggregate", 0.02, MB), ("combine", 0.01, MB)
+        (graph, *_) = rounds(arrive, add, arrive, add, combine)
+        own = 2 * (2 * 0.01 + 2 * 0.02 + 0.01)
+        assert seconds(graph, device, "relay") == pytest.approx(0.1 + 1e-3 + own + 0.01 + 1e-3 + 0.01, abs=1e-9)
+        found = verdict_of([graph] * 6, device, "relay")
+        assert found.link_bytes == MB
+        (third,) = [one for one in found.advice if one.name == "A3"]
+        assert third.is_met
+        assert "1,000,000 bytes a round cross its link instead of 2,000,000" in third.why
+
+    def test_a_relay_of_one_update_saves_no_bytes(self) -> None:
+        (graph, *_) = rounds((ARRIVE, 0.01, MB), ("combine", 0.01, MB))
+        found = verdict_of([graph] * 6, emulated(), "relay")
+        assert {one.name: one.is_met for one in found.advice}["A3"] is False
+
+    def test_there_is_no_relay_where_nothing_arrives(self) -> None:
+        graphs = rounds(("receive", 0.01, MB), ("aggregate", 0.02, MB))
+        assert [one.stage for one in judge(graphs, emulated())] == ["aggregation"]
 
     def test_a_device_that_cannot_keep_up_makes_the_round_longer(self) -> None:
         (graph, *_) = rounds(("checkpoint", 0.05, MB))

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gossamer.profiling.devices import Device
+from gossamer.profiling.graphs import ARRIVE
 from gossamer.profiling.offload import (
     BACKGROUND,
     STAGES,
@@ -100,7 +101,7 @@ def judge(graphs: Sequence[Graph], device: Device, stages: Sequence[Stage] = STA
         graphs: of recorded rounds, at least one.
     """
     recorded = {node.kind for graph in graphs for node in graph.nodes}
-    found = [_judge(graphs, device, stage) for stage in stages if recorded & set(stage.kinds)]
+    found = [_judge(graphs, device, stage) for stage in stages if stage.is_in(recorded)]
     return sorted(found, key=lambda one: (one.verdict == LOSE, one.change.mean))
 
 
@@ -154,7 +155,13 @@ def _judge(graphs: Sequence[Graph], device: Device, stage: Stage) -> Verdict:
         break_even_slowdown=None if engine else _break_even_slowdown(graphs, stage, costs, fmean(before)),
         break_even_bytes=break_even_bytes,
         start_seconds=device.engines[engine].numbers["start"].value if engine else 0.0,
-        advice=_advice(stage, device, engine, at_value, before, num_bytes / len(nodes), break_even_bytes),
+        advice=sorted(
+            [
+                *_advice(stage, device, engine, at_value, before, num_bytes / len(nodes), break_even_bytes),
+                _endpoint(at_value, sum(node.num_bytes for node in nodes if node.kind == ARRIVE) / count),
+            ],
+            key=lambda one: one.name,
+        ),
     )
 
 
@@ -251,8 +258,6 @@ def _advice(
         second = Advice("A2", utilisation < 1, why)
     else:
         second = Advice("A2", False, "the round waits for it")
-    crossing = f"{fmean(one.link_bytes for one in moved):,.0f} bytes a round cross the link to the device"
-    third = Advice("A3", False, f"in this run messages come to the host, so {crossing}")
     limit = HALF_LINE_RATE * device.numbers["line_rate"].value
     if stage.mode == SYNCHRONOUS:
         fourth = Advice("A4", False, "every message stops at the device on its way from the host to the wire")
@@ -260,7 +265,18 @@ def _advice(
         fourth = Advice("A4", False, f"{rate:,.0f} bytes/s are more than half of the line rate")
     else:
         fourth = Advice("A4", True, "no message stops at the device on its way to the wire")
-    return [first, second, third, fourth]
+    return [first, second, fourth]
+
+
+def _endpoint(moved: Sequence[Moved], arrived: float) -> Advice:
+    """Return A3 of a stage with which so many bytes a round end at the device instead of the host."""
+    crossing = fmean(one.link_bytes for one in moved)
+    if not arrived:
+        return Advice(
+            "A3", False, f"messages come to the host, so {crossing:,.0f} bytes a round cross the link to the device"
+        )
+    why = f"participants send to the device, and {crossing:,.0f} bytes a round cross its link instead of {arrived:,.0f}"
+    return Advice("A3", crossing < arrived, why)
 
 
 def path_shares(graph: Graph) -> dict[str, float]:

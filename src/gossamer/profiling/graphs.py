@@ -9,6 +9,8 @@ from gossamer.profiling.replay import Edge, Graph, Node
 from gossamer.profiling.trace import ABSENT, UNATTRIBUTED, WAIT, Lane, Round, Segment
 
 RECEIVE, SEND = "receive", "send"
+ARRIVE = "arrive"  # a receive, where the sender is another machine
+NODES = ("client", "peer")  # processes that stand for machines of their own
 AROUND = (UNATTRIBUTED, "coordinate", "exchange", "evaluate", "train", "mix")  # what may stand between wait and receive
 
 
@@ -28,7 +30,7 @@ class Arrival(NamedTuple):
     seconds: float | None
 
 
-def graph_of(one: Round, *, is_quiet: bool = False) -> Graph:
+def graph_of(one: Round, *, is_quiet: bool = False, marks_arrivals: bool = False) -> Graph:
     """Return the graph of a round.
 
     A wait that a message ended takes no time of its own: what follows it begins when that message is there, a constant
@@ -37,7 +39,9 @@ def graph_of(one: Round, *, is_quiet: bool = False) -> Graph:
     Args:
         is_quiet: leave out for how long threads waited for a processor: what is left is the round that a machine with
             a processor for each thread would have had.
+        marks_arrivals: give what is received from other machines the kind `ARRIVE`.
     """
+    arriving = _from_nodes(one) if marks_arrivals else set[tuple[Lane, int]]()
     elastic, arrivals = messages_of(one, is_quiet=is_quiet)
     lasts = {lane: _last(lane, segments) for lane, segments in one.lanes.items()}
     ready = median([a.seconds for a in arrivals if a.seconds is not None] or [0.0])
@@ -54,7 +58,8 @@ def graph_of(one: Round, *, is_quiet: bool = False) -> Graph:
             seconds = 0.0 if is_elastic else segment.quiet_seconds if is_quiet else segment.seconds
             if segment.kind == SEND:  # of which the message leaves at the begin
                 leaving[lane, place] = graph.add(Node(lane.name, SEND, 0.0))
-            node = Node(lane.name, segment.kind, seconds, min(segment.cpu, seconds), segment.num_bytes)
+            kind = ARRIVE if (lane, place) in arriving else segment.kind
+            node = Node(lane.name, kind, seconds, min(segment.cpu, seconds), segment.num_bytes)
             numbers[lane, place] = graph.add(node)
     for lane, place, sender, sent, delay in arrivals:
         if (sender, sent) not in leaving or (lane, place) not in numbers:  # it is not received in this round
@@ -86,6 +91,23 @@ def messages_of(one: Round, *, is_quiet: bool = False) -> tuple[set[tuple[Lane, 
     if is_quiet:
         arrivals = [_quiet(arrival, one) for arrival in arrivals]
     return elastic, arrivals
+
+
+def _from_nodes(one: Round) -> set[tuple[Lane, int]]:
+    """Return what other machines sent: nodes of the run, or, where one process has a trace, those who have none."""
+    process_of = {
+        segment.message: lane.process
+        for lane, segments in one.lanes.items()
+        for segment in segments
+        if segment.kind == SEND
+    }
+    unknown = NODES[0] if len({lane.process for lane in one.lanes}) == 1 else ""
+    return {
+        (lane, place)
+        for lane, segments in one.lanes.items()
+        for place, segment in enumerate(segments)
+        if segment.kind == RECEIVE and lane.process not in NODES and process_of.get(segment.message, unknown) in NODES
+    }
 
 
 def _quiet(arrival: Arrival, one: Round) -> Arrival:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from gossamer.errors import ConfigError, nearest
 from gossamer.profiling.devices import Device
+from gossamer.profiling.graphs import ARRIVE
 from gossamer.profiling.replay import Edge, Graph, Node, replay
 from gossamer.profiling.trace import UNATTRIBUTED
 
@@ -30,6 +31,7 @@ class Stage:
         returns: share of its bytes that come back.
         sends_nothing, returns_nothing: kinds whose bytes do not cross the link on the way there, or back, because they
             are there already, or stay there.
+        needs: kind without which there is nothing to be moved; "": any of `kinds` will do.
         touches: how often memory is read or written for a byte of its work, at least: derived from what the stage does,
             and not measured.
     """
@@ -43,7 +45,12 @@ class Stage:
     returns: float = 1.0
     sends_nothing: tuple[str, ...] = ()
     returns_nothing: tuple[str, ...] = ()
+    needs: str = ""
     touches: float = 2.0
+
+    def is_in(self, kinds: Collection[str]) -> bool:
+        """Say whether a run that recorded these kinds has the stage."""
+        return self.needs in kinds if self.needs else not set(self.kinds).isdisjoint(kinds)
 
     def touched(self, node: Node) -> float:
         """Return the bytes of memory that a piece reads and writes, see `touches`; of a digest they are read once."""
@@ -74,6 +81,16 @@ STAGES = (
     Stage("encryption", ("encrypt",), SYNCHRONOUS, "slowdown_crypto", "encrypt"),
     Stage("checkpoint", ("checkpoint", "digest"), BACKGROUND, "slowdown_copy", returns=0.0, sends_nothing=("digest",)),
     Stage("logging", ("log",), BACKGROUND, "slowdown_cpu", returns=0.0),
+    Stage(  # the device is an endpoint: what participants send ends there, and the mean alone goes on to the host
+        "relay",
+        (ARRIVE, "aggregate", "combine"),
+        PIPELINED,
+        "slowdown_stream",
+        passes=MEANWHILE,
+        sends_nothing=(ARRIVE, "aggregate", "combine"),
+        returns_nothing=(ARRIVE, "aggregate"),
+        needs=ARRIVE,
+    ),
 )
 
 

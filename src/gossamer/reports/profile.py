@@ -227,7 +227,7 @@ def offload(trace: Trace, device: Device, stages: Sequence[Stage] = STAGES) -> l
             f"in round {moved[0]} a side-car does a stage of this run already, and what it does would be moved once"
             " more: give a run that was recorded without offload"
         )
-    return judge([graph_of(one, is_quiet=True) for one in rounds], device, stages)
+    return judge([graph_of(one, is_quiet=True, marks_arrivals=True) for one in rounds], device, stages)
 
 
 def delay_share(trace: Trace) -> float:
@@ -295,7 +295,7 @@ def draw_timeline(trace: Trace, output: Path) -> Path:
 def draw_offload(trace: Trace, device: Device, stage: Stage, output: Path) -> Path:
     """Draw the round of median length before and after a stage is moved."""
     one = _typical(rounds_of(trace, MAX_ROUNDS))
-    graph = graph_of(one, is_quiet=True)
+    graph = graph_of(one, is_quiet=True, marks_arrivals=True)
     kinds = tuple(sorted({node.kind for node in graph.nodes} & set(stage.kinds)))
     after = move(graph, stage, costs_of(device, stage, kinds, {})).graph
     panels = [
