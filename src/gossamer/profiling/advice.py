@@ -28,7 +28,7 @@ from gossamer.profiling.offload import (
     move,
     numbers_of,
 )
-from gossamer.profiling.replay import Graph, Interval, bootstrap_change, replay
+from gossamer.profiling.replay import Graph, Interval, Node, bootstrap_change, replay
 
 WIN, LOSE, CANNOT_TELL = "win", "lose", "cannot tell"
 WORTH = 0.01  # share of the round that must be saved to be worth it
@@ -155,13 +155,7 @@ def _judge(graphs: Sequence[Graph], device: Device, stage: Stage) -> Verdict:
         break_even_slowdown=None if engine else _break_even_slowdown(graphs, stage, costs, fmean(before)),
         break_even_bytes=break_even_bytes,
         start_seconds=device.engines[engine].numbers["start"].value if engine else 0.0,
-        advice=sorted(
-            [
-                *_advice(stage, device, engine, at_value, before, num_bytes / len(nodes), break_even_bytes),
-                _endpoint(at_value, sum(node.num_bytes for node in nodes if node.kind == ARRIVE) / count),
-            ],
-            key=lambda one: one.name,
-        ),
+        advice=_advice(stage, device, engine, at_value, before, nodes, break_even_bytes),
     )
 
 
@@ -241,9 +235,10 @@ def _advice(
     engine: str | None,
     moved: Sequence[Moved],
     before: Sequence[float],
-    piece_bytes: float,
+    nodes: Sequence[Node],
     break_even: float | None,
 ) -> list[Advice]:
+    piece_bytes = fmean(node.num_bytes for node in nodes)
     utilisation = max(one.device_seconds / length for one, length in zip(moved, before, strict=True))
     rate = max(one.link_bytes / length for one, length in zip(moved, before, strict=True))
     if engine is None:
@@ -265,7 +260,8 @@ def _advice(
         fourth = Advice("A4", False, f"{rate:,.0f} bytes/s are more than half of the line rate")
     else:
         fourth = Advice("A4", True, "no message stops at the device on its way to the wire")
-    return [first, second, fourth]
+    arrived = sum(node.num_bytes for node in nodes if node.kind == ARRIVE) / len(moved)
+    return [first, second, _endpoint(moved, arrived), fourth]
 
 
 def _endpoint(moved: Sequence[Moved], arrived: float) -> Advice:
