@@ -60,6 +60,7 @@ bench: $(VENV)/.installed rivals
 	$(BIN)/python benchmarks/many_small_clients.py
 	$(BIN)/python benchmarks/mixed_capacities.py
 	$(BIN)/python benchmarks/submodel.py
+	$(BIN)/python benchmarks/smaug_step.py
 	$(BIN)/python benchmarks/registered_clients.py
 	$(BIN)/python benchmarks/kill_and_resume.py
 	$(BIN)/python benchmarks/mixing.py
