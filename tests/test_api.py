@@ -61,11 +61,13 @@ def data() -> ImageData:
 
 
 def run(directory: Path, **changes: Any) -> gossamer.Run:
+    """Run two rounds on the synthetic data set."""
     workload = {"dataset": {"name": "synthetic", **SYNTHETIC}, "model": "softmax"}
     return gossamer.run(BASE | {"workload": workload}, out=directory, **{"rounds": 2} | changes)
 
 
 def pairs(data: ImageData) -> tuple[Items, Items]:
+    """Return training and test data as data sets of torch."""
     assert isinstance(data.train_images, Tensor)
     assert isinstance(data.test_images, Tensor)
     return Items(data.train_images, data.train_labels), Items(data.test_images, data.test_labels)

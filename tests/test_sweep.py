@@ -271,6 +271,7 @@ def test_task_whose_worker_dies_goes_on_from_its_commit(tmp_path: Path, closed_g
     held = tmp_path / "out" / "seed-0"
 
     def kill_when_held() -> None:
+        """Kill the run once it waits at the gate."""
         wait_for((closed_gate / "reached").exists, 200)
         (worker,) = [int(one.name) for one in Path("/proc").glob("[0-9]*") if _has_open(one, held / "metrics.jsonl")]
         os.kill(worker, signal.SIGKILL)

@@ -40,6 +40,7 @@ NET: tuple[Shapes, Axes] = (
 
 
 def plain(shapes: Shapes) -> Layout:
+    """Return the layout of parameters none of whose dimensions is cut."""
     return Layout.of(shapes, {name: (None,) * len(shape) for name, shape in shapes.items()})
 
 

@@ -28,14 +28,17 @@ CHARACTERS = 9
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
+    """Return random images."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def characters() -> Tensor:
+    """Return random characters."""
     return torch.randint(0, CHARACTERS, (2, 7), generator=torch.Generator().manual_seed(0))
 
 
 def layout_of(module: nn.Module, axes: Axes) -> Layout:
+    """Return the layout of a module with these axes."""
     return Layout.of({name: tuple(param.shape) for name, param in module.named_parameters()}, axes)
 
 

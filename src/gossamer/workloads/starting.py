@@ -24,7 +24,7 @@ def load_parameters(path: str, shapes: Mapping[str, tuple[int, ...]], where: str
         seed: of the run.
 
     Raises:
-        ConfigError: it cannot be read, or lacks some, or has them of other shapes.
+        ConfigError: it cannot be read, or lacks some, has them of other shapes, or with values that are not finite.
     """
     file = Path(path.replace(SEED, str(seed)))
     try:
@@ -41,4 +41,6 @@ def load_parameters(path: str, shapes: Mapping[str, tuple[int, ...]], where: str
                 f"{where}: the model needs {name!r} of shape {tuple(shape)}, but {str(file)!r} has {what}: give the"
                 " sizes of the model that was exported"
             )
+        if not found[name].isfinite().all():
+            raise ConfigError(f"{where}: {name!r} of {str(file)!r} has values that are not finite: export another run")
     return {name: found[name].float() for name in shapes}

@@ -164,6 +164,7 @@ def run_group() -> Iterator[Callable[[list[Member], str], list[list[str]]]]:
     started: list[subprocess.Popen[str]] = []
 
     def run(members: list[Member], mode: str = "") -> list[list[str]]:
+        """Run this file in a process, and return what each member printed."""
         command = [sys.executable, __file__, json.dumps(members), mode]
         started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
         ended = json.loads(started[-1].communicate(timeout=200)[0])

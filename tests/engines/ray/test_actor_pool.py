@@ -29,6 +29,8 @@ def tiny(flag: str = "", fault: str = "") -> type:
     """Return a class of actors; one made in a function reaches Ray's processes by value."""
 
     class Tiny:
+        """An actor that fails once, as `fault` says."""
+
         def __init__(self) -> None:
             if fault == "raise":
                 raise ArithmeticError("it cannot count to 3")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import gossamer
@@ -147,3 +148,10 @@ class TestGivenWeights:
             made(lora=None, model=larger, weights=trained[1])
         with pytest.raises(ConfigError, match=r"workload\.weights: 'nowhere-0' cannot be read .*: give a file that"):
             made(lora=None, weights="nowhere-{seed}")
+        broken = {name: value.clone() for name, value in trained[0].params.items()}
+        broken[next(iter(broken))].fill_(float("nan"))
+        save_file(broken, tmp_path / "broken.safetensors")
+        with pytest.raises(
+            ConfigError, match=r"workload\.weights: '.*' of '.*broken.*' has values that are not finite"
+        ):
+            made(lora=None, weights=str(tmp_path / "broken.safetensors"))
