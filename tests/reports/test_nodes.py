@@ -142,6 +142,7 @@ class TestClients:
         for given, told in (
             ([one], "is what a client recorded: give it with the run directory of its server"),
             ([server, one, other / "trace"], "two folders of clients have one name"),
+            ([server, server / "trace"], r"trace' is that of '.*server', which is read with it: leave it out"),
         ):
             with pytest.raises(ConfigError, match=told):
                 read_nodes(given)

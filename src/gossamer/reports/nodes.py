@@ -35,6 +35,8 @@ def read_nodes(directories: Sequence[Path]) -> Trace:
         first, others = servers[0], {one.name.replace(".", "_"): one for one in folders}
         if len(others) < len(folders):
             raise ConfigError("two folders of clients have one name: rename one of them, since lanes are called so")
+        if known := [one for one in folders if one.resolve() == (first / TRACE).resolve()]:
+            raise ConfigError(f"{str(known[0])!r} is that of {str(first)!r}, which is read with it: leave it out")
         trace = read_trace(first, others)
     elif len(directories) > 1:
         nodes = _by_number(directories)
